@@ -1,0 +1,90 @@
+# make demo   create .venv, install, run the demonstration
+# make test   create .venv, install, run the tests
+#
+# PYTHON=python3.12   the interpreter to build .venv from (3.11 or newer)
+# KEEP_TORCH=1        use the torch (and triton, numpy) that PYTHON has installed, e.g. a ROCm build:
+#                     make demo PYTHON=/opt/rocm-torch/bin/python KEEP_TORCH=1
+# DEMO_FLAGS, PYTEST_FLAGS   passed on
+
+PYTHON ?= python3
+VENV ?= .venv
+KEEP_TORCH ?=
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+
+ifeq ($(KEEP_TORCH),)
+MODE := own-torch
+EXTRAS := cpu,demo,dev,test
+CONSTRAINTS := -c constraints.txt -c constraints-torch.txt
+else
+MODE := kept-torch
+# a CPU build has no triton of its own to keep
+EXTRAS = demo,dev,test$(shell $(PYTHON) -c 'import importlib.util as u; print("" if u.find_spec("triton") else ",cpu")')
+CONSTRAINTS := -c constraints.txt
+endif
+
+# One stamp for each mode: asking for the other mode builds the environment again.
+CREATED := $(VENV)/.created-$(MODE)
+INSTALLED := $(VENV)/.installed-$(MODE)
+
+.PHONY: demo test lint format typecheck clean
+
+demo: $(INSTALLED)
+	$(BIN)/epfuse demo $(DEMO_FLAGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+typecheck: $(INSTALLED)
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+define CHECK_VERSION
+import sys
+found = "%d.%d" % sys.version_info[:2]
+if sys.version_info < (3, 11):
+    sys.exit("$(PYTHON) is Python " + found + "; epfuse needs 3.11 or newer. Name another one: make PYTHON=python3.12 ...")
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("$(PYTHON) can't create virtual environments. On Debian or Ubuntu: apt install python" + found + "-venv")
+endef
+export CHECK_VERSION
+
+# The directories that hold PYTHON's packages, one a line: as a .pth file they come after .venv's own. Unlike venv's
+# --system-site-packages this also works where PYTHON is itself the interpreter of a virtual environment.
+define PRINT_SITES
+import importlib.util, sys
+if importlib.util.find_spec("torch") is None:
+    sys.exit("KEEP_TORCH is set, but $(PYTHON) has no torch. Name the interpreter that has it: make PYTHON=... KEEP_TORCH=1 ...")
+print(*[p for p in sys.path if p.endswith(("site-packages", "dist-packages"))], sep="\n")
+endef
+export PRINT_SITES
+
+$(CREATED):
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not installed; name another one: make PYTHON=... ..." >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_VERSION"
+ifneq ($(KEEP_TORCH),)
+	@$(PYTHON) -c "$$PRINT_SITES" > /dev/null
+endif
+	$(PYTHON) -m venv --clear $(VENV)
+ifneq ($(KEEP_TORCH),)
+	$(PYTHON) -c "$$PRINT_SITES" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kept-torch.pth"
+endif
+	@touch $@
+
+$(INSTALLED): $(CREATED) pyproject.toml constraints.txt constraints-torch.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	@touch $@

@@ -1,0 +1,58 @@
+"""epfuse: the routed experts of a mixture-of-experts model, on one expert-parallel rank.
+
+The public names are loaded on first use, so that importing a part that needs no torch (the command line's ``--help``)
+stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from epfuse.api import fused_experts
+    from epfuse.config import LayerShape, Path, SwiGLUOAI, silu_gate
+    from epfuse.errors import EpfuseError
+    from epfuse.expert_map import ExpertMap
+    from epfuse.target import Target, target_of
+    from epfuse.weights.experts import ExpertWeights
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "EpfuseError": "epfuse.errors",
+    "ExpertMap": "epfuse.expert_map",
+    "ExpertWeights": "epfuse.weights.experts",
+    "LayerShape": "epfuse.config",
+    "Path": "epfuse.config",
+    "SwiGLUOAI": "epfuse.config",
+    "Target": "epfuse.target",
+    "fused_experts": "epfuse.api",
+    "silu_gate": "epfuse.config",
+    "target_of": "epfuse.target",
+}
+
+__all__ = [
+    "EpfuseError",
+    "ExpertMap",
+    "ExpertWeights",
+    "LayerShape",
+    "Path",
+    "SwiGLUOAI",
+    "Target",
+    "fused_experts",
+    "silu_gate",
+    "target_of",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'epfuse' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,132 @@
+"""fused_experts(): validate -> decide -> pipeline."""
+
+from __future__ import annotations
+
+import torch
+
+from epfuse import pipeline
+from epfuse.config import LayerShape, Path, SwiGLUOAI
+from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.expert_map import ExpertMap
+from epfuse.policy import decide
+from epfuse.target import target_of
+from epfuse.weights.experts import ExpertWeights
+
+
+def fused_experts(
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    *,
+    activation: SwiGLUOAI | None = None,
+    path: Path = Path.AUTO,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One rank's routed experts: the sum, over the routes whose expert this rank holds, of the weighted outputs.
+
+    The sum of the results over all ranks is the unsharded layer. Inference only: there is no backward.
+
+    Args:
+        hidden: ``[T, H]`` contiguous; BF16, or the dtype of dense weights.
+        weights: this rank's experts.
+        topk_weights: ``[T, K]`` float32 contiguous; a NaN reaches only its own token.
+        topk_ids: ``[T, K]`` int32 or int64 contiguous, global expert ids; -1 and anything outside [0, E) is skipped.
+        expert_map: which global experts are local, with L matching ``weights``.
+        activation: SwiGLU-OAI parameters; None means MiniMax-M3's.
+        path: how to compute it; AUTO lets the policy choose.
+        out: ``[T, H]`` to write into, dtype and device of hidden; must not overlap hidden. Allocated if None.
+
+    Returns:
+        ``[T, H]`` in hidden's dtype; zero for a token without a local route.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError, ConfigError: an argument does not fit; the message names it.
+        UnsupportedTarget: the device can't run ``path``.
+
+    Host syncs: none on a GPU path; graph-capturable.
+    """
+    activation = SwiGLUOAI() if activation is None else activation
+    check_call(hidden, weights, topk_weights, topk_ids, expert_map, activation, path, out)
+    tokens, top_k = topk_ids.shape
+    if out is None:
+        out = torch.empty_like(hidden)
+    if tokens == 0:
+        return out
+    if weights.local_experts == 0:
+        return out.zero_()
+    shape = LayerShape(weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, top_k)
+    kept = frozenset(weights.kept)
+    decision = decide(path, target_of(hidden.device), shape, tokens, kept, hidden.dtype)
+    call = (hidden, weights, topk_weights, topk_ids, expert_map, activation)
+    if decision.weights is None or decision.tiles is None:
+        return out.copy_(pipeline.run_reference(*call))
+    return pipeline.run_kernels(*call, decision.weights, decision.tiles, out)
+
+
+def check_call(
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    activation: SwiGLUOAI,
+    path: Path,
+    out: torch.Tensor | None,
+) -> None:
+    """Raise the error that names the first argument that does not fit. Reads no tensor's data."""
+    for name, value, kind in (
+        ("weights", weights, ExpertWeights),
+        ("expert_map", expert_map, ExpertMap),
+        ("activation", activation, SwiGLUOAI),
+        ("path", path, Path),
+    ):
+        if not isinstance(value, kind):
+            hint = " (wrap a map tensor: ExpertMap(tensor))" if kind is ExpertMap else ""
+            raise ConfigError(f"{name} is a {type(value).__name__}; it must be an epfuse.{kind.__name__}{hint}")
+    tensors = {"hidden": hidden, "topk_weights": topk_weights, "topk_ids": topk_ids}
+    if out is not None:
+        tensors["out"] = out
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+        if tensor.dim() != 2:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; it must have two dimensions")
+        if tensor.device != weights.device:
+            raise DeviceError(f"{name} is on {tensor.device}; it must be on {weights.device}, where the weights are")
+        if not tensor.is_contiguous():
+            raise LayoutError(f"{name} has strides {tensor.stride()}; it must be contiguous (call .contiguous())")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(f"{name} requires grad; there is no backward: call fused_experts under torch.no_grad()")
+    tokens, width = hidden.shape
+    if width != weights.hidden:
+        raise ShapeError(f"hidden has shape {(tokens, width)}; the weights need [T, H] with H={weights.hidden}")
+    if hidden.dtype != weights.dtype:
+        raise DtypeError(f"hidden has dtype {hidden.dtype}; these weights need {weights.dtype}")
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be int32 or int64")
+    if topk_weights.dtype != torch.float32:
+        raise DtypeError(f"topk_weights has dtype {topk_weights.dtype}; it must be float32")
+    if topk_ids.shape[0] != tokens:
+        raise ShapeError(f"topk_ids has {topk_ids.shape[0]} rows; it must be [T, K] with T={tokens}, hidden's rows")
+    if topk_weights.shape != topk_ids.shape:
+        raise ShapeError(
+            f"topk_weights has shape {tuple(topk_weights.shape)}; it must be topk_ids' shape {tuple(topk_ids.shape)}"
+        )
+    if not 1 <= topk_ids.shape[1] <= expert_map.num_experts:
+        raise ShapeError(f"topk_ids has K={topk_ids.shape[1]}; it must be between 1 and E={expert_map.num_experts}")
+    if expert_map.num_local != weights.local_experts:
+        raise ShapeError(
+            f"expert_map has {expert_map.num_local} local experts; it must have the weights' L={weights.local_experts}"
+        )
+    if tokens * topk_ids.shape[1] >= 2**31:
+        raise ShapeError(f"T*K is {tokens * topk_ids.shape[1]}; it must stay below 2**31")
+    if out is None:
+        return
+    if out.shape != hidden.shape:
+        raise ShapeError(f"out has shape {tuple(out.shape)}; it must be hidden's shape {tuple(hidden.shape)}")
+    if out.dtype != hidden.dtype:
+        raise DtypeError(f"out has dtype {out.dtype}; it must be hidden's dtype {hidden.dtype}")
+    if abs(out.data_ptr() - hidden.data_ptr()) < hidden.nbytes:
+        raise LayoutError("out shares memory with hidden; it must be a tensor of its own")

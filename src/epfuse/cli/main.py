@@ -1,0 +1,67 @@
+"""The ``epfuse`` command: finds a subcommand's module only when it is asked for, so that help needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from epfuse import __version__
+from epfuse.errors import EpfuseError
+
+EXIT_CHECK_FAILED = 1
+EXIT_USAGE = 2
+
+COMMANDS = {
+    "demo": "A MiniMax-M3 model with its experts run by epfuse under expert parallelism, against the original.",
+    "verify": "The correctness suite on this machine's device, any shape, against a float64 oracle.",
+}
+"""Subcommand -> its line in the help; ``epfuse.cli.NAME`` holds a click command of the same name."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = f"epfuse.cli.{cmd_name}"
+        try:
+            command = getattr(importlib.import_module(module), cmd_name)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                _refuse(f"'epfuse {cmd_name}' needs the package {error.name!r}, which is not installed")
+            _refuse(f"'epfuse {cmd_name}' is not part of this version ({__version__})")
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{module}.{cmd_name} is a {type(command).__name__}, not a click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EpfuseError as error:
+            _refuse(str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    click.echo(f"epfuse: {message}", err=True)
+    sys.exit(EXIT_USAGE)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="epfuse")
+def main() -> None:
+    """Routed experts of a mixture-of-experts model, on one expert-parallel rank.
+
+    Exit codes: 0 good, 1 a check failed, 2 wrong usage or input that can't be used. Progress goes to stderr, results
+    to stdout.
+    """

@@ -1,0 +1,167 @@
+"""``epfuse verify``: run the correctness suite and show its record."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import click
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from epfuse.cli.main import EXIT_CHECK_FAILED
+from epfuse.config import LayerShape, Path
+from epfuse.errors import ConfigError, DeviceError
+from epfuse.verify import suite
+from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem, paths_of
+from epfuse.verify.record import ORACLE, CaseResult, Record
+
+PATH_CHOICES = ["all", *(path.value for path in Path)]
+
+
+@click.command()
+@click.option(
+    "--shape", type=click.Choice(list(SHAPES)), default="small", show_default=True, help="Sizes to start from."
+)
+@click.option("--tokens", type=int, multiple=True, metavar="T", help="Token count; may be given several times.")
+@click.option("--hidden", type=int, metavar="H", help="Model dimension.")
+@click.option("--intermediate", type=int, metavar="I", help="Width of an expert.")
+@click.option("--experts", type=int, metavar="E", help="Experts over all ranks.")
+@click.option("--top-k", type=int, metavar="K", help="Routes per token.")
+@click.option("--ep-size", type=int, metavar="P", help="Ranks; the device plays them in turn.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
+@click.option("--device", help="cpu, cuda or cuda:N (CUDA and ROCm).  [default: cuda if there is one]")
+@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True)
+@click.option("--path", "choice", type=click.Choice(PATH_CHOICES), default="all", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON instead of the table.")
+def verify(
+    shape: str,
+    tokens: tuple[int, ...],
+    hidden: int | None,
+    intermediate: int | None,
+    experts: int | None,
+    top_k: int | None,
+    ep_size: int | None,
+    dtype: str,
+    device: str | None,
+    seed: int,
+    choice: str,
+    as_json: bool,
+) -> None:
+    """Check every path of a device against a float64 oracle.
+
+    Each rank's output is compared with a float64 computation of the same rank, and the sum over all ranks with a
+    second, independent one of the unsharded layer: for ordinary and skewed routings, no local route, duplicate
+    and foreign expert ids, a NaN router weight, clamped and outlying activations; into poisoned memory, twice, and on a
+    GPU also replayed from a captured graph.
+    """
+    problem = _problem(
+        SHAPES[shape],
+        {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size},
+        tokens or DEFAULT_TOKENS,
+        DTYPES[dtype],
+        _device(device),
+        seed,
+    )
+    paths = paths_of(problem, choice)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"verifying {', '.join(p.value for p in paths)}", total=suite.steps_of(problem))
+        try:
+            record = suite.run(problem, paths, lambda: progress.advance(task))
+        except torch.OutOfMemoryError:
+            raise DeviceError(
+                f"{problem.device} is out of memory; it needs fewer --tokens or a larger --ep-size"
+            ) from None
+    if as_json:
+        click.echo(json.dumps(record.to_json(), indent=2, allow_nan=False))
+    else:
+        _show(record)
+    if not record.ok:
+        sys.exit(EXIT_CHECK_FAILED)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}; it must be cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device is {name!r}; it must be cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        index = device.index or 0
+        if index >= found:
+            raise DeviceError(f"device is {name!r}; torch {torch.__version__} finds {found} GPU(s)")
+        return torch.device("cuda", index)
+    return torch.device("cpu")
+
+
+def _problem(
+    shape: LayerShape,
+    sizes: dict[str, int | None],
+    tokens: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> Problem:
+    """``shape`` with the sizes that were given in place of its own."""
+    defaults = {
+        "hidden": shape.hidden,
+        "intermediate": shape.intermediate,
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "ep_size": shape.experts // shape.local_experts,
+    }
+    chosen = defaults | {name: value for name, value in sizes.items() if value is not None}
+    return Problem(**chosen, tokens=tokens, dtype=dtype, device=device, seed=seed)
+
+
+def _show(record: Record) -> None:
+    console = Console()
+    problem = record.problem
+    console.print(
+        f"H={problem.hidden} I={problem.intermediate} E={problem.experts} K={problem.top_k} P={problem.ep_size} "
+        f"{problem.dtype} on {problem.device} ({problem.target.value})\n"
+        "SNR: the worst token of any rank and of their sum. Error: the worst element, in RMS of its token's row.",
+        highlight=False,
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("path", "scenario"):
+        table.add_column(name, no_wrap=True)
+    for name in ("T", "SNR dB", "min", "error", "max"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    for case in record.cases:
+        if case.path != ORACLE or not case.ok:
+            table.add_row(case.path, case.name, str(case.tokens), *_figures(case), _result(case.ok))
+    oracles = [case for case in record.cases if case.path == ORACLE]
+    agree = all(case.ok for case in oracles)
+    table.add_row(ORACLE, f"{len(oracles)} oracle pairs", "", *_figures(_worst(oracles)), _result(agree))
+    console.print(table)
+    for case in record.cases:
+        for failure in case.failures:
+            console.print(f"FAIL {case.path}, {case.name}, T={case.tokens}: {failure}", markup=False, highlight=False)
+    passed = sum(case.ok for case in record.cases)
+    console.print(f"{passed} of {len(record.cases)} cases passed", highlight=False)
+
+
+def _worst(cases: list[CaseResult]) -> CaseResult:
+    return min(cases, key=lambda case: case.snr_db)
+
+
+def _result(ok: bool) -> str:
+    return "[green]pass" if ok else "[red]FAIL"
+
+
+def _figures(case: CaseResult) -> tuple[str, str, str, str]:
+    if case.tolerance is None:
+        return "", "", "", ""
+    snr = "equal" if case.snr_db == math.inf else f"{case.snr_db:.1f}"
+    return snr, f"{case.tolerance.snr_db:.1f}", f"{case.max_error:.1e}", f"{case.tolerance.max_error:.1e}"

@@ -1,0 +1,107 @@
+"""Frozen configuration values: enums and dataclasses, no booleans that change what a call means.
+
+Letters, here and everywhere: T tokens, K top-k, H hidden, I intermediate, E global experts, L local experts,
+P ranks, R = T*K routes, route id r = t*K + k.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+from epfuse.errors import ConfigError
+
+
+class Path(enum.Enum):
+    """How one layer call is computed: what the weights are in memory and what the activations are."""
+
+    AUTO = "auto"
+    """The policy chooses."""
+    REFERENCE = "reference"
+    """Plain PyTorch; the oracle of the others and what runs on a CPU."""
+    BF16 = "bf16"
+    """Dense weights (BF16; FP16 and FP32 too), activations of the same dtype."""
+    W8A16 = "w8a16"
+    """MXFP8 weights, dequantised to BF16 in registers, which is exact; BF16 activations."""
+
+
+class WeightFormat(enum.Enum):
+    """How a layer's weights lie in memory; a layer may keep several."""
+
+    DENSE = "dense"
+    """BF16, FP16 or FP32, row-major."""
+    MXFP8 = "mxfp8"
+    """E4M3 values and E8M0 scale bytes, row-major, as checkpoints have them."""
+    FRAGMENT = "fragment"
+    """MXFP8 in the order in which Hopper's tensor cores take it."""
+
+
+@dataclass(frozen=True)
+class SwiGLUOAI:
+    """The clamped SwiGLU of gpt-oss and MiniMax-M3.
+
+    ``gate = min(g, limit); up = clamp(u, -limit, limit); y = gate * sigmoid(alpha * gate) * (up + beta)``
+
+    Args:
+        alpha: sigmoid gain, finite.
+        beta: added to the clamped up projection, finite.
+        limit: clamp bound, positive; ``inf`` for none.
+
+    Raises:
+        ConfigError: a parameter is out of range.
+    """
+
+    alpha: float = 1.702
+    beta: float = 1.0
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if not _is_real(value) or not math.isfinite(value):
+                raise ConfigError(f"SwiGLUOAI.{name} is {value!r}; it must be a finite number")
+        if not _is_real(self.limit) or not self.limit > 0:
+            raise ConfigError(f"SwiGLUOAI.limit is {self.limit!r}; it must be a positive number (inf for no clamp)")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def silu_gate() -> SwiGLUOAI:
+    """``silu(gate) * up``, as in Qwen- and Mixtral-like experts: SwiGLU-OAI with alpha 1, beta 0, no clamp."""
+    return SwiGLUOAI(alpha=1.0, beta=0.0, limit=math.inf)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of one rank's expert layer.
+
+    Args:
+        hidden: H, the model dimension.
+        intermediate: I, the width between the two projections.
+        experts: E, global experts.
+        local_experts: L, experts that this rank holds.
+        top_k: K, routes per token.
+    """
+
+    hidden: int
+    intermediate: int
+    experts: int
+    local_experts: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "intermediate", "experts", "local_experts", "top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"LayerShape.{name} is {value!r}; it must be an integer, at least 1")
+        if self.local_experts > self.experts:
+            raise ConfigError(f"LayerShape.local_experts is {self.local_experts}, more than experts={self.experts}")
+        if self.top_k > self.experts:
+            raise ConfigError(f"LayerShape.top_k is {self.top_k}, more than experts={self.experts}")
+
+
+MINIMAX_M3_EP8 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)
+"""One rank of MiniMax-M3 under expert parallelism over 8 ranks (transformers' MiniMaxM3VLTextConfig defaults)."""

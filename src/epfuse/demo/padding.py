@@ -1,0 +1,34 @@
+"""How many rows a rank lays out for a routing, in local blocks and in globally aligned 64-row tiles."""
+
+from __future__ import annotations
+
+import torch
+
+from epfuse.config import LayerShape, Path
+from epfuse.expert_map import ExpertMap
+from epfuse.policy import decide
+from epfuse.stages.route.reference import local_experts, route
+from epfuse.target import Target
+
+GLOBAL_TILE = 64
+
+
+def planned_block_m(target: Target, shape: LayerShape, tokens: int) -> int:
+    """BLOCK_M of a call; on a CPU, which has no tiles, that of gfx942."""
+    tiles = decide(Path.BF16, target if target.is_gpu else Target.GFX942, shape, tokens).tiles
+    assert tiles is not None  # BF16 always has tiles
+    return tiles.block_m
+
+
+def local_rows(topk_ids: torch.Tensor, expert_map: ExpertMap, block_m: int) -> tuple[int, int]:
+    """``(useful, padded)`` rows of one rank: its local routes, and those rounded up to blocks expert by expert."""
+    slots = expert_map.on(topk_ids.device)
+    useful = int((local_experts(topk_ids, slots) >= 0).sum())
+    if expert_map.num_local == 0:
+        return useful, 0
+    return useful, int(route(topk_ids, slots, expert_map.num_local, block_m).num_padded)
+
+
+def globally_aligned_rows(topk_ids: torch.Tensor, experts: int, tile: int = GLOBAL_TILE) -> int:
+    """Rows of one rank when all E experts' routes, the remote ones too, are aligned to ``tile`` rows."""
+    return local_rows(topk_ids, ExpertMap.all_local(experts), tile)[1]

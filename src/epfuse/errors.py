@@ -1,0 +1,39 @@
+"""Every error that epfuse raises on purpose; each names the argument, what it got and what it needs."""
+
+from __future__ import annotations
+
+
+class EpfuseError(ValueError):
+    """Base class: catch this to catch everything that epfuse refuses."""
+
+
+class ShapeError(EpfuseError):
+    """A tensor's shape does not fit the layer or the other arguments."""
+
+
+class DtypeError(EpfuseError):
+    """A tensor's dtype is not one that the path takes."""
+
+
+class DeviceError(EpfuseError):
+    """Tensors of one call live on different devices."""
+
+
+class LayoutError(EpfuseError):
+    """A tensor is not contiguous where the kernels need it to be."""
+
+
+class ConfigError(EpfuseError):
+    """A parameter's value is out of range or makes no sense."""
+
+
+class ExpertMapError(EpfuseError):
+    """An expert map is not an injective map onto 0..L-1 with -1 elsewhere."""
+
+
+class UnsupportedTarget(EpfuseError):
+    """The device can't run what was asked; the message names what it can run."""
+
+
+class MissingDependency(EpfuseError):
+    """An optional dependency is not installed; the message names the extra that brings it."""

@@ -1,0 +1,70 @@
+"""route -> gate_up -> down -> combine, each stage a named range in a profile."""
+
+from __future__ import annotations
+
+import torch
+from torch.profiler import record_function
+
+from epfuse.config import SwiGLUOAI, WeightFormat
+from epfuse.expert_map import ExpertMap
+from epfuse.stages.combine import reference as combine_reference
+from epfuse.stages.down import reference as down_reference
+from epfuse.stages.gate_up import reference as gate_up_reference
+from epfuse.stages.route import reference as route_reference
+from epfuse.stages.tiles import LayerTiles
+from epfuse.weights.experts import ExpertWeights
+
+
+def run_reference(
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    activation: SwiGLUOAI,
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The layer in plain PyTorch, on any device and weights of any format; syncs with the device.
+
+    ``compute=torch.float64`` rounds nowhere and returns float64: the oracle of every path.
+    """
+    experts = weights.reference_experts
+    slots = expert_map.on(hidden.device)
+    with record_function("epfuse::route"):
+        routes = route_reference.route(topk_ids, slots, weights.local_experts, block_m=1)
+    with record_function("epfuse::gate_up"):
+        y = gate_up_reference.gate_up(hidden, experts.w13, routes, topk_ids.shape[1], activation, compute)
+    with record_function("epfuse::down"):
+        routed = down_reference.down(y, experts.w2, routes, topk_weights, compute)
+    with record_function("epfuse::combine"):
+        dtype = torch.float64 if compute == torch.float64 else hidden.dtype
+        return combine_reference.combine(routed, topk_ids, slots, None, dtype, compute)
+
+
+def run_kernels(
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    activation: SwiGLUOAI,
+    form: WeightFormat,
+    tiles: LayerTiles,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The layer in Triton kernels. No host sync; graph-capturable; bitwise repeatable."""
+    from epfuse.stages.combine.launch import launch_combine
+    from epfuse.stages.down.launch import launch_down
+    from epfuse.stages.gate_up.launch import launch_gate_up
+    from epfuse.stages.route.launch import launch_route
+
+    experts, local = weights.kept[form], weights.local_experts
+    slots = expert_map.on(hidden.device)
+    with record_function("epfuse::route"):
+        routes = launch_route(topk_ids, slots, local, tiles.block_m)
+    with record_function("epfuse::gate_up"):
+        y = launch_gate_up(hidden, experts.w13, routes, topk_ids.shape[1], activation, tiles.gate_up)
+    with record_function("epfuse::down"):
+        routed = launch_down(y, experts.w2, routes, topk_weights, tiles.down)
+    with record_function("epfuse::combine"):
+        return launch_combine(routed, topk_ids, slots, local, None, out)

@@ -1,0 +1,30 @@
+"""Top-k sum of a token's local routes; rows of remote routes are never read."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from epfuse.stages.route.kernel import local_slots
+
+
+@triton.jit(do_not_specialize=["R"])
+def combine_kernel(
+    routed, topk_ids, topk_weights, expert_map, out,
+    R, E, H,
+    L: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum over k, in order, of the local rows routed[t*K + k], in FP32, rounded once."""
+    token = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = columns < H
+    if PDL:
+        gdc_wait()
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.static_range(K):
+        route = token * K + k
+        live = local_slots(topk_ids, expert_map, route, R, E, L) < L
+        row = tl.load(routed + route.to(tl.int64) * H + columns, mask=inside & live, other=0.0).to(tl.float32)
+        if topk_weights is not None:
+            row *= tl.load(topk_weights + route, mask=live, other=0.0)
+        acc += row
+    tl.store(out + token.to(tl.int64) * H + columns, acc.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,53 @@
+"""Launch the combine kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from epfuse.stages.combine.kernel import combine_kernel
+from epfuse.target import overlap_previous, target_of
+
+
+def launch_combine(
+    routed: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor,
+    local: int,
+    topk_weights: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Sum a token's local routes in route order, in FP32; remote rows are never read.
+
+    Args:
+        routed: ``[R, H]`` contiguous.
+        topk_ids: ``[T, K]`` int32 or int64, contiguous.
+        expert_map: ``[E]`` int32.
+        local: L.
+        topk_weights: ``[T, K]`` float32 contiguous to weight here; None if the rows are weighted already.
+        out: ``[T, H]``; every element is written, zero for a token without a local route.
+
+    Returns:
+        ``out``.
+
+    Host syncs: none; graph-capturable; bitwise repeatable.
+    """
+    tokens, top_k = topk_ids.shape
+    hidden = routed.shape[1]
+    block = min(1024, triton.next_power_of_2(hidden))
+    combine_kernel[(tokens, triton.cdiv(hidden, block))](
+        routed,
+        topk_ids,
+        topk_weights,
+        expert_map,
+        out,
+        topk_ids.numel(),
+        expert_map.numel(),
+        hidden,
+        L=local,
+        K=top_k,
+        BLOCK_H=block,
+        num_warps=4,
+        **overlap_previous(target_of(out.device)),
+    )
+    return out

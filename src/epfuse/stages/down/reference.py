@@ -1,0 +1,38 @@
+"""GEMM2 in plain PyTorch: the oracle of the kernels and the CPU's path."""
+
+from __future__ import annotations
+
+import torch
+
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.stages.route.table import RouteTable
+from epfuse.weights.experts import expert_matrix, stack_rows
+from epfuse.weights.fragment import FragmentMXFP8
+
+
+def down(
+    y: torch.Tensor,
+    w2: torch.Tensor | MXFP8 | FragmentMXFP8,
+    routes: RouteTable,
+    topk_weights: torch.Tensor | None,
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """One matmul per active expert, times the router weight; rows of remote routes are left unwritten.
+
+    Args:
+        y: ``[R, I]``, output of gate_up.
+        w2: ``[L, H, I]`` in any format.
+        routes: RouteTable of this call.
+        topk_weights: ``[T, K]`` float32, or None to leave the weighting to combine.
+        compute: dtype of the matmul; the product with the router weight is rounded once, to y's dtype.
+
+    Returns:
+        ``[R, H]`` in y's dtype.
+    """
+    out = torch.empty(routes.num_routes, stack_rows(w2), dtype=y.dtype, device=y.device)
+    for expert, rows in routes.groups():
+        acc = y[rows].to(compute) @ expert_matrix(w2, expert, compute).T
+        if topk_weights is not None:
+            acc *= topk_weights.reshape(-1)[rows, None].to(compute)
+        out[rows] = acc.to(y.dtype)
+    return out

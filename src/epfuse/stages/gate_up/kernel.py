@@ -1,0 +1,55 @@
+"""Grouped GEMM1: gather routed rows, multiply with gate and up weights, SwiGLU-OAI in the epilogue."""
+
+import triton
+import triton.language as tl
+
+from epfuse.stages.grouped_gemm import grouped_dot, tile_of
+
+
+@triton.jit
+def swiglu_oai(gate, up, alpha, beta, limit):
+    """FP32 SwiGLU-OAI. Comparisons, not min/max: a NaN stays a NaN instead of becoming the limit."""
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return gate * tl.sigmoid(alpha * gate) * (up + beta)
+
+
+@triton.jit(do_not_specialize=["R"])
+def gate_up_kernel(
+    x, w13, w13_scale, out, sorted_routes, block_expert, num_padded,
+    R, H, I, alpha, beta, limit,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """out[r, i] = swiglu(x[r // K] . w13[e, i], x[r // K] . w13[e, I + i]) for the routes r of one block.
+
+    w13_scale is None for dense weights, else the E8M0 bytes [L, 2I, H/32] of MXFP8 ones.
+
+    Gate and up rows alternate in the weight tile: one dot makes both accumulators, and the two that belong together lie
+    in neighbouring columns, which one thread holds.
+    """
+    pid = tl.program_id(0)
+    m_blocks = tl.load(num_padded) // BLOCK_M
+    n_blocks = tl.cdiv(I, BLOCK_N // 2)
+    if pid >= m_blocks * n_blocks:
+        return
+    m, n = tile_of(pid, m_blocks, n_blocks, GROUP_M)
+    expert = tl.load(block_expert + m).to(tl.int64)
+    routes = tl.load(sorted_routes + m * BLOCK_M + tl.arange(0, BLOCK_M))
+    live = routes < R
+    # padding rows read token 0 and are never stored; columns past I read the last row and are never stored
+    tokens = tl.where(live, routes // K, 0).to(tl.int64)
+    pair = tl.arange(0, BLOCK_N)
+    rows = expert * 2 * I + tl.minimum(n * (BLOCK_N // 2) + pair // 2, I - 1) + (pair % 2) * I
+    scales = w13_scale
+    if w13_scale is not None:
+        scales = w13_scale + rows * (H // 32)
+    acc = grouped_dot(x + tokens * H, w13 + rows * H, scales, H, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    # the rounding point of the unfused path: accumulators are stored in the activations' dtype
+    acc = acc.to(out.dtype.element_ty).to(tl.float32)
+    gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+    y = swiglu_oai(gate, up, alpha, beta, limit).to(out.dtype.element_ty)
+    columns = n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    where = routes.to(tl.int64)[:, None] * I + columns[None, :]
+    tl.store(out + where, y, mask=live[:, None] & (columns < I)[None, :])

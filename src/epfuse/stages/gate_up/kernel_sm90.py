@@ -1,0 +1,81 @@
+"""Grouped GEMM1 for Hopper; the twin of kernel.py's gate_up_kernel, for BF16 rows."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from epfuse.stages.sm90_gemm import (
+    fragment_pointers,
+    let_next_kernel_start,
+    row_copy_layout,
+    row_pointers,
+    row_store_layout,
+    tile_of,
+    wait_for_previous_kernel,
+    weights_times_rows,
+)
+
+
+@gluon.jit
+def swiglu_oai(gate, up, alpha, beta, limit):
+    """FP32 SwiGLU-OAI. Comparisons, not min/max: a NaN stays a NaN instead of becoming the limit."""
+    gate = gl.where(gate > limit, limit, gate)
+    up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up))
+    return gate / (1.0 + gl.exp(-(alpha * gate))) * (up + beta)
+
+
+@gluon.jit(do_not_specialize=["R"])
+def gate_up_sm90_kernel(
+    x, w13, w13_scale, out, sorted_routes, block_expert, num_padded,
+    R, H, I, H_PADDED, PANELS, alpha, beta, limit,
+    K: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
+):  # fmt: skip
+    """out[r, i] = swiglu(x[r // K] . gate row i, x[r // K] . up row i) for the routes r of one block.
+
+    Every 16 rows of a weight tile are 8 gate rows and their 8 up rows: the two that belong together are in one thread.
+    w13_scale is None for dense weights [L, 2I, H]; MXFP8 ones are packed in that order.
+    """
+    wait_for_previous_kernel()
+    let_next_kernel_start()
+    m_blocks = gl.load(num_padded) // BLOCK_M
+    n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
+    pid = gl.program_id(0)
+    if pid >= m_blocks * n_blocks:
+        return
+    m, n = tile_of(pid, m_blocks, n_blocks, GROUP_M)
+    expert = gl.load(block_expert + m)
+    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
+    routes = gl.load(sorted_routes + m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout)))
+    tokens = (routes // K).to(gl.int64)
+    if w13_scale is None:
+        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copy_layout))
+        output = gl.minimum(n * (BLOCK_N // 2) + row // 16 * 8 + row % 8, I - 1)
+        source = expert.to(gl.int64) * 2 * I + output + (row // 8 % 2) * I
+        w_ptrs = row_pointers(w13, source * H, BLOCK_K)
+        s_ptrs = w13_scale
+    else:
+        w_ptrs, s_ptrs = fragment_pointers(
+            w13,
+            w13_scale,
+            expert * PANELS + n * (BLOCK_N // 64),
+            expert * PANELS + PANELS - 1,
+            H_PADDED,
+            BLOCK_N,
+            BLOCK_K,
+        )
+    acc = weights_times_rows(
+        w_ptrs, s_ptrs, row_pointers(x, tokens * H, BLOCK_K), routes < R, H, H_PADDED,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, WAIT=False,
+    )  # fmt: skip
+    # the rounding point of the unfused path: accumulators are stored in the activations' dtype
+    acc = acc.to(gl.bfloat16).to(gl.float32)
+    pairs = acc.reshape([BLOCK_N // 16, 2, 8, BLOCK_M]).permute((0, 2, 3, 1))
+    gate, up = pairs.split()
+    y = swiglu_oai(gate, up, alpha, beta, limit).to(gl.bfloat16).reshape([BLOCK_N // 2, BLOCK_M])
+    out_layout: gl.constexpr = row_store_layout(BLOCK_N // 2, gl.num_warps())
+    y = gl.convert_layout(y, out_layout)
+    columns = n * (BLOCK_N // 2) + gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, out_layout))
+    routes = gl.load(sorted_routes + m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, out_layout)))
+    where = routes.to(gl.int64)[None, :] * I + columns[:, None]
+    gl.store(out + where, y, mask=(routes < R)[None, :] & (columns < I)[:, None])

@@ -1,0 +1,74 @@
+"""MXFP8 quantisation on the device.
+
+All rounding is done on float32 bit patterns: the codes are the same on every GPU, whatever its FP8 conversion
+instruction does with NaN or saturation, and in Triton's interpreter, whose FP8 casts truncate.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def widen(x):
+    """bfloat16, float16 or float32 -> float32, exact.
+
+    By bits for bfloat16: the same instruction on a GPU, and the interpreter's own cast loses bfloat16 subnormals.
+    """
+    if x.dtype == tl.bfloat16:
+        wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def quantize_block(x, CEIL: tl.constexpr, FNUZ: tl.constexpr):
+    """float32 [.., 32] -> (uint8 E4M3 codes [.., 32], uint8 E8M0 bytes [..]); one scale per run of the last axis.
+
+    Bit for bit `epfuse.numerics.mxfp8.encode` (CEIL: ScaleRounding.CEIL, else FLOOR), followed by
+    `epfuse.numerics.fnuz.normalize_to_fnuz` if FNUZ: the numbers are the same in both formats.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # bit patterns order as magnitudes do, with infinity and NaN on top: the maximum can't lose a NaN
+    amax = tl.minimum(tl.max(magnitude, axis=-1), 0x7F800000)
+    finite = amax < 0x7F800000
+    carried = amax
+    if CEIL:
+        carried += 0x1FFFFF  # carries into the exponent exactly if the mantissa is above 448's 1.75
+    scale = tl.maximum((carried >> 23) - 8, 0)
+
+    inverse = ((254 - scale) << 23).to(tl.float32, bitcast=True)
+    scaled = magnitude.to(tl.float32, bitcast=True) * tl.expand_dims(inverse, -1)
+    scaled = tl.minimum(scaled, 448.0)
+    # E4M3 normals: drop 20 mantissa bits, to nearest even, and move the exponent's bias from 127 to 7
+    pattern = scaled.to(tl.int32, bitcast=True)
+    normal = (pattern + 0x7FFFF + ((pattern >> 20) & 1) - (120 << 23)) >> 20
+    # E4M3 subnormals, multiples of 2^-9: beside 2^14 the FPU itself rounds there, to nearest even
+    subnormal = (scaled + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    codes = tl.where(scaled < 0.015625, subnormal, normal) | ((bits >> 24) & 0x80)
+
+    if FNUZ:
+        codes = tl.where(codes == 0x80, 0, codes)
+        scale += 1
+        codes = tl.where(tl.expand_dims(finite, -1), codes, 0x80)
+    else:
+        codes = tl.where(tl.expand_dims(finite, -1), codes, 0x7F)
+    return codes.to(tl.uint8), tl.where(finite, scale, 255).to(tl.uint8)
+
+
+@triton.jit
+def quantize_kernel(
+    x, codes, scales,
+    K, row_stride,
+    BLOCK_G: tl.constexpr, CEIL: tl.constexpr, FNUZ: tl.constexpr,
+):  # fmt: skip
+    """codes[t, k], scales[t, k/32] of x[t, k]: one program per row and run of BLOCK_G groups of 32."""
+    token = tl.program_id(0).to(tl.int64)
+    groups = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    columns = groups[:, None] * 32 + tl.arange(0, 32)[None, :]
+    inside = groups < K // 32
+    block = widen(tl.load(x + token * row_stride + columns, mask=inside[:, None], other=0.0))
+    code, scale = quantize_block(block, CEIL, FNUZ)
+    tl.store(codes + token * K + columns, code, mask=inside[:, None])
+    tl.store(scales + token * (K // 32) + groups, scale, mask=inside)

@@ -1,0 +1,120 @@
+"""Routing kernels: group local routes by expert, padded to BLOCK_M, without a host sync.
+
+Every expert that isn't this rank's (remote, -1, out of range) falls into bin L, which nothing reads. BINS is a power of
+two above L.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def local_slots(topk_ids, expert_map, routes, R, E, L: tl.constexpr):
+    """Local slot of each route, L where there is none; never dereferences an id outside [0, E)."""
+    ids = tl.load(topk_ids + routes, mask=routes < R, other=-1).to(tl.int32)
+    known = (ids >= 0) & (ids < E)
+    slots = tl.load(expert_map + tl.where(known, ids, 0), mask=known, other=-1)
+    return tl.where((slots >= 0) & (slots < L), slots, L)
+
+
+@triton.jit
+def place(
+    slots, routes, total, before,
+    sorted_routes, block_expert, num_padded, R,
+    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Write this program's share of the table, from the global counts and those of the chunks before it."""
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    bins = tl.arange(0, BINS)
+    total = tl.where(bins < L, total, 0)
+    padded = (total + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    ends = tl.cumsum(padded, 0)
+    starts = ends - padded
+    used = tl.sum(padded, 0)
+
+    mine = (slots[:, None] == bins[None, :]).to(tl.int32)
+    rank = tl.cumsum(mine, 0) - 1
+    where = tl.sum(mine * (rank + (starts + before)[None, :]), 1)
+    tl.store(sorted_routes + where, routes, mask=slots < L)
+
+    # the padding of an expert's group: experts are dealt out over the programs
+    pad = (starts + total)[:, None] + tl.arange(0, BLOCK_M)[None, :]
+    tl.store(
+        sorted_routes + pad,
+        tl.zeros_like(pad) + R,
+        mask=(pad < ends[:, None]) & (bins % programs == pid)[:, None],
+    )
+
+    for first in range(pid * BLOCKS, used // BLOCK_M, programs * BLOCKS):
+        blocks = first + tl.arange(0, BLOCKS)
+        owner = tl.sum((ends[None, :] <= (blocks * BLOCK_M)[:, None]).to(tl.int32), 1)
+        tl.store(block_expert + blocks, owner, mask=blocks * BLOCK_M < used)
+    if pid == 0:
+        tl.store(num_padded, used)
+
+
+@triton.jit(do_not_specialize=["R"])
+def route_kernel(
+    topk_ids, expert_map, sorted_routes, block_expert, num_padded, R, E,
+    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
+    COUNT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One launch: each program counts all routes, COUNT at a time, then places its own CHUNK of them."""
+    if PDL:
+        gdc_launch_dependents()
+    own = tl.program_id(0) * CHUNK
+    total = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)
+    for first in range(0, R, COUNT):
+        routes = first + tl.arange(0, COUNT)
+        slots = local_slots(topk_ids, expert_map, routes, R, E, L)
+        total += tl.histogram(slots, BINS)
+        before += tl.histogram(tl.where(routes < own, slots, L), BINS)
+    routes = own + tl.arange(0, CHUNK)
+    slots = local_slots(topk_ids, expert_map, routes, R, E, L)
+    place(
+        slots, routes, total, before, sorted_routes, block_expert, num_padded, R, L, BINS, BLOCK_M, BLOCKS
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["R"])
+def count_kernel(
+    topk_ids, expert_map, counts, R, E,
+    L: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """First launch of the two: counts[chunk, bin]."""
+    if PDL:
+        gdc_launch_dependents()
+    pid = tl.program_id(0)
+    routes = pid * CHUNK + tl.arange(0, CHUNK)
+    found = tl.histogram(local_slots(topk_ids, expert_map, routes, R, E, L), BINS)
+    tl.store(counts + pid * BINS + tl.arange(0, BINS), found)
+
+
+@triton.jit(do_not_specialize=["R"])
+def place_kernel(
+    topk_ids, expert_map, counts, sorted_routes, block_expert, num_padded, R, E,
+    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Second launch: each program sums the counts, ROWS chunks at a time, then places its own routes."""
+    pid = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    bins = tl.arange(0, BINS)
+    routes = pid * CHUNK + tl.arange(0, CHUNK)
+    slots = local_slots(topk_ids, expert_map, routes, R, E, L)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)
+    for first in range(0, chunks, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        found = tl.load(counts + rows[:, None] * BINS + bins[None, :], mask=(rows < chunks)[:, None], other=0)
+        total += tl.sum(found, 0)
+        before += tl.sum(tl.where((rows < pid)[:, None], found, 0), 0)
+    place(
+        slots, routes, total, before, sorted_routes, block_expert, num_padded, R, L, BINS, BLOCK_M, BLOCKS
+    )  # fmt: skip

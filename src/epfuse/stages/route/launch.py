@@ -1,0 +1,61 @@
+"""Launch the routing kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from epfuse.stages.route.kernel import count_kernel, place_kernel, route_kernel
+from epfuse.stages.route.table import RouteTable, max_padded
+from epfuse.stages.tiles import RouteTiles
+from epfuse.target import overlap_previous, target_of
+
+
+def launch_route(
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor,
+    local: int,
+    block_m: int,
+    tiles: RouteTiles | None = None,
+) -> RouteTable:
+    """Group the local routes by expert and pad each group to ``block_m``, on the GPU.
+
+    Args:
+        topk_ids: ``[T, K]`` int32 or int64, contiguous; ids outside [0, E) are skipped, never dereferenced.
+        expert_map: ``[E]`` int32 on the same device, local slot or -1.
+        local: L.
+        block_m: rows of one block, a power of two.
+        tiles: RouteTiles; None takes the default.
+
+    Returns:
+        RouteTable. Within an expert the routes ascend, so the result is the same in every run.
+
+    Host syncs: none; graph-capturable. One launch up to ``tiles.one_launch_routes`` routes, two above.
+    """
+    tiles = tiles or RouteTiles()
+    routes = topk_ids.numel()
+    size = max_padded(routes, local, block_m)
+    device = topk_ids.device
+    sorted_routes = torch.empty(size, dtype=torch.int32, device=device)
+    block_expert = torch.empty(size // block_m, dtype=torch.int32, device=device)
+    num_padded = torch.empty(1, dtype=torch.int32, device=device)
+    chunk = min(tiles.chunk, triton.next_power_of_2(routes))
+    bins = triton.next_power_of_2(local + 1)
+    grid = (triton.cdiv(routes, chunk),)
+    shape = {"L": local, "BINS": bins, "CHUNK": chunk}
+    blocks = {"BLOCK_M": block_m, "BLOCKS": 16}
+    table = (sorted_routes, block_expert, num_padded)
+    overlap = overlap_previous(target_of(device))
+    alone = {"PDL": overlap["PDL"]}  # the first kernel of a call waits for all that came before it
+    if routes <= tiles.one_launch_routes:
+        count = min(1024, triton.next_power_of_2(routes))
+        route_kernel[grid](
+            topk_ids, expert_map, *table, routes, expert_map.numel(), **shape, **blocks, COUNT=count, **alone
+        )
+    else:
+        counts = torch.empty((grid[0], bins), dtype=torch.int32, device=device)
+        count_kernel[grid](topk_ids, expert_map, counts, routes, expert_map.numel(), **shape, **alone)
+        place_kernel[grid](
+            topk_ids, expert_map, counts, *table, routes, expert_map.numel(), **shape, **blocks, ROWS=32, **overlap
+        )
+    return RouteTable(*table, routes, block_m)

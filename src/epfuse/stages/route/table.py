@@ -1,0 +1,57 @@
+"""RouteTable: which routes this rank runs, grouped by expert in blocks of block_m."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RouteTable:
+    """The local routes of one call.
+
+    Attributes:
+        sorted_routes: ``[max_padded]`` int32; route ids grouped by local expert, ascending within an expert; a group
+            is padded to a multiple of block_m with the sentinel R. What lies at and past num_padded is undefined.
+        block_expert: ``[max_padded / block_m]`` int32; the local expert of each block; undefined past the last one.
+        num_padded: ``[1]`` int32 on the device: slots in use, a multiple of block_m; 0 when no route is local. The
+            authority on how much there is to do: a program past it returns at once.
+        num_routes: R = T*K.
+        block_m: rows of one block.
+    """
+
+    sorted_routes: torch.Tensor
+    block_expert: torch.Tensor
+    num_padded: torch.Tensor
+    num_routes: int
+    block_m: int
+
+    @property
+    def max_padded(self) -> int:
+        """Slots that the buffers have; every launch is sized from it."""
+        return self.sorted_routes.numel()
+
+    @property
+    def max_blocks(self) -> int:
+        return self.block_expert.numel()
+
+    def groups(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """``(local expert, its route ids [n] int64)`` for each active expert, in order. Syncs with the device."""
+        used = int(self.num_padded)
+        slots = self.sorted_routes[:used].view(-1, self.block_m)
+        owners = self.block_expert[: used // self.block_m]
+        for expert in torch.unique(owners).tolist():
+            routes = slots[owners == expert].reshape(-1)
+            yield expert, routes[routes < self.num_routes].long()
+
+
+def max_padded(num_routes: int, local_experts: int, block_m: int) -> int:
+    """The most slots that R routes over L experts can need, known without looking at the routing.
+
+    ``min(R * block_m, R + L * (block_m - 1))``, rounded down to a block: at most R blocks hold one route each, and at
+    most L blocks are partly filled.
+    """
+    bound = min(num_routes * block_m, num_routes + local_experts * (block_m - 1))
+    return bound // block_m * block_m

@@ -1,0 +1,253 @@
+"""Device code of both GEMMs for Hopper, in Gluon: weights on the M side of wgmma, routed rows on the N side.
+
+One program makes [BLOCK_N weight rows, BLOCK_M routed rows]; rows come in steps of 8 rather than 64. Both operands are
+copied into a ring of shared memory, BLOCK_K of the reduction to a stage.
+
+Dense weights are multiplied from there. MXFP8 weights lie in fragment order (weights/fragment.py): what a thread copies
+16 bytes at a time is what it multiplies with, so they go shared memory -> registers in 16-byte loads, become BF16 by
+bit operations and enter wgmma as its register operand, half a stage at a time: one half is made while the other half
+is multiplied.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.constexpr_function
+def powers(first, end):
+    """[first, 2 * first, ..] below end."""
+    out = []
+    while first < end:
+        out.append(first)
+        first *= 2
+    return out
+
+
+@gluon.constexpr_function
+def fragment_shared(block_n, block_k):
+    """Shared memory offset -> (row, k) of a stage: panels of 64 rows, fragments of 32 k, 16 bytes a thread."""
+    bases = [[0, 1], [8, 0], [0, 8], [0, 16]]  # the 16 bytes of a thread
+    bases += [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0]]  # the 128 threads
+    bases += [[0, k] for k in powers(32, block_k)]
+    bases += [[n, 0] for n in powers(64, block_n)]
+    return gl.SharedLinearLayout(bases)
+
+
+@gluon.constexpr_function
+def group_layout(block_n, columns, warps):
+    """Register operand [BLOCK_N, columns] of wgmma as [BLOCK_N, columns / 32, 32]: the last dimension shares a scale."""
+    registers = [[0, 0, 1], [8, 0, 0], [0, 0, 8], [0, 0, 16]] + [[0, g, 0] for g in powers(1, columns // 32)]
+    lanes = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    panels = powers(64, block_n)
+    own = len(powers(4, warps))  # further warpgroups take further panels, the rest of the panels repeat
+    warp = [[16, 0, 0], [32, 0, 0]] + [[n, 0, 0] for n in panels[:own]]
+    registers += [[n, 0, 0] for n in panels[own:]]
+    return gl.DistributedLinearLayout(registers, lanes, warp, [], [block_n, columns // 32, 32])
+
+
+@gluon.constexpr_function
+def row_copy_layout(block_k, warps):
+    """Copies of [rows, BLOCK_K] BF16: 16 bytes a thread, a warp on as many whole rows as it spans."""
+    return gl.BlockedLayout([1, 8], [256 // block_k, block_k // 8], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def fragment_copy_layout(warps):
+    """Copies of [halves, panels, bytes]: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 1, 16], [1, 1, 32], [1, 1, warps], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def row_store_layout(block_n, warps):
+    """Stores of [BLOCK_N, BLOCK_M] results, transposed: 16 bytes of a row of the output a thread."""
+    across = min(32, block_n // 8)
+    return gl.BlockedLayout([8, 1], [across, 32 // across], [1, warps], [0, 1])
+
+
+@gluon.jit
+def wait_for_previous_kernel():
+    """Programmatic dependent launch: past this point the results of the kernels launched before are visible."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def let_next_kernel_start():
+    """Programmatic dependent launch: once every program has said so, the next kernel's programs fill idle places."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def tile_of(pid, m_blocks, n_blocks, GROUP_M: gl.constexpr):
+    """Program id -> (row block, column block); see grouped_gemm.tile_of."""
+    rows = m_blocks
+    if GROUP_M > 0:
+        rows = gl.minimum(m_blocks, GROUP_M)
+    group = pid // (rows * n_blocks)
+    inside = pid % (rows * n_blocks)
+    rows_here = gl.minimum(m_blocks - group * rows, rows)
+    return group * rows + inside % rows_here, inside // rows_here
+
+
+@gluon.jit
+def dequantize(codes, scales):
+    """E4M3 codes times scales -> BF16, four at a time.
+
+    The code's exponent and mantissa shift into a BF16's low exponent bits, which is 2^-120 of the value, subnormals
+    included; the scale makes up for it. Within a 4-byte word the codes lie in the order 2, 0, 3, 1.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, sign;
+        shr.b32 a, $2, 4;
+        and.b32 sign, $2, 0x80008000;
+        lop3.b32 a, a, 0x07f007f0, sign, 0xEA;
+        shl.b32 b, $2, 4;
+        shl.b32 sign, $2, 8;
+        and.b32 sign, sign, 0x80008000;
+        lop3.b32 b, b, 0x07f007f0, sign, 0xEA;
+        mul.rn.bf16x2 $0, a, $3;
+        mul.rn.bf16x2 $1, b, $4;
+        }""",
+        "=&r,=&r,r,r,r",
+        [codes, scales],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def fragment_pointers(w, w_scale, panel, last_panel, K_PADDED, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Pointers to this tile's codes ``[2, panels, bytes of half a stage]`` and scale words ``[BLOCK_N]`` at k = 0.
+
+    Args:
+        w: ``[panels, K_PADDED / 32, 2048]`` codes.
+        w_scale: ``[panels, K_PADDED / 128, 64]`` int32, four scale bytes of a row in each.
+        panel: first panel of the tile; past last_panel that one is read again, for rows that are not stored.
+    """
+    copy_layout: gl.constexpr = fragment_copy_layout(gl.num_warps())
+    half_layout: gl.constexpr = group_layout(BLOCK_N, BLOCK_K // 2, gl.num_warps())
+    HALF: gl.constexpr = 32 * BLOCK_K
+    half = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, copy_layout)))
+    panels = panel + gl.arange(0, BLOCK_N // 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, copy_layout)))
+    panels = gl.minimum(panels, last_panel).to(gl.int64)
+    inside = gl.arange(0, HALF, layout=gl.SliceLayout(0, gl.SliceLayout(1, copy_layout)))
+    rows = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, gl.SliceLayout(2, half_layout)))
+    scale_panels = gl.minimum(panel + rows // 64, last_panel).to(gl.int64)
+    offsets = (panels * K_PADDED * 64)[None, :] + (half * HALF)[:, None]
+    w_ptrs = w + offsets[:, :, None] + inside[None, None, :]
+    return w_ptrs, w_scale + scale_panels * (K_PADDED // 2) + rows % 64
+
+
+@gluon.jit
+def row_pointers(base, offsets, BLOCK_K: gl.constexpr):
+    """Pointers ``[rows, BLOCK_K]`` at k = 0, from each row's element offset in ``SliceLayout(1, row_copy_layout)``."""
+    layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
+    return base + offsets[:, None] + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def copy_rows(stage, ptrs, live, k, K, EVEN_K: gl.constexpr):
+    """Start the copy of one stage of rows; zeros, and no traffic, for padding rows and past K."""
+    inside = live[:, None]
+    if not EVEN_K:
+        columns = gl.arange(0, ptrs.shape[1], layout=gl.SliceLayout(0, ptrs.type.layout))
+        inside = inside & (columns < K - k)[None, :]
+    async_copy.async_copy_global_to_shared(stage, ptrs + k, mask=inside)
+
+
+@gluon.jit
+def half_operand(codes, words, HALF: gl.constexpr, a_layout: gl.constexpr, groups_layout: gl.constexpr):
+    """BF16 register operand [BLOCK_N, BLOCK_K / 2] of one half of a stage, from its codes and the rows' scale words."""
+    BLOCK_N: gl.constexpr = codes.shape[0]
+    COLUMNS: gl.constexpr = codes.shape[1]
+    group = gl.arange(0, COLUMNS // 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, groups_layout)))
+    bytes_ = (words[:, None] >> (group * 8 + HALF * (COLUMNS // 4))[None, :]) & 0xFF
+    scales = gl.expand_dims((bytes_ << 7).to(gl.uint16).to(gl.bfloat16, bitcast=True), 2)
+    scales = gl.broadcast(scales, gl.full([BLOCK_N, COLUMNS // 32, 32], 0, gl.bfloat16, layout=groups_layout))[0]
+    scales = gl.convert_layout(scales.reshape([BLOCK_N, COLUMNS]), a_layout, assert_trivial=True)
+    return dequantize(codes, scales)
+
+
+@gluon.jit
+def weights_times_rows(
+    w_ptrs, s_ptrs, x_ptrs, live, K, K_PADDED,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    EVEN_K: gl.constexpr, WAIT: gl.constexpr,
+):  # fmt: skip
+    """FP32 [BLOCK_N, BLOCK_M] = W . X^T over K.
+
+    Args:
+        w_ptrs: from `row_pointers` (dense) or `fragment_pointers`.
+        s_ptrs: from `fragment_pointers`; None for dense weights.
+        x_ptrs: from `row_pointers`.
+        live: bool ``[BLOCK_M]`` in the rows' layout; the others are padding.
+        K: columns of x.
+        K_PADDED: columns of the weights, whole stages.
+        WAIT: whether x comes from the kernel before: weights are fetched first, then that kernel is waited for.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    DENSE: gl.constexpr = s_ptrs is None
+    W_STEP: gl.constexpr = BLOCK_K if DENSE else 64 * BLOCK_K
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    row_shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], row_shared)
+    if DENSE:
+        w_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, BLOCK_K], row_shared)
+    else:
+        w_ring = gl.allocate_shared_memory(
+            gl.uint8, [STAGES, 2, BLOCK_N // 64, 32 * BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+        )
+        fragments = w_ring._reinterpret(
+            gl.uint8, [STAGES * 2, BLOCK_N, BLOCK_K // 2], fragment_shared(BLOCK_N, BLOCK_K // 2)
+        )
+        a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+        groups_layout: gl.constexpr = group_layout(BLOCK_N, BLOCK_K // 2, WARPS)
+        next_words = gl.load(s_ptrs)
+
+    steps = K_PADDED // BLOCK_K
+    if WAIT:
+        for early in gl.static_range(STAGES - 1):
+            if early < steps:
+                async_copy.async_copy_global_to_shared(w_ring.index(early), w_ptrs + early * W_STEP)
+        wait_for_previous_kernel()
+    for early in gl.static_range(STAGES - 1):
+        if early < steps:
+            if not WAIT:
+                async_copy.async_copy_global_to_shared(w_ring.index(early), w_ptrs + early * W_STEP)
+            copy_rows(x_ring.index(early), x_ptrs, live, early * BLOCK_K, K, EVEN_K)
+        async_copy.commit_group()
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=acc_layout)
+    for step in range(0, steps):
+        if not DENSE:
+            words = next_words
+            next_words = gl.load(s_ptrs + gl.minimum(step + 1, steps - 1) * 64)
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        stage = step % STAGES
+        if DENSE:
+            acc = warpgroup_mma(w_ring.index(stage), x_ring.index(stage).permute((1, 0)), acc, is_async=True)
+        else:
+            for half in gl.static_range(2):
+                codes = fragments.index(stage * 2 + half).load(a_layout)
+                a = half_operand(codes, words, half, a_layout, groups_layout)
+                rows = x_ring.index(stage).slice(half * (BLOCK_K // 2), BLOCK_K // 2, dim=1)
+                acc = warpgroup_mma(a, rows.permute((1, 0)), acc, is_async=True)
+        # the stage to refill was multiplied in the step before, which every warp has left behind at the barrier above
+        ahead = step + STAGES - 1
+        if ahead < steps:
+            async_copy.async_copy_global_to_shared(w_ring.index(ahead % STAGES), w_ptrs + ahead * W_STEP)
+            copy_rows(x_ring.index(ahead % STAGES), x_ptrs, live, ahead * BLOCK_K, K, EVEN_K)
+        async_copy.commit_group()
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    return acc

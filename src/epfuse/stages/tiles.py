@@ -1,0 +1,172 @@
+"""Tiles of the two grouped GEMMs, and which of them a call takes.
+
+The two GEMMs of a layer share one RouteTable and so one block_m. It follows the rows that an expert can expect: a tile
+taller than that computes padding, a shorter one reads the weights again for every block of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from epfuse.config import LayerShape, WeightFormat
+from epfuse.errors import ConfigError
+from epfuse.target import Target
+
+
+@dataclass(frozen=True)
+class RouteTiles:
+    """How the routes are cut into chunks.
+
+    Args:
+        chunk: routes of one program, a power of two.
+        one_launch_routes: up to this many routes every program counts all of them itself (one launch); above it a
+            counting launch comes first (two launches, no program reads more than its chunk and the counts).
+    """
+
+    chunk: int = 128
+    one_launch_routes: int = 4096
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """One program's tile of a grouped GEMM.
+
+    Args:
+        block_n: weight rows (output columns; in gate_up half of them are gate and half are up).
+        block_k: reduction step.
+        group_m: blocks of rows that are walked before the next block of columns; 0 for all of them.
+        num_warps: warps (NVIDIA) or waves (AMD) of a program.
+        num_stages: software pipeline depth of the loads.
+    """
+
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Sm90Tile(GemmTile):
+    """A tile of the Hopper kernels, with the weights on the M side of wgmma.
+
+    block_n is a multiple of 64, block_k of 64 (128 for MXFP8 weights); num_stages counts whole K steps in flight.
+    """
+
+
+@dataclass(frozen=True)
+class LayerTiles:
+    """Tiles of one layer call.
+
+    Args:
+        block_m: rows of a block, a power of two, at least 16; with Hopper tiles at least 8.
+        gate_up: tile of the first GEMM.
+        down: tile of the second GEMM.
+    """
+
+    block_m: int
+    gate_up: GemmTile
+    down: GemmTile
+
+    def __post_init__(self) -> None:
+        least = 8 if isinstance(self.gate_up, Sm90Tile) and isinstance(self.down, Sm90Tile) else 16
+        if self.block_m < least or self.block_m & (self.block_m - 1):
+            raise ConfigError(f"block_m is {self.block_m}; it must be a power of two, at least {least}")
+        for name in ("gate_up", "down"):
+            tile: GemmTile = getattr(self, name)
+            for size in ("block_n", "block_k"):
+                value = getattr(tile, size)
+                if value < 16 or value & (value - 1):
+                    raise ConfigError(f"{name}.{size} is {value}; it must be a power of two, at least 16")
+
+
+@dataclass(frozen=True)
+class TileRange:
+    """Tiles for calls whose expected rows per expert do not exceed ``max_rows``."""
+
+    max_rows: float
+    tiles: LayerTiles
+
+
+def rows_per_expert(tokens: int, shape: LayerShape) -> float:
+    """Rows that one expert gets when the router is balanced: T*K/E."""
+    return tokens * shape.top_k / shape.experts
+
+
+def tiles_for(target: Target, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype, rows: float) -> LayerTiles:
+    """Default tiles of a call.
+
+    Args:
+        target: a GPU.
+        weights: the format that the kernels read.
+        shape: the layer's sizes.
+        dtype: of the activations.
+        rows: expected rows per expert; the first range that reaches them is taken.
+    """
+    ranges: tuple[TileRange, ...]
+    if weights is WeightFormat.FRAGMENT:
+        ranges = SM90_FRAGMENT
+    elif weights is WeightFormat.MXFP8:
+        ranges = MXFP8[target]
+    elif dtype == torch.float32:
+        ranges = FLOAT32
+    elif target is Target.SM90 and dtype == torch.bfloat16 and shape.hidden % 128 == shape.intermediate % 128 == 0:
+        ranges = SM90_DENSE
+    else:
+        ranges = DENSE[target]
+    return next((entry.tiles for entry in ranges if rows <= entry.max_rows), ranges[-1].tiles)
+
+
+ANY = float("inf")
+
+# Hopper, measured on an H100 (docs/performance.md).
+SM90_FRAGMENT = (
+    TileRange(2, LayerTiles(8, Sm90Tile(128, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 4, 4))),
+    TileRange(12, LayerTiles(16, Sm90Tile(128, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 4, 3))),
+    TileRange(20, LayerTiles(32, Sm90Tile(256, 128, 0, 8, 3), Sm90Tile(128, 128, 0, 4, 3))),
+    TileRange(40, LayerTiles(64, Sm90Tile(256, 128, 0, 8, 3), Sm90Tile(256, 128, 0, 8, 3))),
+    TileRange(ANY, LayerTiles(128, Sm90Tile(256, 128, 8, 8, 3), Sm90Tile(256, 128, 8, 8, 3))),
+)
+SM90_DENSE = (
+    TileRange(2, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
+    TileRange(12, LayerTiles(16, Sm90Tile(128, 128, 0, 4, 3), Sm90Tile(64, 128, 0, 4, 4))),
+    TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3), Sm90Tile(64, 128, 0, 4, 4))),
+    TileRange(40, LayerTiles(64, Sm90Tile(256, 64, 0, 8, 3), Sm90Tile(128, 128, 0, 4, 2))),
+    TileRange(ANY, LayerTiles(128, Sm90Tile(256, 64, 8, 8, 4), Sm90Tile(256, 64, 8, 8, 4))),
+)
+# 16-bit weights in the portable kernels.
+_DENSE_AMD = (
+    # 64 KiB of LDS per compute unit; from the compiler's resources, not measured
+    TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 2), GemmTile(64, 128, 0, 4, 2))),
+    TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 2), GemmTile(128, 64, 0, 4, 2))),
+    TileRange(ANY, LayerTiles(128, GemmTile(256, 64, 8, 8, 2), GemmTile(256, 64, 8, 8, 2))),
+)
+DENSE: dict[Target, tuple[TileRange, ...]] = {
+    Target.SM90: (
+        TileRange(12, LayerTiles(16, GemmTile(64, 256, 0, 4, 3), GemmTile(64, 256, 0, 4, 3))),
+        TileRange(20, LayerTiles(32, GemmTile(128, 128, 0, 4, 3), GemmTile(128, 128, 0, 4, 3))),
+        TileRange(48, LayerTiles(64, GemmTile(256, 64, 0, 8, 3), GemmTile(256, 64, 0, 8, 3))),
+        TileRange(ANY, LayerTiles(128, GemmTile(256, 64, 8, 8, 3), GemmTile(256, 64, 8, 8, 3))),
+    ),
+    Target.GFX942: _DENSE_AMD,
+    Target.GFX950: _DENSE_AMD,
+}
+# MXFP8 weights in checkpoint order, dequantised by the portable kernels.
+_MXFP8_AMD = (
+    TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 2), GemmTile(64, 128, 0, 4, 2))),
+    TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 2), GemmTile(128, 64, 0, 4, 2))),
+    TileRange(ANY, LayerTiles(128, GemmTile(128, 64, 8, 8, 2), GemmTile(128, 64, 8, 8, 2))),
+)
+MXFP8: dict[Target, tuple[TileRange, ...]] = {
+    Target.SM90: (
+        TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 4), GemmTile(64, 128, 0, 4, 4))),
+        TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 4), GemmTile(128, 64, 0, 4, 4))),
+        TileRange(ANY, LayerTiles(128, GemmTile(128, 64, 8, 8, 3), GemmTile(128, 64, 8, 8, 3))),
+    ),
+    Target.GFX942: _MXFP8_AMD,
+    Target.GFX950: _MXFP8_AMD,
+}
+# FP32 has no tensor cores here: correctness, not speed.
+FLOAT32 = (TileRange(ANY, LayerTiles(16, GemmTile(64, 32, 0, 4, 2), GemmTile(64, 32, 0, 4, 2))),)

@@ -1,0 +1,76 @@
+"""The only file that asks which GPU this is."""
+
+from __future__ import annotations
+
+import enum
+import functools
+
+import torch
+
+from epfuse.errors import UnsupportedTarget
+
+
+class Target(enum.Enum):
+    """A family of devices that share kernels, tiles and a tuned table."""
+
+    CPU = "cpu"
+    SM90 = "sm_90"
+    """NVIDIA H100, H200."""
+    GFX942 = "gfx942"
+    """AMD MI300X, MI325X; FP8 is E4M3FNUZ."""
+    GFX950 = "gfx950"
+    """AMD MI350X, MI355X."""
+
+    @property
+    def is_amd(self) -> bool:
+        return self in (Target.GFX942, Target.GFX950)
+
+    @property
+    def is_gpu(self) -> bool:
+        return self is not Target.CPU
+
+
+@functools.lru_cache(maxsize=64)
+def target_of(device: torch.device) -> Target:
+    """The target of ``device``.
+
+    Raises:
+        UnsupportedTarget: a GPU that epfuse has no kernels for.
+    """
+    if device.type == "cpu":
+        return Target.CPU
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+            for target in (Target.GFX942, Target.GFX950):
+                if arch == target.value:
+                    return target
+            raise UnsupportedTarget(
+                f"device {device} is {arch}; epfuse has kernels for gfx942, gfx950, sm_90 and the CPU"
+            )
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) == (9, 0):
+            return Target.SM90
+        raise UnsupportedTarget(
+            f"device {device} is sm_{major}{minor}; epfuse has kernels for gfx942, gfx950, sm_90 and the CPU"
+        )
+    raise UnsupportedTarget(
+        f"device {device} is of type {device.type!r}; epfuse runs on 'cuda' (CUDA or ROCm) and 'cpu'"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def compute_units(device: torch.device) -> int:
+    """Multiprocessors (NVIDIA) or compute units (AMD) of ``device``; 1 for a CPU."""
+    if device.type == "cpu":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def overlap_previous(target: Target) -> dict[str, bool]:
+    """Launch arguments of a Triton kernel that may start while the kernel before it drains, where the target can.
+
+    Hopper's programmatic dependent launch: the kernel waits by itself, under its constexpr PDL, before it reads what
+    the one before it wrote.
+    """
+    return {"PDL": True, "launch_pdl": True} if target is Target.SM90 else {"PDL": False}

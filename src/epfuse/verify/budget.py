@@ -1,0 +1,86 @@
+"""How far a result may be from the float64 oracle, derived from where the paths round; and how far it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# A path rounds to the activations' dtype five times: both accumulators of the first GEMM (gate and up), the activation,
+# the weighted second GEMM, the sum over routes. The sigmoid passes the gate's rounding on a second time.
+ROUNDINGS = 6
+# Twice the derived root mean square, for the worst token of a run: short rows average over few elements.
+MARGIN_DB = 6.0
+# One element's error, in root mean squares of its token's: with the margin 12 sigma of a typical token.
+PEAK = 6.0
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a case must reach.
+
+    Attributes:
+        snr_db: the least signal-to-noise ratio of any token's row, in decibels.
+        max_error: the most that one element may be off, in root mean squares of its token's row.
+    """
+
+    snr_db: float
+    max_error: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a result compares with its oracle.
+
+    Attributes:
+        snr_db: the worst token's signal-to-noise ratio in decibels; ``inf`` if nothing differs.
+        max_error: the worst element, in root mean squares of its token's row of the oracle.
+    """
+
+    snr_db: float
+    max_error: float
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether both figures are good enough."""
+        return self.snr_db >= tolerance.snr_db and self.max_error <= tolerance.max_error
+
+
+def dense_tolerance(dtype: torch.dtype, hidden: int, intermediate: int) -> Tolerance:
+    """The budget of a path that keeps weights and activations in ``dtype`` and accumulates in FP32.
+
+    Rounding to a unit roundoff u leaves a relative error of at most u, u / sqrt(3) in the root mean square if it is
+    uniform. Independent roundings add in power, and so do the H + I additions of the two FP32 accumulations. What must
+    not pass stays out of reach: a token that lost one of its K routes is below 20 dB, a dot product that lost one of
+    6144 terms below 38 dB.
+    """
+    rounding = torch.finfo(dtype).eps / 2
+    accumulation = torch.finfo(torch.float32).eps / 2
+    relative = math.sqrt((ROUNDINGS * rounding**2 + (hidden + intermediate) * accumulation**2) / 3)
+    relative *= 10 ** (MARGIN_DB / 20)
+    return Tolerance(snr_db=-20 * math.log10(relative), max_error=PEAK * relative)
+
+
+def compare(result: torch.Tensor, oracle: torch.Tensor) -> Difference:
+    """Token by token, so that a long call can't hide one wrong row.
+
+    Args:
+        result: ``[T, H]``, any floating dtype.
+        oracle: ``[T, H]`` float64. Where it is NaN the result must be NaN, and nowhere else; where a whole row is zero
+            the result must be exactly zero.
+    """
+    both_nan = result.isnan() & oracle.isnan()
+    expected = oracle.masked_fill(both_nan, 0.0)
+    error = (result.double() - oracle).masked_fill(both_nan, 0.0).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    signal = expected.square().mean(dim=1)
+    noise = error.square().mean(dim=1)
+    wrong = noise > 0
+    if not bool(wrong.any()):
+        return Difference(math.inf, 0.0)
+    snr = 10 * torch.log10(signal[wrong] / noise[wrong])
+    peak = error[wrong].amax(dim=1) / signal[wrong].sqrt()
+    # inf/inf and 0/0 come from a NaN in the oracle's own finite rows: no agreement at all
+    return Difference(
+        float(snr.nan_to_num(nan=-math.inf, neginf=-math.inf).min()),
+        float(peak.nan_to_num(nan=math.inf, posinf=math.inf).max()),
+    )

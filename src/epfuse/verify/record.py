@@ -1,0 +1,118 @@
+"""What a run of the suite found, as data: the JSON record is the result, the table shows it."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import epfuse
+from epfuse.verify.budget import Difference, Tolerance
+from epfuse.verify.problem import Problem
+
+ORACLE = "float64"
+"""In place of a path's name: the cases that compare the two oracles with each other."""
+
+
+@dataclass
+class CaseResult:
+    """One scenario on one path, over all ranks.
+
+    Attributes:
+        name: the scenario.
+        path: the path's name, or `ORACLE`.
+        tokens: T.
+        tolerance: what had to be reached; None for a case that compares bits.
+        snr_db: worst token of any rank and of the sum over ranks; ``inf`` if nothing differed.
+        max_error: worst element, in root mean squares of its token's row.
+        failures: what went wrong and on which rank; empty if the case passed.
+    """
+
+    name: str
+    path: str
+    tokens: int
+    tolerance: Tolerance | None
+    snr_db: float = math.inf
+    max_error: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check of the case passed."""
+        return not self.failures
+
+    def judge(self, difference: Difference, what: str) -> None:
+        """Keep the worst figures and note a failure under the name ``what``."""
+        self.snr_db = min(self.snr_db, difference.snr_db)
+        self.max_error = max(self.max_error, difference.max_error)
+        if self.tolerance is None or not difference.within(self.tolerance):
+            self.failures.append(f"{what}: {difference.snr_db:.1f} dB, max error {difference.max_error:.2g}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A figure that is not finite becomes null."""
+        return {
+            "name": self.name,
+            "path": self.path,
+            "tokens": self.tokens,
+            "ok": self.ok,
+            "snr_db": self.snr_db if math.isfinite(self.snr_db) else None,
+            "max_error": self.max_error if math.isfinite(self.max_error) else None,
+            "tolerance": asdict(self.tolerance) if self.tolerance else None,
+            "failures": self.failures,
+        }
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of the suite."""
+
+    problem: Problem
+    cases: list[CaseResult]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every case passed."""
+        return all(case.ok for case in self.cases)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON-ready values."""
+        problem = asdict(self.problem)
+        problem["dtype"] = str(self.problem.dtype).removeprefix("torch.")
+        problem["device"] = str(self.problem.device)
+        return {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": describe_device(self.problem.device) | {"target": self.problem.target.value},
+            "versions": versions(),
+            "problem": problem,
+            "cases": [case.to_json() for case in self.cases],
+            "ok": self.ok,
+        }
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Name and memory of a GPU, or the machine's architecture."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"type": device.type, "name": properties.name, "memory_bytes": properties.total_memory}
+    return {"type": device.type, "name": platform.machine(), "threads": torch.get_num_threads()}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what the numbers depend on; None for what is not there."""
+    try:
+        triton: str | None = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # ROCm builds call it by another name
+        triton = None
+    return {
+        "epfuse": epfuse.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }

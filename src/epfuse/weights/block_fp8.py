@@ -1,0 +1,154 @@
+"""Block FP8: E4M3 values with one FP32 scale per 128x128 block of an expert's matrix, converted at load.
+
+The format of DeepSeek-V3's checkpoints, for which FP8 grouped GEMMs exist on GPUs without MX matrix cores.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.numerics.e8m0 import ScaleRounding, decode_scales, magnitude_bits, scale_bytes
+from epfuse.numerics.fnuz import fn_codes_to_fnuz
+from epfuse.numerics.mxfp8 import DECODED_DTYPES, E4M3_MAX, MXFP8, SOURCE_DTYPES, VALUE_DTYPES
+
+BLOCK = 128
+"""Rows and columns that share a scale."""
+
+
+class BlockScale(enum.Enum):
+    """Which scale a block gets; both are at least the smallest normal float32, also for a block of zeros."""
+
+    POWER_OF_TWO = "power_of_two"
+    """The smallest power of two under which no value saturates. From MXFP8 only exponents change, so a value is kept
+    exactly unless it falls among E4M3's subnormals."""
+    AMAX = "amax"
+    """``amax / 448``, as DeepSeek-V3: uses the whole range of E4M3, and rounds every value of an MXFP8 source again."""
+
+
+@dataclass(frozen=True)
+class BlockFP8:
+    """The weights of L experts in block FP8: number = value * scale of its block.
+
+    Args:
+        values: ``[L, N, K]`` contiguous, float8_e4m3fn, or float8_e4m3fnuz after `to_fnuz`.
+        scales: ``[L, ceil(N/128), ceil(K/128)]`` contiguous float32.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError: the two don't fit together.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.dim() != 3:
+            raise ShapeError(f"values has shape {tuple(self.values.shape)}; block FP8 weights are [L, N, K]")
+        if self.values.dtype not in VALUE_DTYPES:
+            raise DtypeError(
+                f"values has dtype {self.values.dtype}; block FP8 values are float8_e4m3fn or float8_e4m3fnuz"
+            )
+        if self.scales.dtype != torch.float32:
+            raise DtypeError(f"scales has dtype {self.scales.dtype}; block FP8 scales are float32")
+        needed = _scale_shape(self.values.shape)
+        if self.scales.shape != needed:
+            raise ShapeError(
+                f"scales has shape {tuple(self.scales.shape)}; beside values {tuple(self.values.shape)} it must be"
+                f" {needed}"
+            )
+        if self.scales.device != self.values.device:
+            raise DeviceError(
+                f"scales is on {self.scales.device} and values on {self.values.device}; both must be on one device"
+            )
+        for name, tensor in (("values", self.values), ("scales", self.scales)):
+            if not tensor.is_contiguous():
+                raise LayoutError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+
+    @classmethod
+    def quantize(cls, weight: MXFP8 | torch.Tensor, scale: BlockScale = BlockScale.POWER_OF_TWO) -> BlockFP8:
+        """Convert, one expert at a time: temporaries stay within a few float32 copies of one expert's matrix.
+
+        Values are rounded to nearest even. A block that holds an infinity or a NaN is NaN as a whole: scale NaN and
+        every code NaN.
+
+        Args:
+            weight: ``[L, N, K]``, MXFP8, or bfloat16, float16 or float32.
+            scale: rule of the scales.
+
+        Raises:
+            ShapeError: not three-dimensional.
+            DtypeError: a dense weight of another dtype.
+        """
+        if len(weight.shape) != 3:
+            raise ShapeError(f"weight has shape {tuple(weight.shape)}; block FP8 weights are [L, N, K]")
+        if isinstance(weight, torch.Tensor) and weight.dtype not in SOURCE_DTYPES:
+            raise DtypeError(f"weight has dtype {weight.dtype}; it must be MXFP8, bfloat16, float16 or float32")
+        values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+        scales = torch.empty(_scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
+        for expert in range(weight.shape[0]):
+            matrix = weight[expert]
+            dense = matrix.dequantize(torch.float32) if isinstance(matrix, MXFP8) else matrix.to(torch.float32)
+            _quantize_matrix(dense, scale, values[expert], scales[expert])
+        return cls(values, scales)
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """``[L, N, K]`` numbers: the product in float32 (exact in float64), rounded once to ``dtype``.
+
+        Raises:
+            DtypeError: ``dtype`` is not bfloat16, float32 or float64.
+        """
+        if dtype not in DECODED_DTYPES:
+            raise DtypeError(f"dtype is {dtype}; block FP8 decodes to bfloat16, float32 or float64")
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
+        for values, scales, matrix in zip(self.values, self.scales, out, strict=True):
+            rows = scales.to(wide).repeat_interleave(BLOCK, 0)[: values.shape[0]]
+            matrix.copy_(values.to(wide).mul_(rows.repeat_interleave(BLOCK, 1)[:, : values.shape[1]]))
+        return out
+
+    def to_fnuz(self) -> BlockFP8:
+        """The same numbers in E4M3FNUZ, for gfx94x (codes keep their bits, scales double), as new tensors."""
+        if self.values.dtype == torch.float8_e4m3fnuz:
+            return self
+        return BlockFP8(fn_codes_to_fnuz(self.values.view(torch.uint8)).view(torch.float8_e4m3fnuz), self.scales * 2)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the values, ``[L, N, K]``."""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where values and scales live."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+
+def _scale_shape(shape: torch.Size) -> tuple[int, int, int]:
+    experts, rows, columns = shape
+    return experts, -(-rows // BLOCK), -(-columns // BLOCK)
+
+
+def _quantize_matrix(dense: torch.Tensor, rule: BlockScale, values: torch.Tensor, scales: torch.Tensor) -> None:
+    """Fill ``values`` [N, K] and ``scales`` from float32 ``dense`` [N, K]."""
+    rows, columns = dense.shape
+    padded = torch.nn.functional.pad(dense, (0, -columns % BLOCK, 0, -rows % BLOCK)).contiguous()
+    blocks = padded.view(scales.shape[0], BLOCK, scales.shape[1], BLOCK)
+    amax = magnitude_bits(blocks).amax((1, 3))
+    power = decode_scales(scale_bytes(amax, ScaleRounding.CEIL).to(torch.uint8), torch.float32)
+    if rule is BlockScale.POWER_OF_TWO:
+        scale = power
+    else:
+        scale = (amax.view(torch.float32) / E4M3_MAX).masked_fill_(power.isnan(), float("nan"))
+    # a subnormal quotient would be off by more than E4M3's own rounding, and a quotient of zero divides by zero
+    scales.copy_(scale.clamp_(min=torch.finfo(torch.float32).tiny))
+    # clamped because amax over its own rounded quotient may come out just above 448; a NaN scale makes every code NaN
+    codes = (blocks / scales[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    values.copy_(codes.view(padded.shape)[:rows, :columns])

@@ -1,0 +1,222 @@
+"""The weights of one rank's experts, in the formats that the paths read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Generic, TypeAlias, TypeVar
+
+import torch
+
+from epfuse.config import WeightFormat
+from epfuse.errors import ConfigError, DeviceError, DtypeError, EpfuseError, LayoutError, ShapeError
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.target import Target, target_of
+from epfuse.weights.fragment import FragmentMXFP8, RowOrder, check_packable, pack, unpack
+
+log = logging.getLogger(__name__)
+
+W = TypeVar("W", torch.Tensor, MXFP8, FragmentMXFP8)
+
+DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ConfigError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+
+
+@dataclass(frozen=True)
+class Projections(Generic[W]):
+    """Both projections of a layer's experts in one format.
+
+    Args:
+        w13: ``[L, 2I, H]``; rows 0..I-1 are gate, I..2I-1 are up.
+        w2: ``[L, H, I]``.
+    """
+
+    w13: W
+    w2: W
+
+
+def expert_matrix(stack: torch.Tensor | MXFP8 | FragmentMXFP8, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """One expert's matrix ``[N, K]`` as plain numbers, from any format; float32 and float64 hold every one exactly."""
+    if isinstance(stack, torch.Tensor):
+        return stack[expert].to(dtype)
+    return (unpack(stack, expert) if isinstance(stack, FragmentMXFP8) else stack[expert]).dequantize(dtype)
+
+
+AnyProjections: TypeAlias = Projections[torch.Tensor] | Projections[MXFP8] | Projections[FragmentMXFP8]
+
+
+def stack_rows(stack: torch.Tensor | MXFP8 | FragmentMXFP8) -> int:
+    """N of a stack ``[L, N, K]``."""
+    return stack.rows if isinstance(stack, FragmentMXFP8) else stack.shape[1]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """What one rank holds of one layer, in one format or several. Build it with `dense`, `bf16`, `mxfp8` or `hybrid`.
+
+    Attributes:
+        local_experts: L.
+        hidden: H.
+        intermediate: I.
+        dense_experts: plain numbers, row-major.
+        mxfp8_experts: MXFP8 as checkpoints have it.
+        fragment_experts: MXFP8 rearranged by `prepare` for Hopper.
+    """
+
+    local_experts: int
+    hidden: int
+    intermediate: int
+    dense_experts: Projections[torch.Tensor] | None = None
+    mxfp8_experts: Projections[MXFP8] | None = None
+    fragment_experts: Projections[FragmentMXFP8] | None = None
+
+    @classmethod
+    def dense(cls, w13: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
+        """Weights in BF16, FP16 or FP32; the tensors are kept, not copied.
+
+        Args:
+            w13: ``[L, 2I, H]`` contiguous; gate rows first, then up rows (not interleaved). L may be 0.
+            w2: ``[L, H, I]`` contiguous, same dtype and device as w13.
+
+        Raises:
+            ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: the two don't describe one layer.
+        """
+        for name, w, letters in (("w13", w13, "[L, 2I, H]"), ("w2", w2, "[L, H, I]")):
+            _require_tensor(name, w)
+            if w.dim() != 3:
+                raise ShapeError(f"{name} has shape {tuple(w.shape)}; it must be three-dimensional: {letters}")
+            if w.dtype not in DENSE_DTYPES:
+                raise DtypeError(f"{name} has dtype {w.dtype}; it must be bfloat16, float16 or float32")
+            if not w.is_contiguous():
+                raise LayoutError(
+                    f"{name} has strides {w.stride()}; it must be contiguous (call .contiguous() at load)"
+                )
+        if w13.dtype != w2.dtype:
+            raise DtypeError(f"w13 is {w13.dtype} and w2 is {w2.dtype}; both must have one dtype")
+        return cls(*_sizes(w13, w2), dense_experts=Projections(w13, w2))
+
+    @classmethod
+    def bf16(cls, w13: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
+        """`dense` for BF16 only: refuses any other dtype rather than convert it silently."""
+        for name, w in (("w13", w13), ("w2", w2)):
+            _require_tensor(name, w)
+            if w.dtype != torch.bfloat16:
+                raise DtypeError(f"{name} has dtype {w.dtype}; it must be bfloat16 (ExpertWeights.dense takes others)")
+        return cls.dense(w13, w2)
+
+    @classmethod
+    def mxfp8(
+        cls, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
+    ) -> ExpertWeights:
+        """MXFP8 weights; the tensors are kept, not copied. Call `prepare` once for a GPU's own order.
+
+        Args:
+            w13: ``[L, 2I, H]`` float8_e4m3fn, contiguous; gate rows first, then up rows. H a multiple of 32.
+            w13_scale: ``[L, 2I, H / 32]`` E8M0 bytes, uint8 or float8_e8m0fnu.
+            w2: ``[L, H, I]`` float8_e4m3fn, contiguous. I a multiple of 32.
+            w2_scale: ``[L, H, I / 32]`` E8M0 bytes.
+
+        Raises:
+            ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: the four don't describe one layer.
+        """
+        for name, w in (("w13", w13), ("w13_scale", w13_scale), ("w2", w2), ("w2_scale", w2_scale)):
+            _require_tensor(name, w)
+            if w.dim() != 3:
+                raise ShapeError(f"{name} has shape {tuple(w.shape)}; it must be three-dimensional")
+        experts = Projections(_named("w13", w13, w13_scale), _named("w2", w2, w2_scale))
+        return cls(*_sizes(w13, w2), mxfp8_experts=experts)
+
+    @classmethod
+    def hybrid(
+        cls, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
+    ) -> ExpertWeights:
+        """`mxfp8`, and BF16 copies beside it: three times the bytes, for a policy that uses both."""
+        packed = cls.mxfp8(w13, w13_scale, w2, w2_scale)
+        assert packed.mxfp8_experts is not None
+        stacks = packed.mxfp8_experts
+        dense = Projections(stacks.w13.dequantize(torch.bfloat16), stacks.w2.dequantize(torch.bfloat16))
+        return replace(packed, dense_experts=dense)
+
+    def prepare(self, target: Target | None = None) -> ExpertWeights:
+        """Rearrange MXFP8 weights for ``target``, **in their own memory**, one expert at a time.
+
+        The tensors given to `mxfp8` hold the rearranged bytes afterwards (new memory is taken only for a matrix whose
+        rows are no multiple of 64 or columns no multiple of 128). Dense weights, and targets that read checkpoints'
+        order, are left as they are. Weights that the order can't hold (a NaN, a block scale over 2^7) stay in
+        checkpoints' order and run on the slower kernels; a warning is logged.
+
+        Args:
+            target: None means the target of the device that the weights are on.
+        """
+        target = target_of(self.device) if target is None else target
+        if self.mxfp8_experts is None or target is not Target.SM90:
+            return self
+        stacks = self.mxfp8_experts
+        try:
+            for stack in (stacks.w13, stacks.w2):
+                check_packable(stack)
+        except ConfigError as reason:
+            log.warning("MXFP8 weights stay in checkpoint order: %s", reason)
+            return self
+        fragments = Projections(pack(stacks.w13, RowOrder.GATE_UP), pack(stacks.w2, RowOrder.PLAIN))
+        return replace(self, mxfp8_experts=None, fragment_experts=fragments)
+
+    @property
+    def kept(self) -> dict[WeightFormat, AnyProjections]:
+        """The weights in every format that is kept."""
+        slots: dict[WeightFormat, AnyProjections | None] = {
+            WeightFormat.MXFP8: self.mxfp8_experts,
+            WeightFormat.FRAGMENT: self.fragment_experts,
+            WeightFormat.DENSE: self.dense_experts,
+        }
+        return {form: experts for form, experts in slots.items() if experts is not None}
+
+    @property
+    def reference_experts(self) -> AnyProjections:
+        """The format that the reference reads: what the checkpoint had, where it is kept."""
+        return next(iter(self.kept.values()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        w13 = self.reference_experts.w13
+        return w13.codes.device if isinstance(w13, FragmentMXFP8) else w13.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the activations must have: the dense weights', else BF16."""
+        return torch.bfloat16 if self.dense_experts is None else self.dense_experts.w13.dtype
+
+    @property
+    def nbytes(self) -> dict[WeightFormat, int]:
+        """Bytes of each format that is kept, scales included."""
+        return {form: experts.w13.nbytes + experts.w2.nbytes for form, experts in self.kept.items()}
+
+
+def _sizes(w13: torch.Tensor, w2: torch.Tensor) -> tuple[int, int, int]:
+    """(L, H, I), if the two describe one layer."""
+    if w13.device != w2.device:
+        raise DeviceError(f"w13 is on {w13.device} and w2 on {w2.device}; both must be on one device")
+    local, twice, hidden = w13.shape
+    if twice % 2 or min(twice, hidden) == 0:
+        raise ShapeError(f"w13 has shape {tuple(w13.shape)}; it must be [L, 2I, H] with I and H at least 1")
+    expected = (local, hidden, twice // 2)
+    if tuple(w2.shape) != expected:
+        raise ShapeError(
+            f"w2 has shape {tuple(w2.shape)}; beside w13 {tuple(w13.shape)} it must be [L, H, I] = {expected}"
+        )
+    return local, hidden, twice // 2
+
+
+def _named(name: str, values: torch.Tensor, scales: torch.Tensor) -> MXFP8:
+    """MXFP8, its errors in the caller's words."""
+    if values.dtype != torch.float8_e4m3fn:
+        raise DtypeError(f"{name} has dtype {values.dtype}; it must be float8_e4m3fn")
+    try:
+        return MXFP8(values, scales)
+    except EpfuseError as error:
+        raise type(error)(f"{name}, {name}_scale: {error}") from error

@@ -1,0 +1,170 @@
+"""MXFP8 weights in the order in which a Hopper warpgroup multiplies with them.
+
+A panel is 64 weight rows. Within a panel, 32 k at a time, the 2,048 codes lie as ``[128 threads][16 bytes]``: thread
+``32 * w + 4 * g + t`` holds rows ``16 * w + g`` and ``+ 8``, k ``2 * t + {0, 1}`` + ``{0, 8, 16, 24}``, which is the
+register operand of wgmma (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"). So a thread's 16-byte load is
+what it multiplies with, and a panel is one contiguous piece of memory. Within a 4-byte word the two rows alternate,
+the second first, so that one shift and one mask turn two codes at a time into BF16.
+
+The scale bytes of a row lie four to an int32, for 128 k; a panel's 64 rows are adjacent. A stored byte is the E8M0
+byte plus 120: as a BF16 exponent it is the scale times 2^120, which makes up for the shifted codes' 2^-120.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+from epfuse.errors import ConfigError, LayoutError
+from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
+
+PANEL_ROWS = 64
+STEP_K = 128
+SCALE_SHIFT = 120
+LARGEST_SCALE = 254 - SCALE_SHIFT
+"""Largest E8M0 byte that has a place: 2^7. Real weights lie far below: a block would hold a value over 2^15."""
+
+
+class RowOrder(enum.Enum):
+    """Which source row each packed row is."""
+
+    PLAIN = "plain"
+    """Rows in their own order."""
+    GATE_UP = "gate_up"
+    """Of ``[gate; up]``: 8 gate rows, then their 8 up rows, so that a thread's accumulators hold pairs."""
+
+
+@dataclass(frozen=True)
+class FragmentMXFP8:
+    """A stack of MXFP8 matrices in fragment order.
+
+    Attributes:
+        codes: ``[L, panels, K_padded / 32, 2048]`` uint8.
+        scales: ``[L, panels, K_padded / 128, 64]`` int32.
+        rows: N, rows of a matrix before padding to whole panels.
+        columns: K before padding to whole steps of 128.
+        order: how the rows are ordered.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    rows: int
+    columns: int
+    order: RowOrder
+
+    @property
+    def panels(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def padded_columns(self) -> int:
+        return self.codes.shape[2] * 32
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def source_rows(rows: int, order: RowOrder) -> torch.Tensor:
+    """``[panels * 64]``: the source row of each packed row, -1 where it is padding."""
+    if order is RowOrder.PLAIN:
+        packed = torch.arange(-(-rows // PANEL_ROWS) * PANEL_ROWS)
+        return torch.where(packed < rows, packed, -1)
+    outputs = rows // 2
+    gate = torch.arange(-(-outputs // (PANEL_ROWS // 2)) * PANEL_ROWS // 2).view(-1, 1, 8)
+    return torch.where(gate < outputs, torch.cat([gate, gate + outputs], dim=1), -1).reshape(-1)
+
+
+def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
+    """Repack, one matrix at a time, into the memory of ``weights`` where the sizes allow it.
+
+    Args:
+        weights: ``[L, N, K]`` E4M3FN with scales in ROWS layout. **Overwritten** when N is a multiple of 64 and K of
+            128; otherwise left alone and new memory is taken.
+        order: GATE_UP for w13 ``[L, 2I, H]``, PLAIN for w2.
+
+    Raises:
+        ConfigError: as `check_packable`; such weights run in their own order.
+        LayoutError: scales are not in ROWS layout.
+    """
+    if weights.layout is not ScaleLayout.ROWS:
+        raise LayoutError("weights have packed scales; repacking into fragments takes the ROWS layout")
+    local, rows, columns = weights.values.shape
+    padded = -(-columns // STEP_K) * STEP_K
+    source = source_rows(rows, order)
+    panels = source.numel() // PANEL_ROWS
+    check_packable(weights)
+    codes, scales = weights.values.view(torch.uint8), weights.scales
+    if panels * PANEL_ROWS == rows and padded == columns:
+        out_codes = codes.view(local, panels, padded // 32, 2048)
+        out_scales = scales.view(local, panels, padded // STEP_K, 256)
+    else:
+        out_codes = codes.new_empty(local, panels, padded // 32, 2048)
+        out_scales = scales.new_empty(local, panels, padded // STEP_K, 256)
+    source = source.to(codes.device)
+    for expert in range(local):
+        out_codes[expert] = pack_codes(take_rows(codes[expert], source, padded, 0))
+        out_scales[expert] = pack_scales(take_rows(scales[expert] + SCALE_SHIFT, source, padded // 32, SCALE_SHIFT))
+    return FragmentMXFP8(out_codes, out_scales.view(torch.int32), rows, columns, order)
+
+
+def check_packable(weights: MXFP8) -> None:
+    """Refuse what fragment order has no code for.
+
+    Raises:
+        ConfigError: a scale byte is over 134, or a code is NaN; names the first expert that holds one.
+    """
+    codes, scales = weights.values.view(torch.uint8), weights.scales
+    for expert in range(codes.shape[0]):
+        largest = int(scales[expert].max())
+        if largest > LARGEST_SCALE:
+            raise ConfigError(f"expert {expert} has scale byte {largest}; fragment order holds up to {LARGEST_SCALE}")
+        if bool(((codes[expert] & 0x7F) == 0x7F).any()):
+            raise ConfigError(f"expert {expert} holds NaN codes; fragment order has none")
+
+
+def take_rows(matrix: torch.Tensor, source: torch.Tensor, columns: int, fill: int) -> torch.Tensor:
+    """``[len(source), columns]``: those rows of ``matrix``, ``fill`` where it is -1 and past the matrix's columns."""
+    out = matrix.new_full((source.numel(), columns), fill)
+    real = source >= 0
+    out[real, : matrix.shape[1]] = matrix[source[real]]
+    return out
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """``[N, K]`` -> ``[N / 64, K / 32, 2048]``, N and K whole panels and steps."""
+    # rows: panel, warp 4, half 2, g 8; columns: step, 2 (k 16), 2 (k 8), t 4, 2 (k 1)
+    parts = codes.view(-1, 4, 2, 8, codes.shape[1] // 32, 2, 2, 4, 2).flip(2)
+    return parts.permute(0, 4, 1, 3, 7, 5, 6, 8, 2).reshape(-1, codes.shape[1] // 32, 2048)
+
+
+def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_codes`: ``[panels, K / 32, 2048]`` -> ``[panels * 64, K]``."""
+    panels, steps, _ = packed.shape
+    parts = packed.view(panels, steps, 4, 8, 4, 2, 2, 2, 2).permute(0, 2, 8, 3, 1, 5, 6, 4, 7).flip(2)
+    return parts.reshape(panels * PANEL_ROWS, steps * 32)
+
+
+def pack_scales(scales: torch.Tensor) -> torch.Tensor:
+    """``[N, K / 32]`` bytes -> ``[N / 64, K / 128, 256]`` bytes, four of a row adjacent."""
+    return scales.view(-1, PANEL_ROWS, scales.shape[1] // 4, 4).transpose(1, 2).reshape(-1, scales.shape[1] // 4, 256)
+
+
+def unpack_scales(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_scales`: ``[panels, K / 128, 256]`` bytes -> ``[panels * 64, K / 32]``."""
+    panels, steps, _ = packed.shape
+    return packed.view(panels, steps, PANEL_ROWS, 4).transpose(1, 2).reshape(panels * PANEL_ROWS, steps * 4)
+
+
+def unpack(weights: FragmentMXFP8, expert: int) -> MXFP8:
+    """The inverse of `pack` for one matrix, ``[N, K]`` in new memory."""
+    source = source_rows(weights.rows, weights.order).to(weights.codes.device)
+    real = source >= 0
+    codes = weights.codes.new_empty(weights.rows, weights.columns)
+    scales = weights.codes.new_empty(weights.rows, weights.columns // 32)
+    codes[source[real]] = unpack_codes(weights.codes[expert])[real, : weights.columns]
+    shifted = unpack_scales(weights.scales[expert].view(torch.uint8))[real, : weights.columns // 32]
+    scales[source[real]] = shifted - SCALE_SHIFT
+    return MXFP8(codes.view(torch.float8_e4m3fn), scales)

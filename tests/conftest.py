@@ -1,0 +1,31 @@
+"""Kernels run compiled where there is a GPU and in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before any epfuse kernel is imported
+    from tests import interpreter
+
+    interpreter.install()
+
+DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the kernels under test run."""
+    return DEVICE

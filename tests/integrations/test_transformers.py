@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from epfuse.demo.model import build_model, seed_weights
+from epfuse.demo.settings import ModelSize
+from epfuse.errors import ConfigError, EpfuseError, LayoutError, ShapeError
+from epfuse.integrations.transformers import EPExperts, replace_experts
+from epfuse.parallel.checkpoint import load_sharded, save_checkpoint
+from epfuse.parallel.group import EPGroup
+
+SIZE = ModelSize(hidden=64, intermediate=32, dense_intermediate=64, moe_layers=2, experts=16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are too small to gain from threads, and their spinning costs seconds on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model() -> Any:
+    model = build_model(SIZE, torch.float32, "cpu")
+    seed_weights(model, 0)
+    return model
+
+
+@pytest.fixture
+def prompt() -> torch.Tensor:
+    return torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(1))
+
+
+def qwen3_experts(**changes: Any) -> Any:
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(hidden_size=32, moe_intermediate_size=16, num_experts=8, **changes)
+    config._experts_implementation = "eager"
+    experts = Qwen3MoeExperts(config)
+    for weight in experts.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return experts
+
+
+@torch.no_grad()
+def test_one_rank_computes_the_same_logits_and_reverts(model: Any, prompt: torch.Tensor) -> None:
+    before = model(prompt).logits
+    names = [name for name, module in model.named_modules() if name.endswith("mlp.experts")]
+    originals = [model.get_submodule(name) for name in names]
+
+    replacement = replace_experts(model, EPGroup.single())
+    assert list(replacement.experts) == names
+    assert all(isinstance(model.get_submodule(name), EPExperts) for name in names)
+    torch.testing.assert_close(model(prompt).logits, before, rtol=0, atol=1e-4)
+
+    replacement.revert()
+    assert [model.get_submodule(name) for name in names] == originals
+    assert torch.equal(model(prompt).logits, before)
+    replacement.revert()
+    assert [model.get_submodule(name) for name in names] == originals
+
+
+@torch.no_grad()
+def test_sum_of_the_ranks_shares_is_transformers_experts(model: Any) -> None:
+    whole = model.model.layers[1].mlp.experts
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(37, SIZE.hidden, generator=generator)
+    ids = torch.rand(37, SIZE.experts, generator=generator).topk(SIZE.top_k).indices
+    weights = torch.rand(37, SIZE.top_k, generator=generator)
+    expected = whole(hidden, ids, weights)
+    total = torch.zeros_like(hidden)
+    for rank in range(4):
+        replacement = replace_experts(model, EPGroup(rank, 4))
+        share = replacement.experts["model.layers.1.mlp.experts"]
+        assert share.gate_up_proj.shape[0] == SIZE.experts // 4
+        total += share.local_output(hidden, ids, weights)
+        replacement.revert()
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rank_loads_only_its_shard(model: Any, tmp_path: Path) -> None:
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    empty = build_model(SIZE, torch.float32, "meta")
+    replacement = replace_experts(empty, EPGroup(1, 2))
+    load_sharded(empty, tmp_path / "model.safetensors", replacement.sharded_parameters, torch.device("cpu"))
+    whole = dict(model.named_parameters()) | dict(model.named_buffers())
+    loaded = dict(empty.named_parameters()) | dict(empty.named_buffers())
+    assert loaded.keys() == whole.keys()
+    for name, tensor in loaded.items():
+        expected = whole[name][SIZE.experts // 2 :] if name in replacement.sharded_parameters else whole[name]
+        assert torch.equal(tensor, expected), name
+
+
+def test_loading_refuses_another_models_checkpoint(model: Any, tmp_path: Path) -> None:
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    other = build_model(ModelSize(hidden=32, moe_layers=2, experts=16), torch.float32, "meta")
+    with pytest.raises(ShapeError, match=r"model\.safetensors"):
+        load_sharded(other, tmp_path / "model.safetensors", {}, torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_silu_experts_of_another_model() -> None:
+    block = nn.ModuleDict({"experts": qwen3_experts()})
+    hidden, ids = torch.randn(9, 32), torch.rand(9, 8).topk(2).indices
+    weights = torch.rand(9, 2)
+    expected = block["experts"](hidden, ids, weights)
+    replace_experts(block, EPGroup.single())
+    torch.testing.assert_close(block["experts"](hidden, ids, weights), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_refuses_an_unknown_activation() -> None:
+    block = nn.ModuleDict({"experts": qwen3_experts(hidden_act="gelu")})
+    with pytest.raises(ConfigError, match="activation that epfuse does not know"):
+        replace_experts(block, EPGroup.single())
+
+
+def test_refuses_gpt_oss_layout() -> None:
+    from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    experts = GptOssExperts(GptOssConfig(hidden_size=32, intermediate_size=32, num_local_experts=4))
+    with pytest.raises(LayoutError, match=r"interleaved.*transposed.*biases"):
+        replace_experts(nn.ModuleDict({"experts": experts}), EPGroup.single())
+
+
+def test_refuses_transposed_weights_without_flags() -> None:
+    experts = qwen3_experts()
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().transpose(1, 2).contiguous())
+    with pytest.raises(ShapeError, match="down_proj"):
+        replace_experts(nn.ModuleDict({"experts": experts}), EPGroup.single())
+
+
+def test_refuses_a_model_without_experts_and_a_second_replacement(model: Any) -> None:
+    with pytest.raises(ConfigError, match="nothing to replace"):
+        replace_experts(nn.Linear(2, 2), EPGroup.single())
+    replace_experts(model, EPGroup.single())
+    with pytest.raises(ConfigError, match="replaced already"):
+        replace_experts(model, EPGroup.single())
+
+
+def test_an_error_in_the_last_layer_replaces_none(model: Any) -> None:
+    last = model.model.layers[-1].mlp.experts
+    last.is_transposed = True
+    with pytest.raises(EpfuseError, match=r"layers\.2"):
+        replace_experts(model, EPGroup.single())
+    assert not any(isinstance(module, EPExperts) for module in model.modules())
+
+
+def test_refuses_experts_that_do_not_divide(model: Any) -> None:
+    with pytest.raises(ConfigError, match="multiple"):
+        replace_experts(model, EPGroup(0, 3))
+
+
+def test_refuses_gradients(model: Any, prompt: torch.Tensor) -> None:
+    replace_experts(model, EPGroup.single())
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match="no_grad"):
+        model(prompt)

@@ -1,0 +1,61 @@
+"""Triton's interpreter with numpy's missing number formats put right, for tests on a machine without a GPU.
+
+Triton 3.6 to 3.9 interpret bf16 as raw uint16: `tl.dot` multiplies the bit patterns, and fp32 -> bf16 truncates. Both
+are replaced by PyTorch's conversions, which round to nearest even as the GPUs do.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+TORCH_FLOATS = {
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+}
+CARRIERS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+
+def as_torch(data: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
+    """A handle's numpy data, reinterpreted as the floats it stands for."""
+    flat = torch.from_numpy(np.ascontiguousarray(data).reshape(-1).copy())
+    return flat.view(TORCH_FLOATS[dtype]).reshape(data.shape)
+
+
+def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
+    """Round to nearest even from one float format to another, in the interpreter's numpy carrier types."""
+    out = as_torch(data, source).to(TORCH_FLOATS[target])
+    carrier = interpreter._get_np_dtype(target)
+    return out.reshape(-1).view(CARRIERS[carrier.itemsize]).numpy().view(carrier).reshape(data.shape)
+
+
+def install() -> None:
+    """Patch the interpreter's builder; call once, before any kernel runs."""
+    cast, fp_to_fp = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+
+    def both_float(src: TensorHandle, dst_type: tl.dtype) -> bool:
+        return src.dtype.scalar in TORCH_FLOATS and dst_type.scalar in TORCH_FLOATS
+
+    def cast_impl(self, src, dst_type):
+        if both_float(src, dst_type):
+            return TensorHandle(convert(src.data, src.dtype.scalar, dst_type.scalar), dst_type.scalar)
+        return cast(self, src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if both_float(src, dst_type):
+            return TensorHandle(convert(src.data, src.dtype.scalar, dst_type.scalar), dst_type.scalar)
+        return fp_to_fp(self, src, dst_type, rounding_mode)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        left, right = (as_torch(x.data, x.dtype.scalar).float().numpy() for x in (a, b))
+        return TensorHandle(np.matmul(left, right, dtype=np.float32) + d.data, d.dtype.scalar)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    InterpreterBuilder.create_dot = create_dot

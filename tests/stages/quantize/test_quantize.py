@@ -1,0 +1,143 @@
+"""The quantise kernel is bit for bit the PyTorch encoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epfuse.errors import DeviceError, DtypeError, EpfuseError, LayoutError, ShapeError
+from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout, ScaleRounding
+from epfuse.stages.quantize.launch import launch_quantize
+from epfuse.stages.quantize.reference import quantize
+from tests.conftest import DEVICE
+from tests.numerics.formats import corner_rows
+from tests.stages.quantize.tile_kernel import tile_kernel
+
+ROUNDINGS = list(ScaleRounding)
+TARGETS = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
+SOURCES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def assert_same_bits(got: MXFP8, expected: MXFP8) -> None:
+    assert got.values.dtype == expected.values.dtype
+    assert torch.equal(got.values.view(torch.uint8).cpu(), expected.values.view(torch.uint8).cpu())
+    assert torch.equal(got.scales.cpu(), expected.scales.cpu())
+
+
+def poisoned(tokens: int, size: int, dtype: torch.dtype, device: torch.device) -> MXFP8:
+    """An output in which a byte that is not written shows."""
+    return MXFP8(
+        torch.full((tokens, size), 0x55, dtype=torch.uint8, device=device).view(dtype),
+        torch.full((tokens, size // 32), 0x55, dtype=torch.uint8, device=device),
+    )
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_corner_cases(rounding: ScaleRounding, target: torch.dtype, source: torch.dtype, device: torch.device) -> None:
+    x = corner_rows(source).to(device)
+    assert_same_bits(launch_quantize(x, rounding, target), quantize(x.cpu(), rounding, target))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, of signalling NaNs
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_beside_every_exponent(
+    rounding: ScaleRounding, target: torch.dtype, source: torch.dtype, device: torch.device
+) -> None:
+    # all 2^16 bit patterns, in an order that gives a block close magnitudes (sorted) or far ones (shuffled)
+    ordered = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(source)
+    shuffled = ordered[torch.randperm(65536, generator=torch.Generator().manual_seed(3))]
+    x = torch.cat([ordered, shuffled]).view(64, 2048).to(device)
+    assert_same_bits(launch_quantize(x, rounding, target), quantize(x.cpu(), rounding, target))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_every_rounding_boundary_of_e4m3(rounding: ScaleRounding, device: torch.device) -> None:
+    # midpoints between neighbouring E4M3 numbers and the float32 numbers next to them; 448 (256) keeps the scale at 1
+    magnitudes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (magnitudes[1:] + magnitudes[:-1]) / 2
+    near = torch.cat([middles, middles.nextafter(torch.tensor(0.0)), middles.nextafter(torch.tensor(1e9)), magnitudes])
+    values = torch.cat([near, -near])
+    x = torch.full((-(-values.numel() // 31), 32), 448.0)
+    x[:, 1:] = torch.nn.functional.pad(values, (0, -values.numel() % 31)).view(-1, 31)
+    got = launch_quantize(x.to(device), rounding)
+    assert (got.scales == 127).all()
+    assert_same_bits(got, quantize(x, rounding))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.floats(width=32), min_size=32, max_size=32),
+    st.sampled_from(ROUNDINGS),
+    st.sampled_from(TARGETS),
+)
+def test_any_block(block: list[float], rounding: ScaleRounding, target: torch.dtype) -> None:
+    x = torch.tensor([block])
+    assert_same_bits(launch_quantize(x.to(DEVICE), rounding, target), quantize(x, rounding, target))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 37])
+@pytest.mark.parametrize("size", [32, 96, 1024, 1184])
+def test_shapes_and_strides_and_that_every_byte_is_written(tokens: int, size: int, device: torch.device) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, size + 17, generator=g).to(torch.bfloat16).to(device)[:, 8 : size + 8]
+    out = poisoned(tokens, size, torch.float8_e4m3fn, device)
+    assert launch_quantize(x, out=out) is out
+    assert_same_bits(out, quantize(x.cpu()))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_quantize_block_in_a_tile_of_three_dimensions(
+    rounding: ScaleRounding, target: torch.dtype, device: torch.device
+) -> None:
+    x = corner_rows(torch.bfloat16, columns=128)[:16].to(device)
+    out = poisoned(16, 128, target, device)
+    ceil, fnuz = rounding is ScaleRounding.CEIL, target == torch.float8_e4m3fnuz
+    tile_kernel[(1,)](x, out.values.view(torch.uint8), out.scales, ROWS=16, GROUPS=4, CEIL=ceil, FNUZ=fnuz)
+    assert_same_bits(out, quantize(x.cpu(), rounding, target))
+
+
+def test_reference_in_fnuz_holds_the_same_numbers() -> None:
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    fn, fnuz = quantize(x), quantize(x, dtype=torch.float8_e4m3fnuz)
+    assert torch.equal(fn.dequantize(torch.float64), fnuz.dequantize(torch.float64))
+    with pytest.raises(DtypeError, match=r"dtype is torch\.float8_e5m2"):
+        quantize(x, dtype=torch.float8_e5m2)
+
+
+def test_what_is_refused(device: torch.device) -> None:
+    x = torch.zeros(4, 64, dtype=torch.bfloat16, device=device)
+    out = poisoned(4, 64, torch.float8_e4m3fn, device)
+    elsewhere = MXFP8(out.values.to("meta"), out.scales.to("meta"))
+    cases: list[tuple[type[EpfuseError], str, torch.Tensor, dict[str, object]]] = [
+        (ShapeError, r"x has shape \(4, 33\)", x[:, :33], {}),
+        (ShapeError, r"x has shape \(1, 4, 64\)", x[None], {}),
+        (DtypeError, "x has dtype torch.float64", x.double(), {}),
+        (DtypeError, "dtype is torch.float8_e5m2", x, {"dtype": torch.float8_e5m2}),
+        (LayoutError, "x has strides", torch.zeros(64, 64, device=device).t(), {}),
+        (ShapeError, r"out has shape \(4, 64\)", x[:3], {"out": out}),
+        (DtypeError, "out has dtype", x, {"out": out, "dtype": torch.float8_e4m3fnuz}),
+        (DeviceError, "out is on meta", x, {"out": elsewhere}),
+        (LayoutError, "out has scales in layout PACKED", x, {"out": out.with_layout(ScaleLayout.PACKED)}),
+    ]
+    for error, message, tensor, arguments in cases:
+        with pytest.raises(error, match=message):
+            launch_quantize(tensor, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_graph_capture(device: torch.device) -> None:
+    x = torch.randn(37, 6144, device=device).to(torch.bfloat16)
+    out = launch_quantize(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch_quantize(x, out=out)
+    x.copy_(torch.randn(37, 6144, device=device))
+    graph.replay()
+    assert_same_bits(out, quantize(x.cpu()))

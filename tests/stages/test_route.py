@@ -1,0 +1,56 @@
+"""The routing kernels against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epfuse.stages.route import reference
+from epfuse.stages.route.launch import launch_route
+from epfuse.stages.route.table import RouteTable
+from epfuse.stages.tiles import RouteTiles
+from tests.cases import ROUTINGS, topk_ids_for
+
+ONE_LAUNCH = RouteTiles(chunk=32)
+TWO_LAUNCHES = RouteTiles(chunk=16, one_launch_routes=0)
+
+
+def local_map(experts: int, local: int, device: torch.device) -> torch.Tensor:
+    slots = torch.full((experts,), -1, dtype=torch.int32)
+    slots[:local] = torch.arange(local, dtype=torch.int32).flip(0)
+    return slots.to(device)
+
+
+def assert_same(got: RouteTable, want: RouteTable) -> None:
+    used = int(want.num_padded)
+    assert int(got.num_padded) == used
+    assert got.max_padded == want.max_padded >= used
+    torch.testing.assert_close(got.sorted_routes[:used].cpu(), want.sorted_routes[:used].cpu(), rtol=0, atol=0)
+    blocks = used // want.block_m
+    torch.testing.assert_close(got.block_expert[:blocks].cpu(), want.block_expert[:blocks].cpu(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tiles", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one_launch", "two_launches"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("tokens", [1, 3, 37, 300])
+def test_matches_reference(device, routing, tokens, tiles):
+    experts, local = 24, 5
+    ids = topk_ids_for(routing, tokens, experts, local, top_k=4).to(device)
+    slots = local_map(experts, local, device)
+    for block_m in (16, 64):
+        assert_same(launch_route(ids, slots, local, block_m, tiles), reference.route(ids, slots, local, block_m))
+
+
+@pytest.mark.parametrize("tiles", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one_launch", "two_launches"])
+def test_many_experts_and_int32_ids(device, tiles):
+    ids = topk_ids_for("uniform", 50, 128, 127, top_k=8).int().to(device)
+    slots = torch.arange(128, dtype=torch.int32, device=device)
+    assert_same(launch_route(ids, slots, 128, 16, tiles), reference.route(ids, slots, 128, 16))
+
+
+@pytest.mark.gpu
+def test_prefill(device):
+    ids = topk_ids_for("uniform", 8192, 128, 16, top_k=4).to(device)
+    slots = local_map(128, 16, device)
+    for block_m in (16, 64, 128):
+        assert_same(launch_route(ids, slots, 16, block_m), reference.route(ids, slots, 16, block_m))

@@ -1,0 +1,59 @@
+"""The comparison sees one wrong row of many; the budgets are what they are derived to be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from epfuse.verify.budget import compare, dense_tolerance
+
+ORACLE = torch.randn(300, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_equal() -> None:
+    assert compare(ORACLE.clone(), ORACLE).snr_db == math.inf
+    assert compare(ORACLE.clone(), ORACLE).max_error == 0
+
+
+def test_one_wrong_row_decides() -> None:
+    result = ORACLE.clone()
+    result[7] *= 1.1
+    assert compare(result, ORACLE).snr_db == pytest.approx(20)
+
+
+def test_one_wrong_element_shows_in_the_max_error() -> None:
+    result = ORACLE.clone()
+    result[7, 3] += ORACLE[7].square().mean().sqrt() / 4
+    assert compare(result, ORACLE).max_error == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_fails(value: float) -> None:
+    result = ORACLE.clone()
+    result[7, 3] = value
+    assert compare(result, ORACLE).snr_db == -math.inf
+    assert compare(result, ORACLE).max_error == math.inf
+
+
+def test_nan_is_right_exactly_where_the_oracle_has_it() -> None:
+    oracle = ORACLE.clone()
+    oracle[7] = math.nan
+    assert compare(oracle.clone(), oracle).snr_db == math.inf
+    assert compare(ORACLE, oracle).snr_db == -math.inf
+
+
+def test_a_row_that_must_be_zero_must_be_exactly_zero() -> None:
+    oracle = ORACLE.clone()
+    oracle[7] = 0
+    result = oracle.clone()
+    assert compare(result, oracle).snr_db == math.inf
+    result[7, 3] = 1e-30
+    assert compare(result, oracle).snr_db == -math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_minimax_m3s_budget_notices_one_lost_term(dtype: torch.dtype) -> None:
+    """A dot product over H=6144 that drops one term is off by 1/sqrt(6144): 37.9 dB."""
+    assert dense_tolerance(dtype, 6144, 3072).snr_db > 37.9
