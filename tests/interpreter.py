@@ -1,7 +1,8 @@
 """Triton's interpreter with numpy's missing number formats put right, for tests on a machine without a GPU.
 
 Triton 3.6 to 3.9 interpret bf16 as raw uint16: `tl.dot` multiplies the bit patterns, and fp32 -> bf16 truncates. Both
-are replaced by PyTorch's conversions, which round to nearest even as the GPUs do.
+are replaced by PyTorch's conversions, which round to nearest even as the GPUs do. Its list of types for pointers lacks
+E4M3FNUZ, which is added.
 """
 
 from __future__ import annotations
@@ -56,6 +57,18 @@ def install() -> None:
         left, right = (as_torch(x.data, x.dtype.scalar).float().numpy() for x in (a, b))
         return TensorHandle(np.matmul(left, right, dtype=np.float32) + d.data, d.dtype.scalar)
 
+    patch_lang_core = interpreter._patch_lang_core
+
+    def patch_with_fnuz(lang, scope):
+        patch_lang_core(lang, scope)
+        to_ir = lang.dtype.to_ir
+
+        def to_ir_with_fnuz(self, builder):
+            return builder.get_fp8e4b8_ty() if self.name == "fp8e4b8" else to_ir(self, builder)
+
+        scope.set_attr(lang.dtype, "to_ir", to_ir_with_fnuz)
+
+    interpreter._patch_lang_core = patch_with_fnuz
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot

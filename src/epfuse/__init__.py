@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from epfuse.api import fused_experts
-    from epfuse.config import LayerShape, Path, SwiGLUOAI, silu_gate
+    from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI, silu_gate
     from epfuse.errors import EpfuseError
     from epfuse.expert_map import ExpertMap
     from epfuse.target import Target, target_of
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "Combine": "epfuse.config",
     "EpfuseError": "epfuse.errors",
     "ExpertMap": "epfuse.expert_map",
     "ExpertWeights": "epfuse.weights.experts",
@@ -33,6 +34,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Combine",
     "EpfuseError",
     "ExpertMap",
     "ExpertWeights",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from epfuse import pipeline
-from epfuse.config import LayerShape, Path, SwiGLUOAI
+from epfuse import pipeline, pipeline_fp8
+from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
-from epfuse.policy import decide
+from epfuse.policy import FP8_PATHS, decide
 from epfuse.target import target_of
 from epfuse.weights.experts import ExpertWeights
 
@@ -22,6 +22,7 @@ def fused_experts(
     *,
     activation: SwiGLUOAI | None = None,
     path: Path = Path.AUTO,
+    combine: Combine = Combine.DETERMINISTIC,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One rank's routed experts: the sum, over the routes whose expert this rank holds, of the weighted outputs.
@@ -29,13 +30,16 @@ def fused_experts(
     The sum of the results over all ranks is the unsharded layer. Inference only: there is no backward.
 
     Args:
-        hidden: ``[T, H]`` contiguous; BF16, or the dtype of dense weights.
+        hidden: ``[T, H]`` contiguous; the dtype of dense weights; BF16 beside FP8 weights (on the reference path FP16
+            and FP32 too).
         weights: this rank's experts.
         topk_weights: ``[T, K]`` float32 contiguous; a NaN reaches only its own token.
         topk_ids: ``[T, K]`` int32 or int64 contiguous, global expert ids; -1 and anything outside [0, E) is skipped.
         expert_map: which global experts are local, with L matching ``weights``.
         activation: SwiGLU-OAI parameters; None means MiniMax-M3's.
         path: how to compute it; AUTO lets the policy choose.
+        combine: how a token's routes are summed. ATOMIC is for the paths with FP8 activations (W8A8, BLOCK_FP8) and not
+            bitwise repeatable.
         out: ``[T, H]`` to write into, dtype and device of hidden; must not overlap hidden. Allocated if None.
 
     Returns:
@@ -43,12 +47,12 @@ def fused_experts(
 
     Raises:
         ShapeError, DtypeError, DeviceError, LayoutError, ConfigError: an argument does not fit; the message names it.
-        UnsupportedTarget: the device can't run ``path``.
+        UnsupportedTarget: the device can't run ``path`` on these weights, or not with this ``combine``.
 
     Host syncs: none on a GPU path; graph-capturable.
     """
     activation = SwiGLUOAI() if activation is None else activation
-    check_call(hidden, weights, topk_weights, topk_ids, expert_map, activation, path, out)
+    check_call(hidden, weights, topk_weights, topk_ids, expert_map, activation, path, combine, out)
     tokens, top_k = topk_ids.shape
     if out is None:
         out = torch.empty_like(hidden)
@@ -58,10 +62,12 @@ def fused_experts(
         return out.zero_()
     shape = LayerShape(weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, top_k)
     kept = frozenset(weights.kept)
-    decision = decide(path, target_of(hidden.device), shape, tokens, kept, hidden.dtype)
+    decision = decide(path, target_of(hidden.device), shape, tokens, kept, hidden.dtype, combine)
     call = (hidden, weights, topk_weights, topk_ids, expert_map, activation)
     if decision.weights is None or decision.tiles is None:
         return out.copy_(pipeline.run_reference(*call))
+    if decision.path in FP8_PATHS:
+        return pipeline_fp8.run_fp8_kernels(*call, decision.weights, decision.tiles, combine, out)
     return pipeline.run_kernels(*call, decision.weights, decision.tiles, out)
 
 
@@ -73,6 +79,7 @@ def check_call(
     expert_map: ExpertMap,
     activation: SwiGLUOAI,
     path: Path,
+    combine: Combine,
     out: torch.Tensor | None,
 ) -> None:
     """Raise the error that names the first argument that does not fit. Reads no tensor's data."""
@@ -81,6 +88,7 @@ def check_call(
         ("expert_map", expert_map, ExpertMap),
         ("activation", activation, SwiGLUOAI),
         ("path", path, Path),
+        ("combine", combine, Combine),
     ):
         if not isinstance(value, kind):
             hint = " (wrap a map tensor: ExpertMap(tensor))" if kind is ExpertMap else ""
@@ -102,8 +110,10 @@ def check_call(
     tokens, width = hidden.shape
     if width != weights.hidden:
         raise ShapeError(f"hidden has shape {(tokens, width)}; the weights need [T, H] with H={weights.hidden}")
-    if hidden.dtype != weights.dtype:
-        raise DtypeError(f"hidden has dtype {hidden.dtype}; these weights need {weights.dtype}")
+    if hidden.dtype not in weights.activation_dtypes:
+        raise DtypeError(
+            f"hidden has dtype {hidden.dtype}; these weights need {' or '.join(map(str, weights.activation_dtypes))}"
+        )
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise DtypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be int32 or int64")
     if topk_weights.dtype != torch.float32:

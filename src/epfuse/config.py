@@ -24,6 +24,20 @@ class Path(enum.Enum):
     """Dense weights (BF16; FP16 and FP32 too), activations of the same dtype."""
     W8A16 = "w8a16"
     """MXFP8 weights, dequantised to BF16 in registers, which is exact; BF16 activations."""
+    W8A8 = "w8a8"
+    """MXFP8 weights and activations quantised to MXFP8, multiplied by native FP8 dots; loses accuracy."""
+    BLOCK_FP8 = "block_fp8"
+    """Block FP8 weights and activations quantised per 128 values, multiplied by native FP8 dots; loses accuracy."""
+
+
+class Combine(enum.Enum):
+    """How the rows of a token's routes are summed."""
+
+    DETERMINISTIC = "deterministic"
+    """A row per route, weighted and rounded once; then a sum in FP32 in route order, rounded once. Repeatable."""
+    ATOMIC = "atomic"
+    """Weighted FP32 rows are added to a float32 ``[T, H]`` buffer as they are finished, by relaxed atomics; the buffer
+    is rounded once. One rounding less, no ``[R, H]`` tensor, and an order that changes from run to run."""
 
 
 class WeightFormat(enum.Enum):
@@ -35,6 +49,12 @@ class WeightFormat(enum.Enum):
     """E4M3 values and E8M0 scale bytes, row-major, as checkpoints have them."""
     FRAGMENT = "fragment"
     """MXFP8 in the order in which Hopper's tensor cores take it."""
+    MXFP8_FNUZ = "mxfp8_fnuz"
+    """MXFP8 with E4M3FNUZ values, the FP8 that gfx942 multiplies; scales are doubled to match."""
+    BLOCK_FP8 = "block_fp8"
+    """E4M3 values with a float32 scale per 128x128 block."""
+    BLOCK_FP8_FNUZ = "block_fp8_fnuz"
+    """Block FP8 with E4M3FNUZ values."""
 
 
 @dataclass(frozen=True)

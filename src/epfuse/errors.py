@@ -37,3 +37,7 @@ class UnsupportedTarget(EpfuseError):
 
 class MissingDependency(EpfuseError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class TraceError(EpfuseError):
+    """A profiler's trace can't be read, or has nothing to profile; the message names the file."""

@@ -61,7 +61,9 @@ def run_kernels(
     experts, local = weights.kept[form], weights.local_experts
     slots = expert_map.on(hidden.device)
     with record_function("epfuse::route"):
-        routes = launch_route(topk_ids, slots, local, tiles.block_m)
+        routes = launch_route(
+            topk_ids, slots, local, tiles.block_m, arrivals_per_block=tiles.arrivals(weights.hidden, weights.intermediate)
+        )
     with record_function("epfuse::gate_up"):
         y = launch_gate_up(hidden, experts.w13, routes, topk_ids.shape[1], activation, tiles.gate_up)
     with record_function("epfuse::down"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -30,6 +32,25 @@ class Target(enum.Enum):
         return self is not Target.CPU
 
 
+_planned: Target | None = None
+
+
+@contextmanager
+def planning_for(target: Target) -> Iterator[None]:
+    """Inside, the meta device stands for a ``target``: launchers can be called with tensors that have no data.
+
+    For compiling what a call would launch (`epfuse.aot`); one at a time, not thread-safe.
+    """
+    global _planned
+    before, _planned = _planned, target
+    target_of.cache_clear()
+    try:
+        yield
+    finally:
+        _planned = before
+        target_of.cache_clear()
+
+
 @functools.lru_cache(maxsize=64)
 def target_of(device: torch.device) -> Target:
     """The target of ``device``.
@@ -37,6 +58,8 @@ def target_of(device: torch.device) -> Target:
     Raises:
         UnsupportedTarget: a GPU that epfuse has no kernels for.
     """
+    if device.type == "meta" and _planned is not None:
+        return _planned
     if device.type == "cpu":
         return Target.CPU
     if device.type == "cuda":

@@ -167,6 +167,42 @@ def copy_rows(stage, ptrs, live, k, K, EVEN_K: gl.constexpr):
 
 
 @gluon.jit
+def share_of(total, split, SPLIT_K: gl.constexpr):
+    """First step and number of steps of one of SPLIT_K programs that share a tile's reduction."""
+    each = (total + SPLIT_K - 1) // SPLIT_K
+    first = split * each
+    return first, gl.maximum(gl.minimum(each, total - first), 0)
+
+
+@gluon.jit
+def sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K: gl.constexpr):
+    """Leave this program's share in memory; the last of a tile's programs to do so gets the sum, in a fixed order.
+
+    Args:
+        partials: FP32 ``[tiles, SPLIT_K, BLOCK_N, BLOCK_M]``.
+        arrivals: int32 ``[tiles]``, zero before the launch.
+
+    Returns:
+        The sum, and whether this program is the one that has it.
+    """
+    layout: gl.constexpr = acc.type.layout
+    BLOCK_N: gl.constexpr = acc.shape[0]
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    rows = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    inside = rows[:, None] * BLOCK_M + columns[None, :]
+    shares = partials + tile.to(gl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M)
+    gl.store(shares + split * (BLOCK_N * BLOCK_M) + inside, acc)
+    gl.thread_barrier()  # every thread's share is written before one thread says so
+    last = gl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT_K - 1
+    if last:
+        acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=layout)
+        for share in gl.static_range(SPLIT_K):
+            acc += gl.load(shares + share * (BLOCK_N * BLOCK_M) + inside, cache_modifier=".cg")
+    return acc, last
+
+
+@gluon.jit
 def half_operand(codes, words, HALF: gl.constexpr, a_layout: gl.constexpr, groups_layout: gl.constexpr):
     """BF16 register operand [BLOCK_N, BLOCK_K / 2] of one half of a stage, from its codes and the rows' scale words."""
     BLOCK_N: gl.constexpr = codes.shape[0]
@@ -181,7 +217,7 @@ def half_operand(codes, words, HALF: gl.constexpr, a_layout: gl.constexpr, group
 
 @gluon.jit
 def weights_times_rows(
-    w_ptrs, s_ptrs, x_ptrs, live, K, K_PADDED,
+    w_ptrs, s_ptrs, x_ptrs, live, K, steps,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     EVEN_K: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
@@ -192,8 +228,8 @@ def weights_times_rows(
         s_ptrs: from `fragment_pointers`; None for dense weights.
         x_ptrs: from `row_pointers`.
         live: bool ``[BLOCK_M]`` in the rows' layout; the others are padding.
-        K: columns of x.
-        K_PADDED: columns of the weights, whole stages.
+        K: columns of x that are left from x_ptrs on.
+        steps: stages to go through.
         WAIT: whether x comes from the kernel before: weights are fetched first, then that kernel is waited for.
     """
     WARPS: gl.constexpr = gl.num_warps()
@@ -215,7 +251,6 @@ def weights_times_rows(
         groups_layout: gl.constexpr = group_layout(BLOCK_N, BLOCK_K // 2, WARPS)
         next_words = gl.load(s_ptrs)
 
-    steps = K_PADDED // BLOCK_K
     if WAIT:
         for early in gl.static_range(STAGES - 1):
             if early < steps:
@@ -229,15 +264,15 @@ def weights_times_rows(
         async_copy.commit_group()
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=acc_layout)
     for step in range(0, steps):
-        if not DENSE:
-            words = next_words
-            next_words = gl.load(s_ptrs + gl.minimum(step + 1, steps - 1) * 64)
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         stage = step % STAGES
         if DENSE:
             acc = warpgroup_mma(w_ring.index(stage), x_ring.index(stage).permute((1, 0)), acc, is_async=True)
         else:
+            # after the fence, which would wait for a load that is under way
+            words = next_words
+            next_words = gl.load(s_ptrs + gl.minimum(step + 1, steps - 1) * 64)
             for half in gl.static_range(2):
                 codes = fragments.index(stage * 2 + half).load(a_layout)
                 a = half_operand(codes, words, half, a_layout, groups_layout)

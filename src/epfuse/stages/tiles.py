@@ -20,13 +20,17 @@ class RouteTiles:
     """How the routes are cut into chunks.
 
     Args:
-        chunk: routes of one program, a power of two.
+        chunk: routes that one program places, a power of two.
+        count: routes that it counts at a time, a power of two.
         one_launch_routes: up to this many routes every program counts all of them itself (one launch); above it a
             counting launch comes first (two launches, no program reads more than its chunk and the counts).
+        num_warps: warps of a program.
     """
 
     chunk: int = 128
+    count: int = 1024
     one_launch_routes: int = 4096
+    num_warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,13 @@ class GemmTile:
 class Sm90Tile(GemmTile):
     """A tile of the Hopper kernels, with the weights on the M side of wgmma.
 
-    block_n is a multiple of 64, block_k of 64 (128 for MXFP8 weights); num_stages counts whole K steps in flight.
+    block_n is a multiple of 64, block_k is 64 or 128 (128 for MXFP8 weights); num_stages counts K steps in the ring.
+
+    Args:
+        split_k: programs that share a tile's reduction, where there are too few tiles to fill the GPU.
     """
+
+    split_k: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,15 @@ class LayerTiles:
                 value = getattr(tile, size)
                 if value < 16 or value & (value - 1):
                     raise ConfigError(f"{name}.{size} is {value}; it must be a power of two, at least 16")
+
+    def arrivals(self, hidden: int, intermediate: int) -> int:
+        """Counters that the kernels need for each row block: one for each tile whose reduction is shared."""
+        outputs = ((self.gate_up, 2 * intermediate), (self.down, hidden))
+        return sum(
+            -(-(-(-rows // 64) * 64) // tile.block_n)
+            for tile, rows in outputs
+            if isinstance(tile, Sm90Tile) and tile.split_k > 1
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +126,7 @@ def tiles_for(target: Target, weights: WeightFormat, shape: LayerShape, dtype: t
     ranges: tuple[TileRange, ...]
     if weights is WeightFormat.FRAGMENT:
         ranges = SM90_FRAGMENT
-    elif weights is WeightFormat.MXFP8:
+    elif weights in (WeightFormat.MXFP8, WeightFormat.MXFP8_FNUZ):
         ranges = MXFP8[target]
     elif dtype == torch.float32:
         ranges = FLOAT32

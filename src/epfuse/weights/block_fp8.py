@@ -13,6 +13,7 @@ import torch
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.numerics.e8m0 import ScaleRounding, decode_scales, magnitude_bits, scale_bytes
 from epfuse.numerics.fnuz import fn_codes_to_fnuz
+from epfuse.numerics.mxfp8 import BLOCK as MX_BLOCK
 from epfuse.numerics.mxfp8 import DECODED_DTYPES, E4M3_MAX, MXFP8, SOURCE_DTYPES, VALUE_DTYPES
 
 BLOCK = 128
@@ -109,6 +110,17 @@ class BlockFP8:
             matrix.copy_(values.to(wide).mul_(rows.repeat_interleave(BLOCK, 1)[:, : values.shape[1]]))
         return out
 
+    def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """``[N, K]`` numbers of one expert, as `dequantize` gives them."""
+        return BlockFP8(self.values[expert : expert + 1], self.scales[expert : expert + 1]).dequantize(dtype)[0]
+
+    def to_fnuz_(self) -> BlockFP8:
+        """`to_fnuz` in the memory of this one, one expert at a time; this one must not be read afterwards."""
+        codes = self.values.view(torch.uint8)
+        for matrix in codes:
+            matrix.copy_(fn_codes_to_fnuz(matrix))
+        return BlockFP8(codes.view(torch.float8_e4m3fnuz), self.scales.mul_(2))
+
     def to_fnuz(self) -> BlockFP8:
         """The same numbers in E4M3FNUZ, for gfx94x (codes keep their bits, scales double), as new tensors."""
         if self.values.dtype == torch.float8_e4m3fnuz:
@@ -129,6 +141,11 @@ class BlockFP8:
     def nbytes(self) -> int:
         """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes
+
+
+def scale_block(weights: MXFP8 | BlockFP8) -> tuple[int, int]:
+    """(rows, columns) of a matrix that share a scale."""
+    return (BLOCK, BLOCK) if isinstance(weights, BlockFP8) else (1, MX_BLOCK)
 
 
 def _scale_shape(shape: torch.Size) -> tuple[int, int, int]:

@@ -10,13 +10,17 @@ import torch
 
 from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError, DeviceError, DtypeError, EpfuseError, LayoutError, ShapeError
+from epfuse.numerics.fnuz import double_scales, normalize_to_fnuz_
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.target import Target, target_of
+from epfuse.weights.block_fp8 import BlockFP8, BlockScale
 from epfuse.weights.fragment import FragmentMXFP8, RowOrder, check_packable, pack, unpack
 
 log = logging.getLogger(__name__)
 
-W = TypeVar("W", torch.Tensor, MXFP8, FragmentMXFP8)
+Stack: TypeAlias = torch.Tensor | MXFP8 | FragmentMXFP8 | BlockFP8
+"""The matrices of all experts, ``[L, N, K]``."""
+W = TypeVar("W", torch.Tensor, MXFP8, FragmentMXFP8, BlockFP8)
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -39,32 +43,42 @@ class Projections(Generic[W]):
     w2: W
 
 
-def expert_matrix(stack: torch.Tensor | MXFP8 | FragmentMXFP8, expert: int, dtype: torch.dtype) -> torch.Tensor:
-    """One expert's matrix ``[N, K]`` as plain numbers, from any format; float32 and float64 hold every one exactly."""
+def expert_matrix(stack: Stack, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """One expert's matrix ``[N, K]`` as plain numbers, from any format; float32 and float64 hold every one exactly.
+
+    (Block FP8 with scales that are no powers of two is exact in float64 only.)
+    """
     if isinstance(stack, torch.Tensor):
         return stack[expert].to(dtype)
+    if isinstance(stack, BlockFP8):
+        return stack.matrix(expert, dtype)
     return (unpack(stack, expert) if isinstance(stack, FragmentMXFP8) else stack[expert]).dequantize(dtype)
 
 
-AnyProjections: TypeAlias = Projections[torch.Tensor] | Projections[MXFP8] | Projections[FragmentMXFP8]
+AnyProjections: TypeAlias = (
+    Projections[torch.Tensor] | Projections[MXFP8] | Projections[FragmentMXFP8] | Projections[BlockFP8]
+)
 
 
-def stack_rows(stack: torch.Tensor | MXFP8 | FragmentMXFP8) -> int:
+def stack_rows(stack: Stack) -> int:
     """N of a stack ``[L, N, K]``."""
     return stack.rows if isinstance(stack, FragmentMXFP8) else stack.shape[1]
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """What one rank holds of one layer, in one format or several. Build it with `dense`, `bf16`, `mxfp8` or `hybrid`.
+    """What one rank holds of one layer, in one format or several.
+
+    Build it with `dense`, `bf16`, `mxfp8`, `hybrid` or `block_fp8`.
 
     Attributes:
         local_experts: L.
         hidden: H.
         intermediate: I.
         dense_experts: plain numbers, row-major.
-        mxfp8_experts: MXFP8 as checkpoints have it.
+        mxfp8_experts: MXFP8 as checkpoints have it, or with E4M3FNUZ values after `prepare` for gfx942.
         fragment_experts: MXFP8 rearranged by `prepare` for Hopper.
+        block_fp8_experts: FP8 with a scale per 128x128 block.
     """
 
     local_experts: int
@@ -73,6 +87,7 @@ class ExpertWeights:
     dense_experts: Projections[torch.Tensor] | None = None
     mxfp8_experts: Projections[MXFP8] | None = None
     fragment_experts: Projections[FragmentMXFP8] | None = None
+    block_fp8_experts: Projections[BlockFP8] | None = None
 
     @classmethod
     def dense(cls, w13: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
@@ -141,19 +156,57 @@ class ExpertWeights:
         dense = Projections(stacks.w13.dequantize(torch.bfloat16), stacks.w2.dequantize(torch.bfloat16))
         return replace(packed, dense_experts=dense)
 
-    def prepare(self, target: Target | None = None) -> ExpertWeights:
-        """Rearrange MXFP8 weights for ``target``, **in their own memory**, one expert at a time.
+    @classmethod
+    def block_fp8(
+        cls,
+        w13: torch.Tensor,
+        w13_scale: torch.Tensor,
+        w2: torch.Tensor,
+        w2_scale: torch.Tensor,
+        scale: BlockScale = BlockScale.POWER_OF_TWO,
+    ) -> ExpertWeights:
+        """Convert MXFP8 weights to 128x128 block FP8, one expert at a time, in new memory.
 
-        The tensors given to `mxfp8` hold the rearranged bytes afterwards (new memory is taken only for a matrix whose
-        rows are no multiple of 64 or columns no multiple of 128). Dense weights, and targets that read checkpoints'
-        order, are left as they are. Weights that the order can't hold (a NaN, a block scale over 2^7) stay in
-        checkpoints' order and run on the slower kernels; a warning is logged.
+        Args:
+            w13, w13_scale, w2, w2_scale: as `mxfp8` takes them; left as they are, and free to be dropped afterwards.
+            scale: rule of the block scales.
+        """
+        packed = cls.mxfp8(w13, w13_scale, w2, w2_scale)
+        assert packed.mxfp8_experts is not None
+        stacks = packed.mxfp8_experts
+        blocks = Projections(BlockFP8.quantize(stacks.w13, scale), BlockFP8.quantize(stacks.w2, scale))
+        return replace(packed, mxfp8_experts=None, block_fp8_experts=blocks)
+
+    def prepare(self, target: Target | None = None) -> ExpertWeights:
+        """Bring FP8 weights into the form that ``target`` reads fastest, **in their own memory**, expert by expert.
+
+        The tensors given to `mxfp8` hold other bytes afterwards: on Hopper rearranged (new memory is taken only for a
+        matrix whose rows are no multiple of 64 or columns no multiple of 128), on gfx942 as E4M3FNUZ. Dense weights,
+        and targets that read checkpoints' order, are left as they are. Weights that Hopper's order can't hold (a NaN, a
+        block scale over 2^7) stay in checkpoints' order and run on the slower kernels; a warning is logged.
 
         Args:
             target: None means the target of the device that the weights are on.
+
+        Raises:
+            ConfigError: for gfx942, an MXFP8 scale byte is 254, whose double E8M0 can't hold; nothing is changed.
         """
         target = target_of(self.device) if target is None else target
-        if self.mxfp8_experts is None or target is not Target.SM90:
+        if target is Target.GFX942:
+            return self._prepare_fnuz()
+        return self._prepare_fragments() if target is Target.SM90 else self
+
+    def _prepare_fnuz(self) -> ExpertWeights:
+        mxfp8, blocks = self.mxfp8_experts, self.block_fp8_experts
+        if mxfp8 is not None and mxfp8.w13.values.dtype == torch.float8_e4m3fn:
+            double_scales(mxfp8.w2.scales)  # refuses before w13 is changed
+            mxfp8 = Projections(*(MXFP8(*normalize_to_fnuz_(w.values, w.scales)) for w in (mxfp8.w13, mxfp8.w2)))
+        if blocks is not None and blocks.w13.values.dtype == torch.float8_e4m3fn:
+            blocks = Projections(blocks.w13.to_fnuz_(), blocks.w2.to_fnuz_())
+        return replace(self, mxfp8_experts=mxfp8, block_fp8_experts=blocks)
+
+    def _prepare_fragments(self) -> ExpertWeights:
+        if self.mxfp8_experts is None:
             return self
         stacks = self.mxfp8_experts
         try:
@@ -168,12 +221,18 @@ class ExpertWeights:
     @property
     def kept(self) -> dict[WeightFormat, AnyProjections]:
         """The weights in every format that is kept."""
-        slots: dict[WeightFormat, AnyProjections | None] = {
-            WeightFormat.MXFP8: self.mxfp8_experts,
-            WeightFormat.FRAGMENT: self.fragment_experts,
-            WeightFormat.DENSE: self.dense_experts,
-        }
-        return {form: experts for form, experts in slots.items() if experts is not None}
+        found: dict[WeightFormat, AnyProjections] = {}
+        if self.mxfp8_experts is not None:
+            fnuz = self.mxfp8_experts.w13.values.dtype == torch.float8_e4m3fnuz
+            found[WeightFormat.MXFP8_FNUZ if fnuz else WeightFormat.MXFP8] = self.mxfp8_experts
+        if self.fragment_experts is not None:
+            found[WeightFormat.FRAGMENT] = self.fragment_experts
+        if self.block_fp8_experts is not None:
+            fnuz = self.block_fp8_experts.w13.values.dtype == torch.float8_e4m3fnuz
+            found[WeightFormat.BLOCK_FP8_FNUZ if fnuz else WeightFormat.BLOCK_FP8] = self.block_fp8_experts
+        if self.dense_experts is not None:
+            found[WeightFormat.DENSE] = self.dense_experts
+        return found
 
     @property
     def reference_experts(self) -> AnyProjections:
@@ -183,13 +242,12 @@ class ExpertWeights:
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
-        w13 = self.reference_experts.w13
-        return w13.codes.device if isinstance(w13, FragmentMXFP8) else w13.device
+        return self.reference_experts.w13.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the activations must have: the dense weights', else BF16."""
-        return torch.bfloat16 if self.dense_experts is None else self.dense_experts.w13.dtype
+    def activation_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes that the activations may have: the dense weights', else any (the kernels of FP8 take BF16)."""
+        return DENSE_DTYPES if self.dense_experts is None else (self.dense_experts.w13.dtype,)
 
     @property
     def nbytes(self) -> dict[WeightFormat, int]:

@@ -55,6 +55,11 @@ class FragmentMXFP8:
     order: RowOrder
 
     @property
+    def device(self) -> torch.device:
+        """Where codes and scales live."""
+        return self.codes.device
+
+    @property
     def panels(self) -> int:
         return self.codes.shape[1]
 

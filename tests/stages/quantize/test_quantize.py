@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epfuse.errors import DeviceError, DtypeError, EpfuseError, LayoutError, ShapeError
-from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout, ScaleRounding
+from epfuse.numerics.mxfp8 import ScaleRounding, encode
 from epfuse.stages.quantize.launch import launch_quantize
 from epfuse.stages.quantize.reference import quantize
+from epfuse.stages.quantize.rows import FP8Rows
 from tests.conftest import DEVICE
 from tests.numerics.formats import corner_rows
 from tests.stages.quantize.tile_kernel import tile_kernel
@@ -20,17 +21,18 @@ TARGETS = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 SOURCES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def assert_same_bits(got: MXFP8, expected: MXFP8) -> None:
+def assert_same_bits(got: FP8Rows, expected: FP8Rows) -> None:
     assert got.values.dtype == expected.values.dtype
     assert torch.equal(got.values.view(torch.uint8).cpu(), expected.values.view(torch.uint8).cpu())
     assert torch.equal(got.scales.cpu(), expected.scales.cpu())
 
 
-def poisoned(tokens: int, size: int, dtype: torch.dtype, device: torch.device) -> MXFP8:
+def poisoned(tokens: int, size: int, dtype: torch.dtype, device: torch.device, group: int = 32) -> FP8Rows:
     """An output in which a byte that is not written shows."""
-    return MXFP8(
+    return FP8Rows(
         torch.full((tokens, size), 0x55, dtype=torch.uint8, device=device).view(dtype),
-        torch.full((tokens, size // 32), 0x55, dtype=torch.uint8, device=device),
+        torch.full((tokens, -(-size // group)), 0x55, dtype=torch.uint8, device=device),
+        group,
     )
 
 
@@ -39,7 +41,7 @@ def poisoned(tokens: int, size: int, dtype: torch.dtype, device: torch.device) -
 @pytest.mark.parametrize("source", SOURCES)
 def test_corner_cases(rounding: ScaleRounding, target: torch.dtype, source: torch.dtype, device: torch.device) -> None:
     x = corner_rows(source).to(device)
-    assert_same_bits(launch_quantize(x, rounding, target), quantize(x.cpu(), rounding, target))
+    assert_same_bits(launch_quantize(x, 32, rounding, target), quantize(x.cpu(), 32, rounding, target))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, of signalling NaNs
@@ -53,7 +55,7 @@ def test_every_16_bit_number_beside_every_exponent(
     ordered = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(source)
     shuffled = ordered[torch.randperm(65536, generator=torch.Generator().manual_seed(3))]
     x = torch.cat([ordered, shuffled]).view(64, 2048).to(device)
-    assert_same_bits(launch_quantize(x, rounding, target), quantize(x.cpu(), rounding, target))
+    assert_same_bits(launch_quantize(x, 32, rounding, target), quantize(x.cpu(), 32, rounding, target))
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -65,9 +67,9 @@ def test_every_rounding_boundary_of_e4m3(rounding: ScaleRounding, device: torch.
     values = torch.cat([near, -near])
     x = torch.full((-(-values.numel() // 31), 32), 448.0)
     x[:, 1:] = torch.nn.functional.pad(values, (0, -values.numel() % 31)).view(-1, 31)
-    got = launch_quantize(x.to(device), rounding)
+    got = launch_quantize(x.to(device), 32, rounding)
     assert (got.scales == 127).all()
-    assert_same_bits(got, quantize(x, rounding))
+    assert_same_bits(got, quantize(x, 32, rounding))
 
 
 @settings(max_examples=25, deadline=None)
@@ -78,17 +80,27 @@ def test_every_rounding_boundary_of_e4m3(rounding: ScaleRounding, device: torch.
 )
 def test_any_block(block: list[float], rounding: ScaleRounding, target: torch.dtype) -> None:
     x = torch.tensor([block])
-    assert_same_bits(launch_quantize(x.to(DEVICE), rounding, target), quantize(x, rounding, target))
+    assert_same_bits(launch_quantize(x.to(DEVICE), 32, rounding, target), quantize(x, 32, rounding, target))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 37])
 @pytest.mark.parametrize("size", [32, 96, 1024, 1184])
-def test_shapes_and_strides_and_that_every_byte_is_written(tokens: int, size: int, device: torch.device) -> None:
+@pytest.mark.parametrize("group", [32, 128])
+def test_shapes_and_strides_and_that_every_byte_is_written(
+    tokens: int, size: int, group: int, device: torch.device
+) -> None:
     g = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, size + 17, generator=g).to(torch.bfloat16).to(device)[:, 8 : size + 8]
-    out = poisoned(tokens, size, torch.float8_e4m3fn, device)
-    assert launch_quantize(x, out=out) is out
-    assert_same_bits(out, quantize(x.cpu()))
+    out = poisoned(tokens, size, torch.float8_e4m3fn, device, group)
+    assert launch_quantize(x, group, out=out) is out
+    assert_same_bits(out, quantize(x.cpu(), group))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_the_reference_in_groups_of_32_is_mxfp8(rounding: ScaleRounding) -> None:
+    x = corner_rows(torch.bfloat16)
+    values, scales = encode(x, rounding)
+    assert_same_bits(quantize(x, 32, rounding), FP8Rows(values, scales, 32))
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -100,7 +112,7 @@ def test_quantize_block_in_a_tile_of_three_dimensions(
     out = poisoned(16, 128, target, device)
     ceil, fnuz = rounding is ScaleRounding.CEIL, target == torch.float8_e4m3fnuz
     tile_kernel[(1,)](x, out.values.view(torch.uint8), out.scales, ROWS=16, GROUPS=4, CEIL=ceil, FNUZ=fnuz)
-    assert_same_bits(out, quantize(x.cpu(), rounding, target))
+    assert_same_bits(out, quantize(x.cpu(), 32, rounding, target))
 
 
 def test_reference_in_fnuz_holds_the_same_numbers() -> None:
@@ -114,7 +126,7 @@ def test_reference_in_fnuz_holds_the_same_numbers() -> None:
 def test_what_is_refused(device: torch.device) -> None:
     x = torch.zeros(4, 64, dtype=torch.bfloat16, device=device)
     out = poisoned(4, 64, torch.float8_e4m3fn, device)
-    elsewhere = MXFP8(out.values.to("meta"), out.scales.to("meta"))
+    elsewhere = FP8Rows(out.values.to("meta"), out.scales.to("meta"), 32)
     cases: list[tuple[type[EpfuseError], str, torch.Tensor, dict[str, object]]] = [
         (ShapeError, r"x has shape \(4, 33\)", x[:, :33], {}),
         (ShapeError, r"x has shape \(1, 4, 64\)", x[None], {}),
@@ -124,7 +136,7 @@ def test_what_is_refused(device: torch.device) -> None:
         (ShapeError, r"out has shape \(4, 64\)", x[:3], {"out": out}),
         (DtypeError, "out has dtype", x, {"out": out, "dtype": torch.float8_e4m3fnuz}),
         (DeviceError, "out is on meta", x, {"out": elsewhere}),
-        (LayoutError, "out has scales in layout PACKED", x, {"out": out.with_layout(ScaleLayout.PACKED)}),
+        (ShapeError, "out has shape .* in groups of 32; .* groups of 128", x, {"out": out, "group": 128}),
     ]
     for error, message, tensor, arguments in cases:
         with pytest.raises(error, match=message):

@@ -18,10 +18,10 @@ from triton.compiler import ASTSource
 from epfuse.stages.quantize.kernel import quantize_kernel
 
 backend, arch, warp, stage, source = sys.argv[1:]
-names = {"x": f"*{source}", "codes": "*u8", "scales": "*u8", "K": "i32", "row_stride": "i32"}
+names = {"x": f"*{source}", "codes": "*u8", "scales": "*u8", "K": "i32", "G": "i32", "row_stride": "i32"}
 for ceil in (False, True):
     for fnuz in (False, True):
-        constexprs = {"BLOCK_G": 32, "CEIL": ceil, "FNUZ": fnuz}
+        constexprs = {"BLOCK_G": 32, "GROUP": 32, "CEIL": ceil, "FNUZ": fnuz}
         signature = names | dict.fromkeys(constexprs, "constexpr")
         target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
         kernel = ASTSource(fn=quantize_kernel, signature=signature, constexprs=constexprs)

@@ -9,18 +9,61 @@ from epfuse.stages.sm90_gemm import (
     row_copy_layout,
     row_pointers,
     row_store_layout,
+    share_of,
+    sum_of_shares,
     tile_of,
     wait_for_previous_kernel,
     weights_times_rows,
 )
 
 
+@gluon.jit
+def down_tile(
+    y, w2, w2_scale, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
+    R, H, I, I_PADDED, PANELS,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
+):  # fmt: skip
+    """One tile: BLOCK_N weight rows of one expert, for the BLOCK_M routes at block_routes."""
+    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
+    routes = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout)))
+    first, steps = share_of(I_PADDED // BLOCK_K, split, SPLIT_K)
+    if w2_scale is None:
+        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copy_layout))
+        source = expert.to(gl.int64) * H + gl.minimum(n * BLOCK_N + row, H - 1)
+        w_ptrs = row_pointers(w2 + first * BLOCK_K, source * I, BLOCK_K)
+        s_ptrs = w2_scale
+    else:
+        w_ptrs, s_ptrs = fragment_pointers(
+            w2 + first * (64 * BLOCK_K), w2_scale + first * (BLOCK_K // 2),
+            expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1, I_PADDED, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    y_ptrs = row_pointers(y + first * BLOCK_K, routes.to(gl.int64) * I, BLOCK_K)
+    acc = weights_times_rows(
+        w_ptrs, s_ptrs, y_ptrs, routes < R, I - first * BLOCK_K, steps,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, WAIT=True,
+    )  # fmt: skip
+    last = True
+    if SPLIT_K > 1:
+        acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
+    if last:
+        if topk_weights is not None:
+            weighted = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, acc.type.layout)))
+            acc *= gl.load(topk_weights + weighted, mask=weighted < R, other=0.0)[None, :]
+        out_layout: gl.constexpr = row_store_layout(BLOCK_N, gl.num_warps())
+        result = gl.convert_layout(acc.to(gl.bfloat16), out_layout)
+        columns = n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out_layout))
+        stored = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, out_layout)))
+        where = stored.to(gl.int64)[None, :] * H + columns[:, None]
+        gl.store(out + where, result, mask=(stored < R)[None, :] & (columns < H)[:, None])
+
+
 @gluon.jit(do_not_specialize=["R"])
 def down_sm90_kernel(
-    y, w2, w2_scale, topk_weights, out, sorted_routes, block_expert, num_padded,
+    y, w2, w2_scale, topk_weights, out, sorted_routes, block_expert, num_padded, partials, arrivals,
     R, H, I, I_PADDED, PANELS,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     """out[r, h] = topk_weights[r] * (y[r] . w2[e, h]) for the routes r of one block, rounded once.
 
@@ -30,41 +73,26 @@ def down_sm90_kernel(
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
-    pid = gl.program_id(0)
-    if pid >= m_blocks * n_blocks:
-        if pid == 0:  # nothing to do: still don't finish before the kernel before
+    tile = gl.program_id(0) // SPLIT_K
+    split = gl.program_id(0) % SPLIT_K
+    if tile >= m_blocks * n_blocks:
+        if tile == 0:  # nothing to do: still don't finish before the kernel before
             wait_for_previous_kernel()
         return
-    m, n = tile_of(pid, m_blocks, n_blocks, GROUP_M)
+    m, n = tile_of(tile, m_blocks, n_blocks, GROUP_M)
     expert = gl.load(block_expert + m)
-    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
-    routes = gl.load(sorted_routes + m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout)))
-    rows = routes.to(gl.int64)
-    if w2_scale is None:
-        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copy_layout))
-        source = expert.to(gl.int64) * H + gl.minimum(n * BLOCK_N + row, H - 1)
-        w_ptrs = row_pointers(w2, source * I, BLOCK_K)
-        s_ptrs = w2_scale
-    else:
-        w_ptrs, s_ptrs = fragment_pointers(
-            w2,
-            w2_scale,
-            expert * PANELS + n * (BLOCK_N // 64),
-            expert * PANELS + PANELS - 1,
-            I_PADDED,
-            BLOCK_N,
-            BLOCK_K,
-        )
-    acc = weights_times_rows(
-        w_ptrs, s_ptrs, row_pointers(y, rows * I, BLOCK_K), routes < R, I, I_PADDED,
-        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, WAIT=True,
+    block_routes = sorted_routes + m * BLOCK_M
+    # padding comes last in a block: if its second half begins with padding, half the columns are enough
+    if BLOCK_M >= 64:
+        if gl.load(block_routes + BLOCK_M // 2) >= R:
+            down_tile(
+                y, w2, w2_scale, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
+                R, H, I, I_PADDED, PANELS,
+                BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
+            )  # fmt: skip
+            return
+    down_tile(
+        y, w2, w2_scale, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
+        R, H, I, I_PADDED, PANELS,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
     )  # fmt: skip
-    if topk_weights is not None:
-        routes = gl.load(sorted_routes + m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, acc.type.layout)))
-        acc *= gl.load(topk_weights + routes, mask=routes < R, other=0.0)[None, :]
-    out_layout: gl.constexpr = row_store_layout(BLOCK_N, gl.num_warps())
-    result = gl.convert_layout(acc.to(gl.bfloat16), out_layout)
-    columns = n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out_layout))
-    routes = gl.load(sorted_routes + m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, out_layout)))
-    where = routes.to(gl.int64)[None, :] * H + columns[:, None]
-    gl.store(out + where, result, mask=(routes < R)[None, :] & (columns < H)[:, None])

@@ -87,8 +87,13 @@ def launch_sm90(
         weights, scales, padded, panels = w2.codes, w2.scales, w2.padded_columns, w2.panels
     else:
         weights, scales, padded, panels = w2, None, intermediate, triton.cdiv(hidden, 64)
-    grid = (routes.max_blocks * triton.cdiv(panels * 64, tile.block_n),)
-    down_sm90_kernel[grid](
+    tiles = routes.max_blocks * triton.cdiv(panels * 64, tile.block_n)
+    partials = arrivals = None
+    if tile.split_k > 1:
+        assert routes.arrivals is not None
+        partials = torch.empty(tiles * tile.split_k * tile.block_n * routes.block_m, dtype=torch.float32, device=y.device)
+        arrivals = routes.arrivals[-tiles:]
+    down_sm90_kernel[(tiles * tile.split_k,)](
         y,
         weights,
         scales,
@@ -97,6 +102,8 @@ def launch_sm90(
         routes.sorted_routes,
         routes.block_expert,
         routes.num_padded,
+        partials,
+        arrivals,
         routes.num_routes,
         hidden,
         intermediate,
@@ -107,6 +114,7 @@ def launch_sm90(
         GROUP_M=tile.group_m,
         BLOCK_K=tile.block_k,
         STAGES=tile.num_stages,
+        SPLIT_K=tile.split_k,
         EVEN_K=intermediate == padded,
         num_warps=tile.num_warps,
         launch_pdl=True,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.route.table import RouteTable
-from epfuse.weights.experts import expert_matrix, stack_rows
-from epfuse.weights.fragment import FragmentMXFP8
+from epfuse.weights.experts import Stack, expert_matrix, stack_rows
 
 
 def down(
     y: torch.Tensor,
-    w2: torch.Tensor | MXFP8 | FragmentMXFP8,
+    w2: Stack,
     routes: RouteTable,
     topk_weights: torch.Tensor | None,
     compute: torch.dtype = torch.float32,

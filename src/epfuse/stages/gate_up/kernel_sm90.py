@@ -9,6 +9,8 @@ from epfuse.stages.sm90_gemm import (
     row_copy_layout,
     row_pointers,
     row_store_layout,
+    share_of,
+    sum_of_shares,
     tile_of,
     wait_for_previous_kernel,
     weights_times_rows,
@@ -23,59 +25,87 @@ def swiglu_oai(gate, up, alpha, beta, limit):
     return gate / (1.0 + gl.exp(-(alpha * gate))) * (up + beta)
 
 
-@gluon.jit(do_not_specialize=["R"])
-def gate_up_sm90_kernel(
-    x, w13, w13_scale, out, sorted_routes, block_expert, num_padded,
+@gluon.jit
+def gate_up_tile(
+    x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
     R, H, I, H_PADDED, PANELS, alpha, beta, limit,
     K: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
+):  # fmt: skip
+    """One tile: BLOCK_N weight rows of one expert, for the BLOCK_M routes at block_routes."""
+    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
+    routes = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout)))
+    first, steps = share_of(H_PADDED // BLOCK_K, split, SPLIT_K)
+    if w13_scale is None:
+        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copy_layout))
+        output = gl.minimum(n * (BLOCK_N // 2) + row // 16 * 8 + row % 8, I - 1)
+        source = expert.to(gl.int64) * 2 * I + output + (row // 8 % 2) * I
+        w_ptrs = row_pointers(w13 + first * BLOCK_K, source * H, BLOCK_K)
+        s_ptrs = w13_scale
+    else:
+        w_ptrs, s_ptrs = fragment_pointers(
+            w13 + first * (64 * BLOCK_K), w13_scale + first * (BLOCK_K // 2),
+            expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1, H_PADDED, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    x_ptrs = row_pointers(x + first * BLOCK_K, (routes // K).to(gl.int64) * H, BLOCK_K)
+    acc = weights_times_rows(
+        w_ptrs, s_ptrs, x_ptrs, routes < R, H - first * BLOCK_K, steps,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, WAIT=False,
+    )  # fmt: skip
+    last = True
+    if SPLIT_K > 1:
+        acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
+    if last:
+        # the rounding point of the unfused path: accumulators are stored in the activations' dtype
+        rounded = acc.to(gl.bfloat16).to(gl.float32)
+        pairs = rounded.reshape([BLOCK_N // 16, 2, 8, BLOCK_M]).permute((0, 2, 3, 1))
+        gate, up = pairs.split()
+        y = swiglu_oai(gate, up, alpha, beta, limit).to(gl.bfloat16).reshape([BLOCK_N // 2, BLOCK_M])
+        out_layout: gl.constexpr = row_store_layout(BLOCK_N // 2, gl.num_warps())
+        result = gl.convert_layout(y, out_layout)
+        columns = n * (BLOCK_N // 2) + gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, out_layout))
+        stored = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, out_layout)))
+        where = stored.to(gl.int64)[None, :] * I + columns[:, None]
+        gl.store(out + where, result, mask=(stored < R)[None, :] & (columns < I)[:, None])
+
+
+@gluon.jit(do_not_specialize=["R"])
+def gate_up_sm90_kernel(
+    x, w13, w13_scale, out, sorted_routes, block_expert, num_padded, partials, arrivals,
+    R, H, I, H_PADDED, PANELS, alpha, beta, limit,
+    K: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     """out[r, i] = swiglu(x[r // K] . gate row i, x[r // K] . up row i) for the routes r of one block.
 
     Every 16 rows of a weight tile are 8 gate rows and their 8 up rows: the two that belong together are in one thread.
-    w13_scale is None for dense weights [L, 2I, H]; MXFP8 ones are packed in that order.
+    w13_scale is None for dense weights [L, 2I, H]; MXFP8 ones are packed in that order. SPLIT_K programs share a tile
+    where there are too few tiles to fill the GPU.
     """
     wait_for_previous_kernel()
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
-    pid = gl.program_id(0)
-    if pid >= m_blocks * n_blocks:
+    tile = gl.program_id(0) // SPLIT_K
+    split = gl.program_id(0) % SPLIT_K
+    if tile >= m_blocks * n_blocks:
         return
-    m, n = tile_of(pid, m_blocks, n_blocks, GROUP_M)
+    m, n = tile_of(tile, m_blocks, n_blocks, GROUP_M)
     expert = gl.load(block_expert + m)
-    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
-    routes = gl.load(sorted_routes + m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout)))
-    tokens = (routes // K).to(gl.int64)
-    if w13_scale is None:
-        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copy_layout))
-        output = gl.minimum(n * (BLOCK_N // 2) + row // 16 * 8 + row % 8, I - 1)
-        source = expert.to(gl.int64) * 2 * I + output + (row // 8 % 2) * I
-        w_ptrs = row_pointers(w13, source * H, BLOCK_K)
-        s_ptrs = w13_scale
-    else:
-        w_ptrs, s_ptrs = fragment_pointers(
-            w13,
-            w13_scale,
-            expert * PANELS + n * (BLOCK_N // 64),
-            expert * PANELS + PANELS - 1,
-            H_PADDED,
-            BLOCK_N,
-            BLOCK_K,
-        )
-    acc = weights_times_rows(
-        w_ptrs, s_ptrs, row_pointers(x, tokens * H, BLOCK_K), routes < R, H, H_PADDED,
-        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, WAIT=False,
+    block_routes = sorted_routes + m * BLOCK_M
+    # padding comes last in a block: if its second half begins with padding, half the columns are enough
+    if BLOCK_M >= 64:
+        if gl.load(block_routes + BLOCK_M // 2) >= R:
+            gate_up_tile(
+                x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
+                R, H, I, H_PADDED, PANELS, alpha, beta, limit,
+                K, BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
+            )  # fmt: skip
+            return
+    gate_up_tile(
+        x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
+        R, H, I, H_PADDED, PANELS, alpha, beta, limit,
+        K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
     )  # fmt: skip
-    # the rounding point of the unfused path: accumulators are stored in the activations' dtype
-    acc = acc.to(gl.bfloat16).to(gl.float32)
-    pairs = acc.reshape([BLOCK_N // 16, 2, 8, BLOCK_M]).permute((0, 2, 3, 1))
-    gate, up = pairs.split()
-    y = swiglu_oai(gate, up, alpha, beta, limit).to(gl.bfloat16).reshape([BLOCK_N // 2, BLOCK_M])
-    out_layout: gl.constexpr = row_store_layout(BLOCK_N // 2, gl.num_warps())
-    y = gl.convert_layout(y, out_layout)
-    columns = n * (BLOCK_N // 2) + gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, out_layout))
-    routes = gl.load(sorted_routes + m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, out_layout)))
-    where = routes.to(gl.int64)[None, :] * I + columns[:, None]
-    gl.store(out + where, y, mask=(routes < R)[None, :] & (columns < I)[:, None])

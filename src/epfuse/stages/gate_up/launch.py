@@ -94,8 +94,13 @@ def launch_sm90(
         weights, scales, padded, panels = w13.codes, w13.scales, w13.padded_columns, w13.panels
     else:
         weights, scales, padded, panels = w13, None, hidden, triton.cdiv(intermediate, 32)
-    grid = (routes.max_blocks * triton.cdiv(panels * 64, tile.block_n),)
-    gate_up_sm90_kernel[grid](
+    tiles = routes.max_blocks * triton.cdiv(panels * 64, tile.block_n)
+    partials = arrivals = None
+    if tile.split_k > 1:
+        assert routes.arrivals is not None
+        partials = torch.empty(tiles * tile.split_k * tile.block_n * routes.block_m, dtype=torch.float32, device=x.device)
+        arrivals = routes.arrivals[:tiles]
+    gate_up_sm90_kernel[(tiles * tile.split_k,)](
         x,
         weights,
         scales,
@@ -103,6 +108,8 @@ def launch_sm90(
         routes.sorted_routes,
         routes.block_expert,
         routes.num_padded,
+        partials,
+        arrivals,
         routes.num_routes,
         hidden,
         intermediate,
@@ -117,6 +124,7 @@ def launch_sm90(
         GROUP_M=tile.group_m,
         BLOCK_K=tile.block_k,
         STAGES=tile.num_stages,
+        SPLIT_K=tile.split_k,
         EVEN_K=hidden == padded,
         num_warps=tile.num_warps,
         launch_pdl=True,

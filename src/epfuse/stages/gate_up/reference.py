@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from epfuse.config import SwiGLUOAI
-from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.route.table import RouteTable
-from epfuse.weights.experts import expert_matrix, stack_rows
-from epfuse.weights.fragment import FragmentMXFP8
+from epfuse.weights.experts import Stack, expert_matrix, stack_rows
 
 
 def swiglu_oai(gate_up: torch.Tensor, activation: SwiGLUOAI) -> torch.Tensor:
@@ -21,7 +19,7 @@ def swiglu_oai(gate_up: torch.Tensor, activation: SwiGLUOAI) -> torch.Tensor:
 
 def gate_up(
     x: torch.Tensor,
-    w13: torch.Tensor | MXFP8 | FragmentMXFP8,
+    w13: Stack,
     routes: RouteTable,
     top_k: int,
     activation: SwiGLUOAI,

@@ -1,4 +1,4 @@
-"""MXFP8 quantisation on the device.
+"""FP8 quantisation on the device, with one E8M0 scale per group of values.
 
 All rounding is done on float32 bit patterns: the codes are the same on every GPU, whatever its FP8 conversion
 instruction does with NaN or saturation, and in Triton's interpreter, whose FP8 casts truncate.
@@ -23,9 +23,9 @@ def widen(x):
 
 @triton.jit
 def quantize_block(x, CEIL: tl.constexpr, FNUZ: tl.constexpr):
-    """float32 [.., 32] -> (uint8 E4M3 codes [.., 32], uint8 E8M0 bytes [..]); one scale per run of the last axis.
+    """float32 [.., G] -> (uint8 E4M3 codes [.., G], uint8 E8M0 bytes [..]); one scale per run of the last axis.
 
-    Bit for bit `epfuse.numerics.mxfp8.encode` (CEIL: ScaleRounding.CEIL, else FLOOR), followed by
+    For runs of 32 bit for bit `epfuse.numerics.mxfp8.encode` (CEIL: ScaleRounding.CEIL, else FLOOR), followed by
     `epfuse.numerics.fnuz.normalize_to_fnuz` if FNUZ: the numbers are the same in both formats.
     """
     bits = x.to(tl.int32, bitcast=True)
@@ -60,15 +60,14 @@ def quantize_block(x, CEIL: tl.constexpr, FNUZ: tl.constexpr):
 @triton.jit
 def quantize_kernel(
     x, codes, scales,
-    K, row_stride,
-    BLOCK_G: tl.constexpr, CEIL: tl.constexpr, FNUZ: tl.constexpr,
+    K, G, row_stride,
+    BLOCK_G: tl.constexpr, GROUP: tl.constexpr, CEIL: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
-    """codes[t, k], scales[t, k/32] of x[t, k]: one program per row and run of BLOCK_G groups of 32."""
+    """codes[t, k], scales[t, g] of x[t, k] in G = ceil(K / GROUP) groups: one program per row and run of BLOCK_G groups."""
     token = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    columns = groups[:, None] * 32 + tl.arange(0, 32)[None, :]
-    inside = groups < K // 32
-    block = widen(tl.load(x + token * row_stride + columns, mask=inside[:, None], other=0.0))
+    columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    block = widen(tl.load(x + token * row_stride + columns, mask=columns < K, other=0.0))
     code, scale = quantize_block(block, CEIL, FNUZ)
-    tl.store(codes + token * K + columns, code, mask=inside[:, None])
-    tl.store(scales + token * (K // 32) + groups, scale, mask=inside)
+    tl.store(codes + token * K + columns, code, mask=columns < K)
+    tl.store(scales + token * G + groups, scale, mask=groups < G)

@@ -1,32 +1,42 @@
-"""Quantisation of activations in plain PyTorch: the oracle of the kernel and the CPU's path."""
+"""Quantisation of activations in plain PyTorch: the oracle of the kernel."""
 
 from __future__ import annotations
 
 import torch
 
 from epfuse.errors import DtypeError
-from epfuse.numerics.mxfp8 import MXFP8, VALUE_DTYPES, ScaleRounding
+from epfuse.numerics.e8m0 import NAN_BYTE, ScaleRounding, inverse_scales, magnitude_bits, scale_bytes
+from epfuse.numerics.fnuz import FN_NAN, normalize_to_fnuz
+from epfuse.numerics.mxfp8 import BLOCK, E4M3_MAX, VALUE_DTYPES
+from epfuse.stages.quantize.rows import FP8Rows, groups_of
 
 
 def quantize(
     x: torch.Tensor,
-    rounding: ScaleRounding = ScaleRounding.FLOOR,
+    group: int = BLOCK,
+    rounding: ScaleRounding = ScaleRounding.CEIL,
     dtype: torch.dtype = torch.float8_e4m3fn,
-) -> MXFP8:
-    """Quantise per token and 32 values.
+) -> FP8Rows:
+    """Quantise per row and ``group`` values; with a group of 32 the bits of `epfuse.numerics.mxfp8.encode`.
 
     Args:
-        x: ``[T, K]`` bfloat16, float16 or float32, K a multiple of 32.
+        x: ``[N, K]`` bfloat16, float16 or float32.
+        group: values that share a scale.
         rounding: rule of the shared exponent.
         dtype: float8_e4m3fn, or float8_e4m3fnuz: the same numbers, for gfx94x.
 
-    Returns:
-        ``[T, K]`` values and ``[T, K/32]`` scales.
-
     Raises:
-        ShapeError, DtypeError: x or dtype is not one of these.
+        DtypeError: dtype is not one of these.
     """
     if dtype not in VALUE_DTYPES:
         raise DtypeError(f"dtype is {dtype}; it must be float8_e4m3fn or float8_e4m3fnuz")
-    quantized = MXFP8.quantize(x, rounding)
-    return quantized.to_fnuz() if dtype == torch.float8_e4m3fnuz else quantized
+    rows, columns = x.shape
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % group)).view(rows, groups_of(columns, group), group)
+    scales = scale_bytes(magnitude_bits(padded).amax(-1), rounding)
+    scaled = (padded * inverse_scales(scales)[..., None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill_((scales == NAN_BYTE)[..., None], FN_NAN)
+    values = codes.flatten(1)[:, :columns].contiguous().view(torch.float8_e4m3fn)
+    scale_codes = scales.to(torch.uint8)
+    if dtype == torch.float8_e4m3fnuz:
+        values, scale_codes = normalize_to_fnuz(values, scale_codes)
+    return FP8Rows(values, scale_codes, group)

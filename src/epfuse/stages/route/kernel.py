@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+ZEROS = tl.constexpr(1024)  # arrival counters that a program clears at a time
+
 
 @triton.jit
 def local_slots(topk_ids, expert_map, routes, R, E, L: tl.constexpr):
@@ -21,7 +23,7 @@ def local_slots(topk_ids, expert_map, routes, R, E, L: tl.constexpr):
 @triton.jit
 def place(
     slots, routes, total, before,
-    sorted_routes, block_expert, num_padded, R,
+    sorted_routes, block_expert, num_padded, arrivals, R, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Write this program's share of the table, from the global counts and those of the chunks before it."""
@@ -53,11 +55,15 @@ def place(
         tl.store(block_expert + blocks, owner, mask=blocks * BLOCK_M < used)
     if pid == 0:
         tl.store(num_padded, used)
+    if arrivals is not None:
+        for first in range(pid * ZEROS, num_arrivals, programs * ZEROS):
+            counters = first + tl.arange(0, ZEROS)
+            tl.store(arrivals + counters, tl.zeros_like(counters), mask=counters < num_arrivals)
 
 
 @triton.jit(do_not_specialize=["R"])
 def route_kernel(
-    topk_ids, expert_map, sorted_routes, block_expert, num_padded, R, E,
+    topk_ids, expert_map, sorted_routes, block_expert, num_padded, arrivals, R, E, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
     COUNT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +81,8 @@ def route_kernel(
     routes = own + tl.arange(0, CHUNK)
     slots = local_slots(topk_ids, expert_map, routes, R, E, L)
     place(
-        slots, routes, total, before, sorted_routes, block_expert, num_padded, R, L, BINS, BLOCK_M, BLOCKS
+        slots, routes, total, before, sorted_routes, block_expert, num_padded, arrivals, R, num_arrivals,
+        L, BINS, BLOCK_M, BLOCKS,
     )  # fmt: skip
 
 
@@ -95,7 +102,7 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def place_kernel(
-    topk_ids, expert_map, counts, sorted_routes, block_expert, num_padded, R, E,
+    topk_ids, expert_map, counts, sorted_routes, block_expert, num_padded, arrivals, R, E, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -116,5 +123,6 @@ def place_kernel(
         total += tl.sum(found, 0)
         before += tl.sum(tl.where((rows < pid)[:, None], found, 0), 0)
     place(
-        slots, routes, total, before, sorted_routes, block_expert, num_padded, R, L, BINS, BLOCK_M, BLOCKS
+        slots, routes, total, before, sorted_routes, block_expert, num_padded, arrivals, R, num_arrivals,
+        L, BINS, BLOCK_M, BLOCKS,
     )  # fmt: skip

@@ -17,6 +17,7 @@ def launch_route(
     local: int,
     block_m: int,
     tiles: RouteTiles | None = None,
+    arrivals_per_block: int = 0,
 ) -> RouteTable:
     """Group the local routes by expert and pad each group to ``block_m``, on the GPU.
 
@@ -26,6 +27,7 @@ def launch_route(
         local: L.
         block_m: rows of one block, a power of two.
         tiles: RouteTiles; None takes the default.
+        arrivals_per_block: counters to clear for each block that the table can hold, for kernels that split K.
 
     Returns:
         RouteTable. Within an expert the routes ascend, so the result is the same in every run.
@@ -39,23 +41,26 @@ def launch_route(
     sorted_routes = torch.empty(size, dtype=torch.int32, device=device)
     block_expert = torch.empty(size // block_m, dtype=torch.int32, device=device)
     num_padded = torch.empty(1, dtype=torch.int32, device=device)
+    counters = block_expert.numel() * arrivals_per_block
+    arrivals = torch.empty(counters, dtype=torch.int32, device=device) if counters else None
     chunk = min(tiles.chunk, triton.next_power_of_2(routes))
     bins = triton.next_power_of_2(local + 1)
     grid = (triton.cdiv(routes, chunk),)
     shape = {"L": local, "BINS": bins, "CHUNK": chunk}
     blocks = {"BLOCK_M": block_m, "BLOCKS": 16}
-    table = (sorted_routes, block_expert, num_padded)
+    table = (sorted_routes, block_expert, num_padded, arrivals)
+    sizes = (routes, expert_map.numel(), counters)
     overlap = overlap_previous(target_of(device))
     alone = {"PDL": overlap["PDL"]}  # the first kernel of a call waits for all that came before it
     if routes <= tiles.one_launch_routes:
-        count = min(1024, triton.next_power_of_2(routes))
+        count = min(tiles.count, triton.next_power_of_2(routes))
         route_kernel[grid](
-            topk_ids, expert_map, *table, routes, expert_map.numel(), **shape, **blocks, COUNT=count, **alone
+            topk_ids, expert_map, *table, *sizes, **shape, **blocks, COUNT=count, **alone, num_warps=tiles.num_warps
         )
     else:
         counts = torch.empty((grid[0], bins), dtype=torch.int32, device=device)
-        count_kernel[grid](topk_ids, expert_map, counts, routes, expert_map.numel(), **shape, **alone)
+        count_kernel[grid](topk_ids, expert_map, counts, routes, expert_map.numel(), **shape, **alone, num_warps=tiles.num_warps)
         place_kernel[grid](
-            topk_ids, expert_map, counts, *table, routes, expert_map.numel(), **shape, **blocks, ROWS=32, **overlap
+            topk_ids, expert_map, counts, *table, *sizes, **shape, **blocks, ROWS=32, **overlap, num_warps=tiles.num_warps
         )
-    return RouteTable(*table, routes, block_m)
+    return RouteTable(sorted_routes, block_expert, num_padded, routes, block_m, arrivals)

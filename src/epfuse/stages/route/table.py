@@ -20,6 +20,7 @@ class RouteTable:
             authority on how much there is to do: a program past it returns at once.
         num_routes: R = T*K.
         block_m: rows of one block.
+        arrivals: int32 zeros for kernels whose programs share a tile, from `launch_route`; None if none do.
     """
 
     sorted_routes: torch.Tensor
@@ -27,6 +28,7 @@ class RouteTable:
     num_padded: torch.Tensor
     num_routes: int
     block_m: int
+    arrivals: torch.Tensor | None = None
 
     @property
     def max_padded(self) -> int:

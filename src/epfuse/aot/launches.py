@@ -1,0 +1,148 @@
+"""What a call would launch: kernel, argument types, constants and options, as Triton's own launcher specialises them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from epfuse.target import Target, planning_for
+
+TRITON_TARGETS = {
+    Target.GFX942: GPUTarget("hip", "gfx942", 64),
+    Target.GFX950: GPUTarget("hip", "gfx950", 64),
+    Target.SM90: GPUTarget("cuda", 90, 32),
+}
+
+MACHINE_OPTIONS = ("extern_libs", "warp_size", "arch", "backend_name")
+"""Options that the compiler fills in itself; the first one holds paths of this machine."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of one kernel.
+
+    Attributes:
+        target: what it is specialised for.
+        module: of the kernel; ``epfuse.stages.STAGE.kernel*``.
+        kernel: name in that module.
+        signature: argument name -> Triton type, "constexpr" for a constant.
+        constants: argument name -> value.
+        attributes: argument name -> what is known of it (divisibility, 32-bit range).
+        options: compiler options.
+    """
+
+    target: Target
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    attributes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def stage(self) -> str:
+        """The package of ``epfuse.stages`` that the kernel is in."""
+        return self.module.split(".")[2]
+
+    def function(self) -> Any:
+        """The kernel itself."""
+        return getattr(importlib.import_module(self.module), self.kernel)
+
+    def compile(self) -> Any:
+        """Compile, or take it from Triton's cache, which is keyed by source, constants, options and Triton's version."""
+        function = self.function()
+        place = {name: (index,) for index, name in enumerate(function.arg_names)}
+        source = function.ASTSource(
+            fn=function,
+            signature=dict(self.signature),
+            constexprs={place[name]: value for name, value in self.constants},
+            attrs={place[name]: [list(pair) for pair in pairs] for name, pairs in self.attributes},
+        )
+        return triton.compile(source, target=TRITON_TARGETS[self.target], options=dict(self.options))
+
+
+class _NoDevice(DriverBase):  # type: ignore[misc]
+    """A driver that knows its target and has nothing to run on."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self._target = target
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_current_target(self) -> GPUTarget:
+        return TRITON_TARGETS[self._target]
+
+    def get_current_device(self) -> str:
+        return self._target.value  # what Triton keeps its binders by
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        raise NotImplementedError
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+def launches_of(target: Target, call: Callable[[], None]) -> list[Launch]:
+    """Run ``call`` on the meta device and note every kernel that it would launch; nothing is compiled or launched.
+
+    Triton asks its ``jit_cache_hook`` before it compiles, and takes a true answer for "don't".
+    """
+    found: list[Launch] = []
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        names = fn.jit_function.arg_names
+        options = json.loads(compile["specialization_data"])["options"]
+        found.append(
+            Launch(
+                target=target,
+                module=fn.module,
+                kernel=fn.jit_function.__name__,
+                signature=tuple(compile["signature"].items()),
+                constants=tuple((names[path[0]], value) for path, value in compile["constants"].items()),
+                attributes=tuple(
+                    (names[path[0]], tuple((name, value) for name, value in pairs))
+                    for path, pairs in compile["configs"][0].items()
+                    if pairs
+                ),
+                options=tuple((name, _frozen(value)) for name, value in options.items() if name not in MACHINE_OPTIONS),
+            )
+        )
+        return True
+
+    with planning_for(target), _asking(note):
+        triton.runtime.driver.set_active(_NoDevice(target))
+        call()
+    return found
+
+
+@contextmanager
+def _asking(hook: Callable[..., bool]) -> Any:
+    before = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = hook
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, which JSON makes of tuples, back to tuples: hashable, and the options' own type."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,63 @@
+"""route -> quantize -> gate_up -> activate -> down -> combine: the layer with FP8 activations."""
+
+from __future__ import annotations
+
+import torch
+from torch.profiler import record_function
+
+from epfuse.config import Combine, SwiGLUOAI, WeightFormat
+from epfuse.expert_map import ExpertMap
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.stages.tiles import LayerTiles
+from epfuse.weights.block_fp8 import BlockFP8, scale_block
+from epfuse.weights.experts import ExpertWeights
+
+
+def run_fp8_kernels(
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    activation: SwiGLUOAI,
+    form: WeightFormat,
+    tiles: LayerTiles,
+    combine: Combine,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The layer in Triton kernels with native FP8 dots, on MXFP8 or block FP8 weights.
+
+    No host sync; graph-capturable; bitwise repeatable unless ``combine`` is ATOMIC.
+    """
+    from epfuse.stages.activate.launch import launch_activate
+    from epfuse.stages.combine.launch import launch_combine
+    from epfuse.stages.down.launch_fp8 import launch_down_fp8
+    from epfuse.stages.gate_up.launch_fp8 import launch_gate_up_fp8
+    from epfuse.stages.quantize.launch import launch_quantize
+    from epfuse.stages.route.launch import launch_route
+
+    experts, local = weights.kept[form], weights.local_experts
+    w13, w2 = experts.w13, experts.w2
+    assert isinstance(w13, MXFP8 | BlockFP8)
+    assert isinstance(w2, MXFP8 | BlockFP8)
+    group, values = scale_block(w13)[1], w13.values.dtype
+    slots = expert_map.on(hidden.device)
+    with record_function("epfuse::route"):
+        routes = launch_route(topk_ids, slots, local, tiles.block_m)
+    with record_function("epfuse::quantize"):
+        x = launch_quantize(hidden, group, dtype=values)
+    with record_function("epfuse::gate_up"):
+        gate_up = launch_gate_up_fp8(x, w13, routes, topk_ids.shape[1], tiles.gate_up, hidden.dtype)
+    with record_function("epfuse::activate"):
+        y = launch_activate(gate_up, routes, activation, group, dtype=values)
+    if combine is Combine.ATOMIC:
+        with record_function("epfuse::down"):
+            total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+            launch_down_fp8(y, w2, routes, topk_weights, tiles.down, combine, total)
+        with record_function("epfuse::combine"):
+            return out.copy_(total)
+    with record_function("epfuse::down"):
+        routed = torch.empty(routes.num_routes, weights.hidden, dtype=hidden.dtype, device=hidden.device)
+        launch_down_fp8(y, w2, routes, topk_weights, tiles.down, combine, routed)
+    with record_function("epfuse::combine"):
+        return launch_combine(routed, topk_ids, slots, local, None, out)

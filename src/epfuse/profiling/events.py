@@ -1,0 +1,111 @@
+"""What is kept of a trace: GPU activities, the calls that launched them, named ranges, and the devices.
+
+Times are integer nanoseconds since the trace's first event. Sums of phases, streams and gaps are then exact, which
+floating-point microseconds since boot are not (their last bit is a nanosecond).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Kernel(NamedTuple):
+    """One kernel, copy or memset on a GPU.
+
+    Attributes:
+        name: as the profiler reports it; control characters are replaced.
+        device: index of the GPU.
+        stream: the queue that it ran in.
+        start: ns.
+        duration: ns.
+        correlation: id of the call that launched it, shared by all kernels of a graph; None if the trace has none.
+    """
+
+    name: str
+    device: int
+    stream: int
+    start: int
+    duration: int
+    correlation: int | None
+
+    @property
+    def end(self) -> int:
+        """ns."""
+        return self.start + self.duration
+
+
+class Launch(NamedTuple):
+    """A runtime or driver call on the host; ns."""
+
+    name: str
+    thread: Hashable
+    start: int
+    duration: int
+
+    @property
+    def end(self) -> int:
+        """ns."""
+        return self.start + self.duration
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether one call launches many kernels: then its host position says nothing about a single kernel."""
+        return "GraphLaunch" in self.name
+
+
+class Range(NamedTuple):
+    """A named piece of the host's time (record_function, a module's forward), or of a GPU's; ns.
+
+    ``thread`` is the host thread, or the (device, stream) of a range on the GPU's timeline.
+    """
+
+    name: str
+    thread: Hashable
+    start: int
+    duration: int
+
+    @property
+    def end(self) -> int:
+        """ns."""
+        return self.start + self.duration
+
+
+@dataclass(frozen=True)
+class TracedDevice:
+    """What a trace says of a GPU; zero and empty where it says nothing (ROCm leaves the name out)."""
+
+    index: int
+    name: str = ""
+    multiprocessors: int = 0
+    warp_size: int = 0
+    capability: tuple[int, int] = (0, 0)
+    memory_bytes: int = 0
+
+
+@dataclass
+class Trace:
+    """One trace file.
+
+    Attributes:
+        path: for messages.
+        kernels: in order of start.
+        copies: memcpy and memset activities, in order of start.
+        launches: correlation id -> the host call.
+        ranges: on the host.
+        gpu_ranges: on the GPUs' timelines.
+        devices: by index.
+        rank: of a distributed run.
+        events: how many events the file has, of any kind.
+    """
+
+    path: str
+    kernels: list[Kernel] = field(default_factory=list)
+    copies: list[Kernel] = field(default_factory=list)
+    launches: dict[int, Launch] = field(default_factory=dict)
+    ranges: list[Range] = field(default_factory=list)
+    gpu_ranges: list[Range] = field(default_factory=list)
+    devices: dict[int, TracedDevice] = field(default_factory=dict)
+    rank: int | None = None
+    events: int = 0

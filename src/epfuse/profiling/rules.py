@@ -1,0 +1,143 @@
+"""Rules that turn kernels into phases: YAML files, shipped for common backends and given by users."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from epfuse.errors import ConfigError, MissingDependency
+from epfuse.profiling.phases import Phase
+
+try:
+    import yaml
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+except ImportError as error:
+    raise MissingDependency(
+        f"'epfuse profile' needs the package {error.name!r}: pip install 'epfuse[profile]'"
+    ) from error
+
+LARGEST_FILE = 1 << 20
+"""Bytes of a rules file."""
+
+
+def _pattern(value: Any) -> re.Pattern[str]:
+    if not isinstance(value, str) or not value:
+        raise ValueError("it must be a regular expression")
+    try:
+        return re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{value!r} is no regular expression: {error}") from None
+
+
+def _phases(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Pattern = Annotated[re.Pattern[str], BeforeValidator(_pattern)]
+Phases = Annotated[frozenset[Phase], BeforeValidator(_phases)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Rule(_Strict):
+    """A phase, and what must be true of a kernel for it; every condition that is given must hold.
+
+    Attributes:
+        phase: the verdict.
+        kernel: found in the kernel's name.
+        range: found in the host ranges that enclose the launch, outermost first, joined by `` > ``.
+        previous, next: found in the name of the nearest kernel of the same stream before or after it; ``glue``
+            kernels are skipped.
+        after, before: the nearest classified kernel of the same stream before or after it has one of these phases.
+        layer_has, layer_lacks: a (no) kernel of the same layer has one of these phases.
+        position: before the first layer, in a layer, or after the last one.
+        weights: what the name tells of the expert weights' format in memory.
+    """
+
+    phase: Phase
+    kernel: Pattern | None = None
+    range: Pattern | None = None
+    previous: Pattern | None = None
+    next: Pattern | None = None
+    after: Phases = frozenset()
+    before: Phases = frozenset()
+    layer_has: Phases = frozenset()
+    layer_lacks: Phases = frozenset()
+    position: Literal["head", "layer", "tail"] | None = None
+    weights: Literal["bf16", "mxfp8", "mxfp4", "block_fp8"] | None = None
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Rule:
+        if self.kernel is None and self.range is None:
+            raise ValueError("a rule needs 'kernel' or 'range'")
+        return self
+
+    @property
+    def needs_phases(self) -> bool:
+        """Whether other kernels' phases decide: such rules are tried after all others."""
+        return bool(self.after or self.before or self.layer_has or self.layer_lacks or self.position)
+
+
+class _RulesFile(_Strict):
+    version: Literal[1] = Field(alias="schema")
+    name: str
+    source: str = ""
+    patterns: dict[str, Any] = {}  # a place for YAML anchors
+    glue: list[Pattern] = []
+    rules: list[Rule]
+
+
+class RuleSet:
+    """Rules in the order in which they are tried, with the name of the file that each comes from."""
+
+    def __init__(self, files: Iterable[_RulesFile]) -> None:
+        files = list(files)
+        self.rules: list[Rule] = [rule for file in files for rule in file.rules]
+        self.origins: list[str] = [file.name for file in files for _ in file.rules]
+        self.glue: list[re.Pattern[str]] = [pattern for file in files for pattern in file.glue]
+
+    @classmethod
+    def load(cls, user_file: Path | None = None) -> RuleSet:
+        """The shipped rules, after those of ``user_file``, which win.
+
+        Raises:
+            ConfigError: the file can't be read or does not fit the schema; the message names file and place.
+        """
+        files = [_parse(_read(user_file), str(user_file))] if user_file else []
+        shipped = resources.files("epfuse.profiling") / "rules"
+        for entry in sorted(shipped.iterdir(), key=lambda entry: entry.name):
+            if entry.name.endswith(".yaml"):
+                files.append(_parse(entry.read_text(encoding="utf-8"), entry.name))
+        return cls(files)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"rules {path} can't be read: {error.strerror or error}") from None
+    if len(data) > LARGEST_FILE:
+        raise ConfigError(f"rules {path} has more than {LARGEST_FILE} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"rules {path} is not UTF-8: {error}") from None
+
+
+def _parse(text: str, where: str) -> _RulesFile:
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"rules {where} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return _RulesFile.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"rules {where}: {place}: {first['msg']}") from None

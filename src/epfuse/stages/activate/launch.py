@@ -1,0 +1,69 @@
+"""Launch the activation of the FP8 paths."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from epfuse.config import SwiGLUOAI
+from epfuse.numerics.e8m0 import ScaleRounding
+from epfuse.numerics.mxfp8 import BLOCK
+from epfuse.stages.activate.kernel import activate_kernel
+from epfuse.stages.quantize.rows import FP8Rows, groups_of
+from epfuse.stages.route.table import RouteTable
+
+_ROWS = 4
+_VALUES = 512  # of a row and a program: with 4 warps, 16 values of each half a lane
+
+
+def launch_activate(
+    gate_up: torch.Tensor,
+    routes: RouteTable,
+    activation: SwiGLUOAI,
+    group: int = BLOCK,
+    rounding: ScaleRounding = ScaleRounding.CEIL,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    out: FP8Rows | None = None,
+) -> FP8Rows:
+    """SwiGLU-OAI of the local rows, in FP32, quantised without a rounding in between.
+
+    Args:
+        gate_up: ``[R, 2I]`` contiguous; gate half, then up half; only rows of local routes are read.
+        routes: RouteTable of this call. The launch is sized from its bound; programs past its counter do nothing.
+        activation: its parameters.
+        group: values that share a scale: 32 for MXFP8, 128 for block FP8; a power of two.
+        rounding: rule of the shared exponent.
+        dtype: float8_e4m3fn, or float8_e4m3fnuz for gfx94x.
+        out: ``[R, I]``; only rows of local routes are written. Allocated if None.
+
+    Returns:
+        ``out``.
+
+    Host syncs: none; graph-capturable; bitwise repeatable.
+    """
+    intermediate = gate_up.shape[1] // 2
+    groups = groups_of(intermediate, group)
+    if out is None:
+        out = FP8Rows.empty(routes.num_routes, intermediate, group, dtype, gate_up.device)
+    rows = min(_ROWS, routes.block_m)
+    block = min(_VALUES // group, triton.next_power_of_2(groups))
+    activate_kernel[(triton.cdiv(routes.max_padded, rows), triton.cdiv(groups, block))](
+        gate_up,
+        out.values.view(torch.uint8),  # bytes: all rounding is the kernel's own
+        out.scales,
+        routes.sorted_routes,
+        routes.num_padded,
+        routes.num_routes,
+        intermediate,
+        groups,
+        activation.alpha,
+        activation.beta,
+        activation.limit,
+        BLOCK_R=rows,
+        BLOCK_G=block,
+        GROUP=group,
+        CEIL=rounding is ScaleRounding.CEIL,
+        FNUZ=dtype == torch.float8_e4m3fnuz,
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,23 @@
+"""The activation of the FP8 paths in plain PyTorch: the oracle of the kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from epfuse.config import SwiGLUOAI
+from epfuse.numerics.e8m0 import ScaleRounding
+from epfuse.numerics.mxfp8 import BLOCK
+from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.stages.quantize.reference import quantize
+from epfuse.stages.quantize.rows import FP8Rows
+
+
+def activate(
+    gate_up: torch.Tensor,
+    activation: SwiGLUOAI,
+    group: int = BLOCK,
+    rounding: ScaleRounding = ScaleRounding.CEIL,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+) -> FP8Rows:
+    """``[N, 2I]`` -> ``[N, I]`` quantised; every row, where the kernel takes those of local routes."""
+    return quantize(swiglu_oai(gate_up.float(), activation), group, rounding, dtype)

@@ -1,0 +1,70 @@
+"""Launch the down kernel of the FP8 paths."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from epfuse.config import Combine
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.stages.down.kernel_fp8 import down_fp8_kernel
+from epfuse.stages.quantize.rows import FP8Rows
+from epfuse.stages.route.table import RouteTable
+from epfuse.stages.tiles import GemmTile
+from epfuse.weights.block_fp8 import BlockFP8, scale_block
+
+
+def launch_down_fp8(
+    y: FP8Rows,
+    w2: MXFP8 | BlockFP8,
+    routes: RouteTable,
+    topk_weights: torch.Tensor,
+    tile: GemmTile,
+    combine: Combine,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Apply the down weights, a native FP8 dot per group of values, then the router weight in FP32.
+
+    Args:
+        y: ``[R, I]`` in the groups of w2: 32 beside MXFP8, 128 beside block FP8; only rows of local routes are read.
+        w2: ``[L, H, I]``; MXFP8 with scales in ROWS layout, or block FP8.
+        routes: RouteTable of this call.
+        topk_weights: ``[T, K]`` float32 contiguous.
+        tile: tile of the GEMM; its row block is ``routes.block_m``, its block_k a multiple of the group.
+        combine: DETERMINISTIC writes a row per route, rounded once; ATOMIC adds to a row per token.
+        out: DETERMINISTIC: ``[R, H]``, only rows of local routes are written. ATOMIC: ``[T, H]`` float32, zeros.
+
+    Returns:
+        ``out``.
+
+    Host syncs: none; graph-capturable.
+    """
+    intermediate, hidden = y.values.shape[1], w2.shape[1]
+    grid = (routes.max_blocks * triton.cdiv(hidden, tile.block_n),)
+    down_fp8_kernel[grid](
+        y.values,
+        y.scales,
+        w2.values,
+        w2.scales,
+        topk_weights,
+        out,
+        routes.sorted_routes,
+        routes.block_expert,
+        routes.num_padded,
+        routes.num_routes,
+        hidden,
+        intermediate,
+        y.scales.shape[1],
+        K=topk_weights.shape[1],
+        BLOCK_M=routes.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=tile.group_m,
+        GROUP=y.group,
+        SCALE_ROWS=scale_block(w2)[0],
+        EVEN_K=intermediate % tile.block_k == 0,
+        ATOMIC=combine is Combine.ATOMIC,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out

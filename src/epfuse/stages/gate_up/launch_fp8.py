@@ -1,0 +1,69 @@
+"""Launch the gate_up kernel of the FP8 paths."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.stages.gate_up.kernel_fp8 import gate_up_fp8_kernel
+from epfuse.stages.quantize.rows import FP8Rows
+from epfuse.stages.route.table import RouteTable
+from epfuse.stages.tiles import GemmTile
+from epfuse.weights.block_fp8 import BlockFP8, scale_block
+
+
+def launch_gate_up_fp8(
+    x: FP8Rows,
+    w13: MXFP8 | BlockFP8,
+    routes: RouteTable,
+    top_k: int,
+    tile: GemmTile,
+    dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Gather routed rows and apply gate and up weights, a native FP8 dot per group of values.
+
+    Args:
+        x: ``[T, H]`` in the groups of w13: 32 beside MXFP8, 128 beside block FP8; the same E4M3 as w13.
+        w13: ``[L, 2I, H]``; MXFP8 with scales in ROWS layout, or block FP8.
+        routes: RouteTable of this call; row r reads token ``r // K``.
+        top_k: K.
+        tile: tile of the GEMM; its row block is ``routes.block_m``, its block_k a multiple of the group.
+        dtype: of the result: what the accumulators are rounded to before the activation.
+        out: ``[R, 2I]`` of ``dtype``; only rows of local routes are written. Allocated if None.
+
+    Returns:
+        ``out``.
+
+    Host syncs: none; graph-capturable.
+    """
+    hidden, twice = x.values.shape[1], w13.shape[1]
+    if out is None:
+        out = torch.empty(routes.num_routes, twice, dtype=dtype, device=x.values.device)
+    grid = (routes.max_blocks * triton.cdiv(twice, tile.block_n),)
+    gate_up_fp8_kernel[grid](
+        x.values,
+        x.scales,
+        w13.values,
+        w13.scales,
+        out,
+        routes.sorted_routes,
+        routes.block_expert,
+        routes.num_padded,
+        routes.num_routes,
+        hidden,
+        twice // 2,
+        x.scales.shape[1],
+        K=top_k,
+        BLOCK_M=routes.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=tile.group_m,
+        GROUP=x.group,
+        SCALE_ROWS=scale_block(w13)[0],
+        EVEN_K=hidden % tile.block_k == 0,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out

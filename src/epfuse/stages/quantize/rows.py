@@ -1,0 +1,71 @@
+"""FP8Rows: activations quantised row by row, values and scales together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.numerics.e8m0 import as_e8m0_bytes, decode_scales
+from epfuse.numerics.mxfp8 import VALUE_DTYPES
+
+
+@dataclass(frozen=True)
+class FP8Rows:
+    """Rows of E4M3 values with one E8M0 scale byte per run of ``group`` values; the last run may be shorter.
+
+    With a group of 32 this is MXFP8. A group of 128 goes with block FP8 weights, whose scales cover 128 columns.
+
+    Args:
+        values: ``[N, K]`` contiguous, float8_e4m3fn, or float8_e4m3fnuz for gfx94x.
+        scales: ``[N, ceil(K / group)]`` contiguous uint8.
+        group: values that share a scale.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError: the two don't fit together.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    group: int
+
+    def __post_init__(self) -> None:
+        if self.values.dtype not in VALUE_DTYPES:
+            raise DtypeError(f"values has dtype {self.values.dtype}; FP8 rows are float8_e4m3fn or float8_e4m3fnuz")
+        as_e8m0_bytes("scales", self.scales)
+        if self.values.dim() != 2:
+            raise ShapeError(f"values has shape {tuple(self.values.shape)}; FP8 rows are [N, K]")
+        rows, columns = self.values.shape
+        needed = (rows, groups_of(columns, self.group))
+        if tuple(self.scales.shape) != needed:
+            raise ShapeError(
+                f"scales has shape {tuple(self.scales.shape)}; beside values {tuple(self.values.shape)} in groups of"
+                f" {self.group} it must be {needed}"
+            )
+        if self.scales.device != self.values.device:
+            raise DeviceError(
+                f"scales is on {self.scales.device} and values on {self.values.device}; both must be on one device"
+            )
+        for name, tensor in (("values", self.values), ("scales", self.scales)):
+            if not tensor.is_contiguous():
+                raise LayoutError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, group: int, dtype: torch.dtype, device: torch.device) -> FP8Rows:
+        """Uninitialised rows ``[rows, columns]`` of ``dtype``."""
+        return cls(
+            torch.empty(rows, columns, dtype=dtype, device=device),
+            torch.empty(rows, groups_of(columns, group), dtype=torch.uint8, device=device),
+            group,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """``[N, K]`` numbers; float64 is exact, float32 wherever the product is in its range."""
+        scales = decode_scales(self.scales, dtype).repeat_interleave(self.group, 1)
+        return self.values.to(dtype) * scales[:, : self.values.shape[1]]
+
+
+def groups_of(columns: int, group: int) -> int:
+    """Scales of a row of ``columns`` values."""
+    return -(-columns // group)

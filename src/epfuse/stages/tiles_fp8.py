@@ -1,0 +1,39 @@
+"""Tiles of the grouped GEMMs with FP8 rows; block_k is a multiple of both groups, 32 and 128."""
+
+from __future__ import annotations
+
+from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, TileRange
+from epfuse.target import Target
+
+
+def fp8_tiles_for(target: Target, rows: float) -> LayerTiles:
+    """Default tiles of a call.
+
+    Args:
+        target: a GPU.
+        rows: expected rows per expert; the first range that reaches them is taken.
+    """
+    return next(entry.tiles for entry in FP8[target] if rows <= entry.max_rows)
+
+
+def _layer(block_m: int, tile: GemmTile) -> LayerTiles:
+    return LayerTiles(block_m, tile, tile)
+
+
+# From the compiler's resources (registers, shared memory), not measured. A group's sum and the accumulators both live
+# in registers: a tile has at most 64 of each a lane.
+_AMD = (
+    TileRange(12, _layer(16, GemmTile(64, 128, 0, 4, 2))),
+    TileRange(48, _layer(32, GemmTile(128, 128, 0, 4, 2))),
+    TileRange(ANY, _layer(64, GemmTile(128, 128, 8, 4, 2))),
+)
+FP8: dict[Target, tuple[TileRange, ...]] = {
+    Target.SM90: (
+        TileRange(12, _layer(16, GemmTile(128, 128, 0, 4, 4))),
+        TileRange(20, _layer(32, GemmTile(128, 128, 0, 4, 4))),
+        TileRange(48, _layer(64, GemmTile(128, 128, 0, 4, 3))),
+        TileRange(ANY, _layer(128, GemmTile(128, 128, 8, 8, 3))),
+    ),
+    Target.GFX942: _AMD,
+    Target.GFX950: _AMD,
+}

@@ -1,0 +1,116 @@
+"""The Hopper kernels: against the reference, and MXFP8 in registers bit for bit against the same weights in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epfuse import SwiGLUOAI
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.stages.down import reference as down_reference
+from epfuse.stages.gate_up import reference as gate_up_reference
+from epfuse.stages.route.launch import launch_route
+from epfuse.stages.tiles import LayerTiles, Sm90Tile
+from epfuse.weights.fragment import RowOrder, pack
+from tests.cases import ROUTINGS, topk_ids_for
+from tests.stages.test_gemms import SNR_FLOOR, check_rows
+
+pytestmark = pytest.mark.gpu
+
+ACTIVATION = SwiGLUOAI()
+LOCAL, EXPERTS, TOP_K = 5, 24, 4
+
+TILES = {
+    "8x64": (8, Sm90Tile(64, 128, 0, 4, 4)),
+    "8x64_split": (8, Sm90Tile(64, 128, 0, 4, 3, split_k=4)),
+    "16x128": (16, Sm90Tile(128, 128, 0, 4, 3)),
+    "16x128_8warps": (16, Sm90Tile(128, 128, 0, 8, 4)),
+    "32x256": (32, Sm90Tile(256, 128, 0, 8, 3)),
+    "64x128_grouped": (64, Sm90Tile(128, 128, 2, 8, 3)),
+    "128x256": (128, Sm90Tile(256, 128, 2, 8, 2)),
+}
+
+
+def random_mxfp8(device, rows: int, columns: int, seed: int) -> MXFP8:
+    """Weights of about unit variance per output; every code but NaN, some scale bytes of 0 and zero blocks."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 127, (LOCAL, rows, columns), generator=g, dtype=torch.uint8)
+    codes |= torch.randint(0, 2, codes.shape, generator=g, dtype=torch.uint8) * 128
+    scales = torch.randint(112, 116, (LOCAL, rows, columns // 32), generator=g, dtype=torch.uint8)
+    scales[:, ::7, 0] = 0
+    codes[:, 3, :32] = 0
+    return MXFP8(codes.view(torch.float8_e4m3fn).to(device), scales.to(device))
+
+
+def clone(weights: MXFP8) -> MXFP8:
+    return MXFP8(weights.values.clone(), weights.scales.clone())
+
+
+def poisoned(rows: int, columns: int, device) -> torch.Tensor:
+    return torch.full((rows, columns), float("nan"), dtype=torch.bfloat16, device=device)
+
+
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(37, 256, 384), (300, 512, 256), (1, 256, 256)])
+def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
+    block_m, tile = TILES[name]
+    ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
+    routes = launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
+    rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
+    g = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=g).to(device, torch.bfloat16)
+    topk_weights = torch.rand(tokens, TOP_K, generator=g).to(device)
+
+    w13 = random_mxfp8(device, 2 * intermediate, hidden, 1)
+    y = poisoned(tokens * TOP_K, intermediate, device)
+    launch(y, "gate_up", x, pack(clone(w13), RowOrder.GATE_UP), routes, tile)
+    want = gate_up_reference.gate_up(x, w13, routes, TOP_K, ACTIVATION, torch.float64)
+    check_rows(y, want, rows, SNR_FLOOR[torch.bfloat16])
+    in_memory = poisoned(tokens * TOP_K, intermediate, device)
+    launch(in_memory, "gate_up", x, w13.dequantize(), routes, tile)
+    torch.testing.assert_close(y, in_memory, rtol=0, atol=0, equal_nan=True)
+
+    w2 = random_mxfp8(device, hidden, intermediate, 2)
+    out = poisoned(tokens * TOP_K, hidden, device)
+    launch(out, "down", y, pack(clone(w2), RowOrder.PLAIN), routes, tile, topk_weights)
+    want = down_reference.down(y.double(), w2, routes, topk_weights, torch.float64)
+    check_rows(out, want, rows, SNR_FLOOR[torch.bfloat16])
+    in_memory = poisoned(tokens * TOP_K, hidden, device)
+    launch(in_memory, "down", y, w2.dequantize(), routes, tile, topk_weights)
+    torch.testing.assert_close(out, in_memory, rtol=0, atol=0, equal_nan=True)
+
+
+def launch(out, stage, rows, weights, routes, tile, topk_weights=None):
+    from epfuse.stages.down.launch import launch_down
+    from epfuse.stages.gate_up.launch import launch_gate_up
+
+    if routes.arrivals is not None:
+        routes.arrivals.zero_()
+    if stage == "gate_up":
+        launch_gate_up(rows, weights, routes, TOP_K, ACTIVATION, tile, out)
+    else:
+        launch_down(rows, weights, routes, topk_weights, tile, out)
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(288, 160), (2880, 96)])
+def test_sizes_that_are_no_whole_tiles(device, hidden, intermediate):
+    """Rows that are no multiple of 64 and columns that are no multiple of 128: padded when packed."""
+    tokens, (block_m, tile) = 20, TILES["16x128"]
+    ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    routes = launch_route(ids, slots, LOCAL, block_m)
+    rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
+    x = torch.randn(tokens, hidden, device=device).bfloat16()
+    w13, w2 = random_mxfp8(device, 2 * intermediate, hidden, 1), random_mxfp8(device, hidden, intermediate, 2)
+    y, out = poisoned(tokens * TOP_K, intermediate, device), poisoned(tokens * TOP_K, hidden, device)
+    launch(y, "gate_up", x, pack(clone(w13), RowOrder.GATE_UP), routes, tile)
+    want = gate_up_reference.gate_up(x, w13, routes, TOP_K, ACTIVATION, torch.float64)
+    check_rows(y, want, rows, SNR_FLOOR[torch.bfloat16])
+    launch(out, "down", y, pack(clone(w2), RowOrder.PLAIN), routes, tile)
+    want = down_reference.down(y.double(), w2, routes, None, torch.float64)
+    check_rows(out, want, rows, SNR_FLOOR[torch.bfloat16])
