@@ -1,27 +1,29 @@
 # make demo   create .venv, install, run the demonstration
 # make test   create .venv, install, run the tests
+# make aot    create .venv, install, compile every kernel for the GPUs and check it
 #
 # PYTHON=python3.12   the interpreter to build .venv from (3.11 or newer)
 # KEEP_TORCH=1        use the torch (and triton, numpy) that PYTHON has installed, e.g. a ROCm build:
 #                     make demo PYTHON=/opt/rocm-torch/bin/python KEEP_TORCH=1
-# DEMO_FLAGS, PYTEST_FLAGS   passed on
+# DEMO_FLAGS, PYTEST_FLAGS, AOT_FLAGS   passed on
 
 PYTHON ?= python3
 VENV ?= .venv
 KEEP_TORCH ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+AOT_FLAGS ?=
 
 BIN := $(VENV)/bin
 
 ifeq ($(KEEP_TORCH),)
 MODE := own-torch
-EXTRAS := cpu,demo,dev,test
+EXTRAS := cpu,demo,dev,profile,test
 CONSTRAINTS := -c constraints.txt -c constraints-torch.txt
 else
 MODE := kept-torch
 # a CPU build has no triton of its own to keep
-EXTRAS = demo,dev,test$(shell $(PYTHON) -c 'import importlib.util as u; print("" if u.find_spec("triton") else ",cpu")')
+EXTRAS = demo,dev,profile,test$(shell $(PYTHON) -c 'import importlib.util as u; print("" if u.find_spec("triton") else ",cpu")')
 CONSTRAINTS := -c constraints.txt
 endif
 
@@ -29,13 +31,16 @@ endif
 CREATED := $(VENV)/.created-$(MODE)
 INSTALLED := $(VENV)/.installed-$(MODE)
 
-.PHONY: demo test lint format typecheck clean
+.PHONY: demo test aot lint format typecheck clean
 
 demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+aot: $(INSTALLED)
+	$(BIN)/epfuse aot $(AOT_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

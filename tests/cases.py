@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from epfuse import ExpertMap, ExpertWeights
-from epfuse.numerics.mxfp8 import MXFP8
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,3 @@ def snr_db(out: torch.Tensor, reference: torch.Tensor) -> float:
     reference = reference.double()
     noise = (out.double() - reference).norm()
     return float("inf") if noise == 0 else float(20 * torch.log10(reference.norm() / noise))
-
-
-def mxfp8_weights(weights: ExpertWeights) -> ExpertWeights:
-    """Dense weights, quantised to MXFP8."""
-    dense = weights.dense_experts
-    w13, w2 = (MXFP8.quantize(w) for w in (dense.w13, dense.w2))
-    return ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales)

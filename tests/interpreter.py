@@ -1,8 +1,8 @@
 """Triton's interpreter with numpy's missing number formats put right, for tests on a machine without a GPU.
 
-Triton 3.6 to 3.9 interpret bf16 as raw uint16: `tl.dot` multiplies the bit patterns, and fp32 -> bf16 truncates. Both
-are replaced by PyTorch's conversions, which round to nearest even as the GPUs do. Its list of types for pointers lacks
-E4M3FNUZ, which is added.
+Triton 3.6 to 3.9 interpret bf16 as raw uint16: products, those of `tl.dot` too, multiply the bit patterns, and fp32 ->
+bf16 truncates. Both are done by PyTorch instead, which rounds to nearest even as the GPUs do. And its list of types
+that a pointer can have lacks E4M3FNUZ.
 """
 
 from __future__ import annotations
@@ -57,6 +57,14 @@ def install() -> None:
         left, right = (as_torch(x.data, x.dtype.scalar).float().numpy() for x in (a, b))
         return TensorHandle(np.matmul(left, right, dtype=np.float32) + d.data, d.dtype.scalar)
 
+    multiply = InterpreterBuilder.create_fmul
+
+    def create_fmul(self, lhs, rhs):
+        if lhs.dtype.scalar != tl.bfloat16:
+            return multiply(self, lhs, rhs)
+        product = as_torch(lhs.data, tl.bfloat16) * as_torch(rhs.data, tl.bfloat16)
+        return TensorHandle(product.view(torch.uint16).numpy(), tl.bfloat16)
+
     patch_lang_core = interpreter._patch_lang_core
 
     def patch_with_fnuz(lang, scope):
@@ -72,3 +80,4 @@ def install() -> None:
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fmul = create_fmul

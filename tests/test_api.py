@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import epfuse
-from epfuse import EpfuseError, ExpertMap, ExpertWeights, LayerShape, Path, SwiGLUOAI, fused_experts, silu_gate
+from epfuse import Combine, EpfuseError, ExpertMap, ExpertWeights, LayerShape, Path, SwiGLUOAI, fused_experts, silu_gate
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError, UnsupportedTarget
 from tests.cases import Case, make_case, snr_db
 
@@ -174,6 +174,7 @@ BAD_CALLS: list[tuple[str, Change, type[EpfuseError], tuple[str, ...]]] = [
     ),
     ("activation, a name", lambda c: {"activation": "silu"}, ConfigError, ("activation is a str", "SwiGLUOAI")),
     ("path, a name", lambda c: {"path": "bf16"}, ConfigError, ("path is a str", "epfuse.Path")),
+    ("combine, a name", lambda c: {"combine": "atomic"}, ConfigError, ("combine is a str", "epfuse.Combine")),
     ("out, wrong shape", lambda c: {"out": c.hidden[:3].clone()}, ShapeError, ("out has shape (3, 64)", "(37, 64)")),
     ("out, wrong dtype", lambda c: {"out": c.hidden.float()}, DtypeError, ("out has dtype", "float32", "bfloat16")),
     ("out is hidden", lambda c: {"out": c.hidden}, LayoutError, ("out shares memory with hidden", "its own")),
@@ -219,6 +220,29 @@ def test_a_path_that_the_device_lacks_names_those_that_it_has() -> None:
         UnsupportedTarget, match=r"'bf16' has no kernel for cpu with weights in dense; it can run reference"
     ):
         call(make_case(CPU), path=Path.BF16)
+
+
+@pytest.mark.parametrize("path", [Path.AUTO, Path.REFERENCE, Path.BF16, Path.W8A16])
+def test_a_sum_by_atomics_is_refused_where_there_is_none(path: Path) -> None:
+    with pytest.raises(UnsupportedTarget, match="cpu with weights in dense, combine 'atomic'; it can run nothing so"):
+        call(make_case(CPU), path=path, combine=Combine.ATOMIC)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mxfp8_weights_on_the_reference_path(dtype: torch.dtype) -> None:
+    case = make_case(CPU, dtype=dtype, intermediate=64)
+    packed = ExpertWeights.quantize(case.weights)
+    stacks = packed.mxfp8_experts
+    exact = ExpertWeights.dense(stacks.w13.dequantize(torch.float32), stacks.w2.dequantize(torch.float32))
+    want = call(case, hidden=case.hidden.float(), weights=exact)
+    assert snr_db(call(case, weights=packed), want) > (110 if dtype == torch.float32 else 44)
+
+
+def test_block_fp8_weights_on_the_reference_path() -> None:
+    case = make_case(CPU, intermediate=64)
+    stacks = ExpertWeights.quantize(case.weights).mxfp8_experts
+    block = ExpertWeights.block_fp8(stacks.w13.values, stacks.w13.scales, stacks.w2.values, stacks.w2.scales)
+    assert snr_db(call(case, weights=block), call(case, weights=ExpertWeights.quantize(case.weights))) > 44
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from epfuse.stages.down import reference as down_reference
 from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.route import reference as route_reference
 from epfuse.stages.tiles import LayerTiles
+from epfuse.weights.block_fp8 import BlockFP8
 from epfuse.weights.experts import ExpertWeights
 
 
@@ -52,21 +53,22 @@ def run_kernels(
     tiles: LayerTiles,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """The layer in Triton kernels. No host sync; graph-capturable; bitwise repeatable."""
+    """The layer in Triton kernels, activations as they are. No host sync; graph-capturable; bitwise repeatable."""
     from epfuse.stages.combine.launch import launch_combine
     from epfuse.stages.down.launch import launch_down
     from epfuse.stages.gate_up.launch import launch_gate_up
     from epfuse.stages.route.launch import launch_route
 
-    experts, local = weights.kept[form], weights.local_experts
+    w13, w2, local = weights.kept[form].w13, weights.kept[form].w2, weights.local_experts
+    assert not isinstance(w13, BlockFP8)
+    assert not isinstance(w2, BlockFP8)
     slots = expert_map.on(hidden.device)
     with record_function("epfuse::route"):
-        routes = launch_route(
-            topk_ids, slots, local, tiles.block_m, arrivals_per_block=tiles.arrivals(weights.hidden, weights.intermediate)
-        )
+        arrivals = tiles.arrivals(weights.hidden, weights.intermediate)
+        routes = launch_route(topk_ids, slots, local, tiles.block_m, arrivals_per_block=arrivals)
     with record_function("epfuse::gate_up"):
-        y = launch_gate_up(hidden, experts.w13, routes, topk_ids.shape[1], activation, tiles.gate_up)
+        y = launch_gate_up(hidden, w13, routes, topk_ids.shape[1], activation, tiles.gate_up)
     with record_function("epfuse::down"):
-        routed = launch_down(y, experts.w2, routes, topk_weights, tiles.down)
+        routed = launch_down(y, w2, routes, topk_weights, tiles.down)
     with record_function("epfuse::combine"):
         return launch_combine(routed, topk_ids, slots, local, None, out)

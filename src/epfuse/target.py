@@ -34,6 +34,9 @@ class Target(enum.Enum):
 
 _planned: Target | None = None
 
+COMPUTE_UNITS = {Target.SM90: 132, Target.GFX942: 304, Target.GFX950: 256}
+"""Multiprocessors of an H100 SXM, compute units of an MI300X and an MI355X (the vendors' data sheets)."""
+
 
 @contextmanager
 def planning_for(target: Target) -> Iterator[None]:
@@ -43,12 +46,12 @@ def planning_for(target: Target) -> Iterator[None]:
     """
     global _planned
     before, _planned = _planned, target
-    target_of.cache_clear()
+    _forget_devices()
     try:
         yield
     finally:
         _planned = before
-        target_of.cache_clear()
+        _forget_devices()
 
 
 @functools.lru_cache(maxsize=64)
@@ -87,7 +90,14 @@ def compute_units(device: torch.device) -> int:
     """Multiprocessors (NVIDIA) or compute units (AMD) of ``device``; 1 for a CPU."""
     if device.type == "cpu":
         return 1
+    if device.type == "meta" and _planned is not None:
+        return COMPUTE_UNITS[_planned]
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _forget_devices() -> None:
+    target_of.cache_clear()
+    compute_units.cache_clear()
 
 
 def overlap_previous(target: Target) -> dict[str, bool]:

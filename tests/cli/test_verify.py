@@ -24,7 +24,10 @@ def test_json_record() -> None:
     assert record["versions"]["torch"] == torch.__version__
     assert record["problem"]["ep_size"] == 3
     uniform = next(case for case in record["cases"] if case["name"] == "uniform" and case["path"] == "reference")
-    assert set(uniform) == {"name", "path", "tokens", "ok", "snr_db", "max_error", "tolerance", "failures"}
+    assert set(uniform) == {
+        *("name", "path", "weights", "combine", "tokens", "ok"),
+        *("snr_db", "max_error", "relative_error", "tolerance", "failures"),
+    }
     assert uniform["tokens"] == 5
     assert uniform["snr_db"] >= uniform["tolerance"]["snr_db"] > 100
     assert uniform["max_error"] <= uniform["tolerance"]["max_error"]
@@ -33,7 +36,7 @@ def test_json_record() -> None:
 def test_table() -> None:
     result = CliRunner().invoke(main, [*SMALL, "--path", "auto"])
     assert result.exit_code == 0, result.output
-    assert "18 of 18 cases passed" in result.stdout
+    assert "20 of 20 cases passed" in result.stdout
     assert "outlier channel" in result.stdout
 
 
@@ -48,7 +51,7 @@ def test_a_failed_check_exits_1_and_says_where(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(suite, "fused_experts", forgets_the_last_route)
     result = CliRunner().invoke(main, SMALL)
     assert result.exit_code == 1
-    assert "FAIL reference, uniform, T=5: sum over ranks" in result.stdout
+    assert "FAIL reference dense, uniform, T=5: sum over ranks" in result.stdout
 
 
 def test_too_little_memory_exits_2(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +67,7 @@ def test_too_little_memory_exits_2(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--path", "bf16"], "epfuse: path 'bf16' has no kernel for cpu; it can run reference"),
+        (["--path", "bf16"], "'bf16' has no kernel for cpu with weights in dense; it can run reference"),
         (["--experts", "7"], "epfuse: ep_size is 3; it must divide experts=7"),
         (["--top-k", "9"], "top_k is 9, more than experts=6"),
         (["--hidden", "0"], "hidden is 0; it must be"),

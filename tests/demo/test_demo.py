@@ -53,6 +53,18 @@ def test_each_rank_holds_its_share_only(good: tuple[dict[str, Any], str]) -> Non
     assert [rank["expert_bytes"] for rank in record["ranks"]] == [share, share]
 
 
+def test_mxfp8_experts_pass_every_check_at_their_bytes(tmp_path: Path) -> None:
+    result = invoke(tmp_path, "--json", "--dtype", "float32", "--weights", "mxfp8")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["settings"]["weights"] == "mxfp8"
+    verdicts = {check["name"]: check["verdict"] for check in record["checks"]}
+    assert set(verdicts.values()) == {"passed"}
+    size = record["settings"]["size"]
+    values = 3 * size["hidden"] * size["intermediate"] * size["experts"] // 2 * size["moe_layers"]
+    assert [rank["expert_bytes"] for rank in record["ranks"]] == [values * 33 // 32] * 2
+
+
 def test_page_is_self_contained_and_escaped(good: tuple[dict[str, Any], str]) -> None:
     _, page = good
     assert page.count("<svg") == 4

@@ -10,7 +10,9 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from epfuse.demo.model import build_model, seed_weights
+from epfuse import ExpertMap, ExpertWeights, SwiGLUOAI
+from epfuse.config import WeightFormat
+from epfuse.demo.model import build_model, round_experts_to_mxfp8, seed_weights
 from epfuse.demo.settings import ModelSize
 from epfuse.errors import ConfigError, EpfuseError, LayoutError, ShapeError
 from epfuse.integrations.transformers import EPExperts, replace_experts
@@ -167,3 +169,33 @@ def test_refuses_gradients(model: Any, prompt: torch.Tensor) -> None:
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ConfigError, match="no_grad"):
         model(prompt)
+
+
+@torch.no_grad()
+def test_mxfp8_experts_load_their_shard_and_compute_what_their_numbers_say(
+    model: Any, prompt: torch.Tensor, tmp_path: Path
+) -> None:
+    round_experts_to_mxfp8(model)
+    expected = model(prompt).logits
+    whole = replace_experts(model, EPGroup.single(), form=WeightFormat.MXFP8)
+    assert "gate_up_proj_scale" in dict(whole.experts["model.layers.1.mlp.experts"].named_parameters())
+    torch.testing.assert_close(model(prompt).logits, expected, rtol=0, atol=1e-4)
+
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    empty = build_model(SIZE, torch.float32, "meta")
+    shard = replace_experts(empty, EPGroup(1, 2), form=WeightFormat.MXFP8)
+    load_sharded(empty, tmp_path / "model.safetensors", shard.sharded_parameters, torch.device("cpu"))
+    for name, part in shard.experts.items():
+        for leaf, tensor in part.named_parameters():
+            full = whole.experts[name].get_parameter(leaf)
+            assert torch.equal(tensor.view(torch.uint8), full[SIZE.experts // 2 :].view(torch.uint8)), leaf
+
+
+def test_only_formats_of_checkpoints_can_be_parameters(model: Any) -> None:
+    with pytest.raises(ConfigError, match="form is 'block_fp8'; experts are replaced by dense or mxfp8 ones"):
+        replace_experts(model, EPGroup.single(), form=WeightFormat.BLOCK_FP8)
+    dense = ExpertWeights.dense(torch.zeros(2, 64, 32), torch.zeros(2, 32, 32))
+    stacks = ExpertWeights.quantize(dense).mxfp8_experts
+    hybrid = ExpertWeights.hybrid(stacks.w13.values, stacks.w13.scales, stacks.w2.values, stacks.w2.scales)
+    with pytest.raises(ConfigError, match="weights are in mxfp8, dense; EPExperts takes dense or MXFP8"):
+        EPExperts(hybrid, ExpertMap.all_local(2), SwiGLUOAI(), EPGroup.single())

@@ -11,8 +11,8 @@ from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import RouteTiles
 from tests.cases import ROUTINGS, topk_ids_for
 
-ONE_LAUNCH = RouteTiles(chunk=32)
-TWO_LAUNCHES = RouteTiles(chunk=16, one_launch_routes=0)
+ONE_LAUNCH = RouteTiles(count=64)
+TWO_LAUNCHES = RouteTiles(one_launch_routes=0, chunk=16)
 
 
 def local_map(experts: int, local: int, device: torch.device) -> torch.Tensor:
@@ -49,8 +49,9 @@ def test_many_experts_and_int32_ids(device, tiles):
 
 
 @pytest.mark.gpu
-def test_prefill(device):
-    ids = topk_ids_for("uniform", 8192, 128, 16, top_k=4).to(device)
+@pytest.mark.parametrize("tokens", [256, 1024, 2048, 8192, 20000])
+def test_many_tokens(device, tokens):
+    ids = topk_ids_for("uniform", tokens, 128, 16, top_k=4).to(device)
     slots = local_map(128, 16, device)
     for block_m in (16, 64, 128):
         assert_same(launch_route(ids, slots, 16, block_m), reference.route(ids, slots, 16, block_m))

@@ -10,7 +10,7 @@ from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down import reference as down_reference
 from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.route.launch import launch_route
-from epfuse.stages.tiles import LayerTiles, Sm90Tile
+from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.weights.fragment import RowOrder, pack
 from tests.cases import ROUTINGS, topk_ids_for
 from tests.stages.test_gemms import SNR_FLOOR, check_rows
@@ -28,6 +28,14 @@ TILES = {
     "32x256": (32, Sm90Tile(256, 128, 0, 8, 3)),
     "64x128_grouped": (64, Sm90Tile(128, 128, 2, 8, 3)),
     "128x256": (128, Sm90Tile(256, 128, 2, 8, 2)),
+    "64x256_persistent": (64, Sm90PersistentTile(256, 128, 0, 4, 2)),
+    "128x256_persistent": (128, Sm90PersistentTile(256, 128, 2, 4, 2, parts=4)),
+}
+
+# persistent tiles read MXFP8 only: the same sum comes from these
+IN_MEMORY = {
+    "64x256_persistent": Sm90Tile(256, 128, 0, 8, 2),
+    "128x256_persistent": Sm90Tile(256, 64, 2, 8, 2),
 }
 
 
@@ -71,7 +79,7 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     want = gate_up_reference.gate_up(x, w13, routes, TOP_K, ACTIVATION, torch.float64)
     check_rows(y, want, rows, SNR_FLOOR[torch.bfloat16])
     in_memory = poisoned(tokens * TOP_K, intermediate, device)
-    launch(in_memory, "gate_up", x, w13.dequantize(), routes, tile)
+    launch(in_memory, "gate_up", x, w13.dequantize(), routes, IN_MEMORY.get(name, tile))
     torch.testing.assert_close(y, in_memory, rtol=0, atol=0, equal_nan=True)
 
     w2 = random_mxfp8(device, hidden, intermediate, 2)
@@ -80,7 +88,7 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     want = down_reference.down(y.double(), w2, routes, topk_weights, torch.float64)
     check_rows(out, want, rows, SNR_FLOOR[torch.bfloat16])
     in_memory = poisoned(tokens * TOP_K, hidden, device)
-    launch(in_memory, "down", y, w2.dequantize(), routes, tile, topk_weights)
+    launch(in_memory, "down", y, w2.dequantize(), routes, IN_MEMORY.get(name, tile), topk_weights)
     torch.testing.assert_close(out, in_memory, rtol=0, atol=0, equal_nan=True)
 
 

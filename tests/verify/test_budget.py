@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from epfuse.verify.budget import compare, dense_tolerance
+from epfuse.stages.quantize.reference import quantize
+from epfuse.verify.budget import E4M3_ERROR, compare, dense_tolerance, fp8_tolerance
 
 ORACLE = torch.randn(300, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -57,3 +58,28 @@ def test_a_row_that_must_be_zero_must_be_exactly_zero() -> None:
 def test_minimax_m3s_budget_notices_one_lost_term(dtype: torch.dtype) -> None:
     """A dot product over H=6144 that drops one term is off by 1/sqrt(6144): 37.9 dB."""
     assert dense_tolerance(dtype, 6144, 3072).snr_db > 37.9
+
+
+def test_the_relative_error_is_that_of_the_whole_call() -> None:
+    result = ORACLE.clone()
+    result[7] *= 1.1
+    assert compare(result, ORACLE).relative_error == pytest.approx(0.1 * float(ORACLE[7].norm() / ORACLE.norm()))
+    result[8] = math.nan
+    assert compare(result, ORACLE).relative_error == math.inf
+
+
+def test_e4m3s_noise_is_what_the_budget_takes_it_for() -> None:
+    x = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    measured = float((quantize(x).dequantize() - x).norm() / x.norm())
+    assert measured == pytest.approx(E4M3_ERROR, rel=0.02)
+
+
+def test_fp8s_budget_notices_a_wrong_scale() -> None:
+    """One group of 32 in H=6144 with half its scale is off by 1/2 * sqrt(32/6144): 28.9 dB, below the noise.
+
+    So scales are tested where they are applied (tests/stages/test_fp8_gemms.py); what the budget must see is a scale
+    that is wrong in every group.
+    """
+    tolerance = fp8_tolerance()
+    assert 18 < tolerance.snr_db < 22
+    assert tolerance.relative_error < 0.5

@@ -9,14 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI
+from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, api
+from epfuse.config import Combine, WeightFormat
+from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.stages.route import reference as route_reference
+from epfuse.verify import problem as problem_module
 from epfuse.verify import suite
-from epfuse.verify.experts import rank_weights
+from epfuse.verify.budget import fp8_tolerance
+from epfuse.verify.experts import in_format, rank_mxfp8, rank_weights
 from epfuse.verify.oracle import add_experts
-from epfuse.verify.problem import Problem, paths_of
+from epfuse.verify.problem import Problem
 from epfuse.verify.record import ORACLE
 from epfuse.verify.scenarios import KINDS, make_scenarios
+from epfuse.verify.subject import Stored, Subject, subjects_of
+from epfuse.weights.experts import expert_matrix
+from tests.cases import snr_db
 
 PROBLEM = Problem(
     hidden=40,
@@ -30,6 +37,9 @@ PROBLEM = Problem(
     seed=0,
 )
 
+REFERENCE = (Subject(Path.REFERENCE, Stored.DENSE, WeightFormat.DENSE),)
+PACKED = (Subject(Path.REFERENCE, Stored.MXFP8, WeightFormat.MXFP8),)
+
 Call = dict[str, Any]
 
 
@@ -42,10 +52,10 @@ def failed(record: suite.Record, path: str = "reference") -> set[str]:
 def test_the_reference_path_passes(dtype: torch.dtype, seed: int) -> None:
     steps: list[None] = []
     problem = replace(PROBLEM, dtype=dtype, seed=seed)
-    record = suite.run(problem, (Path.REFERENCE,), lambda: steps.append(None))
+    record = suite.run(problem, REFERENCE, lambda: steps.append(None))
     assert record.ok, [case for case in record.cases if not case.ok]
     assert len(record.cases) == 2 * 2 * len(KINDS)
-    assert len(steps) == suite.steps_of(problem)
+    assert len(steps) == suite.steps_of(problem, REFERENCE)
 
 
 def drop_one_route(call: Call) -> Call:
@@ -88,17 +98,20 @@ def wrap_wide_ids(call: Call) -> Call:
         (wrap_wide_ids, {"foreign ids"}),
     ],
 )
+@pytest.mark.parametrize("budget", ["dense", "fp8"])
 def test_a_bug_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, break_call: Callable[[Call], Call], noticed_by: set[str]
+    monkeypatch: pytest.MonkeyPatch, break_call: Callable[[Call], Call], noticed_by: set[str], budget: str
 ) -> None:
     right = suite.fused_experts
+    if budget == "fp8":  # wide enough for quantised activations, tight enough for these
+        monkeypatch.setattr(suite, "dense_tolerance", lambda *_: fp8_tolerance())
 
     def wrong(hidden, weights, topk_weights, topk_ids, expert_map, **options):
         call = {"hidden": hidden, "weights": weights, "topk_weights": topk_weights, "topk_ids": topk_ids}
         return right(**break_call(call | {"expert_map": expert_map} | options))
 
     monkeypatch.setattr(suite, "fused_experts", wrong)
-    record = suite.run(PROBLEM, (Path.REFERENCE,))
+    record = suite.run(PROBLEM, REFERENCE)
     assert not record.ok
     assert noticed_by <= failed(record)
     assert not failed(record, ORACLE)
@@ -115,7 +128,7 @@ def test_memory_that_is_never_written_is_noticed(monkeypatch: pytest.MonkeyPatch
         return out
 
     monkeypatch.setattr(suite, "fused_experts", leaves_the_last_token)
-    assert failed(suite.run(PROBLEM, (Path.REFERENCE,))) == set(KINDS)
+    assert failed(suite.run(PROBLEM, REFERENCE)) == set(KINDS)
 
 
 def test_results_that_change_between_runs_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +139,7 @@ def test_results_that_change_between_runs_are_noticed(monkeypatch: pytest.Monkey
         return result if out is None else result.copy_(torch.nextafter(result, torch.zeros_like(result)))
 
     monkeypatch.setattr(suite, "fused_experts", drifts)
-    record = suite.run(PROBLEM, (Path.REFERENCE,))
+    record = suite.run(PROBLEM, REFERENCE)
     case = next(case for case in record.cases if case.name == "uniform" and case.path == "reference")
     assert "rank 0: two runs differ" in case.failures
 
@@ -140,7 +153,7 @@ def test_a_bug_that_oracle_and_path_share_is_noticed_by_the_second_oracle(monkey
         return slots
 
     monkeypatch.setattr(route_reference, "local_experts", loses_the_first_route)
-    assert "uniform" in failed(suite.run(PROBLEM, (Path.REFERENCE,)), ORACLE)
+    assert "uniform" in failed(suite.run(PROBLEM, REFERENCE), ORACLE)
 
 
 def test_the_second_oracle_is_transformers_layer() -> None:
@@ -176,15 +189,111 @@ def test_experts_do_not_depend_on_the_number_of_ranks() -> None:
     assert torch.equal(whole.w2[3:], second.w2)
 
 
+def test_mxfp8_weights_pass_and_have_the_formats_corners() -> None:
+    problem = replace(PROBLEM, hidden=96, intermediate=64)
+    record = suite.run(problem, PACKED)
+    assert record.ok, [case for case in record.cases if not case.ok]
+    stack = rank_mxfp8(problem, 1).mxfp8_experts.w13
+    dense = rank_weights(problem, 1).dense_experts.w13
+    assert not stack.scales[:, ::7, 0].any()
+    assert not stack.values[:, ::11, -32:].view(torch.uint8).any()
+    close = torch.ones(stack.shape, dtype=torch.bool)
+    close[:, ::7, :32] = close[:, ::11, -32:] = False
+    assert snr_db(stack.dequantize(torch.float64)[close], dense.double()[close]) > 28
+
+
+def test_a_wrong_scale_of_one_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = suite.in_format
+
+    def doubles_a_scale(weights, form, target):
+        parts = [
+            part.clone() for w in (weights.mxfp8_experts.w13, weights.mxfp8_experts.w2) for part in (w.values, w.scales)
+        ]
+        parts[1][:, :, 1] += 1
+        return right(ExpertWeights.mxfp8(*parts), form, target)
+
+    monkeypatch.setattr(suite, "in_format", doubles_a_scale)
+    record = suite.run(replace(PROBLEM, hidden=96, intermediate=64, tokens=(29,)), PACKED)
+    assert {"uniform", "clamped", "one rank"} <= failed(record)
+    assert not failed(record, ORACLE)
+
+
+@pytest.mark.parametrize(
+    ("form", "target"),
+    [
+        (WeightFormat.MXFP8, Target.SM90),
+        (WeightFormat.FRAGMENT, Target.SM90),
+        (WeightFormat.BLOCK_FP8, Target.SM90),
+        (WeightFormat.MXFP8_FNUZ, Target.GFX942),
+        (WeightFormat.BLOCK_FP8_FNUZ, Target.GFX942),
+    ],
+)
+def test_every_format_holds_the_weights_and_the_source_is_kept(form: WeightFormat, target: Target) -> None:
+    source = rank_mxfp8(replace(PROBLEM, hidden=128, intermediate=64), 0)
+    before = source.mxfp8_experts.w13.dequantize(torch.float64)
+    made = in_format(source, form, target)
+    assert form in made.kept
+    assert torch.equal(source.mxfp8_experts.w13.dequantize(torch.float64), before)
+    assert snr_db(expert_matrix(made.kept[form].w13, 2, torch.float64), before[2]) > 80
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_path_of_the_gpu_passes(device: torch.device, dtype: torch.dtype) -> None:
-    problem = replace(PROBLEM, hidden=136, intermediate=88, tokens=(1, 29, 300), dtype=dtype, device=device)
-    record = suite.run(problem, paths_of(problem, "all"))
+    problem = replace(PROBLEM, hidden=160, intermediate=96, tokens=(1, 29, 300), dtype=dtype, device=device)
+    record = suite.run(problem, subjects_of(problem, "all"))
     assert record.ok, [case for case in record.cases if not case.ok]
     assert {"graph replay"} == {case.name for case in record.cases if case.tolerance is None}
 
 
-def test_paths_of_the_device() -> None:
-    assert paths_of(PROBLEM, "all") == (Path.REFERENCE,)
-    assert paths_of(PROBLEM, "auto") == (Path.REFERENCE,)
+def on_target(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    """Make the CPU pass for ``target``: its kernels run in the interpreter."""
+    for module in (api, problem_module):
+        monkeypatch.setattr(module, "target_of", lambda device: target)
+
+
+@pytest.mark.parametrize("target", [Target.GFX942, Target.GFX950])
+def test_paths_with_fp8_activations_pass_in_the_interpreter(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels of another target")
+    on_target(monkeypatch, target)
+    numeric = ("uniform", "NaN weight", "clamped", "outlier channel", "zeros")  # the interpreter is slow
+    monkeypatch.setattr(suite, "make_scenarios", lambda p: [s for s in make_scenarios(p) if s.name in numeric])
+    problem = replace(PROBLEM, hidden=96, intermediate=64, ep_size=1, experts=3, top_k=2, tokens=(3,))
+    subjects = [subject for path in ("w8a8", "block_fp8") for subject in subjects_of(problem, path)]
+    assert {subject.combine for subject in subjects} == set(Combine)
+    record = suite.run(problem, tuple(subjects))
+    assert record.ok, [case for case in record.cases if not case.ok]
+
+
+def test_subjects_of_the_device() -> None:
+    assert subjects_of(PROBLEM, "all") == REFERENCE
+    assert subjects_of(PROBLEM, "auto") == REFERENCE
+    problem = replace(PROBLEM, hidden=96, intermediate=64)
+    assert subjects_of(problem, "all") == REFERENCE + PACKED
+    assert subjects_of(problem, "auto") == REFERENCE + PACKED
+    with pytest.raises(UnsupportedTarget, match=r"'w8a8' has no kernel for cpu with weights in mxfp8; it can run ref"):
+        subjects_of(problem, "w8a8")
+
+
+def test_subjects_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "target_of", lambda device: Target.SM90)
+    problem = replace(PROBLEM, hidden=96, intermediate=64)
+    found = [(s.path.value, s.form.value, s.combine.value) for s in subjects_of(problem, "all")]
+    assert found == [
+        ("reference", "dense", "deterministic"),
+        ("reference", "mxfp8", "deterministic"),
+        ("bf16", "dense", "deterministic"),
+        ("w8a16", "fragment", "deterministic"),
+        ("w8a16", "mxfp8", "deterministic"),
+        ("w8a8", "mxfp8", "deterministic"),
+        ("w8a8", "mxfp8", "atomic"),
+        ("block_fp8", "block_fp8", "deterministic"),
+        ("block_fp8", "block_fp8", "atomic"),
+    ]
+    half = replace(problem, dtype=torch.float16)
+    assert {s.path for s in subjects_of(half, "all")} == {Path.REFERENCE, Path.BF16}
+    assert [s.form for s in subjects_of(half, "auto")] == [WeightFormat.DENSE]
+    assert [s.path for s in subjects_of(PROBLEM, "all")] == [Path.REFERENCE, Path.BF16]
+    with pytest.raises(ConfigError, match="hidden is 40 and intermediate 24; path 'w8a8' has MXFP8 weights"):
+        subjects_of(PROBLEM, "w8a8")

@@ -129,6 +129,11 @@ def test_fnuz_holds_the_same_numbers() -> None:
     assert fnuz.values.dtype == torch.float8_e4m3fnuz
     assert torch.equal(fnuz.dequantize(torch.float64), block.dequantize(torch.float64))
     assert fnuz.to_fnuz() is fnuz
+    assert torch.equal(block.matrix(1, torch.float64), block.dequantize(torch.float64)[1])
+    numbers, pointer = block.dequantize(torch.float64), block.values.data_ptr()
+    in_place = block.to_fnuz_()
+    assert in_place.values.data_ptr() == pointer
+    assert torch.equal(in_place.dequantize(torch.float64), numbers)
     assert block.nbytes == 2 * 130 * 96 + 2 * 2 * 1 * 4
 
 

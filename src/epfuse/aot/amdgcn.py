@@ -1,7 +1,7 @@
 """Resources, occupancy and instructions of AMD kernels, from the compiler's assembly.
 
-Occupancy follows LLVM's AMDGPU backend (``AMDGPUBaseInfo.cpp`` and ``GCNSubtarget.cpp``) and the CDNA3 ISA guide: a SIMD
-has 512 registers a lane, VGPRs and AGPRs in one file, dealt out in eights; at most 8 waves; a compute unit has 4 SIMDs.
+Occupancy follows LLVM's AMDGPU backend (``AMDGPUBaseInfo.cpp``, ``GCNSubtarget.cpp``) and AMD's CDNA3 ISA guide: a CU
+has 4 SIMDs, a SIMD 512 registers a lane, VGPRs and AGPRs in one file, dealt out in eights, and at most 8 waves.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def occupancy(resources: Resources, target: Target) -> Occupancy:
     per_simd = -(-resources.waves // SIMDS)
     fits = {
         "registers": waves // per_simd if resources.waves >= SIMDS else waves * SIMDS // resources.waves,
-        "waves": min(MOST_WAVES * SIMDS // resources.waves, MOST_WORKGROUPS if resources.waves > 1 else MOST_WAVES * SIMDS),
+        "waves": min(
+            MOST_WAVES * SIMDS // resources.waves, MOST_WORKGROUPS if resources.waves > 1 else MOST_WAVES * SIMDS
+        ),
     }
     if resources.lds_bytes:
         fits["lds"] = lds.bytes // (-(-resources.lds_bytes // lds.step) * lds.step)
@@ -110,7 +112,7 @@ def resources_of(assembly: str, lds_bytes: int, waves: int) -> Resources:
     """
 
     def field(name: str) -> int:
-        match = re.search(rf"^\s*\.{name}:\s+(\d+)\s*$", assembly, re.MULTILINE)
+        match = re.search(rf"^[\s-]*\.{name}:\s+(\d+)\s*$", assembly, re.MULTILINE)
         if match is None:
             raise ValueError(f"the assembly has no .{name}")
         return int(match[1])
@@ -132,7 +134,9 @@ def resources_of(assembly: str, lds_bytes: int, waves: int) -> Resources:
 
 
 _WIDTHS = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2}
-_ACCESS = re.compile(r"(global|buffer|flat)_(load|store)_(?:lds_)?(u?s?byte|u?s?short|dword)(?:x(\d))?(?:_d16)?(?:_hi)?")
+_ACCESS = re.compile(
+    r"(global|buffer|flat)_(load|store)_(?:lds_)?(u?s?byte|u?s?short|dword)(?:x(\d))?(?:_d16)?(?:_hi)?"
+)
 _MATRIX = re.compile(r"v_mfma_(?:scale_)?[a-z]+\d+_(\d+)x(\d+)x(\d+)")
 _ATOMIC = re.compile(r"(global|buffer|flat)_atomic_")
 

@@ -78,14 +78,14 @@ class Dialect:
         return found
 
     def main_loop(self, lines: Sequence[str]) -> list[str]:
-        """The lines of the innermost loop that has the most matrix instructions; empty if none has any."""
+        """The lines of the innermost loop that multiplies most; empty if none has matrix instructions."""
         best: list[str] = []
         most = 0
         for first, last in self._innermost(lines):
             body = list(lines[first : last + 1])
-            matrix = sum(self.counts(body).matrix.values())
-            if matrix > most:
-                best, most = body, matrix
+            macs = self.counts(body).matrix_macs
+            if macs > most:
+                best, most = body, macs
         return best
 
     def _innermost(self, lines: Sequence[str]) -> list[tuple[int, int]]:

@@ -1,19 +1,21 @@
-"""The calls whose kernels are compiled: paths, weight formats, dtypes and sizes, and token counts that reach every tile."""
+"""The calls whose kernels are compiled: paths, weight formats, dtypes, sizes, and tokens that reach every tile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from epfuse.api import fused_experts
-from epfuse.config import MINIMAX_M3_EP8, LayerShape, Path, WeightFormat
-from epfuse.errors import UnsupportedTarget
+from epfuse.config import MINIMAX_M3_EP8, Combine, LayerShape, Path, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
-from epfuse.policy import GPU_FORMATS, decide
+from epfuse.policy import FP8_PATHS, READABLE, decide
 from epfuse.target import Target
+from epfuse.weights.block_fp8 import BLOCK, BlockFP8
 from epfuse.weights.experts import ExpertWeights, Projections
 from epfuse.weights.fragment import PANEL_ROWS, STEP_K, FragmentMXFP8, RowOrder
 
@@ -40,6 +42,7 @@ class Call:
         form: the format of the weights.
         dtype: name of the activations' dtype.
         shape: name of the sizes.
+        combine: how routes are summed.
         tokens: T.
     """
 
@@ -48,6 +51,7 @@ class Call:
     form: WeightFormat
     dtype: str
     shape: str
+    combine: Combine
     tokens: int
 
     def run(self) -> None:
@@ -56,45 +60,54 @@ class Call:
         ranks = shape.experts // shape.local_experts
         fused_experts(
             torch.empty(self.tokens, shape.hidden, dtype=dtype, device="meta"),
-            WEIGHTS[self.form](shape, dtype, self.target),
+            WEIGHTS[self.form](shape, dtype),
             torch.empty(self.tokens, shape.top_k, dtype=torch.float32, device="meta"),
             torch.empty(self.tokens, shape.top_k, dtype=torch.int32, device="meta"),
             ExpertMap.contiguous(shape.experts, ranks, 0),
             path=self.path,
+            combine=self.combine,
         )
 
 
-def dense(shape: LayerShape, dtype: torch.dtype, target: Target) -> ExpertWeights:
+def dense(shape: LayerShape, dtype: torch.dtype) -> ExpertWeights:
     """Weights in ``dtype``."""
-    return ExpertWeights.dense(*(torch.empty(s, dtype=dtype, device="meta") for s in _sizes(shape)))
+    w13, w2 = (_empty(size, dtype) for size in _sizes(shape))
+    return ExpertWeights.dense(w13, w2)
 
 
-def mxfp8(shape: LayerShape, dtype: torch.dtype, target: Target) -> ExpertWeights:
-    """MXFP8 weights as checkpoints have them."""
-    parts = []
-    for size in _sizes(shape):
-        parts.append(torch.empty(size, dtype=torch.float8_e4m3fn, device="meta"))
-        parts.append(torch.empty(*size[:-1], size[-1] // 32, dtype=torch.uint8, device="meta"))
-    return ExpertWeights.mxfp8(*parts)
+def mxfp8(shape: LayerShape, dtype: torch.dtype, values: torch.dtype = torch.float8_e4m3fn) -> ExpertWeights:
+    """MXFP8 weights row-major; E4M3FNUZ values are what `ExpertWeights.prepare` makes of them for gfx942."""
+    w13, w2 = (MXFP8(_empty(size, values), _empty((*size[:-1], size[-1] // 32), torch.uint8)) for size in _sizes(shape))
+    return _experts(shape, mxfp8_experts=Projections(w13, w2))
 
 
-def fragment(shape: LayerShape, dtype: torch.dtype, target: Target) -> ExpertWeights:
+def block_fp8(shape: LayerShape, dtype: torch.dtype, values: torch.dtype = torch.float8_e4m3fn) -> ExpertWeights:
+    """Block FP8 weights; as `mxfp8`."""
+    w13, w2 = (
+        BlockFP8(_empty(size, values), _empty((size[0], -(-size[1] // BLOCK), -(-size[2] // BLOCK)), torch.float32))
+        for size in _sizes(shape)
+    )
+    return _experts(shape, block_fp8_experts=Projections(w13, w2))
+
+
+def fragment(shape: LayerShape, dtype: torch.dtype) -> ExpertWeights:
     """What `ExpertWeights.prepare` makes of MXFP8 weights for Hopper."""
     stacks = []
     for (local, rows, columns), order in zip(_sizes(shape), (RowOrder.GATE_UP, RowOrder.PLAIN), strict=True):
         panels, steps = -(-rows // PANEL_ROWS), -(-columns // STEP_K)
-        codes = torch.empty(local, panels, steps * STEP_K // 32, 32 * PANEL_ROWS, dtype=torch.uint8, device="meta")
-        scales = torch.empty(local, panels, steps, PANEL_ROWS, dtype=torch.int32, device="meta")
+        codes = _empty((local, panels, steps * STEP_K // 32, 32 * PANEL_ROWS), torch.uint8)
+        scales = _empty((local, panels, steps, PANEL_ROWS), torch.int32)
         stacks.append(FragmentMXFP8(codes, scales, rows, columns, order))
-    return ExpertWeights(
-        shape.local_experts, shape.hidden, shape.intermediate, fragment_experts=Projections(stacks[0], stacks[1])
-    )
+    return _experts(shape, fragment_experts=Projections(stacks[0], stacks[1]))
 
 
-WEIGHTS: dict[WeightFormat, Callable[[LayerShape, torch.dtype, Target], ExpertWeights]] = {
+WEIGHTS: dict[WeightFormat, Callable[[LayerShape, torch.dtype], ExpertWeights]] = {
     WeightFormat.DENSE: dense,
     WeightFormat.MXFP8: mxfp8,
+    WeightFormat.MXFP8_FNUZ: partial(mxfp8, values=torch.float8_e4m3fnuz),
     WeightFormat.FRAGMENT: fragment,
+    WeightFormat.BLOCK_FP8: block_fp8,
+    WeightFormat.BLOCK_FP8_FNUZ: partial(block_fp8, values=torch.float8_e4m3fnuz),
 }
 """How weights of each format are made without data."""
 
@@ -110,29 +123,35 @@ def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str
     """
     found = []
     for path in paths:
-        for form in GPU_FORMATS.get(path, ()):
-            if form is WeightFormat.FRAGMENT and target is not Target.SM90:
-                continue
+        ways = list(Combine) if path in FP8_PATHS else [Combine.DETERMINISTIC]
+        for form in READABLE[target].get(path, ()):
             for dtype in dtypes if form is WeightFormat.DENSE else ["bf16"]:
                 for shape in shapes:
+                    counts = token_counts(target, path, form, SHAPES[shape], DTYPES[dtype])
                     found += [
-                        Call(target, path, form, dtype, shape, tokens)
-                        for tokens in token_counts(target, path, form, SHAPES[shape], DTYPES[dtype])
+                        Call(target, path, form, dtype, shape, combine, tokens) for combine in ways for tokens in counts
                     ]
     return found
 
 
-def token_counts(target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype) -> Iterator[int]:
-    """The powers of two (the routing kernels' sizes follow them) and the first T of every choice of tiles."""
+def token_counts(target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype) -> list[int]:
+    """The powers of two (the routing kernels' sizes follow them) and the first and last T of every choice of tiles."""
+    chosen = {1 << power for power in range(MOST_TOKENS.bit_length())}
     before = None
     for tokens in range(1, MOST_TOKENS + 1):
-        try:
-            decision = decide(path, target, shape, tokens, frozenset({form}), dtype)
-        except UnsupportedTarget:
-            return
-        if decision != before or tokens & (tokens - 1) == 0:
-            yield tokens
+        decision = decide(path, target, shape, tokens, frozenset({form}), dtype)
+        if before is not None and decision != before:
+            chosen |= {tokens - 1, tokens}
         before = decision
+    return sorted(chosen)
+
+
+def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _experts(shape: LayerShape, **formats: Any) -> ExpertWeights:
+    return ExpertWeights(shape.local_experts, shape.hidden, shape.intermediate, **formats)
 
 
 def _sizes(shape: LayerShape) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

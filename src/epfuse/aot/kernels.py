@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from epfuse.aot.assembly import Counts
 from epfuse.aot.calls import Call
 from epfuse.aot.launches import Launch
 
+ROWS = ("x", "y")
 WEIGHTS = ("w13", "w2")
-"""Names of the kernels' weight arguments."""
+"""Names of the GEMM kernels' arguments."""
 ITEM_BYTES = {"*bf16": 2, "*fp16": 2, "*fp32": 4, "*fp8e4nv": 1, "*fp8e4b8": 1, "*u8": 1}
 
 
@@ -86,15 +88,23 @@ class Kernel:
         return None if None in sizes else Tile(*sizes)  # type: ignore[arg-type]
 
     @property
+    def row_type(self) -> str | None:
+        """Triton's type of the rows, None for a stage without any."""
+        return self._type(ROWS)
+
+    @property
     def weight_type(self) -> str | None:
         """Triton's type of the weights, None for a stage without any."""
+        return self._type(WEIGHTS)
+
+    def _type(self, names: tuple[str, ...]) -> str | None:
         signature = dict(self.launch.signature)
-        return next((signature[name] for name in WEIGHTS if name in signature), None)
+        return next((signature[name] for name in names if name in signature), None)
 
     @property
     def lanes(self) -> int:
         """Lanes of a workgroup."""
-        return self.resources.waves * amdgcn.LANES if self.is_amd else self.resources.warps * 32  # type: ignore[union-attr]
+        return self._warps * (amdgcn.LANES if self.is_amd else 32)
 
     @property
     def is_amd(self) -> bool:
@@ -103,10 +113,15 @@ class Kernel:
     @property
     def name(self) -> str:
         """Stage, path, tile: what a failed gate calls the kernel by."""
-        parts = [self.launch.stage, "+".join(self.use.paths)]
-        if "bf16" not in self.use.dtypes:
-            parts.append("/".join(self.use.dtypes))
-        return f"{' '.join(parts)} {self.settings}"
+        parts = [self.launch.stage, "+".join(self.use.paths), *self.variant, self.settings]
+        return " ".join(parts)
+
+    @property
+    def variant(self) -> list[str]:
+        """What sets the kernel apart from others in its tile: weights that are not BF16, other rows, atomics."""
+        weights = [] if self.weight_type in (None, "*bf16") else [str(self.weight_type).removeprefix("*")]
+        rows = [] if "bf16" in self.use.dtypes or weights else ["/".join(self.use.dtypes)]
+        return [*weights, *rows, *(["atomic"] if self.counts.atomics else [])]
 
     @property
     def settings(self) -> str:
@@ -127,25 +142,39 @@ class Kernel:
         stages = dict(self.launch.constants).get("STAGES", dict(self.launch.options)["num_stages"])
         return int(stages)
 
+    @property
+    def is_specialised(self) -> bool:
+        """Whether one partition of the warps copies what the others multiply, in a loop of its own."""
+        return not self.is_amd and self._warps != dict(self.launch.options)["num_warps"]
+
+    @property
+    def _warps(self) -> int:
+        r = self.resources
+        return r.waves if isinstance(r, amdgcn.Resources) else r.warps
+
     def steps_by_matrix(self) -> float:
         """K steps in one turn of the main loop, by its multiply-adds."""
         assert self.loop is not None
         assert self.tile is not None
-        warps = dict(self.launch.options)["num_warps"] // self.loop.matrix_warps
-        return self.loop.matrix_macs * warps / self.tile.macs
+        # num_warps is then the size of one partition, the copying one too
+        multiplying = self._warps - (dict(self.launch.options)["num_warps"] if self.is_specialised else 0)
+        return self.loop.matrix_macs * (multiplying // self.loop.matrix_warps) / self.tile.macs
 
     def steps_by_loads(self, width: int = 16) -> float:
         """K steps in one turn of the main loop, by its loads of at least ``width`` bytes against the weights' bytes."""
         assert self.loop is not None
         assert self.tile is not None
-        assert self.weight_type is not None
+        if self.weight_type not in ITEM_BYTES:
+            raise ValueError(
+                f"{self.launch.kernel} has weights of type {self.weight_type}; one of {WEIGHTS} must be in it"
+            )
         loaded = sum(size * count for size, count in self.loop.load_widths.items() if size >= width) * self.lanes
         return loaded / (self.tile.block_n * self.tile.block_k * ITEM_BYTES[self.weight_type])
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values."""
         options = dict(self.launch.options)
-        constants = {name: value for name, value in self.launch.constants if value is None or type(value) in (int, bool)}
+        constants = {name: value for name, value in self.launch.constants if type(value) in (int, bool)}
         return {
             "stage": self.launch.stage,
             "path": "+".join(self.use.paths),
@@ -195,6 +224,6 @@ def build(launch: Launch, use: Use, folder: Path | None = None, mca: str | None 
         clocks = clocks_of(mca, launch.target, body)
     kernel = Kernel(launch, use, resources, seen, counts, dialect.counts(body) if body else None, clocks)
     if folder is not None:
-        name = f"{launch.target.value}.{kernel.name}".replace(" ", ".").replace("+", "-").replace("/", "-")
-        (folder / f"{name}.s").write_text(text)
+        name = re.sub(r"[ +/=]", "-", kernel.name)
+        (folder / f"{launch.target.value}.{name}.{compiled.hash[:8]}.s").write_text(text)
     return kernel

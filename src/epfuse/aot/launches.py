@@ -1,4 +1,4 @@
-"""What a call would launch: kernel, argument types, constants and options, as Triton's own launcher specialises them."""
+"""What a call would launch: kernel, argument types, constants and options, as Triton's launcher specialises them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler import ASTSource
 
 from epfuse.target import Target, planning_for
 
@@ -58,16 +59,25 @@ class Launch:
         return getattr(importlib.import_module(self.module), self.kernel)
 
     def compile(self) -> Any:
-        """Compile, or take it from Triton's cache, which is keyed by source, constants, options and Triton's version."""
+        """Compile; Triton's cache, keyed by source, constants, options and Triton's version, answers if it can."""
         function = self.function()
         place = {name: (index,) for index, name in enumerate(function.arg_names)}
-        source = function.ASTSource(
+        source = _source_kind(function)(
             fn=function,
             signature=dict(self.signature),
             constexprs={place[name]: value for name, value in self.constants},
             attrs={place[name]: [list(pair) for pair in pairs] for name, pairs in self.attributes},
         )
         return triton.compile(source, target=TRITON_TARGETS[self.target], options=dict(self.options))
+
+
+def _source_kind(function: Any) -> Any:
+    """Triton's class of sources that ``function`` is compiled as."""
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    return ASTSource
 
 
 class _NoDevice(DriverBase):  # type: ignore[misc]

@@ -116,16 +116,18 @@ class Kernels:
 
 
 MXFP8_BYTES = 1 + 1 / 32
+BLOCK_FP8_BYTES = 1 + 4 / 128**2
 PATHS = {
     "bf16": Kernels("bf16", 2, 2, "bf16", 16),
     "w8a16": Kernels("w8a16", MXFP8_BYTES, 2, "bf16", 16),
     "w8a8": Kernels("w8a8", MXFP8_BYTES, MXFP8_BYTES, "fp8", 16),
+    "block_fp8": Kernels("block_fp8", BLOCK_FP8_BYTES, 1 + 4 / 128, "fp8", 16),
     "seed-1782": Kernels("seed-1782", 2, 2, "bf16", 16),
 }
 """What this package runs at the points' token counts, and the fused BF16 kernels of InferenceX pull request 1782."""
 PROFILED_BF16 = Kernels("profiled bf16", 2, 2, "bf16", 64)
 """The BF16 experts of the profile: 64-row tiles."""
-PROFILED_BLOCK_FP8 = Kernels("profiled block-fp8", 1 + 4 / 128**2, 1 + 4 / 128, "fp8", 64)
+PROFILED_BLOCK_FP8 = Kernels("profiled block-fp8", BLOCK_FP8_BYTES, 1 + 4 / 128, "fp8", 64)
 """The profile's authors' later 128 x 128 block FP8 experts; the row block is taken to be as before."""
 
 
@@ -251,9 +253,7 @@ def compare(
     machine: Machine, shape: LayerShape, measurements: Iterable[Measurement], routing: Routing = BALANCED
 ) -> list[Comparison]:
     """Every measurement with its prediction."""
-    return [
-        Comparison(m, predicted_ms(machine, m.kernels, shape, m.tokens, routing, m.layers)) for m in measurements
-    ]
+    return [Comparison(m, predicted_ms(machine, m.kernels, shape, m.tokens, routing, m.layers)) for m in measurements]
 
 
 def mean_error(comparisons: Sequence[Comparison]) -> float:

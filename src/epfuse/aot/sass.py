@@ -87,7 +87,9 @@ def disassemble(cubin: bytes, shared_bytes: int, warps: int) -> tuple[Resources,
             usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
             sass = _output(knobs.nvidia.nvdisasm.path, "-c", str(file))
         except (OSError, RuntimeError) as error:
-            raise MissingDependency(f"sm_90 needs cuobjdump and nvdisasm, which NVIDIA's Triton brings: {error}") from error
+            raise MissingDependency(
+                f"sm_90 needs cuobjdump and nvdisasm, which NVIDIA's Triton brings: {error}"
+            ) from error
     match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if match is None:
         raise ValueError(f"cuobjdump -res-usage says nothing of registers: {usage!r}")

@@ -12,6 +12,7 @@ EPILOG = """\b
 Examples:
   epfuse demo
   epfuse demo --ranks 4 --text notes.txt --html report.html
+  epfuse demo --weights mxfp8
   epfuse demo --json | jq .checks
 
 Exit status: 0 all checks passed, 1 a check failed, 2 usage.
@@ -28,6 +29,13 @@ Exit status: 0 all checks passed, 1 a check failed, 2 usage.
     show_default=True,
     help="Of weights and activations; auto: float32 on a CPU, bfloat16 on a GPU.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["dense", "mxfp8"]),
+    default="dense",
+    show_default=True,
+    help="Of the experts; mxfp8: the ranks hold MXFP8, the untouched model the same numbers.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the model's weights.")
 @click.option("--json", is_flag=True, help="Print the record as JSON instead of tables.")
 @click.option(
@@ -42,13 +50,16 @@ Exit status: 0 all checks passed, 1 a check failed, 2 usage.
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="File to read  [default: the repository's README]",
 )
-def demo(ranks: int, tokens: int, dtype: str, seed: int, json: bool, html: Path, text: Path | None) -> None:
+def demo(
+    ranks: int, tokens: int, dtype: str, weights: str, seed: int, json: bool, html: Path, text: Path | None
+) -> None:
     """Run MiniMax-M3 with its experts on expert-parallel ranks, and compare with the untouched model.
 
     A small text model of transformers' own MiniMax-M3 code reads real text. Its routed experts run on P processes,
     which hold 128/P experts each; logits, greedy tokens and every MoE layer are compared with the model as transformers
     runs it.
     """
+    from epfuse.config import WeightFormat
     from epfuse.errors import ConfigError, EpfuseError, MissingDependency
 
     _need_folder(html)
@@ -65,7 +76,9 @@ def demo(ranks: int, tokens: int, dtype: str, seed: int, json: bool, html: Path,
         from epfuse.report.write import write_atomic
 
         try:
-            settings = DemoSettings(ranks=ranks, tokens=tokens, dtype=_resolve(dtype), seed=seed)
+            settings = DemoSettings(
+                ranks=ranks, tokens=tokens, dtype=_resolve(dtype), weights=WeightFormat(weights), seed=seed
+            )
             source = read_text(text)
         except ConfigError as error:
             raise click.UsageError(str(error)) from error

@@ -15,7 +15,9 @@ EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 
 COMMANDS = {
+    "aot": "Compile every kernel for a GPU that is not there: resources, gates, predictions.",
     "demo": "A MiniMax-M3 model with its experts run by epfuse under expert parallelism, against the original.",
+    "profile": "Where a step's time goes, from a PyTorch profiler trace of a server.",
     "verify": "The correctness suite on this machine's device, any shape, against a float64 oracle.",
 }
 """Subcommand -> its line in the help; ``epfuse.cli.NAME`` holds a click command of the same name."""

@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from epfuse.cli.main import EXIT_CHECK_FAILED
-from epfuse.config import LayerShape, Path
+from epfuse.config import Combine, LayerShape, Path
 from epfuse.errors import ConfigError, DeviceError
 from epfuse.verify import suite
-from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem, paths_of
+from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem
 from epfuse.verify.record import ORACLE, CaseResult, Record
+from epfuse.verify.subject import subjects_of
 
 PATH_CHOICES = ["all", *(path.value for path in Path)]
 
@@ -56,8 +57,9 @@ def verify(
 
     Each rank's output is compared with a float64 computation of the same rank, and the sum over all ranks with a
     second, independent one of the unsharded layer: for ordinary and skewed routings, no local route, duplicate
-    and foreign expert ids, a NaN router weight, clamped and outlying activations; into poisoned memory, twice, and on a
-    GPU also replayed from a captured graph.
+    and foreign expert ids, a NaN router weight, clamped, outlying and zero activations; into poisoned memory, twice,
+    and on a GPU also replayed from a captured graph. Paths with FP8 weights start from the same weights in MXFP8, which
+    need sizes that are multiples of 32.
     """
     problem = _problem(
         SHAPES[shape],
@@ -67,12 +69,15 @@ def verify(
         _device(device),
         seed,
     )
-    paths = paths_of(problem, choice)
+    subjects = subjects_of(problem, choice)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"verifying {', '.join(p.value for p in paths)}", total=suite.steps_of(problem))
+        task = progress.add_task(
+            f"verifying {', '.join(dict.fromkeys(s.path.value for s in subjects))}",
+            total=suite.steps_of(problem, subjects),
+        )
         try:
-            record = suite.run(problem, paths, lambda: progress.advance(task))
+            record = suite.run(problem, subjects, lambda: progress.advance(task))
         except torch.OutOfMemoryError:
             raise DeviceError(
                 f"{problem.device} is out of memory; it needs fewer --tokens or a larger --ep-size"
@@ -129,25 +134,27 @@ def _show(record: Record) -> None:
     console.print(
         f"H={problem.hidden} I={problem.intermediate} E={problem.experts} K={problem.top_k} P={problem.ep_size} "
         f"{problem.dtype} on {problem.device} ({problem.target.value})\n"
-        "SNR: the worst token of any rank and of their sum. Error: the worst element, in RMS of its token's row.",
+        "Worst of any rank and of their sum. SNR: of a token; error: of a call, norm over the oracle's norm.",
         highlight=False,
     )
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("path", "scenario"):
+    for name in ("path, weights", "scenario"):
         table.add_column(name, no_wrap=True)
     for name in ("T", "SNR dB", "min", "error", "max"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("result", no_wrap=True)
     for case in record.cases:
         if case.path != ORACLE or not case.ok:
-            table.add_row(case.path, case.name, str(case.tokens), *_figures(case), _result(case.ok))
+            table.add_row(_subject(case), case.name, str(case.tokens), *_figures(case), _result(case.ok))
     oracles = [case for case in record.cases if case.path == ORACLE]
     agree = all(case.ok for case in oracles)
     table.add_row(ORACLE, f"{len(oracles)} oracle pairs", "", *_figures(_worst(oracles)), _result(agree))
     console.print(table)
     for case in record.cases:
         for failure in case.failures:
-            console.print(f"FAIL {case.path}, {case.name}, T={case.tokens}: {failure}", markup=False, highlight=False)
+            console.print(
+                f"FAIL {_subject(case)}, {case.name}, T={case.tokens}: {failure}", markup=False, highlight=False
+            )
     passed = sum(case.ok for case in record.cases)
     console.print(f"{passed} of {len(record.cases)} cases passed", highlight=False)
 
@@ -160,8 +167,14 @@ def _result(ok: bool) -> str:
     return "[green]pass" if ok else "[red]FAIL"
 
 
-def _figures(case: CaseResult) -> tuple[str, str, str, str]:
+def _subject(case: CaseResult) -> str:
+    words = [case.path] if case.weights == case.path else [case.path, case.weights]
+    return " ".join(words if case.combine == Combine.DETERMINISTIC.value else [*words, case.combine])
+
+
+def _figures(case: CaseResult) -> tuple[str, ...]:
     if case.tolerance is None:
-        return "", "", "", ""
+        return ("",) * 4
     snr = "equal" if case.snr_db == math.inf else f"{case.snr_db:.1f}"
-    return snr, f"{case.tolerance.snr_db:.1f}", f"{case.max_error:.1e}", f"{case.tolerance.max_error:.1e}"
+    bounds = case.tolerance
+    return snr, f"{bounds.snr_db:.1f}", f"{case.relative_error:.1e}", f"{bounds.relative_error:.1e}"

@@ -18,6 +18,7 @@ def print_record(record: DemoRecord, console: Console) -> None:
     settings, size = record.settings, record.settings["size"]
     console.print(
         f"MiniMax-M3 text model, {size['dense_layers']} dense + {size['moe_layers']} MoE layers, {settings['dtype']},"
+        f" {settings['weights']} experts,"
         f" reads {record.text['tokens']} tokens of {escape(record.text['source'])}"
     )
     console.print(

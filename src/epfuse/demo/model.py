@@ -11,6 +11,7 @@ from transformers import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextConfig
 
 from epfuse.demo.settings import ModelSize
 from epfuse.demo.text import BOS, VOCAB
+from epfuse.numerics.mxfp8 import MXFP8
 
 HEAD_DIM = 32
 BLOCK = 32  # keys that the sparse attention keeps or drops together
@@ -80,3 +81,11 @@ def seed_weights(model: nn.Module, seed: int) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * BIAS_STD)
+
+
+@torch.no_grad()
+def round_experts_to_mxfp8(model: nn.Module) -> None:
+    """Give every routed expert's weight the value that it has in MXFP8, in the model's own dtype, which holds it."""
+    for name, weight in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            weight.copy_(MXFP8.quantize(weight).dequantize(torch.float32))

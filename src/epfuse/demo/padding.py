@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.config import LayerShape, Path
+from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import decide
 from epfuse.stages.route.reference import local_experts, route
@@ -13,10 +13,10 @@ from epfuse.target import Target
 GLOBAL_TILE = 64
 
 
-def planned_block_m(target: Target, shape: LayerShape, tokens: int) -> int:
+def planned_block_m(target: Target, shape: LayerShape, tokens: int, weights: WeightFormat = WeightFormat.DENSE) -> int:
     """BLOCK_M of a call; on a CPU, which has no tiles, that of gfx942."""
-    tiles = decide(Path.BF16, target if target.is_gpu else Target.GFX942, shape, tokens).tiles
-    assert tiles is not None  # BF16 always has tiles
+    tiles = decide(Path.AUTO, target if target.is_gpu else Target.GFX942, shape, tokens, frozenset({weights})).tiles
+    assert tiles is not None  # every GPU has kernels for dense weights and MXFP8
     return tiles.block_m
 
 

@@ -52,7 +52,7 @@ def run_rank(context: RankContext, job: RankJob) -> RankRecord:
     read = partial(load_tensor, job.untouched, device=context.device)
 
     model: Any = build_model(job.settings.size, job.settings.torch_dtype, "meta")
-    replacement = replace_experts(model, context.group)
+    replacement = replace_experts(model, context.group, form=job.settings.weights)
     load_sharded(model, job.checkpoint, replacement.sharded_parameters, context.device)
     steps.done()
 

@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from epfuse import __version__
-from epfuse.config import LayerShape
+from epfuse.config import LayerShape, WeightFormat
 from epfuse.demo.checks import judge
-from epfuse.demo.model import build_model, seed_weights
+from epfuse.demo.model import build_model, round_experts_to_mxfp8, seed_weights
 from epfuse.demo.padding import globally_aligned_rows, planned_block_m
 from epfuse.demo.progress import StepBar
 from epfuse.demo.rank import RANK_STEPS, RankJob, run_rank
@@ -24,7 +24,9 @@ from epfuse.demo.settings import DemoSettings
 from epfuse.demo.text import Text, decode, encode
 from epfuse.demo.true_size import run_true_size
 from epfuse.demo.untouched import Untouched, run_untouched, save_untouched
+from epfuse.integrations.transformers import replace_experts
 from epfuse.parallel.checkpoint import save_checkpoint
+from epfuse.parallel.group import EPGroup
 from epfuse.parallel.launch import Placement, launch_ranks
 from epfuse.target import target_of
 
@@ -57,6 +59,8 @@ def run_demo(settings: DemoSettings, text: Text) -> DemoRecord:
         with _timed(seconds, "untouched model"), _one_thread():
             model = build_model(settings.size, settings.torch_dtype, device)
             seed_weights(model, settings.seed)
+            if settings.weights is WeightFormat.MXFP8:
+                round_experts_to_mxfp8(model)
             prompt = torch.tensor(encode(text.data, settings.tokens), device=device)
             untouched = run_untouched(model, prompt, settings.new_tokens)
         bar.done()
@@ -79,7 +83,7 @@ def run_demo(settings: DemoSettings, text: Text) -> DemoRecord:
         if target.is_gpu:
             bar.next("one layer at true size")
             with _timed(seconds, "true size"):
-                true_size = run_true_size(device, settings.seed)
+                true_size = run_true_size(device, settings.seed, settings.weights)
         bar.done()
 
     layers = [layer_record(name, untouched, ranks, settings.size.experts) for name in untouched.layers]
@@ -95,6 +99,7 @@ def run_demo(settings: DemoSettings, text: Text) -> DemoRecord:
             "tokens": settings.tokens,
             "new_tokens": settings.new_tokens,
             "dtype": settings.dtype,
+            "weights": settings.weights.value,
             "seed": settings.seed,
             "size": vars(settings.size),
         },
@@ -146,6 +151,8 @@ def _write_job(
 ) -> RankJob:
     job = RankJob(settings, block_m, folder / "model.safetensors", folder / "untouched.safetensors", folder / "steps")
     job.step_dir.mkdir()
+    if settings.weights is WeightFormat.MXFP8:  # of numbers that MXFP8 holds: nothing is rounded here
+        replace_experts(model, EPGroup.single(), form=WeightFormat.MXFP8)
     save_checkpoint(model, job.checkpoint)
     save_untouched(untouched, job.untouched)
     return job
@@ -154,7 +161,7 @@ def _write_job(
 def _block_m(settings: DemoSettings, device: torch.device, untouched: Untouched) -> int:
     size = settings.size
     shape = LayerShape(size.hidden, size.intermediate, size.experts, size.experts // settings.ranks, size.top_k)
-    return planned_block_m(target_of(device), shape, untouched.prompt.numel())
+    return planned_block_m(target_of(device), shape, untouched.prompt.numel(), settings.weights)
 
 
 def _worst(values: list[float]) -> float:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError
 
+FORMS = (WeightFormat.DENSE, WeightFormat.MXFP8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,6 +45,8 @@ class DemoSettings:
         tokens: prompt tokens T at most; a shorter text gives fewer.
         new_tokens: greedy tokens after the prompt.
         dtype: of weights and activations, a key of ``DTYPES``.
+        weights: of the experts, one of ``FORMS``; MXFP8 ones are read at the numbers that they stand for by the
+            untouched model too.
         seed: of the weights.
         size: the model's sizes.
 
@@ -54,6 +58,7 @@ class DemoSettings:
     tokens: int = 256
     new_tokens: int = 16
     dtype: str = "float32"
+    weights: WeightFormat = WeightFormat.DENSE
     seed: int = 0
     size: ModelSize = ModelSize()
 
@@ -63,6 +68,10 @@ class DemoSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.weights not in FORMS:
+            raise ConfigError(
+                f"weights is {self.weights!r}; it must be one of {', '.join(form.value for form in FORMS)}"
+            )
         if self.size.experts % self.ranks:
             raise ConfigError(f"ranks is {self.ranks}; the model's {self.size.experts} experts must divide evenly")
         if not 0 <= self.seed < 2**63:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from epfuse.api import fused_experts
-from epfuse.config import Path, SwiGLUOAI, silu_gate
+from epfuse.config import Path, SwiGLUOAI, WeightFormat, silu_gate
 from epfuse.errors import ConfigError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.parallel.group import EPGroup
@@ -27,32 +27,46 @@ from epfuse.weights.experts import ExpertWeights
 class EPExperts(nn.Module):
     """One rank's share of a MoE layer's experts; stands where a transformers experts module stood. Inference only.
 
+    Its parameters are ``gate_up_proj`` ``[L, 2I, H]`` and ``down_proj`` ``[L, H, I]``, and of MXFP8 weights also their
+    scale bytes, ``gate_up_proj_scale`` ``[L, 2I, H/32]`` and ``down_proj_scale`` ``[L, H, I/32]``.
+
     Args:
-        gate_up_proj: ``[L, 2I, H]``, gate rows first; fp32, bf16 or fp16.
-        down_proj: ``[L, H, I]``, same dtype and device.
+        weights: dense, or MXFP8 as checkpoints have it.
         expert_map: which of the E experts these are.
         activation: SwiGLU-OAI parameters.
         group: the ranks whose outputs add up to the layer.
         path: how each rank computes its share.
+
+    Raises:
+        ConfigError: weights in another format.
     """
+
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
 
     def __init__(
         self,
-        gate_up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
+        weights: ExpertWeights,
         expert_map: ExpertMap,
         activation: SwiGLUOAI,
         group: EPGroup,
         path: Path = Path.AUTO,
     ) -> None:
         super().__init__()
-        ExpertWeights.dense(gate_up_proj, down_proj)
-        self.gate_up_proj = nn.Parameter(gate_up_proj, requires_grad=False)
-        self.down_proj = nn.Parameter(down_proj, requires_grad=False)
+        for name, tensor in _tensors(weights).items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.expert_map = expert_map
         self.activation = activation
         self.group = group
         self.path = path
+
+    def weights(self) -> ExpertWeights:
+        """The parameters as they are now: .to() and checkpoint loading replace them."""
+        gate_up, down = self.gate_up_proj.data, self.down_proj.data
+        scales = [getattr(self, f"{name}_scale", None) for name in ("gate_up_proj", "down_proj")]
+        if scales[0] is None or scales[1] is None:
+            return ExpertWeights.dense(gate_up, down)
+        return ExpertWeights.mxfp8(gate_up, scales[0].data, down, scales[1].data)
 
     def local_output(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -62,11 +76,9 @@ class EPExperts(nn.Module):
             raise ConfigError(
                 "hidden_states requires grad; EPExperts has no backward: call the model under torch.no_grad()"
             )
-        # the parameters are looked up at every call, so that .to() and checkpoint loading keep working
-        weights = ExpertWeights.dense(self.gate_up_proj.data, self.down_proj.data)
         return fused_experts(
             hidden_states.contiguous(),
-            weights,
+            self.weights(),
             top_k_weights.float().contiguous(),
             top_k_index.contiguous(),
             self.expert_map,
@@ -119,7 +131,7 @@ class Replacement:
         return {
             f"{name}.{leaf}": module.expert_map
             for name, module in self.experts.items()
-            for leaf in ("gate_up_proj", "down_proj")
+            for leaf, _ in module.named_parameters()
         }
 
     def revert(self) -> None:
@@ -128,7 +140,9 @@ class Replacement:
             self.model.set_submodule(name, module)
 
 
-def replace_experts(model: nn.Module, group: EPGroup, *, path: Path = Path.AUTO) -> Replacement:
+def replace_experts(
+    model: nn.Module, group: EPGroup, *, path: Path = Path.AUTO, form: WeightFormat = WeightFormat.DENSE
+) -> Replacement:
     """Replace every experts module of a transformers model by this rank's `EPExperts`.
 
     An experts module is one with parameters ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``:
@@ -140,6 +154,7 @@ def replace_experts(model: nn.Module, group: EPGroup, *, path: Path = Path.AUTO)
         model: changed in place; every rank passes the same one.
         group: the ranks that share each layer.
         path: how each rank computes its share.
+        form: DENSE keeps the weights as they are, MXFP8 quantises the rank's share.
 
     Returns:
         Replacement, which can revert.
@@ -160,14 +175,12 @@ def replace_experts(model: nn.Module, group: EPGroup, *, path: Path = Path.AUTO)
         check_layout(name, module)
         gate_up, down = _weights(module)
         expert_map = group.expert_map(gate_up.shape[0], "cpu" if gate_up.is_meta else gate_up.device)
-        experts[name] = EPExperts(
-            shard_experts(gate_up, expert_map),
-            shard_experts(down, expert_map),
-            expert_map,
-            activation_of(name, module),
-            group,
-            path,
-        )
+        weights = ExpertWeights.dense(shard_experts(gate_up, expert_map), shard_experts(down, expert_map))
+        if form is WeightFormat.MXFP8:
+            weights = ExpertWeights.quantize(weights)
+        elif form is not WeightFormat.DENSE:
+            raise ConfigError(f"form is {form.value!r}; experts are replaced by dense or mxfp8 ones")
+        experts[name] = EPExperts(weights, expert_map, activation_of(name, module), group, path)
     for name, replacement in experts.items():
         model.set_submodule(name, replacement)
     return Replacement(model, experts, originals)
@@ -224,6 +237,24 @@ def activation_of(name: str, module: Any) -> SwiGLUOAI:
             " (swiglu_alpha, swiglu_limit) and silu(gate) * up"
         )
     return activation
+
+
+def _tensors(weights: ExpertWeights) -> dict[str, torch.Tensor]:
+    """Parameter name -> tensor."""
+    if list(weights.kept) == [WeightFormat.DENSE] and weights.dense_experts is not None:
+        return {"gate_up_proj": weights.dense_experts.w13, "down_proj": weights.dense_experts.w2}
+    if list(weights.kept) == [WeightFormat.MXFP8] and weights.mxfp8_experts is not None:
+        w13, w2 = weights.mxfp8_experts.w13, weights.mxfp8_experts.w2
+        return {
+            "gate_up_proj": w13.values,
+            "gate_up_proj_scale": w13.scales,
+            "down_proj": w2.values,
+            "down_proj_scale": w2.scales,
+        }
+    raise ConfigError(
+        f"weights are in {', '.join(form.value for form in weights.kept)}; EPExperts takes dense or MXFP8 ones, as"
+        " checkpoints have them"
+    )
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -80,14 +80,13 @@ class Classifier:
 
         contextual = [number for number, rule in enumerate(self.rules.rules) if rule.needs_phases]
         for _ in range(ROUNDS):
-            changed = [self._sweep(number, indices, verdicts, applies) for number in contextual for indices in
-                       streams.values()]
+            changed = [
+                self._sweep(number, indices, verdicts, applies) for number in contextual for indices in streams.values()
+            ]
             if not any(changed):
                 return
 
-    def _sweep(
-        self, number: int, indices: list[int], verdicts: Verdicts, applies: Callable[[int, int], bool]
-    ) -> bool:
+    def _sweep(self, number: int, indices: list[int], verdicts: Verdicts, applies: Callable[[int, int], bool]) -> bool:
         """Try one rule on one stream, first kernel first: what it takes is the neighbour of what follows."""
         rule, phases = self.rules.rules[number], verdicts.phases
         following: dict[int, Phase | None] = {}

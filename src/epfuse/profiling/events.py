@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
 
     @property
     def end(self) -> int:
-        """ns."""
+        """In ns."""
         return self.start + self.duration
 
 
@@ -46,7 +46,7 @@ class Launch(NamedTuple):
 
     @property
     def end(self) -> int:
-        """ns."""
+        """In ns."""
         return self.start + self.duration
 
     @property
@@ -68,7 +68,7 @@ class Range(NamedTuple):
 
     @property
     def end(self) -> int:
-        """ns."""
+        """In ns."""
         return self.start + self.duration
 
 

@@ -154,7 +154,8 @@ class _Window:
             except ValueError as error:  # an integer of thousands of digits
                 raise self.broken(str(error)) from None
             else:
-                if end < len(self.text) or not self.fill():  # a number that ends with the text may go on
+                # a number that ends near the text's end may go on: of 0.5e3, a chunk may have had 0 or 0.5e
+                if end <= len(self.text) - SPLIT_TOKEN or not self.fill():
                     self.at = end
                     return value
 
@@ -180,16 +181,19 @@ class _Window:
                 raise self.truncated()
 
     def fill(self) -> bool:
-        """Drop what was decoded and read on; False at the end of the file."""
+        """Drop what was decoded and read on; False at the end of the file, which leaves everything in its place."""
         if self.ended:
             return False
         chunk = self.data.read(CHUNK)
-        self.ended = not chunk
         self.report()
+        if not chunk:
+            self.ended = True
+            self.text += self.decode(b"", final=True)
+            return False
         self.before += self.at
-        self.text = self.text[self.at :] + self.decode(chunk, final=self.ended)
+        self.text = self.text[self.at :] + self.decode(chunk)
         self.at = 0
-        return not self.ended
+        return True
 
     def broken(self, reason: str) -> TraceError:
         return TraceError(f"{self.path} is not a JSON trace: {reason} (character {self.before + self.at})")

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from epfuse.profiling.events import Kernel, Range
 from epfuse.profiling.phases import Phase
@@ -87,9 +88,10 @@ def find_layers(
     if skeleton is None:
         return Layers()
     keys = [phases[index] or kernels[index].name for index in indices]
-    edges = [indices[position] for position in _edges(keys, skeleton)]
-    # The last edge is where the tail begins: behind the last layer's last kernel in its own stream.
-    return Layers([range(a, b) for a, b in zip(edges, edges[1:], strict=False)], "repetition")
+    # other streams' kernels follow by time, up to the next layer's first kernel in this one
+    places = [*indices, len(kernels)]
+    edges = [places[position] for position in _edges(keys, skeleton)]
+    return Layers([range(a, b) for a, b in pairwise(edges)], "repetition")
 
 
 def busiest_stream(kernels: Sequence[Kernel]) -> int:
@@ -122,10 +124,10 @@ def find_skeleton(names: Sequence[str]) -> Skeleton | None:
             chosen = count
             break
     members = sorted(best[chosen])
-    last = max(members, key=lambda positions: positions[0])
-    if last[0] > members[0][1]:  # it belongs to the turn before: its turn's first member is yet to come
-        last = max((m for m in members if m[0] < members[0][1]), key=lambda positions: positions[0])
-    return Skeleton(members[0], last, len(members))
+    first = members[0]
+    # One that comes before `first` in its own turn would begin with the second turn's.
+    same_turn = [positions for positions in members if positions[0] < first[1] and _take_turns(first, positions)]
+    return Skeleton(first, max(same_turn, key=lambda positions: positions[0]), len(members))
 
 
 def _take_turns(a: Sequence[int], b: Sequence[int]) -> bool:
@@ -147,20 +149,22 @@ def _at_most_once(inner: Sequence[int], outer: Sequence[int]) -> bool:
 def _edges(keys: Sequence[object], skeleton: Skeleton) -> list[int]:
     """First position of each layer, and the position behind the last layer.
 
-    What stands between two layers' skeletons belongs to the later one as far as it stands before the first layer too
-    (its input norm); the rest belongs to the earlier one, and so does as much of it as follows the last layer.
+    What stands before every layer's skeleton, the first one's included (its input norm), begins the layer. The rest of
+    what stands between two skeletons ends the earlier one, and so does as much of it as follows the last layer.
     """
     starts, ends = skeleton.starts, skeleton.ends
-    gaps = [list(keys[end + 1 : start]) for end, start in zip(ends, starts[1:], strict=False)]
-    head, tail = list(keys[: starts[0]]), list(keys[ends[-1] + 1 :])
+    longest = min(starts[0], *(b - a - 1 for a, b in pairwise(starts)))
     lead = 0
-    while lead < min(len(head), *map(len, gaps)) and len({head[-1 - lead], *(gap[-1 - lead] for gap in gaps)}) == 1:
+    while lead < longest and len({keys[start - 1 - lead] for start in starts}) == 1:
         lead += 1
-    rests = [gap[: len(gap) - lead] for gap in gaps]
+    between = [start - end - 1 for end, start in zip(ends, starts[1:], strict=False)]
+    if lead > min(between):  # a skeleton's end is the next layer's beginning: what follows the last layer is its own
+        return [start - lead for start in starts] + [ends[-1] + 1 - (lead - min(between))]
+    longest = min(len(keys) - ends[-1] - 1, *(room - lead for room in between))
     trail = 0
-    while trail < min(len(tail), *map(len, rests)) and len({tail[trail], *(rest[trail] for rest in rests)}) == 1:
+    while trail < longest and len({keys[end + 1 + trail] for end in ends}) == 1:
         trail += 1
-    return [start - lead for start in starts] + [ends[-1] + trail + 1]
+    return [start - lead for start in starts] + [ends[-1] + 1 + trail]
 
 
 def _by_modules(ranges: Sequence[tuple[Range, ...]]) -> list[range]:

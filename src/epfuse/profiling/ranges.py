@@ -8,9 +8,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from epfuse.profiling.events import Kernel, Range, Trace
 
 
-def enclosing(
-    ranges: Iterable[Range], moments: Iterable[tuple[Hashable, int, int]]
-) -> dict[int, tuple[Range, ...]]:
+def enclosing(ranges: Iterable[Range], moments: Iterable[tuple[Hashable, int, int]]) -> dict[int, tuple[Range, ...]]:
     """For each moment the ranges around it, outermost first.
 
     Args:

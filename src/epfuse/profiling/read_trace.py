@@ -45,6 +45,7 @@ class _Builder:
         self.trace = Trace(path=str(path))
         self.base: float | None = None
         self.names: dict[str, str] = {}
+        self.threads: dict[Hashable, Hashable] = {}  # one object a thread, not one a launch
         self.handlers: dict[str, Callable[[dict[str, Any]], None]] = {
             "kernel": self._kernel,
             "gpu_memcpy": self._copy,
@@ -100,10 +101,10 @@ class _Builder:
     def _launch(self, event: dict[str, Any]) -> None:
         correlation = _arguments(event).get("correlation")
         if isinstance(correlation, int):
-            self.trace.launches[correlation] = Launch(self._name(event), _thread(event), *self._times(event))
+            self.trace.launches[correlation] = Launch(self._name(event), self._thread(event), *self._times(event))
 
     def _range(self, event: dict[str, Any]) -> None:
-        self.trace.ranges.append(Range(self._name(event), _thread(event), *self._times(event)))
+        self.trace.ranges.append(Range(self._name(event), self._thread(event), *self._times(event)))
 
     def _module(self, event: dict[str, Any]) -> None:
         if str(event.get("name")).startswith(MODULE_PREFIX):
@@ -143,6 +144,10 @@ class _Builder:
             raise self._bad(event, f"has {key}={value!r:.40}; it must be a number of microseconds")
         return value  # type: ignore[return-value]
 
+    def _thread(self, event: dict[str, Any]) -> Hashable:
+        thread = str(event.get("pid")), str(event.get("tid"))
+        return self.threads.setdefault(thread, thread)
+
     def _bad(self, event: dict[str, Any], reason: str) -> TraceError:
         kind = str(event.get("cat"))
         return TraceError(f"{self.trace.path}: event {self.trace.events} ({kind}) {reason}")
@@ -155,10 +160,6 @@ def _arguments(event: dict[str, Any]) -> dict[str, Any]:
 
 def _integer(*candidates: Any) -> int | None:
     return next((value for value in candidates if type(value) is int), None)
-
-
-def _thread(event: dict[str, Any]) -> Hashable:
-    return str(event.get("pid")), str(event.get("tid"))
 
 
 def _device(properties: dict[str, Any]) -> TracedDevice:

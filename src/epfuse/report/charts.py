@@ -123,5 +123,5 @@ def _chart(title: str, legend: list[str], groups: list[str], ticks: list[float],
     step = (WIDTH - LEFT) / max(len(groups), 1)
     every = math.ceil(len(groups) / MOST_LABELS)
     x_ticks = [Tick(LEFT + (column + 0.5) * step, group) for column, group in enumerate(groups) if column % every == 0]
-    y_ticks = [Tick(BOTTOM - value * PLOT / ticks[-1], f"{value:.3g}") for value in ticks]
+    y_ticks = [Tick(BOTTOM - value * PLOT / ticks[-1], f"{value:g}") for value in ticks]
     return Chart(title, legend, x_ticks, y_ticks, bars)

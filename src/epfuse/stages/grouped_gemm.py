@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from epfuse.stages.grouped_fp8_gemm import scales_to_float32
+
 
 @triton.jit
 def tile_of(pid, m_blocks, n_blocks, GROUP_M: tl.constexpr):
@@ -27,6 +29,23 @@ def e8m0_to_bf16(code):
     field = tl.where(code == 0, 0x0040, field)  # 2^-127 is a BF16 subnormal
     field = tl.where(code == 255, 0x7FC0, field)  # NaN
     return field.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def dequantize(values, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """BF16 [ROWS, COLUMNS] = E4M3 values times the scales [ROWS, COLUMNS / 32] of their 32 columns.
+
+    Exact where the number is at least 2^-126: it has four significant bits.
+    """
+    groups = tl.reshape(values, (ROWS, COLUMNS // 32, 32))
+    if values.dtype == tl.float8e4b8:
+        # CDNA3 has no BF16 arithmetic, so a BF16 product would be an FP32 one, rounded in five instructions. There is
+        # nothing to round: the upper half of the FP32 product is the number (under 2^-126 it is cut off at 2^-133).
+        product = groups.to(tl.float32) * scales_to_float32(scales)[:, :, None]
+        numbers = (product.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        numbers = groups.to(tl.bfloat16) * e8m0_to_bf16(scales)[:, :, None]
+    return tl.reshape(numbers, (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -59,8 +78,7 @@ def grouped_dot(
                 codes = tl.load(s_ptrs)
             else:
                 codes = tl.load(s_ptrs, mask=(groups < (K - k) // 32)[None, :], other=127)
-            scaled = tl.reshape(b.to(tl.bfloat16), (BLOCK_N, BLOCK_K // 32, 32)) * e8m0_to_bf16(codes)[:, :, None]
-            b = tl.reshape(scaled, (BLOCK_N, BLOCK_K))
+            b = dequantize(b, codes, BLOCK_N, BLOCK_K)
             s_ptrs += BLOCK_K // 32
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
         a_ptrs += BLOCK_K

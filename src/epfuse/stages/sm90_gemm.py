@@ -5,8 +5,8 @@ copied into a ring of shared memory, BLOCK_K of the reduction to a stage.
 
 Dense weights are multiplied from there. MXFP8 weights lie in fragment order (weights/fragment.py): what a thread copies
 16 bytes at a time is what it multiplies with, so they go shared memory -> registers in 16-byte loads, become BF16 by
-bit operations and enter wgmma as its register operand, half a stage at a time: one half is made while the other half
-is multiplied.
+bit operations and enter wgmma as its register operand, a part of a stage at a time: one part is made while the part
+before is multiplied.
 """
 
 from triton.experimental import gluon
@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name since Triton 3.7, and before
 
 
 @gluon.constexpr_function
@@ -41,7 +43,7 @@ def fragment_shared(block_n, block_k):
 
 @gluon.constexpr_function
 def group_layout(block_n, columns, warps):
-    """Register operand [BLOCK_N, columns] of wgmma as [BLOCK_N, columns / 32, 32]: the last dimension shares a scale."""
+    """Register operand of wgmma, [BLOCK_N, columns], as [BLOCK_N, columns / 32, 32]: a scale for the last one."""
     registers = [[0, 0, 1], [8, 0, 0], [0, 0, 8], [0, 0, 16]] + [[0, g, 0] for g in powers(1, columns // 32)]
     lanes = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
     panels = powers(64, block_n)
@@ -59,7 +61,7 @@ def row_copy_layout(block_k, warps):
 
 @gluon.constexpr_function
 def fragment_copy_layout(warps):
-    """Copies of [halves, panels, bytes]: 16 bytes a thread."""
+    """Copies of [parts, panels, bytes]: 16 bytes a thread."""
     return gl.BlockedLayout([1, 1, 16], [1, 1, 32], [1, 1, warps], [2, 1, 0])
 
 
@@ -83,6 +85,16 @@ def let_next_kernel_start():
     """Programmatic dependent launch: once every program has said so, the next kernel's programs fill idle places."""
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def fetch_into_l2(ptrs, BYTES: gl.constexpr):
+    """Ask for BYTES at each pointer to be brought into L2."""
+    sizes = gl.full(ptrs.shape, BYTES, gl.int32, layout=ptrs.type.layout)
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
+        "=r,l,r", [ptrs, sizes], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -127,26 +139,38 @@ def dequantize(codes, scales):
 
 
 @gluon.jit
-def fragment_pointers(w, w_scale, panel, last_panel, K_PADDED, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr):
-    """Pointers to this tile's codes ``[2, panels, bytes of half a stage]`` and scale words ``[BLOCK_N]`` at k = 0.
+def fragment_pointers(
+    w, panel, last_panel, K_PADDED, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PARTS: gl.constexpr
+):
+    """Pointers to this tile's codes at k = 0, ``[PARTS, panels, bytes of a part of a stage]``.
 
     Args:
         w: ``[panels, K_PADDED / 32, 2048]`` codes.
-        w_scale: ``[panels, K_PADDED / 128, 64]`` int32, four scale bytes of a row in each.
         panel: first panel of the tile; past last_panel that one is read again, for rows that are not stored.
     """
-    copy_layout: gl.constexpr = fragment_copy_layout(gl.num_warps())
-    half_layout: gl.constexpr = group_layout(BLOCK_N, BLOCK_K // 2, gl.num_warps())
-    HALF: gl.constexpr = 32 * BLOCK_K
-    half = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, copy_layout)))
-    panels = panel + gl.arange(0, BLOCK_N // 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, copy_layout)))
+    BYTES: gl.constexpr = 64 * BLOCK_K // PARTS
+    layout: gl.constexpr = fragment_copy_layout(gl.num_warps())
+    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    panels = panel + gl.arange(0, BLOCK_N // 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     panels = gl.minimum(panels, last_panel).to(gl.int64)
-    inside = gl.arange(0, HALF, layout=gl.SliceLayout(0, gl.SliceLayout(1, copy_layout)))
-    rows = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, gl.SliceLayout(2, half_layout)))
-    scale_panels = gl.minimum(panel + rows // 64, last_panel).to(gl.int64)
-    offsets = (panels * K_PADDED * 64)[None, :] + (half * HALF)[:, None]
-    w_ptrs = w + offsets[:, :, None] + inside[None, None, :]
-    return w_ptrs, w_scale + scale_panels * (K_PADDED // 2) + rows % 64
+    inside = gl.arange(0, BYTES, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    offsets = (panels * K_PADDED * 64)[None, :] + (part * BYTES)[:, None]
+    return w + offsets[:, :, None] + inside[None, None, :]
+
+
+@gluon.jit
+def fragment_scale_pointers(w_scale, panel, last_panel, K_PADDED, ROWS: gl.constexpr, PART_K: gl.constexpr):
+    """Pointers to the scale words of ROWS weight rows at k = 0.
+
+    Args:
+        w_scale: ``[panels, K_PADDED / 128, 64]`` int32, four scale bytes of a row in each.
+        panel, last_panel: as for `fragment_pointers`.
+        PART_K: k that is dequantised at a time.
+    """
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, group_layout(ROWS, PART_K, gl.num_warps())))
+    rows = gl.arange(0, ROWS, layout=layout)
+    panels = gl.minimum(panel + rows // 64, last_panel).to(gl.int64)
+    return w_scale + panels * (K_PADDED // 2) + rows % 64
 
 
 @gluon.jit
@@ -193,7 +217,7 @@ def sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K: gl.constexpr):
     inside = rows[:, None] * BLOCK_M + columns[None, :]
     shares = partials + tile.to(gl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M)
     gl.store(shares + split * (BLOCK_N * BLOCK_M) + inside, acc)
-    gl.thread_barrier()  # every thread's share is written before one thread says so
+    thread_barrier()  # every thread's share is written before one thread says so
     last = gl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT_K - 1
     if last:
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=layout)
@@ -203,12 +227,12 @@ def sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K: gl.constexpr):
 
 
 @gluon.jit
-def half_operand(codes, words, HALF: gl.constexpr, a_layout: gl.constexpr, groups_layout: gl.constexpr):
-    """BF16 register operand [BLOCK_N, BLOCK_K / 2] of one half of a stage, from its codes and the rows' scale words."""
+def register_operand(codes, words, PART: gl.constexpr, a_layout: gl.constexpr, groups_layout: gl.constexpr):
+    """BF16 register operand [rows, PART_K] of one part of a stage, from its codes and the rows' scale words."""
     BLOCK_N: gl.constexpr = codes.shape[0]
     COLUMNS: gl.constexpr = codes.shape[1]
     group = gl.arange(0, COLUMNS // 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, groups_layout)))
-    bytes_ = (words[:, None] >> (group * 8 + HALF * (COLUMNS // 4))[None, :]) & 0xFF
+    bytes_ = (words[:, None] >> (group * 8 + PART * (COLUMNS // 4))[None, :]) & 0xFF
     scales = gl.expand_dims((bytes_ << 7).to(gl.uint16).to(gl.bfloat16, bitcast=True), 2)
     scales = gl.broadcast(scales, gl.full([BLOCK_N, COLUMNS // 32, 32], 0, gl.bfloat16, layout=groups_layout))[0]
     scales = gl.convert_layout(scales.reshape([BLOCK_N, COLUMNS]), a_layout, assert_trivial=True)
@@ -225,7 +249,7 @@ def weights_times_rows(
 
     Args:
         w_ptrs: from `row_pointers` (dense) or `fragment_pointers`.
-        s_ptrs: from `fragment_pointers`; None for dense weights.
+        s_ptrs: from `fragment_scale_pointers`; None for dense weights.
         x_ptrs: from `row_pointers`.
         live: bool ``[BLOCK_M]`` in the rows' layout; the others are padding.
         K: columns of x that are left from x_ptrs on.
@@ -275,7 +299,7 @@ def weights_times_rows(
             next_words = gl.load(s_ptrs + gl.minimum(step + 1, steps - 1) * 64)
             for half in gl.static_range(2):
                 codes = fragments.index(stage * 2 + half).load(a_layout)
-                a = half_operand(codes, words, half, a_layout, groups_layout)
+                a = register_operand(codes, words, half, a_layout, groups_layout)
                 rows = x_ring.index(stage).slice(half * (BLOCK_K // 2), BLOCK_K // 2, dim=1)
                 acc = warpgroup_mma(a, rows.permute((1, 0)), acc, is_async=True)
         # the stage to refill was multiplied in the step before, which every warp has left behind at the barrier above

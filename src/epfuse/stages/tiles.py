@@ -17,20 +17,18 @@ from epfuse.target import Target
 
 @dataclass(frozen=True)
 class RouteTiles:
-    """How the routes are cut into chunks.
+    """How the routing kernels cut the routes.
 
     Args:
-        chunk: routes that one program places, a power of two.
-        count: routes that it counts at a time, a power of two.
-        one_launch_routes: up to this many routes every program counts all of them itself (one launch); above it a
-            counting launch comes first (two launches, no program reads more than its chunk and the counts).
-        num_warps: warps of a program.
+        one_launch_routes: up to this many routes a program per expert looks at all of them (one launch); above it the
+            routes are counted in chunks first (two launches, no program reads more than its chunk and the counts).
+        count: routes that a program of the one launch looks at at a time, a power of two.
+        chunk: routes of one program of the two launches, a power of two.
     """
 
-    chunk: int = 128
-    count: int = 1024
-    one_launch_routes: int = 4096
-    num_warps: int = 4
+    one_launch_routes: int = 8192
+    count: int = 4096
+    chunk: int = 256
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,28 @@ class Sm90Tile(GemmTile):
 
     Args:
         split_k: programs that share a tile's reduction, where there are too few tiles to fill the GPU.
+        guess_bytes: of gate_up: how much of each weight row the first programs bring into L2 while the route table is
+            being made, on the guess that every expert has rows; a multiple of 16, 0 for nothing.
     """
 
     split_k: int = 1
+    guess_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Sm90PersistentTile(GemmTile):
+    """A tile of the Hopper kernels with specialised warps, one program per multiprocessor.
+
+    block_n is 256 and block_k 64 or 128 (128 for MXFP8 weights); num_warps counts one consumer's (4); num_stages counts
+    K steps in the ring.
+
+    Args:
+        parts: parts of a K step that MXFP8 weights are dequantised in.
+        guess_bytes: as of Sm90Tile.
+    """
+
+    parts: int = 2
+    guess_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,8 @@ class LayerTiles:
     down: GemmTile
 
     def __post_init__(self) -> None:
-        least = 8 if isinstance(self.gate_up, Sm90Tile) and isinstance(self.down, Sm90Tile) else 16
+        hopper = (Sm90Tile, Sm90PersistentTile)
+        least = 8 if isinstance(self.gate_up, hopper) and isinstance(self.down, hopper) else 16
         if self.block_m < least or self.block_m & (self.block_m - 1):
             raise ConfigError(f"block_m is {self.block_m}; it must be a power of two, at least {least}")
         for name in ("gate_up", "down"):
@@ -141,18 +159,24 @@ ANY = float("inf")
 
 # Hopper, measured on an H100 (docs/performance.md).
 SM90_FRAGMENT = (
+    TileRange(0.1, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 3, split_k=8), Sm90Tile(64, 128, 0, 4, 3, split_k=8))),
+    TileRange(0.3, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4, split_k=2), Sm90Tile(64, 128, 0, 4, 4, split_k=2))),
+    TileRange(0.75, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 8, 5))),
     TileRange(2, LayerTiles(8, Sm90Tile(128, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 4, 4))),
-    TileRange(12, LayerTiles(16, Sm90Tile(128, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 4, 3))),
-    TileRange(20, LayerTiles(32, Sm90Tile(256, 128, 0, 8, 3), Sm90Tile(128, 128, 0, 4, 3))),
-    TileRange(40, LayerTiles(64, Sm90Tile(256, 128, 0, 8, 3), Sm90Tile(256, 128, 0, 8, 3))),
-    TileRange(ANY, LayerTiles(128, Sm90Tile(256, 128, 8, 8, 3), Sm90Tile(256, 128, 8, 8, 3))),
+    TileRange(12, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
+    TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
+    TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
+    TileRange(96, LayerTiles(128, Sm90PersistentTile(256, 128, 4, 4, 3, 4), Sm90PersistentTile(256, 128, 4, 4, 3, 4))),
+    TileRange(ANY, LayerTiles(128, Sm90PersistentTile(256, 128, 8, 4, 3), Sm90PersistentTile(256, 128, 8, 4, 3, 4))),
 )
 SM90_DENSE = (
-    TileRange(2, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
-    TileRange(12, LayerTiles(16, Sm90Tile(128, 128, 0, 4, 3), Sm90Tile(64, 128, 0, 4, 4))),
-    TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3), Sm90Tile(64, 128, 0, 4, 4))),
-    TileRange(40, LayerTiles(64, Sm90Tile(256, 64, 0, 8, 3), Sm90Tile(128, 128, 0, 4, 2))),
-    TileRange(ANY, LayerTiles(128, Sm90Tile(256, 64, 8, 8, 4), Sm90Tile(256, 64, 8, 8, 4))),
+    TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
+    TileRange(4, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
+    TileRange(12, LayerTiles(16, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
+    TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(64, 128, 0, 4, 4))),
+    TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 2, guess_bytes=1024), Sm90Tile(128, 128, 4, 8, 2))),
+    TileRange(96, LayerTiles(128, Sm90Tile(256, 64, 8, 8, 4), Sm90Tile(256, 64, 8, 8, 4))),
+    TileRange(ANY, LayerTiles(128, Sm90Tile(256, 64, 16, 8, 4), Sm90Tile(256, 64, 16, 8, 4))),
 )
 # 16-bit weights in the portable kernels.
 _DENSE_AMD = (

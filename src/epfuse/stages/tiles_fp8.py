@@ -23,7 +23,8 @@ def _layer(block_m: int, tile: GemmTile) -> LayerTiles:
 # From the compiler's resources (registers, shared memory), not measured. A group's sum and the accumulators both live
 # in registers: a tile has at most 64 of each a lane.
 _AMD = (
-    TileRange(12, _layer(16, GemmTile(64, 128, 0, 4, 2))),
+    # two waves: with four, a lane would load 8 bytes of the weights' 32-column groups at a time, not 16
+    TileRange(12, _layer(16, GemmTile(64, 128, 0, 2, 2))),
     TileRange(48, _layer(32, GemmTile(128, 128, 0, 4, 2))),
     TileRange(ANY, _layer(64, GemmTile(128, 128, 8, 4, 2))),
 )

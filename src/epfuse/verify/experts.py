@@ -1,9 +1,14 @@
-"""Random weights of one rank, expert by expert, so that no more than one rank's weights ever exist."""
+"""Random weights of one rank, made expert by expert, so that no other rank's weights ever exist."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from epfuse.config import WeightFormat
+from epfuse.numerics.mxfp8 import BLOCK, MXFP8
+from epfuse.target import Target
 from epfuse.verify.problem import Problem
 from epfuse.weights.experts import ExpertWeights
 
@@ -13,13 +18,60 @@ def rank_weights(problem: Problem, ep_rank: int) -> ExpertWeights:
 
     Seeded by the global expert id: an expert's weights do not depend on how many ranks there are.
     """
-    local, hidden, intermediate = problem.local_experts, problem.hidden, problem.intermediate
-    w13 = torch.empty(local, 2 * intermediate, hidden, dtype=problem.dtype, device=problem.device)
-    w2 = torch.empty(local, hidden, intermediate, dtype=problem.dtype, device=problem.device)
-    rng = torch.Generator(problem.device)
-    for slot in range(local):
-        rng.manual_seed(problem.seed * 1_000_003 + ep_rank * local + slot)
-        for weight in (w13[slot], w2[slot]):
-            draw = torch.randn(weight.shape, generator=rng, device=problem.device)
-            weight.copy_(draw.mul_(weight.shape[1] ** -0.5))
+    w13, w2 = (torch.empty(shape, dtype=problem.dtype, device=problem.device) for shape in _shapes(problem))
+    for slot, drawn in enumerate(_draws(problem, ep_rank)):
+        for stack, matrix in zip((w13, w2), drawn, strict=True):
+            stack[slot].copy_(matrix)
     return ExpertWeights.dense(w13, w2)
+
+
+def rank_mxfp8(problem: Problem, ep_rank: int) -> ExpertWeights:
+    """`rank_weights` in MXFP8, with the corners of the format in every matrix.
+
+    In its first block of columns every 7th row has scale byte 0, so that its values are of no account; in the last
+    block every 11th row is zeros.
+    """
+    stacks = []
+    for local, rows, columns in _shapes(problem):
+        values = torch.empty(local, rows, columns, dtype=torch.float8_e4m3fn, device=problem.device)
+        scales = torch.empty(local, rows, columns // BLOCK, dtype=torch.uint8, device=problem.device)
+        stacks.append(MXFP8(values, scales))
+    for slot, drawn in enumerate(_draws(problem, ep_rank)):
+        for stack, matrix in zip(stacks, drawn, strict=True):
+            matrix[::11, -BLOCK:] = 0.0
+            packed = MXFP8.quantize(matrix)
+            packed.scales[::7, 0] = 0
+            stack.values[slot].copy_(packed.values)
+            stack.scales[slot].copy_(packed.scales)
+    w13, w2 = stacks
+    return ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
+
+
+def in_format(weights: ExpertWeights, form: WeightFormat, target: Target) -> ExpertWeights:
+    """Weights as `rank_weights` or `rank_mxfp8` gives them, or a copy of them, in the format that a path reads."""
+    if form in weights.kept:
+        return weights
+    packed = weights.mxfp8_experts
+    assert packed is not None
+    parts = [part for stack in (packed.w13, packed.w2) for part in (stack.values, stack.scales)]
+    if form in (WeightFormat.BLOCK_FP8, WeightFormat.BLOCK_FP8_FNUZ):
+        converted = ExpertWeights.block_fp8(*parts)
+    else:
+        converted = ExpertWeights.mxfp8(*(part.clone() for part in parts))
+    return converted if form in converted.kept else converted.prepare(target)
+
+
+def _shapes(problem: Problem) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    local, hidden, intermediate = problem.local_experts, problem.hidden, problem.intermediate
+    return (local, 2 * intermediate, hidden), (local, hidden, intermediate)
+
+
+def _draws(problem: Problem, ep_rank: int) -> Iterator[list[torch.Tensor]]:
+    """Float32 w13 and w2 of each expert of a rank."""
+    rng = torch.Generator(problem.device)
+    for slot in range(problem.local_experts):
+        rng.manual_seed(problem.seed * 1_000_003 + ep_rank * problem.local_experts + slot)
+        yield [
+            torch.randn(shape[1:], generator=rng, device=problem.device).mul_(shape[2] ** -0.5)
+            for shape in _shapes(problem)
+        ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from epfuse.config import SwiGLUOAI
+from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.verify.scenarios import Scenario
 
 
@@ -37,3 +38,9 @@ def add_experts(
         inner = gate / (1 + torch.exp(-activation.alpha * gate)) * (up + activation.beta)
         weight = scenario.topk_weights[token, position].double()
         total.index_add_(0, token, weight[:, None] * torch.nn.functional.linear(inner, w2[offset].double()))
+
+
+def plain_numbers(weights: MXFP8) -> torch.Tensor:
+    """``[N, K]`` float64 of one MXFP8 matrix, by torch's own conversions."""
+    scales = weights.scales.view(torch.float8_e8m0fnu).double()
+    return weights.values.double() * scales.repeat_interleave(32, dim=-1)

@@ -26,19 +26,25 @@ class CaseResult:
     Attributes:
         name: the scenario.
         path: the path's name, or `ORACLE`.
+        weights: the format that it read.
+        combine: how it summed routes.
         tokens: T.
         tolerance: what had to be reached; None for a case that compares bits.
         snr_db: worst token of any rank and of the sum over ranks; ``inf`` if nothing differed.
         max_error: worst element, in root mean squares of its token's row.
+        relative_error: worst rank's, or the sum's, norm of the error over that of the oracle.
         failures: what went wrong and on which rank; empty if the case passed.
     """
 
     name: str
     path: str
+    weights: str
+    combine: str
     tokens: int
     tolerance: Tolerance | None
     snr_db: float = math.inf
     max_error: float = 0.0
+    relative_error: float = 0.0
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -50,18 +56,25 @@ class CaseResult:
         """Keep the worst figures and note a failure under the name ``what``."""
         self.snr_db = min(self.snr_db, difference.snr_db)
         self.max_error = max(self.max_error, difference.max_error)
+        self.relative_error = max(self.relative_error, difference.relative_error)
         if self.tolerance is None or not difference.within(self.tolerance):
-            self.failures.append(f"{what}: {difference.snr_db:.1f} dB, max error {difference.max_error:.2g}")
+            self.failures.append(
+                f"{what}: {difference.snr_db:.1f} dB, max error {difference.max_error:.2g}, relative error"
+                f" {difference.relative_error:.2g}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A figure that is not finite becomes null."""
         return {
             "name": self.name,
             "path": self.path,
+            "weights": self.weights,
+            "combine": self.combine,
             "tokens": self.tokens,
             "ok": self.ok,
             "snr_db": self.snr_db if math.isfinite(self.snr_db) else None,
             "max_error": self.max_error if math.isfinite(self.max_error) else None,
+            "relative_error": self.relative_error if math.isfinite(self.relative_error) else None,
             "tolerance": asdict(self.tolerance) if self.tolerance else None,
             "failures": self.failures,
         }

@@ -12,6 +12,8 @@ from epfuse.verify.problem import Problem
 ROUTED_SCALE = 2.0
 """A token's router weights sum to this, as MiniMax-M3's do (transformers: routed_scaling_factor)."""
 
+OUTLIER = "outlier channel"
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -118,13 +120,21 @@ def _nan_weight(draw: _Draw) -> Inputs:
 
 
 def _clamped(draw: _Draw) -> Inputs:
-    """Projections with a standard deviation of 8: the clamp at 7 bites on both sides."""
-    return 8.0 * draw.hidden(), draw.weights(), draw.uniform().int()
+    """Projections with a standard deviation of 4: the clamp at 7 bites on 4 % of the gates and 8 % of the ups."""
+    return 4.0 * draw.hidden(), draw.weights(), draw.uniform().int()
 
 
 def _outlier_channel(draw: _Draw) -> Inputs:
     hidden = draw.hidden()
     hidden[:, draw.problem.hidden // 3] *= 1000.0
+    return hidden, draw.weights(), draw.uniform().int()
+
+
+def _zeros(draw: _Draw) -> Inputs:
+    """A block of zeros in every token, and a token of zeros, whose output is exactly zero."""
+    hidden = draw.hidden()
+    hidden[:, -32:] = 0.0
+    hidden[-1] = 0.0
     return hidden, draw.weights(), draw.uniform().int()
 
 
@@ -137,7 +147,8 @@ KINDS: dict[str, Callable[[_Draw], Inputs]] = {
     "foreign ids": _foreign_ids,
     "NaN weight": _nan_weight,
     "clamped": _clamped,
-    "outlier channel": _outlier_channel,
+    OUTLIER: _outlier_channel,
+    "zeros": _zeros,
 }
 
 

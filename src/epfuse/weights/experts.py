@@ -10,6 +10,7 @@ import torch
 
 from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError, DeviceError, DtypeError, EpfuseError, LayoutError, ShapeError
+from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.fnuz import double_scales, normalize_to_fnuz_
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.target import Target, target_of
@@ -69,7 +70,7 @@ def stack_rows(stack: Stack) -> int:
 class ExpertWeights:
     """What one rank holds of one layer, in one format or several.
 
-    Build it with `dense`, `bf16`, `mxfp8`, `hybrid` or `block_fp8`.
+    Build it with `dense`, `bf16`, `mxfp8`, `quantize`, `hybrid` or `block_fp8`.
 
     Attributes:
         local_experts: L.
@@ -146,6 +147,26 @@ class ExpertWeights:
         return cls(*_sizes(w13, w2), mxfp8_experts=experts)
 
     @classmethod
+    def quantize(cls, weights: ExpertWeights, rounding: ScaleRounding = ScaleRounding.FLOOR) -> ExpertWeights:
+        """Dense weights as MXFP8, in new memory, one expert at a time.
+
+        Args:
+            weights: made by `dense`; H and I multiples of 32.
+            rounding: rule of the shared exponent; FLOOR is that of MX v1.0.
+
+        Raises:
+            ConfigError: no dense weights are kept.
+            ShapeError: H or I is not a multiple of 32.
+        """
+        if weights.dense_experts is None:
+            raise ConfigError(
+                f"weights are in {', '.join(form.value for form in weights.kept)}; quantising takes dense"
+            )
+        w13 = MXFP8.quantize(weights.dense_experts.w13, rounding)
+        w2 = MXFP8.quantize(weights.dense_experts.w2, rounding)
+        return cls.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
+
+    @classmethod
     def hybrid(
         cls, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
     ) -> ExpertWeights:
@@ -163,12 +184,16 @@ class ExpertWeights:
         w13_scale: torch.Tensor,
         w2: torch.Tensor,
         w2_scale: torch.Tensor,
+        *,
         scale: BlockScale = BlockScale.POWER_OF_TWO,
     ) -> ExpertWeights:
         """Convert MXFP8 weights to 128x128 block FP8, one expert at a time, in new memory.
 
         Args:
-            w13, w13_scale, w2, w2_scale: as `mxfp8` takes them; left as they are, and free to be dropped afterwards.
+            w13: as `mxfp8` takes it; like the others left as it is, and free to be dropped afterwards.
+            w13_scale: as `mxfp8` takes it.
+            w2: as `mxfp8` takes it.
+            w2_scale: as `mxfp8` takes it.
             scale: rule of the block scales.
         """
         packed = cls.mxfp8(w13, w13_scale, w2, w2_scale)

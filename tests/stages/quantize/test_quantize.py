@@ -153,3 +153,18 @@ def test_graph_capture(device: torch.device) -> None:
     x.copy_(torch.randn(37, 6144, device=device))
     graph.replay()
     assert_same_bits(out, quantize(x.cpu()))
+
+
+def test_fp8_rows_that_do_not_fit_together_are_refused() -> None:
+    values, scales = torch.zeros(4, 96).to(torch.float8_e4m3fn), torch.zeros(4, 3, dtype=torch.uint8)
+    cases: list[tuple[type[EpfuseError], str, tuple[object, ...]]] = [
+        (ShapeError, r"scales has shape \(4, 3\).* groups of 128 it must be \(4, 1\)", (values, scales, 128)),
+        (ShapeError, r"values has shape \(1, 4, 96\)", (values[None], scales, 32)),
+        (DtypeError, "values has dtype torch.uint8", (values.view(torch.uint8), scales, 32)),
+        (DtypeError, "scales has dtype torch.int8", (values, scales.to(torch.int8), 32)),
+        (DeviceError, "scales is on meta", (values, scales.to("meta"), 32)),
+        (LayoutError, "values has strides", (torch.zeros(96, 4).to(torch.float8_e4m3fn).t(), scales, 32)),
+    ]
+    for error, message, arguments in cases:
+        with pytest.raises(error, match=message):
+            FP8Rows(*arguments)  # type: ignore[arg-type]

@@ -11,18 +11,23 @@ from epfuse.stages.route.kernel import local_slots
 def combine_kernel(
     routed, topk_ids, topk_weights, expert_map, out,
     R, E, H,
-    L: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+    L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over k, in order, of the local rows routed[t*K + k], in FP32, rounded once."""
+    """out[t] = sum over k, in order, of the local rows routed[t*K + k], in FP32, rounded once.
+
+    K_LANES is a power of two, at least K.
+    """
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = columns < H
+    ks = tl.arange(0, K_LANES)
+    local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)
     if PDL:
-        gdc_wait()
+        gdc_wait()  # for the rows; the ids are older than the kernel before
     acc = tl.zeros((BLOCK_H,), tl.float32)
     for k in tl.static_range(K):
         route = token * K + k
-        live = local_slots(topk_ids, expert_map, route, R, E, L) < L
+        live = tl.sum(tl.where(ks == k, local.to(tl.int32), 0), 0) > 0
         row = tl.load(routed + route.to(tl.int64) * H + columns, mask=inside & live, other=0.0).to(tl.float32)
         if topk_weights is not None:
             row *= tl.load(topk_weights + route, mask=live, other=0.0)

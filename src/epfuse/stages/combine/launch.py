@@ -21,7 +21,8 @@ def launch_combine(
 
     Args:
         routed: ``[R, H]`` contiguous.
-        topk_ids: ``[T, K]`` int32 or int64, contiguous.
+        topk_ids: ``[T, K]`` int32 or int64, contiguous; not written by the launch right before this one, which on
+            Hopper may still be running when they are read.
         expert_map: ``[E]`` int32.
         local: L.
         topk_weights: ``[T, K]`` float32 contiguous to weight here; None if the rows are weighted already.
@@ -47,6 +48,7 @@ def launch_combine(
         hidden,
         L=local,
         K=top_k,
+        K_LANES=triton.next_power_of_2(top_k),
         BLOCK_H=block,
         num_warps=4,
         **overlap_previous(target_of(out.device)),

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 
 from epfuse.stages.sm90_gemm import (
     fragment_pointers,
+    fragment_scale_pointers,
     let_next_kernel_start,
     row_copy_layout,
     row_pointers,
@@ -15,6 +16,22 @@ from epfuse.stages.sm90_gemm import (
     wait_for_previous_kernel,
     weights_times_rows,
 )
+
+
+@gluon.jit
+def store_weighted(acc, topk_weights, out, block_routes, first_column, R, H):
+    """Multiply accumulators [rows, columns] with the router weights of their columns and store [columns, rows]."""
+    ROWS: gl.constexpr = acc.shape[0]
+    COLUMNS: gl.constexpr = acc.shape[1]
+    if topk_weights is not None:
+        weighted = gl.load(block_routes + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc.type.layout)))
+        acc *= gl.load(topk_weights + weighted, mask=weighted < R, other=0.0)[None, :]
+    layout: gl.constexpr = row_store_layout(ROWS, gl.num_warps())
+    result = gl.convert_layout(acc.to(gl.bfloat16), layout)
+    columns = first_column + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    routes = gl.load(block_routes + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)))
+    where = routes.to(gl.int64)[None, :] * H + columns[:, None]
+    gl.store(out + where, result, mask=(routes < R)[None, :] & (columns < H)[:, None])
 
 
 @gluon.jit
@@ -34,10 +51,11 @@ def down_tile(
         w_ptrs = row_pointers(w2 + first * BLOCK_K, source * I, BLOCK_K)
         s_ptrs = w2_scale
     else:
-        w_ptrs, s_ptrs = fragment_pointers(
-            w2 + first * (64 * BLOCK_K), w2_scale + first * (BLOCK_K // 2),
-            expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1, I_PADDED, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        panel, last_panel = expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1
+        w_ptrs = fragment_pointers(w2 + first * (64 * BLOCK_K), panel, last_panel, I_PADDED, BLOCK_N, BLOCK_K, 2)
+        s_ptrs = fragment_scale_pointers(
+            w2_scale + first * (BLOCK_K // 2), panel, last_panel, I_PADDED, BLOCK_N, BLOCK_K // 2
+        )
     y_ptrs = row_pointers(y + first * BLOCK_K, routes.to(gl.int64) * I, BLOCK_K)
     acc = weights_times_rows(
         w_ptrs, s_ptrs, y_ptrs, routes < R, I - first * BLOCK_K, steps,
@@ -47,15 +65,7 @@ def down_tile(
     if SPLIT_K > 1:
         acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
     if last:
-        if topk_weights is not None:
-            weighted = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, acc.type.layout)))
-            acc *= gl.load(topk_weights + weighted, mask=weighted < R, other=0.0)[None, :]
-        out_layout: gl.constexpr = row_store_layout(BLOCK_N, gl.num_warps())
-        result = gl.convert_layout(acc.to(gl.bfloat16), out_layout)
-        columns = n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out_layout))
-        stored = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, out_layout)))
-        where = stored.to(gl.int64)[None, :] * H + columns[:, None]
-        gl.store(out + where, result, mask=(stored < R)[None, :] & (columns < H)[:, None])
+        store_weighted(acc, topk_weights, out, block_routes, n * BLOCK_N, R, H)
 
 
 @gluon.jit(do_not_specialize=["R"])

@@ -8,7 +8,8 @@ import triton
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel import down_kernel
 from epfuse.stages.route.table import RouteTable
-from epfuse.stages.tiles import GemmTile, Sm90Tile
+from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
+from epfuse.target import compute_units
 from epfuse.weights.experts import stack_rows
 from epfuse.weights.fragment import FragmentMXFP8
 
@@ -41,7 +42,7 @@ def launch_down(
     hidden = stack_rows(w2)
     if out is None:
         out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
-    if isinstance(tile, Sm90Tile):
+    if isinstance(tile, (Sm90Tile, Sm90PersistentTile)):
         assert not isinstance(w2, MXFP8)
         launch_sm90(y, w2, out, routes, topk_weights, tile)
         return out
@@ -77,10 +78,12 @@ def launch_sm90(
     out: torch.Tensor,
     routes: RouteTable,
     topk_weights: torch.Tensor | None,
-    tile: Sm90Tile,
+    tile: Sm90Tile | Sm90PersistentTile,
 ) -> None:
     """`launch_down` with the Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
     from epfuse.stages.down.kernel_sm90 import down_sm90_kernel
+    from epfuse.stages.down.kernel_sm90_persistent import down_sm90_persistent_kernel
+    from epfuse.stages.sm90_descriptor import weight_lines
 
     hidden, intermediate = out.shape[1], y.shape[1]
     if isinstance(w2, FragmentMXFP8):
@@ -88,34 +91,31 @@ def launch_sm90(
     else:
         weights, scales, padded, panels = w2, None, intermediate, triton.cdiv(hidden, 64)
     tiles = routes.max_blocks * triton.cdiv(panels * 64, tile.block_n)
+    table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
+    sizes = (routes.num_routes, hidden, intermediate, padded, panels)
+    options = {
+        "BLOCK_M": routes.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "STAGES": tile.num_stages,
+        "EVEN_K": intermediate == padded,
+        "num_warps": tile.num_warps,
+        "launch_pdl": True,
+    }
+    if isinstance(tile, Sm90PersistentTile):
+        assert isinstance(w2, FragmentMXFP8)
+        lines = weight_lines(w2, tile.block_k)
+        down_sm90_persistent_kernel[(min(tiles, compute_units(y.device)),)](
+            y, lines, scales, topk_weights, out, *table, *sizes, PARTS=tile.parts, **options
+        )
+        return
     partials = arrivals = None
     if tile.split_k > 1:
         assert routes.arrivals is not None
-        partials = torch.empty(tiles * tile.split_k * tile.block_n * routes.block_m, dtype=torch.float32, device=y.device)
+        shares = tiles * tile.split_k * tile.block_n * routes.block_m
+        partials = torch.empty(shares, dtype=torch.float32, device=y.device)
         arrivals = routes.arrivals[-tiles:]
     down_sm90_kernel[(tiles * tile.split_k,)](
-        y,
-        weights,
-        scales,
-        topk_weights,
-        out,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.num_padded,
-        partials,
-        arrivals,
-        routes.num_routes,
-        hidden,
-        intermediate,
-        padded,
-        panels,
-        BLOCK_M=routes.block_m,
-        BLOCK_N=tile.block_n,
-        GROUP_M=tile.group_m,
-        BLOCK_K=tile.block_k,
-        STAGES=tile.num_stages,
-        SPLIT_K=tile.split_k,
-        EVEN_K=intermediate == padded,
-        num_warps=tile.num_warps,
-        launch_pdl=True,
+        y, weights, scales, topk_weights, out, *table, partials, arrivals, *sizes, SPLIT_K=tile.split_k, **options
     )

@@ -4,7 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from epfuse.stages.sm90_gemm import (
+    fetch_into_l2,
     fragment_pointers,
+    fragment_scale_pointers,
     let_next_kernel_start,
     row_copy_layout,
     row_pointers,
@@ -26,6 +28,46 @@ def swiglu_oai(gate, up, alpha, beta, limit):
 
 
 @gluon.jit
+def guess_weights(
+    w13, DENSE: gl.constexpr, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE,
+    BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, GUESS: gl.constexpr,
+):  # fmt: skip
+    """While the route table is being made, bring into L2 what will be needed if every expert has one row block.
+
+    GUESS bytes at the beginning of each weight row (dense), or as much of each panel, for the first wave of programs.
+    """
+    if gl.program_id(0) < FIRST_WAVE:
+        n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
+        expert, n = tile_of(gl.program_id(0), LOCAL, n_blocks, GROUP_M)
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        row = gl.arange(0, BLOCK_N, layout=layout)
+        if DENSE:
+            output = gl.minimum(n * (BLOCK_N // 2) + row // 16 * 8 + row % 8, I - 1)
+            source = expert.to(gl.int64) * 2 * I + output + (row // 8 % 2) * I
+            fetch_into_l2(w13 + source * H, GUESS)
+        else:
+            panel = expert * PANELS + gl.minimum(n * (BLOCK_N // 64) + row // 64, PANELS - 1)
+            fetch_into_l2(w13 + panel.to(gl.int64) * H_PADDED * 64 + (row % 64) * GUESS, GUESS)
+
+
+@gluon.jit
+def store_swiglu(acc, out, block_routes, first_output, R, I, alpha, beta, limit):
+    """Activate accumulators [rows, columns], 8 gate rows and their 8 up rows in turn, and store [columns, rows / 2]."""
+    ROWS: gl.constexpr = acc.shape[0]
+    COLUMNS: gl.constexpr = acc.shape[1]
+    # the rounding point of the unfused path: accumulators are stored in the activations' dtype
+    rounded = acc.to(gl.bfloat16).to(gl.float32)
+    gate, up = rounded.reshape([ROWS // 16, 2, 8, COLUMNS]).permute((0, 2, 3, 1)).split()
+    y = swiglu_oai(gate, up, alpha, beta, limit).to(gl.bfloat16).reshape([ROWS // 2, COLUMNS])
+    layout: gl.constexpr = row_store_layout(ROWS // 2, gl.num_warps())
+    result = gl.convert_layout(y, layout)
+    outputs = first_output + gl.arange(0, ROWS // 2, layout=gl.SliceLayout(1, layout))
+    routes = gl.load(block_routes + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)))
+    where = routes.to(gl.int64)[None, :] * I + outputs[:, None]
+    gl.store(out + where, result, mask=(routes < R)[None, :] & (outputs < I)[:, None])
+
+
+@gluon.jit
 def gate_up_tile(
     x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
     R, H, I, H_PADDED, PANELS, alpha, beta, limit,
@@ -44,10 +86,11 @@ def gate_up_tile(
         w_ptrs = row_pointers(w13 + first * BLOCK_K, source * H, BLOCK_K)
         s_ptrs = w13_scale
     else:
-        w_ptrs, s_ptrs = fragment_pointers(
-            w13 + first * (64 * BLOCK_K), w13_scale + first * (BLOCK_K // 2),
-            expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1, H_PADDED, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        panel, last_panel = expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1
+        w_ptrs = fragment_pointers(w13 + first * (64 * BLOCK_K), panel, last_panel, H_PADDED, BLOCK_N, BLOCK_K, 2)
+        s_ptrs = fragment_scale_pointers(
+            w13_scale + first * (BLOCK_K // 2), panel, last_panel, H_PADDED, BLOCK_N, BLOCK_K // 2
+        )
     x_ptrs = row_pointers(x + first * BLOCK_K, (routes // K).to(gl.int64) * H, BLOCK_K)
     acc = weights_times_rows(
         w_ptrs, s_ptrs, x_ptrs, routes < R, H - first * BLOCK_K, steps,
@@ -57,26 +100,16 @@ def gate_up_tile(
     if SPLIT_K > 1:
         acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
     if last:
-        # the rounding point of the unfused path: accumulators are stored in the activations' dtype
-        rounded = acc.to(gl.bfloat16).to(gl.float32)
-        pairs = rounded.reshape([BLOCK_N // 16, 2, 8, BLOCK_M]).permute((0, 2, 3, 1))
-        gate, up = pairs.split()
-        y = swiglu_oai(gate, up, alpha, beta, limit).to(gl.bfloat16).reshape([BLOCK_N // 2, BLOCK_M])
-        out_layout: gl.constexpr = row_store_layout(BLOCK_N // 2, gl.num_warps())
-        result = gl.convert_layout(y, out_layout)
-        columns = n * (BLOCK_N // 2) + gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, out_layout))
-        stored = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, out_layout)))
-        where = stored.to(gl.int64)[None, :] * I + columns[:, None]
-        gl.store(out + where, result, mask=(stored < R)[None, :] & (columns < I)[:, None])
+        store_swiglu(acc, out, block_routes, n * (BLOCK_N // 2), R, I, alpha, beta, limit)
 
 
 @gluon.jit(do_not_specialize=["R"])
 def gate_up_sm90_kernel(
     x, w13, w13_scale, out, sorted_routes, block_expert, num_padded, partials, arrivals,
-    R, H, I, H_PADDED, PANELS, alpha, beta, limit,
+    R, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, alpha, beta, limit,
     K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr, GUESS: gl.constexpr,
 ):  # fmt: skip
     """out[r, i] = swiglu(x[r // K] . gate row i, x[r // K] . up row i) for the routes r of one block.
 
@@ -84,6 +117,8 @@ def gate_up_sm90_kernel(
     w13_scale is None for dense weights [L, 2I, H]; MXFP8 ones are packed in that order. SPLIT_K programs share a tile
     where there are too few tiles to fill the GPU.
     """
+    if GUESS > 0:
+        guess_weights(w13, w13_scale is None, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, BLOCK_N, GROUP_M, GUESS)
     wait_for_previous_kernel()
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M

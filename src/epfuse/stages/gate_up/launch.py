@@ -9,7 +9,8 @@ from epfuse.config import SwiGLUOAI
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.gate_up.kernel import gate_up_kernel
 from epfuse.stages.route.table import RouteTable
-from epfuse.stages.tiles import GemmTile, Sm90Tile
+from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
+from epfuse.target import compute_units
 from epfuse.weights.experts import stack_rows
 from epfuse.weights.fragment import FragmentMXFP8
 
@@ -44,7 +45,7 @@ def launch_gate_up(
     intermediate = stack_rows(w13) // 2
     if out is None:
         out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
-    if isinstance(tile, Sm90Tile):
+    if isinstance(tile, (Sm90Tile, Sm90PersistentTile)):
         assert not isinstance(w13, MXFP8)
         launch_sm90(x, w13, out, routes, top_k, activation, tile)
         return out
@@ -84,10 +85,12 @@ def launch_sm90(
     routes: RouteTable,
     top_k: int,
     activation: SwiGLUOAI,
-    tile: Sm90Tile,
+    tile: Sm90Tile | Sm90PersistentTile,
 ) -> None:
     """`launch_gate_up` with the Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
     from epfuse.stages.gate_up.kernel_sm90 import gate_up_sm90_kernel
+    from epfuse.stages.gate_up.kernel_sm90_persistent import gate_up_sm90_persistent_kernel
+    from epfuse.stages.sm90_descriptor import weight_lines
 
     hidden, intermediate = x.shape[1], out.shape[1]
     if isinstance(w13, FragmentMXFP8):
@@ -95,37 +98,35 @@ def launch_sm90(
     else:
         weights, scales, padded, panels = w13, None, hidden, triton.cdiv(intermediate, 32)
     tiles = routes.max_blocks * triton.cdiv(panels * 64, tile.block_n)
+    table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
+    programs = compute_units(x.device)
+    sizes = (routes.num_routes, hidden, intermediate, padded, panels, weights.shape[0], 2 * programs)
+    scalars = (activation.alpha, activation.beta, activation.limit)
+    options = {
+        "K": top_k,
+        "BLOCK_M": routes.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "STAGES": tile.num_stages,
+        "EVEN_K": hidden == padded,
+        "GUESS": min(tile.guess_bytes, padded * weights.element_size()) // 16 * 16,
+        "num_warps": tile.num_warps,
+        "launch_pdl": True,
+    }
+    if isinstance(tile, Sm90PersistentTile):
+        assert isinstance(w13, FragmentMXFP8)
+        lines = weight_lines(w13, tile.block_k)
+        gate_up_sm90_persistent_kernel[(min(tiles, programs),)](
+            x, weights, lines, scales, out, *table, *sizes, *scalars, PARTS=tile.parts, **options
+        )
+        return
     partials = arrivals = None
     if tile.split_k > 1:
         assert routes.arrivals is not None
-        partials = torch.empty(tiles * tile.split_k * tile.block_n * routes.block_m, dtype=torch.float32, device=x.device)
+        shares = tiles * tile.split_k * tile.block_n * routes.block_m
+        partials = torch.empty(shares, dtype=torch.float32, device=x.device)
         arrivals = routes.arrivals[:tiles]
     gate_up_sm90_kernel[(tiles * tile.split_k,)](
-        x,
-        weights,
-        scales,
-        out,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.num_padded,
-        partials,
-        arrivals,
-        routes.num_routes,
-        hidden,
-        intermediate,
-        padded,
-        panels,
-        activation.alpha,
-        activation.beta,
-        activation.limit,
-        K=top_k,
-        BLOCK_M=routes.block_m,
-        BLOCK_N=tile.block_n,
-        GROUP_M=tile.group_m,
-        BLOCK_K=tile.block_k,
-        STAGES=tile.num_stages,
-        SPLIT_K=tile.split_k,
-        EVEN_K=hidden == padded,
-        num_warps=tile.num_warps,
-        launch_pdl=True,
+        x, weights, scales, out, *table, partials, arrivals, *sizes, *scalars, SPLIT_K=tile.split_k, **options
     )

@@ -63,7 +63,7 @@ def quantize_kernel(
     K, G, row_stride,
     BLOCK_G: tl.constexpr, GROUP: tl.constexpr, CEIL: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
-    """codes[t, k], scales[t, g] of x[t, k] in G = ceil(K / GROUP) groups: one program per row and run of BLOCK_G groups."""
+    """codes[t, k], scales[t, g] of x[t, k], G = ceil(K / GROUP) groups a row; a program per row and BLOCK_G groups."""
     token = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

@@ -14,10 +14,19 @@ ZEROS = tl.constexpr(1024)  # arrival counters that a program clears at a time
 @triton.jit
 def local_slots(topk_ids, expert_map, routes, R, E, L: tl.constexpr):
     """Local slot of each route, L where there is none; never dereferences an id outside [0, E)."""
-    ids = tl.load(topk_ids + routes, mask=routes < R, other=-1).to(tl.int32)
+    ids = tl.load(topk_ids + routes, mask=routes < R, other=-1)  # compared as wide as they are: 2^32 is no expert 0
     known = (ids >= 0) & (ids < E)
     slots = tl.load(expert_map + tl.where(known, ids, 0), mask=known, other=-1)
     return tl.where((slots >= 0) & (slots < L), slots, L)
+
+
+@triton.jit
+def clear(arrivals, num_arrivals):
+    """Zero the arrival counters, if there are any, all programs together."""
+    if arrivals is not None:
+        for first in range(tl.program_id(0) * ZEROS, num_arrivals, tl.num_programs(0) * ZEROS):
+            counters = first + tl.arange(0, ZEROS)
+            tl.store(arrivals + counters, tl.zeros_like(counters), mask=counters < num_arrivals)
 
 
 @triton.jit
@@ -55,35 +64,43 @@ def place(
         tl.store(block_expert + blocks, owner, mask=blocks * BLOCK_M < used)
     if pid == 0:
         tl.store(num_padded, used)
-    if arrivals is not None:
-        for first in range(pid * ZEROS, num_arrivals, programs * ZEROS):
-            counters = first + tl.arange(0, ZEROS)
-            tl.store(arrivals + counters, tl.zeros_like(counters), mask=counters < num_arrivals)
+    clear(arrivals, num_arrivals)
 
 
 @triton.jit(do_not_specialize=["R"])
 def route_kernel(
     topk_ids, expert_map, sorted_routes, block_expert, num_padded, arrivals, R, E, num_arrivals,
-    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
-    COUNT: tl.constexpr, PDL: tl.constexpr,
+    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One launch: each program counts all routes, COUNT at a time, then places its own CHUNK of them."""
+    """One launch, a program per local expert: it counts every expert's routes, then places its own."""
     if PDL:
         gdc_launch_dependents()
-    own = tl.program_id(0) * CHUNK
+        gdc_wait()
+    expert = tl.program_id(0)
+    bins = tl.arange(0, BINS)
     total = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
+    for first in range(0, R, COUNT):
+        total += tl.histogram(local_slots(topk_ids, expert_map, first + tl.arange(0, COUNT), R, E, L), BINS)
+    total = tl.where(bins < L, total, 0)
+    padded = (total + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    start = tl.sum(tl.where(bins < expert, padded, 0), 0)
+    end = start + tl.sum(tl.where(bins == expert, padded, 0), 0)
+    place = start
     for first in range(0, R, COUNT):
         routes = first + tl.arange(0, COUNT)
-        slots = local_slots(topk_ids, expert_map, routes, R, E, L)
-        total += tl.histogram(slots, BINS)
-        before += tl.histogram(tl.where(routes < own, slots, L), BINS)
-    routes = own + tl.arange(0, CHUNK)
-    slots = local_slots(topk_ids, expert_map, routes, R, E, L)
-    place(
-        slots, routes, total, before, sorted_routes, block_expert, num_padded, arrivals, R, num_arrivals,
-        L, BINS, BLOCK_M, BLOCKS,
-    )  # fmt: skip
+        mine = local_slots(topk_ids, expert_map, routes, R, E, L) == expert
+        rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(sorted_routes + place + rank, routes, mask=mine)
+        place += tl.sum(mine.to(tl.int32), 0)
+    pad = place + tl.arange(0, BLOCK_M)
+    tl.store(sorted_routes + pad, tl.zeros_like(pad) + R, mask=pad < end)
+    for first in range(start // BLOCK_M, end // BLOCK_M, BLOCKS):
+        blocks = first + tl.arange(0, BLOCKS)
+        tl.store(block_expert + blocks, tl.zeros_like(blocks) + expert, mask=blocks < end // BLOCK_M)
+    if expert == 0:
+        tl.store(num_padded, tl.sum(padded, 0))
+    clear(arrivals, num_arrivals)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -93,6 +110,7 @@ def count_kernel(
 ):  # fmt: skip
     """First launch of the two: counts[chunk, bin]."""
     if PDL:
+        gdc_wait()
         gdc_launch_dependents()
     pid = tl.program_id(0)
     routes = pid * CHUNK + tl.arange(0, CHUNK)

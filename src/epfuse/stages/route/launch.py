@@ -43,24 +43,19 @@ def launch_route(
     num_padded = torch.empty(1, dtype=torch.int32, device=device)
     counters = block_expert.numel() * arrivals_per_block
     arrivals = torch.empty(counters, dtype=torch.int32, device=device) if counters else None
-    chunk = min(tiles.chunk, triton.next_power_of_2(routes))
-    bins = triton.next_power_of_2(local + 1)
-    grid = (triton.cdiv(routes, chunk),)
-    shape = {"L": local, "BINS": bins, "CHUNK": chunk}
+    shape = {"L": local, "BINS": triton.next_power_of_2(local + 1)}
     blocks = {"BLOCK_M": block_m, "BLOCKS": 16}
     table = (sorted_routes, block_expert, num_padded, arrivals)
     sizes = (routes, expert_map.numel(), counters)
     overlap = overlap_previous(target_of(device))
-    alone = {"PDL": overlap["PDL"]}  # the first kernel of a call waits for all that came before it
     if routes <= tiles.one_launch_routes:
-        count = min(tiles.count, triton.next_power_of_2(routes))
-        route_kernel[grid](
-            topk_ids, expert_map, *table, *sizes, **shape, **blocks, COUNT=count, **alone, num_warps=tiles.num_warps
-        )
+        count = min(tiles.count, max(32, triton.next_power_of_2(routes)))
+        warps = {"num_warps": 4 if count <= 1024 else 8}
+        route_kernel[(local,)](topk_ids, expert_map, *table, *sizes, **shape, **blocks, COUNT=count, **overlap, **warps)
     else:
-        counts = torch.empty((grid[0], bins), dtype=torch.int32, device=device)
-        count_kernel[grid](topk_ids, expert_map, counts, routes, expert_map.numel(), **shape, **alone, num_warps=tiles.num_warps)
-        place_kernel[grid](
-            topk_ids, expert_map, counts, *table, *sizes, **shape, **blocks, ROWS=32, **overlap, num_warps=tiles.num_warps
-        )
+        grid = (triton.cdiv(routes, tiles.chunk),)
+        shape["CHUNK"] = tiles.chunk
+        counts = torch.empty((grid[0], shape["BINS"]), dtype=torch.int32, device=device)
+        count_kernel[grid](topk_ids, expert_map, counts, routes, expert_map.numel(), **shape, **overlap)
+        place_kernel[grid](topk_ids, expert_map, counts, *table, *sizes, **shape, **blocks, ROWS=32, **overlap)
     return RouteTable(sorted_routes, block_expert, num_padded, routes, block_m, arrivals)

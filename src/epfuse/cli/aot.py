@@ -1,0 +1,116 @@
+"""``epfuse aot``: compile every kernel for GPUs that are not there, and judge what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from epfuse.aot.calls import DTYPES, SHAPES
+from epfuse.cli.main import EXIT_CHECK_FAILED
+from epfuse.config import Path as LayerPath
+from epfuse.errors import ConfigError, MissingDependency
+from epfuse.policy import READABLE
+from epfuse.target import Target
+
+TARGETS = tuple(target.value for target in Target if target.is_gpu)
+STAGES = ("route", "quantize", "gate_up", "activate", "down", "combine")
+PATHS = tuple(path.value for path in READABLE[Target.GFX942])
+Command = Callable[..., Any]
+
+
+def names_option(option: str, variable: str, known: Iterable[str]) -> Callable[[Command], Command]:
+    """``option`` takes some of ``known`` with commas between them; all of them by default."""
+    names = tuple(known)
+
+    def split(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+        if value is None:
+            return names
+        chosen = tuple(dict.fromkeys(value.split(",")))
+        for name in chosen:
+            if name not in names:
+                raise click.BadParameter(f"{name!r} is not one of {', '.join(names)}")
+        return chosen
+
+    text = f"Some of {', '.join(names)}.  [default: all]"
+    return click.option(option, variable, callback=split, metavar="NAME,..", help=text)
+
+
+@click.command()
+@names_option("--target", "targets", TARGETS)
+@names_option("--stage", "stages", STAGES)
+@names_option("--path", "paths", PATHS)
+@names_option("--shape", "shapes", SHAPES)
+@names_option("--dtype", "dtypes", DTYPES)
+@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes.  [default: the CPUs]")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the assembly of every kernel."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON instead of tables.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the tables as Markdown.")
+def aot(
+    targets: tuple[str, ...],
+    stages: tuple[str, ...],
+    paths: tuple[str, ...],
+    shapes: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    workers: int | None,
+    out: Path | None,
+    as_json: bool,
+    as_markdown: bool,
+) -> None:
+    """Compile every kernel that a call can launch, without the GPU, and check its resources.
+
+    The launchers run on tensors without data, so what is compiled is what they launch: each kernel in each tile, with
+    Triton's own specialisation of the arguments. From the code objects come registers, spills, scratch, LDS or shared
+    memory, occupancy, and the instructions of the main loops; each gate that a kernel breaks names it. With gfx942
+    there is also a time model of MI300X, whose results are predictions. Compiled kernels are kept in Triton's cache.
+    """
+    if as_json and as_markdown:
+        raise ConfigError("--json and --markdown exclude each other")
+    if find_spec("triton") is None:
+        raise MissingDependency("'epfuse aot' needs triton: pip install 'epfuse[cpu]'")
+    from epfuse.aot import mca, tables
+    from epfuse.aot.run import Request, run
+
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    request = Request(
+        targets=tuple(Target(name) for name in targets),
+        stages=stages,
+        paths=tuple(LayerPath(name) for name in paths),
+        shapes=shapes,
+        dtypes=dtypes,
+        workers=workers or len(os.sched_getaffinity(0)),
+        folder=out,
+        mca=mca.find(),
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"compiling for {', '.join(targets)}", total=None)
+        record = run(request, lambda done, total: progress.update(task, completed=done, total=total))
+    if as_json:
+        click.echo(json.dumps(record.to_json(_command()), indent=2, allow_nan=False))
+    elif as_markdown:
+        click.echo(tables.markdown(record, _command()), nl=False)
+    else:
+        tables.show(record, Console(width=None if sys.stdout.isatty() else 240))
+    for target in record.targets:
+        for gate in target.gates:
+            if not gate.ok:
+                click.echo(f"FAIL {target.target.value}, {gate.name}: {gate.detail}", err=True)
+    if not record.ok:
+        sys.exit(EXIT_CHECK_FAILED)
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

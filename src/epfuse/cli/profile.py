@@ -1,0 +1,207 @@
+"""``epfuse profile``."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from epfuse.cli.main import EXIT_CHECK_FAILED
+from epfuse.errors import ConfigError, TraceError
+
+if TYPE_CHECKING:
+    from epfuse.profiling.record import Profile
+    from epfuse.profiling.shapes import ExpertShape
+
+QUIET_SECONDS = 2.0
+"""A bar is shown from then on."""
+
+SHAPE_NAMES = ["minimax-m3-ep8", "minimax-m3-tp8", "gpt-oss-20b", "gpt-oss-120b"]
+WEIGHT_FORMATS = ["bf16", "mxfp8", "block_fp8", "mxfp4"]
+
+EPILOG = """\b
+Examples:
+  epfuse profile rank0.pt.trace.json.gz
+  epfuse profile rank0.pt.trace.json.gz --shape minimax-m3-ep8 --weights mxfp8 --html profile.html
+  epfuse profile --compare before.json.gz after.json.gz
+  epfuse profile rank0.pt.trace.json.gz --json | jq '.phases[] | [.name, .us]'
+
+\b
+Exit status: 0 good, 1 not one kernel was recognised, 2 usage or a trace that can't be used.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("traces", nargs=-1, required=True, metavar="TRACE...", type=click.Path(path_type=Path))
+@click.option("--json", is_flag=True, help="Print the record as JSON instead of tables; times in microseconds.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a self-contained page.")
+@click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), help="Write one layer's timeline as a picture.")
+@click.option(
+    "--window",
+    default="auto",
+    show_default=True,
+    metavar="auto|N|FIRST..LAST",
+    help="Steps to profile, from 0; auto: the decode step of median duration.",
+)
+@click.option("--map", "rules", type=click.Path(path_type=Path), help="YAML rules to try before the shipped ones.")
+@click.option("--compare", is_flag=True, help="Two traces side by side, phase by phase.")
+@click.option("--shape", type=click.Choice(SHAPE_NAMES), help="The expert layer: bytes, bandwidth, predictions.")
+@click.option("--config", type=click.Path(path_type=Path), help="The same from a model's config.json.")
+@click.option("--ep-size", default=1, show_default=True, metavar="P", help="With --config: expert-parallel ranks.")
+@click.option("--tp-size", default=1, show_default=True, metavar="P", help="With --config: ranks that slice an expert.")
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHT_FORMATS),
+    help="Expert weights in memory  [default: what kernel names or the shape say]",
+)
+@click.option(
+    "--tokens", type=click.IntRange(1, 2**31 - 1), metavar="T", help="Tokens of a step, if no annotation says."
+)
+def profile(
+    traces: tuple[Path, ...],
+    json: bool,
+    html: Path | None,
+    svg: Path | None,
+    window: str,
+    rules: Path | None,
+    compare: bool,
+    shape: str | None,
+    config: Path | None,
+    ep_size: int,
+    tp_size: int,
+    weights: str | None,
+    tokens: int | None,
+) -> None:
+    """Where a step's time goes: phases, layers, gaps and expert bandwidth of a PyTorch profiler trace.
+
+    Reads Chrome traces (.json, .json.gz) of vLLM, SGLang and plain PyTorch from CUDA and ROCm, finds the steps, sorts
+    every kernel into a phase, and lists what it can't sort.
+    """
+    if compare and len(traces) != 2:
+        raise click.UsageError(f"--compare takes two traces, not {len(traces)}")
+    for option, file in (("--html", html), ("--svg", svg)):
+        if file is not None and not file.parent.is_dir():
+            raise click.BadParameter(f"the folder {file.parent} does not exist", param_hint=option)
+    experts = _experts(shape, config, ep_size, tp_size)
+    found = [_profiles(path, window, rules, experts, weights, tokens) for path in traces]
+    profiles = [one for group in found for one in group]
+    if compare:
+        for path, group in zip(traces, found, strict=True):
+            if len(group) > 1:
+                raise TraceError(f"{path} has kernels of {len(group)} devices; --compare takes one a trace")
+    _print(profiles, json, compare)
+    _write(profiles, html, svg, compare)
+    for one in profiles:
+        if not one.phases:
+            click.echo(f"epfuse: no kernel of {one.path} was recognised; --map takes rules for it", err=True)
+            sys.exit(EXIT_CHECK_FAILED)
+
+
+def _write(profiles: list[Profile], html: Path | None, svg: Path | None, compare: bool) -> None:
+    """The page of all profiles and the picture of the first one, as far as they are wanted."""
+    if html is None and svg is None:
+        return
+    from epfuse.profiling.page import profile_page, timeline_svg
+    from epfuse.report.write import write_atomic
+
+    contents = []
+    if html is not None:
+        contents.append((html, profile_page(profiles, compare)))
+    if svg is not None:
+        if not profiles[0].timeline:
+            raise TraceError(f"{profiles[0].path} has no layers that repeat; there is no timeline to draw")
+        contents.append((svg, timeline_svg(profiles[0])))
+    for file, content in contents:
+        try:
+            write_atomic(file, content)
+        except OSError as error:
+            raise ConfigError(f"{file} can't be written: {error.strerror or error}") from None
+        click.echo(f"written: {file}", err=True)
+
+
+def _experts(shape: str | None, config: Path | None, ep_size: int, tp_size: int) -> ExpertShape | None:
+    from epfuse.profiling.shapes import SHAPES, read_config
+
+    if config is None:
+        if (ep_size, tp_size) != (1, 1):
+            raise click.UsageError("--ep-size and --tp-size belong to --config")
+        return SHAPES[shape] if shape else None
+    if shape is not None:
+        raise click.UsageError("--shape and --config exclude each other")
+    return read_config(config, ep_size, tp_size)
+
+
+def _profiles(
+    path: Path,
+    window: str,
+    rules: Path | None,
+    experts: ExpertShape | None,
+    weights: str | None,
+    tokens: int | None,
+) -> list[Profile]:
+    from epfuse.profiling.classify import Classifier
+    from epfuse.profiling.profile import profile_trace
+    from epfuse.profiling.read_trace import read_trace
+    from epfuse.profiling.rules import RuleSet
+
+    classifier = Classifier(RuleSet.load(rules))
+    with _LateBar(path) as bar:
+        trace = read_trace(path, bar.update)
+    return profile_trace(trace, classifier, window=window, shape=experts, weights=weights, tokens=tokens)
+
+
+def _print(profiles: list[Profile], json: bool, compare: bool) -> None:
+    """One record is the document itself, several are a list in it."""
+    from rich.console import Console
+
+    from epfuse.profiling.compare import compare_json
+    from epfuse.profiling.console import print_comparison, print_profile
+
+    if json:
+        if compare:
+            record = compare_json(profiles[0], profiles[1])
+        elif len(profiles) == 1:
+            record = profiles[0].to_json()
+        else:
+            record = {"profiles": [one.to_json() for one in profiles]}
+        click.echo(jsonlib.dumps(record, indent=2, allow_nan=False))
+        return
+    console = Console()
+    if compare:
+        print_comparison(profiles[0], profiles[1], console)
+        return
+    for index, one in enumerate(profiles):
+        if index:
+            console.print()
+        print_profile(one, console)
+
+
+class _LateBar:
+    """A progress bar on stderr that appears when reading takes longer than two seconds."""
+
+    def __init__(self, path: Path) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.progress.add_task(f"reading {path.name}")
+        self.began = time.monotonic()
+        self.shown = False
+
+    def __enter__(self) -> _LateBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            self.progress.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if not self.shown and time.monotonic() - self.began > QUIET_SECONDS:
+            self.progress.start()
+            self.shown = True
+        self.progress.update(self.task, completed=done, total=total)

@@ -1,0 +1,175 @@
+"""The steps of one device in a trace, and the choice of those to profile."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from epfuse.errors import ConfigError
+from epfuse.profiling.annotations import PROFILER_STEP, StepKind, StepLabel, parse_label
+from epfuse.profiling.events import Kernel, Range, Trace
+from epfuse.profiling.layers import busiest_stream, find_skeleton
+from epfuse.profiling.ranges import host_ranges
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of the model on one device.
+
+    Attributes:
+        index: among the device's steps, from 0.
+        label: what the server says of it; its text is empty if no annotation does.
+        kernels: in order of start.
+        ranges: for each kernel the host ranges around its launch.
+        copies: memcpy and memset that were launched with them.
+    """
+
+    index: int
+    label: StepLabel
+    kernels: list[Kernel]
+    ranges: list[tuple[Range, ...]]
+    copies: list[Kernel]
+
+    @property
+    def span(self) -> int:
+        """From the first activity's start to the last one's end, ns."""
+        activities = [*self.kernels, *self.copies]
+        return max(a.end for a in activities) - min(a.start for a in activities)
+
+
+@dataclass(frozen=True)
+class DeviceSteps:
+    """All of one device.
+
+    Attributes:
+        device: its index.
+        steps: in order of time.
+        found_by: ``annotations``, ``repetition`` or ``nothing`` (then the whole trace is the one step).
+        outside: kernels in no step.
+    """
+
+    device: int
+    steps: list[Step]
+    found_by: str
+    outside: list[Kernel]
+
+
+def find_steps(trace: Trace, device: int) -> DeviceSteps:
+    """The steps of one device, by annotations or, where no server wrote any, by what repeats."""
+    kernels = [kernel for kernel in trace.kernels if kernel.device == device]
+    copies = [copy for copy in trace.copies if copy.device == device]
+    ranges = host_ranges(trace, kernels)
+    annotated = _by_annotations(kernels, ranges, copies, host_ranges(trace, copies))
+    if annotated is not None:
+        steps, outside = annotated
+        return DeviceSteps(device, steps, "annotations", outside)
+    cuts = _repeated_cuts(kernels)
+    bounds = [0, *cuts, len(kernels)]
+    unnamed = StepLabel("", StepKind.UNKNOWN)
+    steps = []
+    for index, (first, stop) in enumerate(pairwise(bounds)):
+        begin = kernels[first].start if index else min([kernels[0], *copies[:1]], key=lambda a: a.start).start
+        end = kernels[stop].start if stop < len(kernels) else None
+        inside = [copy for copy in copies if begin <= copy.start and (end is None or copy.start < end)]
+        steps.append(Step(index, unnamed, kernels[first:stop], ranges[first:stop], inside))
+    return DeviceSteps(device, steps, "repetition" if cuts else "nothing", [])
+
+
+def _by_annotations(
+    kernels: Sequence[Kernel],
+    ranges: Sequence[tuple[Range, ...]],
+    copies: Sequence[Kernel],
+    copy_ranges: Sequence[tuple[Range, ...]],
+) -> tuple[list[Step], list[Kernel]] | None:
+    label_of = _step_of_ranges(ranges)
+    members: dict[Range, list[int]] = defaultdict(list)
+    outside = []
+    for index, around in enumerate(ranges):
+        found = label_of(around)
+        if found is None:
+            outside.append(kernels[index])
+        else:
+            members[found].append(index)
+    if not members:
+        return None
+    copied: dict[Range, list[Kernel]] = defaultdict(list)
+    for copy, around in zip(copies, copy_ranges, strict=True):
+        if (found := label_of(around)) is not None:
+            copied[found].append(copy)
+    steps = []
+    for index, (step, indices) in enumerate(sorted(members.items(), key=lambda item: kernels[item[1][0]].start)):
+        label = parse_label(step.name) or StepLabel(step.name, StepKind.UNKNOWN)
+        steps.append(Step(index, label, [kernels[i] for i in indices], [ranges[i] for i in indices], copied[step]))
+    return steps, outside
+
+
+def _step_of_ranges(ranges: Sequence[tuple[Range, ...]]) -> Callable[[tuple[Range, ...]], Range | None]:
+    """A function from enclosing ranges to the one that is the step.
+
+    A server's annotation is preferred to the profiler's own step, in which several server steps may lie.
+    """
+    names = {item.name for around in set(ranges) for item in around}
+    labels = {name for name in names if parse_label(name)}
+    if any(not PROFILER_STEP.match(name) for name in labels):
+        labels = {name for name in labels if not PROFILER_STEP.match(name)}
+    return lambda around: next((item for item in around if item.name in labels), None)
+
+
+def _repeated_cuts(kernels: Sequence[Kernel]) -> list[int]:
+    """Indices of the kernels that begin the second, third, ... step.
+
+    Between two layers of one step stands what stands between most layers. Where more does (logits, sampling, the
+    next step's embedding), the step changes, at the longest pause.
+    """
+    stream = busiest_stream(kernels)
+    indices = [index for index, kernel in enumerate(kernels) if kernel.stream == stream]
+    names = [kernels[index].name for index in indices]
+    skeleton = find_skeleton(names)
+    if skeleton is None:
+        return []
+    gaps = [(end + 1, start) for end, start in zip(skeleton.ends, skeleton.starts[1:], strict=False)]
+    shares = Counter(name for first, stop in gaps for name in set(names[first:stop]))
+    usual = {name for name, count in shares.items() if 2 * count > len(gaps)}
+    cuts = []
+    for first, stop in gaps:
+        if all(name in usual for name in names[first:stop]):
+            continue
+        pauses = {
+            here: kernels[indices[here]].start - kernels[indices[here - 1]].end for here in range(first, stop + 1)
+        }
+        cuts.append(indices[max(pauses, key=lambda here: pauses[here])])
+    return cuts
+
+
+AUTO = "auto"
+_INDEX = re.compile(r"\d{1,9}")
+_SPAN = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
+
+
+def choose_steps(found: DeviceSteps, window: str) -> list[Step]:
+    """The steps that a window names.
+
+    Args:
+        found: the device's steps, at least one.
+        window: ``auto``, the decode step of median duration (of all steps if none decodes); an index; or
+            ``first..last``, both included.
+
+    Raises:
+        ConfigError: it is none of these, or the trace has no such step.
+    """
+    steps = found.steps
+    if window == AUTO:
+        decode = [step for step in steps if step.label.kind is StepKind.DECODE] or steps
+        return [sorted(decode, key=lambda step: step.span)[(len(decode) - 1) // 2]]
+    if match := _SPAN.fullmatch(window):
+        first, last = int(match[1]), int(match[2])
+    elif _INDEX.fullmatch(window):
+        first = last = int(window)
+    else:
+        raise ConfigError(f"window is {window!r}; it must be 'auto', an index or first..last")
+    if not first <= last < len(steps):
+        raise ConfigError(f"window is {window!r}; device {found.device} has the steps 0..{len(steps) - 1}")
+    return steps[first : last + 1]

@@ -1,0 +1,97 @@
+"""What is compiled is what is launched: the tiles of the tables, and the specialisation that Triton makes at a call."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from epfuse.aot.calls import SHAPES, WEIGHTS, calls, token_counts
+from epfuse.aot.tasks import Job, list_jobs, start
+from epfuse.config import Combine, Path, WeightFormat
+from epfuse.policy import READABLE, decide
+from epfuse.target import COMPUTE_UNITS, Target, compute_units, planning_for, target_of
+
+META = torch.device("meta")
+
+
+@pytest.fixture(scope="module")
+def jobs() -> list[Job]:
+    """The launches of BF16 and W8A8 on gfx942, from a process that doesn't interpret."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
+        return pool.submit(list_jobs, Target.GFX942, [Path.BF16, Path.W8A8], ["minimax-m3"], ["bf16"]).result()
+
+
+def test_every_tile_is_there(jobs: list[Job]) -> None:
+    for stage in ("gate_up", "down"):
+        compiled = {
+            tuple(dict(job.launch.constants)[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+            for job in jobs
+            if job.launch.stage == stage and not job.compare and "bf16" in job.use.paths
+        }
+        chosen = set()
+        for tokens in range(1, 5000):
+            tiles = decide(Path.BF16, Target.GFX942, SHAPES["minimax-m3"], tokens).tiles
+            assert tiles is not None
+            tile = getattr(tiles, stage)
+            chosen.add((tiles.block_m, tile.block_n, tile.block_k))
+        assert compiled == chosen
+
+
+def test_stages_of_a_call(jobs: list[Job]) -> None:
+    stages = {
+        path: {job.launch.stage for job in jobs if path in job.use.paths and not job.compare}
+        for path in ("bf16", "w8a8")
+    }
+    assert stages["bf16"] == {"route", "gate_up", "down", "combine"}
+    assert stages["w8a8"] == {"route", "quantize", "gate_up", "activate", "down", "combine"}
+    assert [job.launch.stage for job in jobs if job.compare] == ["seed"]
+
+
+def test_arguments_are_specialised(jobs: list[Job]) -> None:
+    launch = next(job.launch for job in jobs if job.launch.stage == "gate_up" and "bf16" in job.use.paths)
+    known = {name: dict(pairs) for name, pairs in launch.attributes}
+    assert known["w13"] == {"tt.divisibility": 16, "tt.pointer_range": 32}  # 1.2 GB: buffer instructions can reach it
+    assert known["H"] == {"tt.divisibility": 16}
+    assert dict(launch.constants)["w13_scale"] is None
+    assert dict(launch.signature)["R"] == "i32"
+    assert "extern_libs" not in dict(launch.options)  # paths of this machine
+
+
+def test_every_format_has_weights() -> None:
+    assert set(WEIGHTS) == set(WeightFormat)
+    for form, make in WEIGHTS.items():
+        assert set(make(SHAPES["gpt-oss-120b"], torch.bfloat16).kept) == {form}
+
+
+@pytest.mark.parametrize("target", [Target.SM90, Target.GFX942, Target.GFX950])
+def test_calls_reach_every_path_and_format(target: Target) -> None:
+    found = calls(target, list(READABLE[target]), list(SHAPES), ["bf16", "fp32"])
+    assert {(call.path, call.form) for call in found} == {
+        (path, form) for path, forms in READABLE[target].items() for form in forms
+    }
+    assert {call.combine for call in found if call.path is Path.W8A8} == set(Combine)
+    assert {call.dtype for call in found if call.form is not WeightFormat.DENSE} == {"bf16"}
+
+
+def test_token_counts_reach_both_ends_of_every_tile() -> None:
+    shape = SHAPES["minimax-m3"]
+    counts = set(token_counts(Target.GFX942, Path.BF16, WeightFormat.DENSE, shape, torch.bfloat16))
+    assert {2**power for power in range(15)} <= counts
+    tiles = [decide(Path.BF16, Target.GFX942, shape, tokens).tiles for tokens in range(1, 5001)]
+    changes = {tokens for tokens in range(1, 5000) if tiles[tokens - 1] != tiles[tokens]}
+    assert changes
+    assert counts - {2**power for power in range(15)} <= changes | {tokens + 1 for tokens in changes} <= counts
+
+
+def test_the_meta_device_is_a_target_only_inside() -> None:
+    with planning_for(Target.GFX942):
+        assert target_of(META) is Target.GFX942
+        assert compute_units(META) == COMPUTE_UNITS[Target.GFX942]
+        with planning_for(Target.SM90):
+            assert target_of(META) is Target.SM90
+        assert target_of(META) is Target.GFX942
+    with pytest.raises(ValueError, match="'meta'"):
+        target_of(META)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from epfuse.profiling.annotations import StepKind, parse_label
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "requests", "tokens"),
+    [
+        ("execute_context_0(0)_generation_32(32)", StepKind.DECODE, 32, 32),
+        ("execute_context_3(640)_generation_0(0)", StepKind.PREFILL, 3, 640),
+        ("execute_context_1(100)_generation_7(14)", StepKind.MIXED, 8, 114),
+        ("execute_context_0(0)_generation_0(0)", StepKind.UNKNOWN, 0, 0),
+        (
+            "execute_32_context_0(sq0sk0sqsq0sqsk0)_generation_32(sq32sk55086sqsq32sqsk55086)",
+            StepKind.DECODE,
+            32,
+            32,
+        ),
+        ("execute_9_context_3(sq128sk256sqsq1sqsk1)_generation_2(sq2sk300sqsq1sqsk1)", StepKind.MIXED, 5, 130),
+        ("step[DECODE bs=4]", StepKind.DECODE, 4, 4),
+        ("step[EXTEND bs=2 toks=107]", StepKind.PREFILL, 2, 107),
+        ("step[MIXED bs=2]", StepKind.MIXED, 2, None),
+        ("step[IDLE bs=0]", StepKind.UNKNOWN, 0, None),
+        ("ProfilerStep#12", StepKind.UNKNOWN, None, None),
+    ],
+)
+def test_what_servers_write(text: str, kind: StepKind, requests: int | None, tokens: int | None) -> None:
+    label = parse_label(text)
+    assert label is not None
+    assert (label.kind, label.requests, label.tokens, label.text) == (kind, requests, tokens, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "epfuse::route",
+        "execute_context_1",
+        "execute_context_1(1)_generation_1(1)x",
+        "step[DECODE]",
+        "execute_context_1(99999999999999999999)_generation_1(1)",
+    ],
+)
+def test_what_is_no_step(text: str) -> None:
+    assert parse_label(text) is None

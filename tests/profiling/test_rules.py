@@ -1,0 +1,168 @@
+"""Rules files: the shipped ones, and those of users that are wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import epfuse.stages
+from epfuse.errors import ConfigError
+from epfuse.profiling.classify import Classifier
+from epfuse.profiling.events import Kernel
+from epfuse.profiling.layers import Layers
+from epfuse.profiling.phases import Phase
+from epfuse.profiling.rules import LARGEST_FILE, RuleSet
+from tests.profiling.traces import ACT, ATTENTION_HALF, GEMM, MOE_LAYER, NORM, TOPK
+
+ALIGN = "void vllm::moe::moe_align_block_size_kernel<int>"
+SUM = "void vllm::moe::moe_sum_kernel<c10::BFloat16, 4>"
+MARLIN = "void marlin_moe_wna16::Marlin<1125899906909960l, 128, 4, 8, 4, false, 4, 2, false>(int4 const*)"
+MATMUL = "_matmul_ogs_NNT_bf16xbf16xmxfp4_16x128x256x1"
+CK = "void ck::kernel_moe_gemm<ck::GridwiseMoeGemmBlockScale<float>, true>(Argument)"
+
+BACKENDS = {
+    "vllm triton": ([ALIGN, "fused_moe_kernel", ACT, "fused_moe_kernel", SUM], "pgadc"),
+    "vllm triton, fp8 activations": (
+        [ALIGN, "per_token_group_quant", "fused_moe_kernel", ACT, "per_token_group_quant", "fused_moe_kernel", SUM],
+        "p?ga?dc",
+    ),
+    "InferenceX 1782": ([ALIGN, "fused_moe_gated_kernel", "fused_moe_kernel", SUM], "pgdc"),
+    "marlin": ([ALIGN, MARLIN, ACT, MARLIN, SUM], "pgadc"),
+    "matmul_ogs fused": (["_sum_bitmatrix_rows", f"{MATMUL}_swiglu", MATMUL, "_finalize_matmul_scatter_bf16"], "pgdc"),
+    "matmul_ogs": (["_combined_routing_compute", MATMUL, "_swiglu", MATMUL, "_reduce_grouped"], "pgadc"),
+    "aiter two stages": (
+        [
+            "void ck_tile::kentry<1, ck_tile::MoeSortingKernel<...>>",
+            "aiter::fmoe_stage1_bf16_pertokenFp8_g1u1_32x128",
+            "moe_ck2stages_gemm2_64x32x32x128_1x1_MulABScaleExpertWeightShuffled_v3",
+        ],
+        "pgd",
+    ),
+    "composable kernel": (["ck_tile::MoeSortingMultiPhaseKernel_P0_v2", CK, CK], "pgd"),
+    "aiter one stage": (["MoeSortingMultiPhaseKernel_P23", "aiter::fmoe_bf16_blockscaleFp8_g1u1_vs_silu"], "pg"),
+    "epfuse": (["route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"], "pgdc"),
+    "epfuse, Hopper": (["count_kernel", "place_kernel", "gate_up_sm90_kernel", "down_sm90_kernel"], "ppgd"),
+    "epfuse, FP8": (["quantize_kernel", "gate_up_fp8_kernel", "activate_kernel", "down_fp8_kernel"], "pgad"),
+}
+LETTERS = {"p": Phase.PREPARE, "g": Phase.GEMM1, "a": Phase.ACTIVATION, "d": Phase.GEMM2, "c": Phase.COMBINE}
+
+
+def classify(classifier: Classifier, names: list[str], ranges: list[str] | None = None) -> list[Phase | None]:
+    """Phases of one layer's kernels in one stream."""
+    kernels = [Kernel(name, 0, 7, 10 * i, 5, None) for i, name in enumerate(names)]
+    around = ranges or [""] * len(names)
+    verdicts = classifier.by_name(kernels, around)
+    classifier.by_context(kernels, around, Layers([range(len(names))], "repetition"), verdicts)
+    return verdicts.phases
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_kernels_of(classifier: Classifier, backend: str) -> None:
+    names, letters = BACKENDS[backend]
+    got = classify(classifier, [*ATTENTION_HALF, GEMM, TOPK, *names])
+    expected = [LETTERS.get(letter) for letter in letters]
+    assert [g for g, e in zip(got[9:], expected, strict=True) if e] == [e for e in expected if e]
+    assert got[:9] == [
+        Phase.NORM,
+        Phase.PROJECTION,
+        Phase.NORM,
+        Phase.NORM,
+        Phase.ATTENTION,
+        Phase.PROJECTION,
+        Phase.NORM,
+        Phase.ROUTER,
+        Phase.ROUTER,
+    ]
+
+
+def test_every_kernel_of_this_package_is_known(classifier: Classifier) -> None:
+    folder = Path(epfuse.stages.__path__[0])
+    names = [
+        name
+        for file in folder.rglob("kernel*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    ]
+    assert len(names) > 8
+    verdicts = classifier.by_name([Kernel(name, 0, 7, 0, 1, None) for name in names], [""] * len(names))
+    assert [name for name, phase in zip(names, verdicts.phases, strict=True) if phase is None] == []
+
+
+def test_named_ranges_classify_plain_pytorch(classifier: Classifier) -> None:
+    names = [
+        "void at::native::index_elementwise_kernel<128, 4>",
+        GEMM,
+        "void at::native::vectorized_elementwise_kernel",
+    ]
+    for stage, phase in (("route", Phase.PREPARE), ("gate_up", Phase.GEMM1), ("down", Phase.GEMM2)):
+        assert classify(classifier, names, [f"ProfilerStep#1 > epfuse::{stage}"] * 3) == [phase] * 3
+
+
+def test_a_dense_layer_and_a_shared_expert(classifier: Classifier) -> None:
+    assert classify(classifier, [*ATTENTION_HALF, GEMM, ACT, GEMM])[-3:] == [Phase.DENSE_FFN] * 3
+    shared = [*ATTENTION_HALF, GEMM, ACT, GEMM, GEMM, TOPK, *MOE_LAYER[-5:]]
+    assert classify(classifier, shared)[7:12] == [Phase.SHARED_EXPERT] * 3 + [Phase.ROUTER] * 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "void vllm::cross_device_reduce_1stage<__nv_bfloat16, 8>(vllm::RankData*)",
+        "void aiter::allreduce_fusion_kernel_1stage<__hip_bfloat16>",
+        "void deep_ep::intranode::dispatch<8, 768, 8192>",
+    ],
+)
+def test_collectives(classifier: Classifier, name: str) -> None:
+    assert classify(classifier, [NORM, name, NORM])[1] is Phase.COLLECTIVES
+
+
+def test_an_unknown_kernel_stays_unclassified(classifier: Classifier) -> None:
+    assert classify(classifier, [NORM, "my_strange_kernel", GEMM])[1] is None
+
+
+def test_a_users_rules_win(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("schema: 1\nname: mine\nrules:\n- {phase: dense FFN, kernel: fused_moe_kernel}\n")
+    rules = RuleSet.load(path)
+    assert rules.origins[0] == "mine"
+    kernels = [Kernel("fused_moe_kernel", 0, 7, 0, 1, None)]
+    assert Classifier(rules).by_name(kernels, [""]).phases == [Phase.DENSE_FFN]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "the file: Input should be a valid dictionary"),
+        ("[1, 2", "is not YAML"),
+        ("\x00", "is not YAML"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+        ("schema: 2\nname: x\nrules: []", "schema: Input should be 1"),
+        ("schema: 1\nrules: []", "name: Field required"),
+        ("schema: 1\nname: x\nrules: []\nextra: 1", "extra: Extra inputs are not permitted"),
+        ("schema: 1\nname: x\nrules: [{phase: expert, kernel: x}]", "rules.0.phase: Input should be 'input'"),
+        ("schema: 1\nname: x\nrules: [{phase: router}]", "a rule needs 'kernel' or 'range'"),
+        ("schema: 1\nname: x\nrules: [{phase: router, kernel: '('}]", "is no regular expression"),
+        ("schema: 1\nname: x\nrules: [{phase: router, kernel: 7}]", "must be a regular expression"),
+        ("schema: 1\nname: x\nrules: [{phase: router, kernel: x, after: [lunch]}]", "rules.0.after"),
+        ("schema: 1\nname: x\nrules: [{phase: router, kernel: x, position: middle}]", "rules.0.position"),
+        ("a: " + "[" * 20_000, "is not YAML"),
+        ("x: 1\n" * (LARGEST_FILE // 5 + 1), "has more than"),
+    ],
+)
+def test_rules_that_are_wrong(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        RuleSet.load(path)
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_rules_that_can_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        RuleSet.load(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        RuleSet.load(tmp_path / "binary.yaml")

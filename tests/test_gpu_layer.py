@@ -1,0 +1,108 @@
+"""The whole layer on a GPU: MiniMax-M3's true size against float64, and CUDA graphs that see other routings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epfuse import Combine, ExpertMap, ExpertWeights, Path, SwiGLUOAI, fused_experts
+from epfuse.config import MINIMAX_M3_EP8 as M3
+from epfuse.config import WeightFormat
+from epfuse.pipeline import run_reference
+from tests.cases import topk_ids_for
+
+pytestmark = pytest.mark.gpu
+
+TOKENS = (1, 3, 16, 64, 256, 300, 1024, 8192)
+
+
+def mxfp8_tensors(device, local: int, hidden: int, intermediate: int) -> list[torch.Tensor]:
+    """w13, w13_scale, w2, w2_scale: every code but NaN, scale bytes of real weights, a zero block and a byte 0."""
+    g = torch.Generator(device).manual_seed(1)
+    tensors = []
+    for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
+        codes = torch.randint(0, 120, (local, rows, columns), dtype=torch.uint8, device=device, generator=g)
+        codes |= torch.randint(0, 2, codes.shape, dtype=torch.uint8, device=device, generator=g) * 128
+        scales = torch.randint(112, 118, (local, rows, columns // 32), dtype=torch.uint8, device=device, generator=g)
+        scales[:, 5, 0] = 0
+        codes[:, 7, :32] = 0
+        tensors += [codes.view(torch.float8_e4m3fn), scales]
+    return tensors
+
+
+def routing(device, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk_weights, topk_ids with at least one route of expert 0."""
+    ids = topk_ids_for("uniform", tokens, M3.experts, M3.local_experts, M3.top_k, seed)
+    ids[-1, 0] = 0
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(tokens, M3.top_k, generator=g).to(device), ids.int().to(device)
+
+
+@pytest.fixture(scope="module")
+def m3():
+    """M3's experts of one rank in the formats under test, and its map."""
+    device = torch.device("cuda", 0)
+    tensors = mxfp8_tensors(device, M3.local_experts, M3.hidden, M3.intermediate)
+    rows = ExpertWeights.mxfp8(*(t.clone() for t in tensors))
+    dense = ExpertWeights.bf16(
+        *(getattr(rows.kept[WeightFormat.MXFP8], name).dequantize(torch.bfloat16) for name in ("w13", "w2"))
+    )
+    prepared = ExpertWeights.mxfp8(*tensors).prepare()
+    return {
+        "bf16": (Path.BF16, dense),
+        "w8a16": (Path.W8A16, prepared),
+        "w8a16 portable": (Path.W8A16, rows),
+        "w8a8": (Path.W8A8, rows),
+    }, ExpertMap.contiguous(M3.experts, M3.experts // M3.local_experts, 0, device)
+
+
+def relative_error(out: torch.Tensor, oracle: torch.Tensor) -> float:
+    return float((out.double() - oracle).norm() / oracle.norm())
+
+
+LIMITS = {"bf16": 4e-3, "w8a16": 4e-3, "w8a16 portable": 4e-3, "w8a8": 5e-2}
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.5], ids=["small", "clamped"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_true_size(m3, tokens, scale):
+    layers, slots = m3
+    device = torch.device("cuda", 0)
+    weights, ids = routing(device, tokens, tokens)
+    hidden = (
+        torch.randn(tokens, M3.hidden, device=device, generator=torch.Generator(device).manual_seed(5)) * scale
+    ).bfloat16()
+    oracle = run_reference(hidden, layers["w8a16 portable"][1], weights, ids, slots, SwiGLUOAI(), torch.float64)
+    results = {}
+    for name, (path, experts) in layers.items():
+        out = torch.full_like(hidden, float("nan"))
+        fused_experts(hidden, experts, weights, ids, slots, path=path, out=out)
+        results[name] = out
+        assert relative_error(out, oracle) <= LIMITS[name], name
+    atomic = fused_experts(hidden, layers["w8a8"][1], weights, ids, slots, path=Path.W8A8, combine=Combine.ATOMIC)
+    assert relative_error(atomic, oracle) <= 1.5 * relative_error(results["w8a8"], oracle)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("tokens", [1, 24, 300])
+def test_a_graph_replays_with_other_routings(m3, name, tokens):
+    layers, slots = m3
+    path, experts = layers[name]
+    device = torch.device("cuda", 0)
+    weights, ids = routing(device, tokens, 0)
+    hidden = torch.randn(tokens, M3.hidden, device=device).bfloat16()
+    fused_experts(hidden, experts, weights, ids, slots, path=path)  # compiles, outside of the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fused_experts(hidden, experts, weights, ids, slots, path=path)
+    kinds = ("uniform", "one_expert", "nothing_local", "duplicates", "padding_ids")
+    for seed in range(20):
+        other = topk_ids_for(kinds[seed % 5], tokens, M3.experts, M3.local_experts, M3.top_k, seed)
+        ids.copy_(other)
+        weights.copy_(torch.rand(tokens, M3.top_k))
+        captured.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(
+            captured, fused_experts(hidden, experts, weights, ids, slots, path=path), rtol=0, atol=0
+        )
