@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from epfuse.aot.h100 import FITTED_TOKENS, H100, h100
 from epfuse.aot.model import (
     BALANCED,
     MI300X,
@@ -45,6 +46,18 @@ def test_eta_and_launch_time_come_from_the_ends() -> None:
     assert fitted.eta == pytest.approx(MI300X.eta, rel=0.03)
     assert fitted.launch_seconds == pytest.approx(MI300X.launch_seconds, rel=0.03)
     assert mean_error(compare(fitted, MINIMAX_M3_EP8, ENDS, MI300X_ROUTING)) < 0.03
+
+
+def test_h100_points() -> None:
+    """Our own measurements: fitted where memory is the bound, and no better than a roofline where compute is."""
+    comparisons = h100()
+    fitted = [c for c in comparisons if c.measurement.tokens <= FITTED_TOKENS]
+    again = calibrate(H100, MINIMAX_M3_EP8, [c.measurement for c in fitted])
+    assert again.eta == pytest.approx(H100.eta, rel=0.01)
+    assert again.launch_seconds == pytest.approx(H100.launch_seconds, rel=0.03)
+    assert mean_error(fitted) < 0.02
+    assert mean_error(comparisons) < 0.10
+    assert all(c.error > -0.30 for c in comparisons)
 
 
 def test_a_balanced_router_can_not_explain_c16() -> None:

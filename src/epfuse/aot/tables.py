@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from epfuse.aot import amdgcn, sass
+from epfuse.aot.h100 import FITTED_TOKENS, H100, h100
 from epfuse.aot.kernels import Kernel
-from epfuse.aot.model import MI300X, MI300X_ROUTING
+from epfuse.aot.model import MI300X, MI300X_ROUTING, mean_error
 from epfuse.aot.predict import published
 from epfuse.aot.published import BF16_POINTS
 from epfuse.aot.record import Record, TargetRecord
@@ -44,7 +45,7 @@ def tables_of(record: Record) -> list[Table]:
             found.append(_beside(target))
         found.append(_gates(target))
     if record.predictions:
-        found += [_published(), _predictions(record)]
+        found += [_published(), _predictions(record), _h100()]
     return found
 
 
@@ -210,6 +211,27 @@ def _published() -> Table:
         f" (eta {MI300X.eta}, {1e6 * MI300X.launch_seconds:.0f} us a launch, routing skew {MI300X_ROUTING.skew})"
     )
     return Table(title, ("point", "kernels", "measured ms", "model ms", "error"), rows)
+
+
+def _h100() -> Table:
+    comparisons = h100()
+    fitted = [c for c in comparisons if c.measurement.tokens <= FITTED_TOKENS]
+    rows = [
+        [
+            comparison.measurement.kernels.name,
+            comparison.measurement.name,
+            f"{1e3 * comparison.measurement.milliseconds:.0f}",
+            f"{1e3 * comparison.predicted_ms:.0f}",
+            f"{comparison.error:+.0%}",
+        ]
+        for comparison in comparisons
+    ]
+    title = (
+        f"{H100.name}: expert GEMMs of one layer, measured by us and the model of it (eta {H100.eta},"
+        f" {1e6 * H100.launch_seconds:.1f} us a launch; mean error {mean_error(fitted):.1%} up to {FITTED_TOKENS} tokens,"
+        f" which were fitted, {mean_error(comparisons):.1%} over all)"
+    )
+    return Table(title, ("path", "point", "measured us", "model us", "error"), rows)
 
 
 def _predictions(record: Record) -> Table:
