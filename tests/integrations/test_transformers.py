@@ -199,3 +199,15 @@ def test_only_formats_of_checkpoints_can_be_parameters(model: Any) -> None:
     hybrid = ExpertWeights.hybrid(stacks.w13.values, stacks.w13.scales, stacks.w2.values, stacks.w2.scales)
     with pytest.raises(ConfigError, match="weights are in mxfp8, dense; EPExperts takes dense or MXFP8"):
         EPExperts(hybrid, ExpertMap.all_local(2), SwiGLUOAI(), EPGroup.single())
+
+
+def test_prepare_changes_nothing_on_a_cpu() -> None:
+    """There the kernels read checkpoints' order; on Hopper the parameters' memory is rearranged (tests/weights)."""
+    torch.manual_seed(0)
+    weights = ExpertWeights.quantize(ExpertWeights.dense(torch.randn(4, 64, 64), torch.randn(4, 64, 32)))
+    experts = EPExperts(weights, ExpertMap.all_local(4), SwiGLUOAI(), EPGroup.single())
+    hidden, ids = torch.randn(3, 64).bfloat16(), torch.tensor([[0, 1], [2, 3], [1, 3]])
+    before = experts(hidden, ids, torch.rand(3, 2, generator=torch.Generator().manual_seed(1)))
+    experts.prepare()
+    after = experts(hidden, ids, torch.rand(3, 2, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(before, after)

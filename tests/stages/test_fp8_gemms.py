@@ -23,8 +23,9 @@ TILES = {
     "one_group": GemmTile(block_n=64, block_k=32, group_m=0, num_warps=4, num_stages=2),
     "four_groups": GemmTile(block_n=32, block_k=128, group_m=2, num_warps=4, num_stages=2),
 }
-# On exact operands only the rounding to BF16 is left: 2^-8 relative, uniform, is 52.9 dB at worst.
-ROUNDED = 52.5
+# On exact operands only the rounding to BF16 is left: 2^-8 relative, uniform, is 52.9 dB at worst, less what few values
+# scatter (an expert may have one row, and the largest columns dominate its norm); no value off by more makes it 48.2.
+ROUNDED = 51.0
 EXACT = 120.0
 FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 

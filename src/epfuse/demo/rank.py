@@ -57,6 +57,8 @@ def run_rank(context: RankContext, job: RankJob) -> RankRecord:
     steps.done()
 
     prompt = read(name="prompt")
+    for experts in replacement.experts.values():
+        experts.prepare()
     routed: dict[str, torch.Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(partial(_note_routes, routed, name))

@@ -59,9 +59,19 @@ class EPExperts(nn.Module):
         self.activation = activation
         self.group = group
         self.path = path
+        self._prepared: ExpertWeights | None = None
+
+    def prepare(self) -> None:
+        """Rearrange MXFP8 weights for the device that they are on; call once, after loading and .to().
+
+        It happens in the parameters' own memory (`ExpertWeights.prepare`): don't save, load or move them afterwards.
+        """
+        self._prepared = self.weights().prepare()
 
     def weights(self) -> ExpertWeights:
-        """The parameters as they are now: .to() and checkpoint loading replace them."""
+        """The prepared weights, else the parameters as they are now: .to() and checkpoint loading replace them."""
+        if self._prepared is not None:
+            return self._prepared
         gate_up, down = self.gate_up_proj.data, self.down_proj.data
         scales = [getattr(self, f"{name}_scale", None) for name in ("gate_up_proj", "down_proj")]
         if scales[0] is None or scales[1] is None:
