@@ -1,8 +1,8 @@
 """The time model held against this package's own measurements on an H100.
 
-Each point is the two expert GEMMs of one layer of MiniMax-M3 on one of 8 ranks, each GEMM alone in a CUDA graph, with the
-tile that was best for it: NVIDIA H100 80GB HBM3, 2026-11-24, torch 2.11, triton 3.6 (docs/performance-notes.md). Token
-counts at which the routing drawn had as many active experts as a balanced router is expected to have.
+Each point is the two expert GEMMs of one layer of MiniMax-M3 on one of 8 ranks, each alone in a CUDA graph, with the
+tile that did best: NVIDIA H100 80GB HBM3, 2026-11-24, torch 2.11, triton 3.6 (docs/performance-notes.md). Token counts
+at which the routing that was drawn had as many active experts as a balanced router is expected to have.
 """
 
 from __future__ import annotations

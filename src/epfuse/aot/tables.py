@@ -228,8 +228,8 @@ def _h100() -> Table:
     ]
     title = (
         f"{H100.name}: expert GEMMs of one layer, measured by us and the model of it (eta {H100.eta},"
-        f" {1e6 * H100.launch_seconds:.1f} us a launch; mean error {mean_error(fitted):.1%} up to {FITTED_TOKENS} tokens,"
-        f" which were fitted, {mean_error(comparisons):.1%} over all)"
+        f" {1e6 * H100.launch_seconds:.1f} us a launch; mean error {mean_error(fitted):.1%} up to {FITTED_TOKENS}"
+        f" tokens, which were fitted, {mean_error(comparisons):.1%} over all)"
     )
     return Table(title, ("path", "point", "measured us", "model us", "error"), rows)
 

@@ -80,42 +80,25 @@ def launch_sm90(
     topk_weights: torch.Tensor | None,
     tile: Sm90Tile | Sm90PersistentTile,
 ) -> None:
-    """`launch_down` with the Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
+    """`launch_down` with a Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
     from epfuse.stages.down.kernel_sm90 import down_sm90_kernel
     from epfuse.stages.down.kernel_sm90_persistent import down_sm90_persistent_kernel
-    from epfuse.stages.sm90_descriptor import weight_lines
+    from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums, weight_lines
 
     hidden, intermediate = out.shape[1], y.shape[1]
-    if isinstance(w2, FragmentMXFP8):
-        weights, scales, padded, panels = w2.codes, w2.scales, w2.padded_columns, w2.panels
-    else:
-        weights, scales, padded, panels = w2, None, intermediate, triton.cdiv(hidden, 64)
-    tiles = routes.max_blocks * triton.cdiv(panels * 64, tile.block_n)
+    w = operand_of(w2, hidden)
+    tiles = row_tiles(w, routes, tile)
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
-    sizes = (routes.num_routes, hidden, intermediate, padded, panels)
-    options = {
-        "BLOCK_M": routes.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "GROUP_M": tile.group_m,
-        "STAGES": tile.num_stages,
-        "EVEN_K": intermediate == padded,
-        "num_warps": tile.num_warps,
-        "launch_pdl": True,
-    }
+    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels)
+    options = constants(w, routes, tile, intermediate)
     if isinstance(tile, Sm90PersistentTile):
         assert isinstance(w2, FragmentMXFP8)
         lines = weight_lines(w2, tile.block_k)
         down_sm90_persistent_kernel[(min(tiles, compute_units(y.device)),)](
-            y, lines, scales, topk_weights, out, *table, *sizes, PARTS=tile.parts, **options
+            y, lines, w.scales, topk_weights, out, *table, *sizes, PARTS=tile.parts, **options
         )
         return
-    partials = arrivals = None
-    if tile.split_k > 1:
-        assert routes.arrivals is not None
-        shares = tiles * tile.split_k * tile.block_n * routes.block_m
-        partials = torch.empty(shares, dtype=torch.float32, device=y.device)
-        arrivals = routes.arrivals[-tiles:]
+    shares = shared_sums(tile, tiles, routes, slice(-tiles, None))
     down_sm90_kernel[(tiles * tile.split_k,)](
-        y, weights, scales, topk_weights, out, *table, partials, arrivals, *sizes, SPLIT_K=tile.split_k, **options
+        y, w.weights, w.scales, topk_weights, out, *table, *shares, *sizes, SPLIT_K=tile.split_k, **options
     )

@@ -87,46 +87,29 @@ def launch_sm90(
     activation: SwiGLUOAI,
     tile: Sm90Tile | Sm90PersistentTile,
 ) -> None:
-    """`launch_gate_up` with the Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
+    """`launch_gate_up` with a Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
     from epfuse.stages.gate_up.kernel_sm90 import gate_up_sm90_kernel
     from epfuse.stages.gate_up.kernel_sm90_persistent import gate_up_sm90_persistent_kernel
-    from epfuse.stages.sm90_descriptor import weight_lines
+    from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums, weight_lines
 
     hidden, intermediate = x.shape[1], out.shape[1]
-    if isinstance(w13, FragmentMXFP8):
-        weights, scales, padded, panels = w13.codes, w13.scales, w13.padded_columns, w13.panels
-    else:
-        weights, scales, padded, panels = w13, None, hidden, triton.cdiv(intermediate, 32)
-    tiles = routes.max_blocks * triton.cdiv(panels * 64, tile.block_n)
+    w = operand_of(w13, 2 * intermediate)
+    tiles, programs = row_tiles(w, routes, tile), compute_units(x.device)
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
-    programs = compute_units(x.device)
-    sizes = (routes.num_routes, hidden, intermediate, padded, panels, weights.shape[0], 2 * programs)
+    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, w.weights.shape[0], 2 * programs)
     scalars = (activation.alpha, activation.beta, activation.limit)
-    options = {
+    options = constants(w, routes, tile, hidden) | {
         "K": top_k,
-        "BLOCK_M": routes.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "GROUP_M": tile.group_m,
-        "STAGES": tile.num_stages,
-        "EVEN_K": hidden == padded,
-        "GUESS": min(tile.guess_bytes, padded * weights.element_size()) // 16 * 16,
-        "num_warps": tile.num_warps,
-        "launch_pdl": True,
+        "GUESS": min(tile.guess_bytes, w.columns * w.weights.element_size()) // 16 * 16,
     }
     if isinstance(tile, Sm90PersistentTile):
         assert isinstance(w13, FragmentMXFP8)
         lines = weight_lines(w13, tile.block_k)
         gate_up_sm90_persistent_kernel[(min(tiles, programs),)](
-            x, weights, lines, scales, out, *table, *sizes, *scalars, PARTS=tile.parts, **options
+            x, w.weights, lines, w.scales, out, *table, *sizes, *scalars, PARTS=tile.parts, **options
         )
         return
-    partials = arrivals = None
-    if tile.split_k > 1:
-        assert routes.arrivals is not None
-        shares = tiles * tile.split_k * tile.block_n * routes.block_m
-        partials = torch.empty(shares, dtype=torch.float32, device=x.device)
-        arrivals = routes.arrivals[:tiles]
+    shares = shared_sums(tile, tiles, routes, slice(None, tiles))
     gate_up_sm90_kernel[(tiles * tile.split_k,)](
-        x, weights, scales, out, *table, partials, arrivals, *sizes, *scalars, SPLIT_K=tile.split_k, **options
+        x, w.weights, w.scales, out, *table, *shares, *sizes, *scalars, SPLIT_K=tile.split_k, **options
     )

@@ -1,0 +1,80 @@
+"""What the launches of both Hopper GEMMs share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from epfuse.stages.route.table import RouteTable
+from epfuse.stages.tiles import Sm90PersistentTile, Sm90Tile
+from epfuse.weights.fragment import PANEL_ROWS, FragmentMXFP8
+
+LINE = 128
+"""Bytes of a line of weights: the tensor copy engine's widest swizzle."""
+
+
+class Operand(NamedTuple):
+    """Weights as the kernels take them.
+
+    Attributes:
+        weights: codes in fragment order, or dense.
+        scales: scale words of fragments; None if dense.
+        columns: K of the weights; of fragments whole steps of 128.
+        panels: panels of 64 rows of one expert.
+    """
+
+    weights: torch.Tensor
+    scales: torch.Tensor | None
+    columns: int
+    panels: int
+
+
+def operand_of(stack: torch.Tensor | FragmentMXFP8, rows: int) -> Operand:
+    """``stack`` as the kernels take it; ``rows`` of an expert's matrix."""
+    if isinstance(stack, FragmentMXFP8):
+        return Operand(stack.codes, stack.scales, stack.padded_columns, stack.panels)
+    return Operand(stack, None, stack.shape[2], triton.cdiv(rows, PANEL_ROWS))
+
+
+def row_tiles(operand: Operand, routes: RouteTable, tile: Sm90Tile | Sm90PersistentTile) -> int:
+    """The most tiles that a call can have."""
+    return routes.max_blocks * int(triton.cdiv(operand.panels * PANEL_ROWS, tile.block_n))
+
+
+def constants(
+    operand: Operand, routes: RouteTable, tile: Sm90Tile | Sm90PersistentTile, columns: int
+) -> dict[str, Any]:
+    """Compile-time arguments and launch options of either kernel; ``columns`` of the rows."""
+    return {
+        "BLOCK_M": routes.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "STAGES": tile.num_stages,
+        "EVEN_K": columns == operand.columns,
+        "num_warps": tile.num_warps,
+        "launch_pdl": True,
+    }
+
+
+def shared_sums(
+    tile: Sm90Tile, tiles: int, routes: RouteTable, arrivals: slice
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Memory of the shares of ``tiles`` reductions, and this GEMM's part of the arrival counters; None if not split."""
+    if tile.split_k == 1:
+        return None, None
+    assert routes.arrivals is not None
+    shares = torch.empty(
+        tiles * tile.split_k * tile.block_n * routes.block_m, dtype=torch.float32, device=routes.num_padded.device
+    )
+    return shares, routes.arrivals[arrivals]
+
+
+def weight_lines(weights: FragmentMXFP8, block_k: int) -> TensorDescriptor:
+    """The codes as lines of 128 bytes, copied a panel and ``block_k`` at a time."""
+    box = [PANEL_ROWS * block_k // LINE, LINE]
+    return TensorDescriptor.from_tensor(weights.codes.view(-1, LINE), box, gl.NVMMASharedLayout(LINE, 8, 2))
