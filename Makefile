@@ -1,5 +1,6 @@
 # make demo   create .venv, install, run the demonstration
 # make test   create .venv, install, run the tests
+# make test-vllm   download the tested vLLM releases (once), run the integration's tests against their code, no GPU needed
 # make aot    create .venv, install, compile every kernel for the GPUs and check it
 #
 # PYTHON=python3.12   the interpreter to build .venv from (3.11 or newer)
@@ -13,6 +14,9 @@ KEEP_TORCH ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 AOT_FLAGS ?=
+
+# Where vLLM's unpacked releases are kept between runs.
+VLLM_TREES ?= .vllm
 
 BIN := $(VENV)/bin
 
@@ -31,13 +35,19 @@ endif
 CREATED := $(VENV)/.created-$(MODE)
 INSTALLED := $(VENV)/.installed-$(MODE)
 
-.PHONY: demo test aot lint format typecheck clean
+.PHONY: demo test test-vllm aot lint format typecheck clean
 
 demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-vllm: $(INSTALLED)
+	$(BIN)/python tools/vllm_releases.py $(VLLM_TREES)
+	for tree in $(VLLM_TREES)/release-*; do \
+	    PYTHONPATH="$$tree:$(VLLM_TREES)/packages" $(BIN)/python -m pytest tests/integrations/vllm $(PYTEST_FLAGS) || exit 1; \
+	done
 
 aot: $(INSTALLED)
 	$(BIN)/epfuse aot $(AOT_FLAGS)

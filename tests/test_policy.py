@@ -8,7 +8,7 @@ import torch
 from epfuse import Combine, LayerShape, Path, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import UnsupportedTarget
-from epfuse.policy import FP8_PATHS, READABLE, decide
+from epfuse.policy import FP8_PATHS, READABLE, Verdict, decide
 
 M3 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)
 GPUS = [target for target in Target if target.is_gpu]
@@ -74,3 +74,29 @@ def test_what_is_refused(
 def test_paths_without_atomics_refuse_them(path: Path) -> None:
     with pytest.raises(UnsupportedTarget, match="combine 'atomic'; it can run w8a8"):
         decide(path, Target.SM90, M3, 64, frozenset({D, M}), combine=Combine.ATOMIC)
+
+
+def test_a_decision_costs_a_lookup() -> None:
+    formats = frozenset({M, D})
+    decision = decide(Path.AUTO, Target.SM90, M3, 64, formats)
+    assert decide(Path.AUTO, Target.SM90, M3, 63, formats) is decision
+    assert decide(Path.AUTO, Target.SM90, LayerShape(6144, 3072, 128, 16, 4), 64, frozenset({D, M})) is decision
+
+
+@pytest.mark.parametrize("target", list(Target))
+def test_every_path_is_considered_with_a_sentence(target: Target) -> None:
+    for tokens in (1, 64, 4096):
+        decision = decide(Path.AUTO, target, M3, tokens, frozenset({M, D}))
+        assert {entry.path for entry in decision.considered} == set(Path) - {Path.AUTO}
+        assert [entry.path for entry in decision.considered if entry.verdict is Verdict.TAKEN] == [decision.path]
+        assert all(entry.reason.endswith(".") for entry in decision.considered)
+        assert decision.reason
+        assert len(decision.refused) == len(Path) - 2
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_tiles_follow_the_rows_per_expert(target: Target) -> None:
+    keys = [decide(Path.BF16, target, M3, tokens).tile_key for tokens in (1, 512, 8192)]
+    assert len(set(keys)) == 3
+    wider = LayerShape(6144, 3072, 256, 16, 4)
+    assert decide(Path.BF16, target, wider, 1024).tile_key == decide(Path.BF16, target, M3, 512).tile_key

@@ -6,10 +6,11 @@ import torch
 
 from epfuse import pipeline, pipeline_fp8
 from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI
+from epfuse.environment import environment
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import FP8_PATHS, decide
-from epfuse.target import target_of
+from epfuse.target import device_name, target_of
 from epfuse.weights.experts import ExpertWeights
 
 
@@ -37,7 +38,7 @@ def fused_experts(
         topk_ids: ``[T, K]`` int32 or int64 contiguous, global expert ids; -1 and anything outside [0, E) is skipped.
         expert_map: which global experts are local, with L matching ``weights``.
         activation: SwiGLU-OAI parameters; None means MiniMax-M3's.
-        path: how to compute it; AUTO lets the policy choose.
+        path: how to compute it; AUTO lets the policy choose (or EPFUSE_PATH, where it is set: `epfuse.environment`).
         combine: how a token's routes are summed. ATOMIC is for the paths with FP8 activations (W8A8, BLOCK_FP8) and not
             bitwise repeatable.
         out: ``[T, H]`` to write into, dtype and device of hidden; must not overlap hidden. Allocated if None.
@@ -62,7 +63,9 @@ def fused_experts(
         return out.zero_()
     shape = LayerShape(weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, top_k)
     kept = frozenset(weights.kept)
-    decision = decide(path, target_of(hidden.device), shape, tokens, kept, hidden.dtype, combine)
+    asked = environment().path if path is Path.AUTO else path
+    device = hidden.device
+    decision = decide(asked, target_of(device), shape, tokens, kept, hidden.dtype, combine, device_name(device))
     call = (hidden, weights, topk_weights, topk_ids, expert_map, activation)
     if decision.weights is None or decision.tiles is None:
         return out.copy_(pipeline.run_reference(*call))

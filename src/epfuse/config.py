@@ -30,6 +30,15 @@ class Path(enum.Enum):
     """Block FP8 weights and activations quantised per 128 values, multiplied by native FP8 dots; loses accuracy."""
 
 
+class Policy(enum.Enum):
+    """Who decides how a layer keeps its weights and which path its calls take (`epfuse.policy.plan_layer`)."""
+
+    AUTO = "auto"
+    """Any supported target and shape, by measured tiles, the roofline and the memory that there is."""
+    SEED_1782 = "seed-1782"
+    """The gates of InferenceX pull request 1782 and of what it is stacked on: MiniMax-M3 on gfx942, nothing else."""
+
+
 class Combine(enum.Enum):
     """How the rows of a token's routes are summed."""
 

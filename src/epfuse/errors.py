@@ -41,3 +41,7 @@ class MissingDependency(EpfuseError):
 
 class TraceError(EpfuseError):
     """A profiler's trace can't be read, or has nothing to profile; the message names the file."""
+
+
+class TuningError(EpfuseError):
+    """A search for tiles can't be trusted or can't go on; the message says why."""

@@ -38,6 +38,15 @@ COMPUTE_UNITS = {Target.SM90: 132, Target.GFX942: 304, Target.GFX950: 256}
 """Multiprocessors of an H100 SXM, compute units of an MI300X and an MI355X (the vendors' data sheets)."""
 
 
+REFERENCE_DEVICE = {
+    Target.CPU: "CPU",
+    Target.SM90: "NVIDIA H100 80GB HBM3",
+    Target.GFX942: "AMD Instinct MI300X",
+    Target.GFX950: "AMD Instinct MI355X",
+}
+"""The product that stands for a target where no device is there to ask, as torch names it."""
+
+
 @contextmanager
 def planning_for(target: Target) -> Iterator[None]:
     """Inside, the meta device stands for a ``target``: launchers can be called with tensors that have no data.
@@ -95,8 +104,17 @@ def compute_units(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.lru_cache(maxsize=64)
+def device_name(device: torch.device) -> str:
+    """The product, as torch names it: what tuned tables are keyed by."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return REFERENCE_DEVICE[target_of(device)]
+
+
 def _forget_devices() -> None:
     target_of.cache_clear()
+    device_name.cache_clear()
     compute_units.cache_clear()
 
 

@@ -16,9 +16,13 @@ EXIT_USAGE = 2
 
 COMMANDS = {
     "aot": "Compile every kernel for a GPU that is not there: resources, gates, predictions.",
+    "bench": "Every path beside its floor and other people's kernels: first checked, then timed.",
     "demo": "A MiniMax-M3 model with its experts run by epfuse under expert parallelism, against the original.",
+    "plan": "What a policy would do with a model: storage, paths, tiles, bytes a rank, predicted times.",
     "profile": "Where a step's time goes, from a PyTorch profiler trace of a server.",
+    "tune": "Search tiles for a layer's shape on this GPU; only results that are right count.",
     "verify": "The correctness suite on this machine's device, any shape, against a float64 oracle.",
+    "vllm": "What vLLM does with a model's experts, with epfuse and without; the patch for images without plugins.",
 }
 """Subcommand -> its line in the help; ``epfuse.cli.NAME`` holds a click command of the same name."""
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from epfuse.cli.device import choose_device
 from epfuse.cli.main import EXIT_CHECK_FAILED
 from epfuse.config import Combine, LayerShape, Path
-from epfuse.errors import ConfigError, DeviceError
+from epfuse.errors import DeviceError
 from epfuse.verify import suite
 from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem
 from epfuse.verify.record import ORACLE, CaseResult, Record
@@ -66,7 +67,7 @@ def verify(
         {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size},
         tokens or DEFAULT_TOKENS,
         DTYPES[dtype],
-        _device(device),
+        choose_device(device),
         seed,
     )
     subjects = subjects_of(problem, choice)
@@ -88,24 +89,6 @@ def verify(
         _show(record)
     if not record.ok:
         sys.exit(EXIT_CHECK_FAILED)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device is {name!r}; it must be cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device is {name!r}; it must be cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        found = torch.cuda.device_count()
-        index = device.index or 0
-        if index >= found:
-            raise DeviceError(f"device is {name!r}; torch {torch.__version__} finds {found} GPU(s)")
-        return torch.device("cuda", index)
-    return torch.device("cpu")
 
 
 def _problem(

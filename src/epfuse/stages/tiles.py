@@ -6,7 +6,7 @@ taller than that computes padding, a shorter one reads the weights again for eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 
@@ -48,6 +48,13 @@ class GemmTile:
     group_m: int
     num_warps: int
     num_stages: int
+
+    @property
+    def key(self) -> str:
+        """The tile in one word: ``NxK``, ``gGROUP_M``, warps, stages, then what differs from the class's defaults."""
+        words = [f"{self.block_n}x{self.block_k}", f"g{self.group_m}", f"{self.num_warps}w", f"{self.num_stages}s"]
+        extra = [f for f in fields(self) if f.default is not MISSING and getattr(self, f.name) != f.default]
+        return ".".join(words + [f"{f.name}={getattr(self, f.name)}" for f in extra])
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,11 @@ class LayerTiles:
                 if value < 16 or value & (value - 1):
                     raise ConfigError(f"{name}.{size} is {value}; it must be a power of two, at least 16")
 
+    @property
+    def key(self) -> str:
+        """The tiles in one word: ``block_m/gate_up/down``."""
+        return f"{self.block_m}/{self.gate_up.key}/{self.down.key}"
+
     def arrivals(self, hidden: int, intermediate: int) -> int:
         """Counters that the kernels need for each row block: one for each tile whose reduction is shared."""
         outputs = ((self.gate_up, 2 * intermediate), (self.down, hidden))
@@ -131,28 +143,26 @@ def rows_per_expert(tokens: int, shape: LayerShape) -> float:
     return tokens * shape.top_k / shape.experts
 
 
-def tiles_for(target: Target, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype, rows: float) -> LayerTiles:
-    """Default tiles of a call.
+def default_ranges(
+    target: Target, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
+) -> tuple[TileRange, ...]:
+    """A target's default tiles, by expected rows per expert, ascending; the last range has no end.
 
     Args:
         target: a GPU.
         weights: the format that the kernels read.
         shape: the layer's sizes.
         dtype: of the activations.
-        rows: expected rows per expert; the first range that reaches them is taken.
     """
-    ranges: tuple[TileRange, ...]
     if weights is WeightFormat.FRAGMENT:
-        ranges = SM90_FRAGMENT
-    elif weights in (WeightFormat.MXFP8, WeightFormat.MXFP8_FNUZ):
-        ranges = MXFP8[target]
-    elif dtype == torch.float32:
-        ranges = FLOAT32
-    elif target is Target.SM90 and dtype == torch.bfloat16 and shape.hidden % 128 == shape.intermediate % 128 == 0:
-        ranges = SM90_DENSE
-    else:
-        ranges = DENSE[target]
-    return next((entry.tiles for entry in ranges if rows <= entry.max_rows), ranges[-1].tiles)
+        return SM90_FRAGMENT
+    if weights in (WeightFormat.MXFP8, WeightFormat.MXFP8_FNUZ):
+        return MXFP8[target]
+    if dtype == torch.float32:
+        return FLOAT32
+    if target is Target.SM90 and dtype == torch.bfloat16 and shape.hidden % 128 == shape.intermediate % 128 == 0:
+        return SM90_DENSE
+    return DENSE[target]
 
 
 ANY = float("inf")

@@ -6,16 +6,6 @@ from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, TileRange
 from epfuse.target import Target
 
 
-def fp8_tiles_for(target: Target, rows: float) -> LayerTiles:
-    """Default tiles of a call.
-
-    Args:
-        target: a GPU.
-        rows: expected rows per expert; the first range that reaches them is taken.
-    """
-    return next(entry.tiles for entry in FP8[target] if rows <= entry.max_rows)
-
-
 def _layer(block_m: int, tile: GemmTile) -> LayerTiles:
     return LayerTiles(block_m, tile, tile)
 

@@ -1,0 +1,235 @@
+"""Curves over the token count: as data, with the coordinates that the SVG template needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from epfuse.bench.contender import Kind
+from epfuse.bench.record import Record, Row
+
+WIDTH, HEIGHT = 900, 380
+LEFT, RIGHT, TOP, BOTTOM = 84, 640, 16, 336
+"""Edges of the plot in pixels; the legend is to the right of it."""
+LEGEND_LINE = 19
+LONE_FLOOR = 60
+"""Pixels of a floor that has one token count."""
+MOST_STYLES = 6
+"""Colours for each of: paths, peers, floors. More curves of a kind repeat them."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    Attributes:
+        x, y: token count and value.
+        low, high: quartiles of the value.
+        hint: what the pointer shows.
+    """
+
+    x: float
+    y: float
+    low: float
+    high: float
+    hint: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line.
+
+    Attributes:
+        name: for the legend.
+        style: its CSS class: ``path0``.., ``peer0``.., ``floor0``..
+        points: ascending in x.
+    """
+
+    name: str
+    style: str
+    points: list[Point]
+
+    @property
+    def is_floor(self) -> bool:
+        """Drawn dashed and without marks: it is computed, not measured."""
+        return self.style.startswith("floor")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A logarithmic or linear scale between two pixels.
+
+    Attributes:
+        low, high: values at its ends.
+        start, end: pixels of its ends.
+        ticks: values with a label.
+        logarithmic: whether equal distances are equal ratios.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: list[float]
+    logarithmic: bool = True
+
+    def at(self, value: float) -> float:
+        """Pixel of a value."""
+        part = (self._scaled(value) - self._scaled(self.low)) / (self._scaled(self.high) - self._scaled(self.low))
+        return round(self.start + part * (self.end - self.start), 1)
+
+    def _scaled(self, value: float) -> float:
+        return math.log(value) if self.logarithmic else value
+
+    def label(self, value: float) -> str:
+        """A tick's text."""
+        return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+
+
+@dataclass(frozen=True)
+class CurveChart:
+    """Curves over tokens.
+
+    Attributes:
+        name: for a file.
+        title: says what is shown.
+        unit: of the y axis.
+        curves: in the order of the legend.
+        x, y: the axes.
+    """
+
+    name: str
+    title: str
+    unit: str
+    curves: list[Curve]
+    x: Axis
+    y: Axis
+    width: int = field(default=WIDTH, init=False)
+    height: int = field(default=HEIGHT, init=False)
+
+    def path(self, curve: Curve) -> str:
+        """The ``points`` of an SVG polyline."""
+        places = [(self.x.at(point.x), self.y.at(point.y)) for point in curve.points]
+        if curve.is_floor and len(places) == 1:  # it has no mark, and a line of one point can't be seen
+            ((x, y),) = places
+            places = [(x - LONE_FLOOR / 2, y), (x + LONE_FLOOR / 2, y)]
+        return " ".join(f"{x},{y}" for x, y in places)
+
+    def legend_y(self, index: int) -> float:
+        """Baseline of a legend line."""
+        return TOP + 12 + LEGEND_LINE * index
+
+
+def charts_of(record: Record) -> list[CurveChart]:
+    """For each routing with times: time over tokens beside the floors, and how much of its floor each path reaches."""
+    charts = []
+    for routing in record.routings:
+        rows = [row for row in record.rows if row.routing == routing]
+        timed = [row for row in rows if row.time is not None]
+        if not timed:
+            continue
+        slug = routing.replace(":", "-").replace(".", "_")
+        curves = _time_curves(timed) + _floor_curves(rows)
+        charts.append(
+            CurveChart(
+                f"time-{slug}",
+                f"Time of one call, {routing} routing",
+                "µs",
+                curves,
+                _tokens_axis(rows),
+                _time_axis([value for c in curves for p in c.points for value in (p.low, p.high) if value > 0]),
+            )
+        )
+        reached = _fraction_curves(timed)
+        charts.append(
+            CurveChart(
+                f"floor-{slug}",
+                f"Part of the floor that is reached, {routing} routing: 100 % is as fast as the roofs allow",
+                "%",
+                reached,
+                _tokens_axis(rows),
+                _percent_axis(max(p.high for curve in reached for p in curve.points)),
+            )
+        )
+    return charts
+
+
+def _styles(rows: list[Row]) -> dict[str, str]:
+    """Label -> style; the same contender has the same colour in every chart."""
+    styles: dict[str, str] = {}
+    for kind in Kind:
+        labels = dict.fromkeys(row.label for row in rows if row.kind is kind)
+        styles |= {label: f"{kind.value}{index % MOST_STYLES}" for index, label in enumerate(labels)}
+    return styles
+
+
+def _time_curves(rows: list[Row]) -> list[Curve]:
+    curves = []
+    for label, style in _styles(rows).items():
+        points = []
+        for row in _ascending(rows, label):
+            assert row.time is not None
+            hint = f"{label}, {row.tokens} tokens: {row.time.median_us:.1f} µs"
+            points.append(Point(row.tokens, row.time.median_us, row.time.q1_us, row.time.q3_us, hint))
+        curves.append(Curve(label, style, points))
+    return curves
+
+
+def _fraction_curves(rows: list[Row]) -> list[Curve]:
+    curves = []
+    for label, style in _styles(rows).items():
+        points = []
+        for row in _ascending(rows, label):
+            assert row.time is not None
+            reached, low, high = (
+                100 * row.floor_us / us for us in (row.time.median_us, row.time.q3_us, row.time.q1_us)
+            )
+            hint = f"{label}, {row.tokens} tokens: {reached:.0f} % of its floor of {row.floor_us:.1f} µs"
+            points.append(Point(row.tokens, reached, low, high, hint))
+        curves.append(Curve(label, style, points))
+    return curves
+
+
+def _floor_curves(rows: list[Row]) -> list[Curve]:
+    """One for each different floor: contenders whose weights are as large and whose operands are the same share one."""
+    floors: dict[tuple[float, ...], Curve] = {}
+    for label in dict.fromkeys(row.label for row in rows):
+        mine = _ascending(rows, label)
+        key = tuple(round(row.floor_us, 6) for row in mine)
+        if key in floors:
+            continue
+        points = []
+        for row in mine:
+            hint = f"{row.tokens} tokens: {row.floor_us:.1f} µs, bound by {row.floor_bound}"
+            points.append(Point(row.tokens, row.floor_us, row.floor_us, row.floor_us, hint))
+        floors[key] = Curve(f"floor of {label}", f"floor{len(floors) % MOST_STYLES}", points)
+    return list(floors.values())
+
+
+def _ascending(rows: list[Row], label: str) -> list[Row]:
+    return sorted((row for row in rows if row.label == label), key=lambda row: row.tokens)
+
+
+def _tokens_axis(rows: list[Row]) -> Axis:
+    counts = sorted({float(row.tokens) for row in rows})
+    low, high = counts[0] / 1.3, counts[-1] * 1.3  # room for the first and the last mark
+    ticks: list[float] = []
+    for count in counts:  # labels that are closer than 36 pixels would touch
+        if not ticks or (RIGHT - LEFT) * math.log(count / ticks[-1]) / math.log(high / low) >= 36:
+            ticks.append(count)
+    return Axis(low, high, LEFT, RIGHT, ticks)
+
+
+def _time_axis(values: list[float]) -> Axis:
+    """From below the least to above the largest value, with ticks at 1, 2 and 5 times powers of ten."""
+    low, high = min(values) / 1.15, max(values) * 1.15
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in (1, 2, 5) if low <= step * 10.0**power <= high]
+    return Axis(low, high, BOTTOM, TOP, ticks)
+
+
+def _percent_axis(top: float) -> Axis:
+    """From 0 to 100, or higher if something is: on a CPU the caches beat the roof of its memory."""
+    step = 20 if top <= 120 else 10 ** math.ceil(math.log10(top / 10))
+    count = max(5, math.ceil(top / step))
+    return Axis(0.0, float(step * count), BOTTOM, TOP, [float(step * i) for i in range(count + 1)], logarithmic=False)

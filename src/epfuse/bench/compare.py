@@ -1,0 +1,157 @@
+"""Which rows of a benchmark changed by more than the noise since an older record."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from epfuse.bench.contender import Kind
+from epfuse.bench.layers import Layer
+from epfuse.bench.record import Record, Row
+from epfuse.errors import ConfigError
+
+LEAST_CHANGE = 0.02
+"""A smaller change counts as noise, however little the samples spread: the replays of one run share clocks and memory
+layout, those of two runs don't."""
+
+
+class Verdict(enum.Enum):
+    """What became of a row."""
+
+    FASTER = "faster"
+    SLOWER = "slower"
+    SAME = "same"
+    BROKEN = "broken"
+    """It had a time and has none now."""
+    MENDED = "mended"
+    """It has a time now and had none."""
+    FAILS = "fails"
+    """It had no time and has none."""
+    NEW = "new"
+    GONE = "gone"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row, then and now.
+
+    Attributes:
+        before, after: None where a record has no such row.
+        verdict: what became of it.
+        noise_us: by how much the medians may differ without meaning anything; None if one of them is missing.
+    """
+
+    before: Row | None
+    after: Row | None
+    verdict: Verdict
+    noise_us: float | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is worth a line."""
+        return self.verdict not in (Verdict.SAME, Verdict.FAILS)
+
+    @property
+    def row(self) -> Row:
+        """The newer of the two."""
+        row = self.after or self.before
+        assert row is not None
+        return row
+
+    @property
+    def ratio(self) -> float | None:
+        """Time now over time then."""
+        if self.before is None or self.after is None or self.before.time is None or self.after.time is None:
+            return None
+        return self.after.time.median_us / self.before.time.median_us
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        row, before, after = self.row, self.before, self.after
+        return {
+            "contender": row.contender,
+            "weights": row.weights,
+            "routing": row.routing,
+            "tokens": row.tokens,
+            "verdict": self.verdict.value,
+            "before_us": before.time.median_us if before and before.time else None,
+            "after_us": after.time.median_us if after and after.time else None,
+            "ratio": self.ratio,
+            "noise_us": self.noise_us,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two records of one layer.
+
+    Attributes:
+        before: the older one.
+        after: the newer one.
+        changes: every row of either.
+    """
+
+    before: Record
+    after: Record
+    changes: list[Change]
+
+    @property
+    def other_device(self) -> bool:
+        """Whether the two are from different kinds of device: then changes say nothing of the code."""
+        return bool(self.before.device.get("name") != self.after.device.get("name"))
+
+    @property
+    def slower(self) -> list[Change]:
+        """Paths of ours that became slower. A peer that did is shown and no reason to fail."""
+        return [c for c in self.changes if c.verdict is Verdict.SLOWER and c.row.kind is Kind.PATH]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "before": {"date": self.before.run.get("date"), "commit": self.before.run.get("commit")},
+            "other_device": self.other_device,
+            "changes": [change.to_json() for change in self.changes],
+        }
+
+
+def check_comparable(before: Layer, after: Layer) -> None:
+    """Two records can be compared if their layers have the same sizes and activation; names don't matter.
+
+    Raises:
+        ConfigError: sizes or activation differ.
+    """
+    if (before.shape, before.activation) != (after.shape, after.activation):
+        raise ConfigError(
+            f"the older record is of {before.name}, {before.shape}, {before.activation}; this run is of {after.name},"
+            f" {after.shape}, {after.activation}"
+        )
+
+
+def compare_records(before: Record, after: Record) -> Comparison:
+    """Match the rows of two records and judge each.
+
+    Raises:
+        ConfigError: they are not of one layer.
+    """
+    check_comparable(before.layer, after.layer)
+    old = {row.key: row for row in before.rows}
+    new = {row.key: row for row in after.rows}
+    changes = [judge(old.get(key), row) for key, row in new.items()]
+    changes += [judge(row, None) for key, row in old.items() if key not in new]
+    return Comparison(before, after, changes)
+
+
+def judge(before: Row | None, after: Row | None) -> Change:
+    """What became of a row: its median must move by more than both interquartile ranges together, and by 2 %."""
+    if before is None or after is None:
+        return Change(before, after, Verdict.NEW if before is None else Verdict.GONE)
+    if before.time is None or after.time is None:
+        if before.time is None and after.time is None:
+            return Change(before, after, Verdict.FAILS)
+        return Change(before, after, Verdict.MENDED if before.time is None else Verdict.BROKEN)
+    then, now = before.time, after.time
+    noise = max(then.spread_us + now.spread_us, LEAST_CHANGE * then.median_us)
+    moved = now.median_us - then.median_us
+    verdict = Verdict.SAME if abs(moved) <= noise else Verdict.SLOWER if moved > 0 else Verdict.FASTER
+    return Change(before, after, verdict, noise)

@@ -1,0 +1,164 @@
+"""Whoever takes part in a benchmark: a path of this package, or a peer."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from epfuse.api import fused_experts
+from epfuse.bench.inputs import Inputs
+from epfuse.bench.measure import Call, Method
+from epfuse.bench.roofline import Operand
+from epfuse.bench.weights import LayerWeights
+from epfuse.config import Combine, Path, WeightFormat
+from epfuse.errors import ConfigError, UnsupportedTarget
+from epfuse.policy import FP8_PATHS, decide
+from epfuse.target import device_name
+from epfuse.verify.budget import Tolerance, dense_tolerance, fp8_tolerance
+from epfuse.verify.problem import Problem
+from epfuse.verify.subject import Subject, subjects_of
+from epfuse.verify.suite import TRUE_SIZE_LIMITS
+
+PEER_TOLERANCE = Tolerance(snr_db=-math.inf, max_error=math.inf, relative_error=2e-2)
+"""Peers round to BF16 where they like: some after every elementwise operation, which is some 15 roundings and 5e-3. A
+result that lacks the clamp, or one route of a token, is far beyond 2e-2."""
+
+
+class Kind(enum.Enum):
+    """Whose code it is."""
+
+    PATH = "path"
+    PEER = "peer"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute the layer.
+
+    Attributes:
+        name: with ``weights`` it identifies the contender in a record.
+        kind: ours or not.
+        weights: how its weights lie in memory.
+        form: the format whose bytes are its floor.
+        operand: what its matrix instructions multiply, the other part of its floor.
+        tolerance: what its results must reach.
+        method: how it can be timed.
+        bind: prepares a call on given inputs; the call does the whole layer, from ids to the sum over local routes.
+        note: what it does, for a reader who compares.
+        block_m: T -> rows that its GEMMs pad each expert's to a multiple of; None if that is not known.
+    """
+
+    name: str
+    kind: Kind
+    weights: str
+    form: WeightFormat
+    operand: Operand
+    tolerance: Tolerance
+    method: Method
+    bind: Callable[[Inputs], Call]
+    note: str = ""
+    block_m: Callable[[int], int | None] = lambda tokens: None
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A peer that does not take part.
+
+    Attributes:
+        name: as of a contender.
+        reason: why not.
+    """
+
+    name: str
+    reason: str
+
+
+def paths_of(problem: Problem, choice: tuple[str, ...], weights: LayerWeights) -> list[Contender]:
+    """The paths that were asked for.
+
+    Args:
+        problem: sizes, device.
+        choice: names of paths; ``auto`` for what the policy chooses for each kind of weights; ``all`` for every path,
+            in every format that it reads, with every way to sum routes, and the reference. Empty: each path that has
+            a kernel, on the weights that it reads best; where there is none, the reference.
+        weights: where contenders get theirs; nothing is made before a contender is bound.
+
+    Raises:
+        ConfigError, UnsupportedTarget: no such path, or not on this device or these sizes.
+    """
+    if not choice:
+        found = _each_path_once(problem)
+    else:
+        found = []
+        for name in choice:
+            subjects = list(subjects_of(problem, name))
+            found += subjects if name in ("all", Path.AUTO.value) else subjects[:1]
+    return [_path(subject, problem, weights) for subject in dict.fromkeys(found)]
+
+
+def _each_path_once(problem: Problem) -> list[Subject]:
+    found = []
+    for path in Path:
+        if path in (Path.AUTO, Path.REFERENCE):
+            continue
+        try:
+            found.append(subjects_of(problem, path.value)[0])
+        except (UnsupportedTarget, ConfigError):  # not on this device, or sizes that MXFP8 can't have
+            continue
+    return found or [subjects_of(problem, Path.REFERENCE.value)[0]]
+
+
+def _path(subject: Subject, problem: Problem, weights: LayerWeights) -> Contender:
+    path, combine = subject.path, subject.combine
+    operand = Operand.FP32 if path is Path.REFERENCE else Operand.FP8 if path in FP8_PATHS else Operand.BF16
+
+    def bind(inputs: Inputs) -> Call:
+        experts = weights.in_format(subject.form)
+        out = torch.empty_like(inputs.hidden)
+
+        def call() -> torch.Tensor:
+            return fused_experts(
+                inputs.hidden,
+                experts,
+                inputs.topk_weights,
+                inputs.topk_ids,
+                inputs.expert_map,
+                activation=weights.layer.activation,
+                path=path,
+                combine=combine,
+                out=out,
+            )
+
+        return call
+
+    def block_m(tokens: int) -> int | None:
+        formats, product = frozenset({subject.form}), device_name(problem.device)
+        tiles = decide(path, problem.target, problem.shape, tokens, formats, problem.dtype, combine, product).tiles
+        return tiles.block_m if tiles else None
+
+    captured = problem.target.is_gpu and path is not Path.REFERENCE  # which syncs with the device
+    return Contender(
+        name=path.value if combine is Combine.DETERMINISTIC else f"{path.value} {combine.value}",
+        kind=Kind.PATH,
+        weights=subject.form.value,
+        form=subject.form,
+        operand=operand,
+        tolerance=_tolerance(path, problem),
+        method=Method.GRAPH if captured else Method.PLAIN,
+        bind=bind,
+        block_m=block_m,
+    )
+
+
+def _tolerance(path: Path, problem: Problem) -> Tolerance:
+    """As `verify` has it."""
+    if path in FP8_PATHS:
+        tolerance = fp8_tolerance()
+    else:
+        tolerance = dense_tolerance(torch.bfloat16, problem.hidden, problem.intermediate)
+    limit = TRUE_SIZE_LIMITS.get(path) if problem.has_true_size else None
+    return tolerance if limit is None else replace(tolerance, relative_error=limit)

@@ -1,0 +1,96 @@
+"""The expert layers that can be benchmarked by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from epfuse.config import MINIMAX_M3_EP8, LayerShape, SwiGLUOAI, silu_gate
+from epfuse.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One rank's expert layer.
+
+    Attributes:
+        name: for people; two layers are the same if the rest is.
+        shape: its sizes.
+        activation: between the two projections.
+    """
+
+    name: str
+    shape: LayerShape
+    activation: SwiGLUOAI
+
+    @property
+    def ep_size(self) -> int:
+        """P, the ranks that share the experts."""
+        return self.shape.experts // self.shape.local_experts
+
+    @property
+    def expert_weights(self) -> int:
+        """Numbers in one expert: w13 and w2."""
+        return 3 * self.shape.hidden * self.shape.intermediate
+
+
+ACTIVATIONS = {"swiglu-oai": SwiGLUOAI(), "silu": silu_gate()}
+"""Name -> activation: MiniMax-M3's and gpt-oss' clamped SwiGLU, and silu(gate) * up."""
+
+CUSTOM = "custom"
+"""The name of a layer that has no sizes of its own."""
+
+LAYERS = {
+    layer.name: layer
+    for layer in (
+        Layer("minimax-m3-ep8", MINIMAX_M3_EP8, SwiGLUOAI()),
+        Layer("minimax-m3-ep4", replace(MINIMAX_M3_EP8, local_experts=32), SwiGLUOAI()),
+        # tensor parallelism slices every expert: all of them are local, each with an eighth of I
+        Layer("minimax-m3-tp8", replace(MINIMAX_M3_EP8, intermediate=384, local_experts=128), SwiGLUOAI()),
+        Layer("gpt-oss-120b", LayerShape(2880, 2880, 128, 128, 4), SwiGLUOAI()),
+        Layer("qwen3-235b", LayerShape(4096, 1536, 128, 128, 8), silu_gate()),
+        Layer("small", LayerShape(512, 256, 16, 4, 4), SwiGLUOAI()),
+    )
+}
+"""Sizes: transformers' MiniMaxM3VLTextConfig, the config.json of openai/gpt-oss-120b and Qwen/Qwen3-235B-A22B.
+
+gpt-oss is without its biases, and with gate rows before up rows: a checkpoint's interleaved rows are put into this
+order when they are loaded. ``small`` is for a CPU.
+"""
+
+SIZES = ("hidden", "intermediate", "experts", "top_k", "ep_size")
+
+
+def make_layer(name: str, sizes: dict[str, int | None], activation: str | None) -> Layer:
+    """A named layer, with some of its sizes replaced.
+
+    Args:
+        name: a key of `LAYERS`, or `CUSTOM`.
+        sizes: a value for each of `SIZES`; None keeps the named layer's. A custom layer needs all of them but
+            ``ep_size`` (1).
+        activation: a key of `ACTIVATIONS`; None keeps the named layer's, and is swiglu-oai for a custom one.
+
+    Raises:
+        ConfigError: a size is missing or out of range.
+    """
+    given = {size: value for size, value in sizes.items() if value is not None}
+    known: dict[str, int] = {"ep_size": 1}
+    gate = SwiGLUOAI()
+    if name != CUSTOM:
+        named = LAYERS[name]
+        if not given and activation is None:
+            return named
+        shape, gate = named.shape, named.activation
+        known = {size: getattr(shape, size) for size in SIZES[:-1]} | {"ep_size": named.ep_size}
+    missing = [size for size in SIZES if size not in known | given]
+    if missing:
+        raise ConfigError(f"shape {CUSTOM!r} needs --{', --'.join(missing).replace('_', '-')}")
+    chosen = known | given
+    experts, ep_size = chosen["experts"], chosen["ep_size"]
+    if ep_size < 1 or experts % ep_size:
+        raise ConfigError(f"ep_size is {ep_size}; it must divide experts={experts}")
+    changes = [f"{size.replace('_', '-')} {value}" for size, value in given.items()]
+    if activation is not None:
+        gate = ACTIVATIONS[activation]
+        changes.append(activation)
+    shape = LayerShape(chosen["hidden"], chosen["intermediate"], experts, experts // ep_size, chosen["top_k"])
+    return Layer(name if name == CUSTOM else f"{name} with {', '.join(changes)}", shape, gate)

@@ -1,0 +1,52 @@
+"""A record as points of the time model (`epfuse.aot.model`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from epfuse.aot import model
+from epfuse.bench.contender import Kind
+from epfuse.bench.measure import Method
+from epfuse.bench.record import Record
+from epfuse.bench.routing import Kind as RoutingKind
+from epfuse.bench.routing import Routing
+from epfuse.errors import ConfigError
+
+
+def routing_of(text: str) -> model.Routing:
+    """The model's word for a record's routing.
+
+    Raises:
+        ConfigError: the model knows no such routing.
+    """
+    routing = Routing.parse(text)
+    if routing.kind is RoutingKind.ALL_TO:
+        raise ConfigError(f"routing is {text!r}; the time model knows uniform and zipf:S")
+    return model.Routing(skew=routing.parameter)
+
+
+def measurements(record: Record, routing: str = "uniform") -> list[model.Measurement]:
+    """What ``model.compare`` and ``model.calibrate`` take: the graph-timed rows of the paths that the model knows.
+
+    The times are the whole layer's, from ids to the sum over routes; the model's are the two GEMMs'. What routing and
+    the sum take (a few microseconds) is in the difference.
+
+    Args:
+        record: of a GPU.
+        routing: one of the record's.
+    """
+    return [
+        model.Measurement(
+            name=f"{row.label}, T={row.tokens}",
+            kernels=replace(model.PATHS[row.contender], block_m=row.block_m),
+            tokens=row.tokens,
+            milliseconds=row.time.median_us / 1e3,
+        )
+        for row in record.rows
+        if row.kind is Kind.PATH
+        and row.routing == routing
+        and row.contender in model.PATHS
+        and row.block_m is not None
+        and row.time is not None
+        and row.time.method == Method.GRAPH.value
+    ]

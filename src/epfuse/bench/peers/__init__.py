@@ -1,0 +1,1 @@
+"""Other people's expert layers: how each is driven, one file a project."""

@@ -1,0 +1,213 @@
+"""What a benchmark found, as data: the JSON record is the result, tables and pictures show it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from epfuse.bench.contender import Absent, Kind
+from epfuse.bench.layers import Layer
+from epfuse.bench.measure import Timing
+from epfuse.bench.roofline import Roofs
+from epfuse.config import LayerShape, SwiGLUOAI
+from epfuse.errors import ConfigError, EpfuseError
+
+FORMAT = "epfuse-bench-1"
+"""First field of every record; a reader refuses others."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one token count with one routing. It has a time only if its results were right.
+
+    Attributes:
+        contender, weights: who, and in what format; of ours the first is a path's name.
+        kind: ours or a peer.
+        routing: how tokens were spread, as `Routing` prints it.
+        tokens: T.
+        rows: local routes, the mean over the calls in turn, like the next four.
+        active_experts: local experts with a row.
+        weight_bytes: of those experts, in this contender's format.
+        flops: of those rows.
+        floor_us: the least time of a call on this device, from its measured roofs.
+        floor_bound: what sets it, ``memory`` or ``matmul``.
+        variants: calls in turn.
+        rotated_bytes: bytes of the different weights that they read; below the device's cache the time is not that of
+            memory.
+        relative_error: worst call's, norm of the error over that of the float64 oracle; None if it did not run.
+        error_limit: what it had to stay below.
+        block_m: rows that each expert's are padded to a multiple of, if that is known.
+        time: None if the row failed.
+        failure: why there is no time: a wrong result, or what was raised.
+        wrong: whether a result was wrong.
+    """
+
+    contender: str
+    weights: str
+    kind: Kind
+    routing: str
+    tokens: int
+    rows: float
+    active_experts: float
+    weight_bytes: float
+    flops: float
+    floor_us: float
+    floor_bound: str
+    variants: int
+    rotated_bytes: float
+    error_limit: float
+    block_m: int | None = None
+    relative_error: float | None = None
+    time: Timing | None = None
+    failure: str | None = None
+    wrong: bool = False
+
+    @property
+    def label(self) -> str:
+        """Who, in one short line."""
+        return self.contender if self.weights in self.contender else f"{self.contender} {self.weights}"
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What two records' rows are matched by, in records of the same layer."""
+        return self.contender, self.weights, self.routing, self.tokens
+
+    @property
+    def over_floor(self) -> float | None:
+        """Time over the floor: 1 is as fast as the roofs allow."""
+        return self.time.median_us / self.floor_us if self.time and self.floor_us else None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong: a peer may be unable to run, a path may not."""
+        return not self.wrong and (self.kind is Kind.PEER or self.failure is None)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values; an error that is not finite becomes null."""
+        values = asdict(self) | {"kind": self.kind.value, "over_floor": self.over_floor, "ok": self.ok}
+        error = self.relative_error
+        values["relative_error"] = error if error is not None and math.isfinite(error) else None
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Row:
+        """The inverse of `to_json`."""
+        plain = {name: value for name, value in values.items() if name not in ("over_floor", "ok", "kind", "time")}
+        return cls(**plain, kind=Kind(values["kind"]), time=Timing(**values["time"]) if values["time"] else None)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run.
+
+    Attributes:
+        layer: what was benchmarked.
+        device: of `machine.describe_device`.
+        roofs: of that device in this run.
+        rows: in the order in which they were measured.
+        absent: peers that did not take part.
+        notes: contender -> what it does.
+        run: command, date, seed, versions, commit, clocks.
+        complete: whether every row was measured; false in what an interrupted run leaves.
+    """
+
+    layer: Layer
+    device: dict[str, Any]
+    roofs: Roofs
+    rows: list[Row] = field(default_factory=list)
+    absent: list[Absent] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    complete: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether no result was wrong and every path of ours ran."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def routings(self) -> list[str]:
+        """In the order in which they were measured."""
+        return list(dict.fromkeys(row.routing for row in self.rows))
+
+    def best_peer(self, routing: str, tokens: int) -> Row | None:
+        """The fastest peer with a right result, at one point."""
+        timed = [row for row in self.at(routing, tokens) if row.kind is Kind.PEER and row.time is not None]
+        return min(timed, key=lambda row: row.time.median_us if row.time else math.inf, default=None)
+
+    def at(self, routing: str, tokens: int) -> list[Row]:
+        """The rows of one point."""
+        return [row for row in self.rows if row.routing == routing and row.tokens == tokens]
+
+    def over_best_peer(self, row: Row) -> float | None:
+        """A path's time over the fastest peer's at its point: below 1 is faster. None for peers and without one."""
+        best = self.best_peer(row.routing, row.tokens)
+        if row.kind is Kind.PEER or row.time is None or best is None or best.time is None:
+            return None
+        return row.time.median_us / best.time.median_us
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON-ready values. Times in microseconds, rates in bytes and FLOPs a second."""
+        activation = asdict(self.layer.activation)
+        if not math.isfinite(self.layer.activation.limit):
+            activation["limit"] = None
+        return {
+            "format": FORMAT,
+            "ok": self.ok,
+            "complete": self.complete,
+            "run": self.run,
+            "device": self.device,
+            "layer": {"name": self.layer.name, **asdict(self.layer.shape), "activation": activation},
+            "roofs": self.roofs.to_json(),
+            "rows": [row.to_json() | {"over_best_peer": self.over_best_peer(row)} for row in self.rows],
+            "absent": [asdict(peer) for peer in self.absent],
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Record:
+        """The inverse of `to_json`; raises KeyError, TypeError or ValueError on anything else."""
+        layer = dict(values["layer"])
+        gate = dict(layer.pop("activation"))
+        gate["limit"] = math.inf if gate["limit"] is None else gate["limit"]
+        rows = [{name: value for name, value in row.items() if name != "over_best_peer"} for row in values["rows"]]
+        return cls(
+            layer=Layer(layer.pop("name"), LayerShape(**layer), SwiGLUOAI(**gate)),
+            device=values["device"],
+            roofs=Roofs.from_json(values["roofs"]),
+            rows=[Row.from_json(row) for row in rows],
+            absent=[Absent(**peer) for peer in values["absent"]],
+            notes=values["notes"],
+            run=values["run"],
+            complete=values["complete"],
+        )
+
+
+def to_text(record: Record) -> str:
+    """The record as a JSON document."""
+    return json.dumps(record.to_json(), indent=2, allow_nan=False) + "\n"
+
+
+def read_record(path: Path) -> Record:
+    """A record from a file.
+
+    Raises:
+        ConfigError: the file can't be read or is no record of this format.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"record {path} can't be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"record {path} is not JSON: {error}") from None
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise ConfigError(f"record {path} has the format {found!r}; it must be {FORMAT!r}, as 'epfuse bench' writes it")
+    try:
+        return Record.from_json(values)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error) if isinstance(error, EpfuseError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"record {path} is damaged: {reason}") from None

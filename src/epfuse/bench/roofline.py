@@ -1,0 +1,108 @@
+"""What a call has to do at least, and how fast the device could do it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from epfuse.config import WeightFormat
+
+BYTES_PER_WEIGHT = {
+    WeightFormat.DENSE: 2.0,
+    WeightFormat.MXFP8: 1 + 1 / 32,
+    WeightFormat.MXFP8_FNUZ: 1 + 1 / 32,
+    WeightFormat.FRAGMENT: 1 + 1 / 32,
+    WeightFormat.BLOCK_FP8: 1 + 4 / 128**2,
+    WeightFormat.BLOCK_FP8_FNUZ: 1 + 4 / 128**2,
+}
+"""Bytes of one weight in memory, its share of the scales included; dense weights are BF16."""
+
+
+class Operand(enum.Enum):
+    """What a path's matrix instructions multiply."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
+    FP32 = "fp32"
+
+
+@dataclass(frozen=True)
+class Roof:
+    """One rate of the device, measured.
+
+    Attributes:
+        rate: bytes or FLOPs a second; None if the device can't do it.
+        method: how it was measured, or why it was not.
+        spread: interquartile range over the median of the measurement.
+    """
+
+    rate: float | None
+    method: str
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """The rates that bound an expert layer.
+
+    Attributes:
+        read: bytes a second from memory.
+        matmul: FLOPs a second of one large matrix product, by operand.
+    """
+
+    read: Roof
+    matmul: dict[Operand, Roof] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values; rates in bytes and FLOPs a second."""
+        named = {"read": self.read} | {f"matmul_{operand.value}": roof for operand, roof in self.matmul.items()}
+        return {name: {"rate": r.rate, "method": r.method, "spread": r.spread} for name, r in named.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Roofs:
+        """The inverse of `to_json`."""
+        roofs = {name: Roof(r["rate"], r["method"], r["spread"]) for name, r in values.items()}
+        matmul = {Operand(name.removeprefix("matmul_")): roof for name, roof in roofs.items() if name != "read"}
+        return cls(roofs["read"], matmul)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call has to do, whoever does it.
+
+    Attributes:
+        weight_bytes: weights of the experts that have a row, read once.
+        flops: of the rows that routes need; padding is not work.
+        operand: what is multiplied.
+    """
+
+    weight_bytes: float
+    flops: float
+    operand: Operand
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time that a call could take.
+
+    Attributes:
+        seconds: the time.
+        bound: ``memory`` or ``matmul``, whichever takes longer.
+    """
+
+    seconds: float
+    bound: str
+
+
+def floor_of(work: Work, roofs: Roofs) -> Floor:
+    """``max(bytes / read rate, FLOPs / matmul rate)``.
+
+    Activations are left out: they are few where weights are streamed, and are hidden where the multiplications bound.
+    A rate that was not measured bounds nothing.
+    """
+    roof = roofs.matmul.get(work.operand)
+    read, rate = roofs.read.rate, roof.rate if roof else None
+    memory = work.weight_bytes / read if read else 0.0
+    matmul = work.flops / rate if rate else 0.0
+    return Floor(max(memory, matmul), "memory" if memory >= matmul else "matmul")

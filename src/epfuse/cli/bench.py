@@ -1,0 +1,324 @@
+"""``epfuse bench``."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from epfuse.cli.main import EXIT_CHECK_FAILED
+
+if TYPE_CHECKING:
+    from epfuse.bench.compare import Comparison
+    from epfuse.bench.record import Record
+    from epfuse.bench.run import Plan
+
+SHAPE_NAMES = ["minimax-m3-ep8", "minimax-m3-ep4", "minimax-m3-tp8", "gpt-oss-120b", "qwen3-235b", "small", "custom"]
+PEER_NAMES = ("vllm", "transformers", "torch")
+PATH_NAMES = ("auto", "all", "reference", "bf16", "w8a16", "w8a8", "block_fp8")
+GPU_TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 8192)
+CPU_TOKENS = (1, 16, 64, 256)
+QUICK_TOKENS = {"cuda": (1, 64, 1024), "cpu": (1, 64)}
+FILE_WIDTH = 110
+"""Columns of the tables where no terminal says how many it has."""
+
+EPILOG = """\b
+Examples:
+  epfuse bench
+  epfuse bench --shape minimax-m3-ep8 --routing uniform,zipf:1.2 --json h100.json --html h100.html
+  epfuse bench --paths w8a16 --peers none --tokens 256 --compare h100.json --fail-on-slower
+  epfuse bench --shape custom --hidden 4096 --intermediate 1536 --experts 128 --top-k 8 --activation silu
+  epfuse bench --quick --device cpu
+
+\b
+Exit status: 0 good; 1 a result was wrong, a path failed, or with --fail-on-slower a path became slower; 2 usage.
+"""
+
+
+def _names(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str | None], tuple[str, ...] | None]:
+    """A callback for names with commas between them."""
+
+    def split(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        chosen = tuple(dict.fromkeys(value.split(",")))
+        for name in chosen:
+            if name not in known:
+                raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}")
+        return chosen
+
+    return split
+
+
+def _counts(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
+    """Token counts: the option several times, or commas, or both."""
+    found: list[int] = []
+    for text in ",".join(values).split(",") if values else ():
+        if not text.isdecimal() or int(text) < 1:
+            raise click.BadParameter(f"{text!r} is not a token count; it must be an integer, at least 1")
+        found.append(int(text))
+    return tuple(dict.fromkeys(found))
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "--shape", type=click.Choice(SHAPE_NAMES), help="The layer.  [default: minimax-m3-ep8 on a GPU, small on a CPU]"
+)
+@click.option("--hidden", type=int, metavar="H", help="Model dimension, in place of the shape's.")
+@click.option("--intermediate", type=int, metavar="I", help="Width of an expert on this rank.")
+@click.option("--experts", type=int, metavar="E", help="Experts over all ranks.")
+@click.option("--top-k", type=int, metavar="K", help="Routes per token.")
+@click.option("--ep-size", type=int, metavar="P", help="Expert-parallel ranks, of which the first is measured.")
+@click.option("--activation", type=click.Choice(["swiglu-oai", "silu"]), help="Between the two projections.")
+@click.option(
+    "--tokens",
+    multiple=True,
+    callback=_counts,
+    metavar="T,..",
+    help=f"Token counts.  [default: {','.join(map(str, GPU_TOKENS))} on a GPU]",
+)
+@click.option(
+    "--paths",
+    callback=_names(PATH_NAMES),
+    metavar="NAME,..",
+    help=f"Some of {', '.join(PATH_NAMES)}. auto: what the policy chooses; all: every weight format and way to sum,"
+    " too.  [default: each path that has kernels, on its best weights; the reference on a CPU]",
+)
+@click.option(
+    "--routing",
+    default="uniform",
+    show_default=True,
+    metavar="NAME,..",
+    help="Some of uniform, zipf:S and all-to:N (every token to the same N experts of this rank).",
+)
+@click.option(
+    "--peers",
+    callback=_names((*PEER_NAMES, "none")),
+    metavar="NAME,..",
+    help=f"Some of {', '.join(PEER_NAMES)}, or none.  [default: all that are installed]",
+)
+@click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    help="Write the record; - or no FILE: print it instead of the tables.",
+    metavar="[FILE]",
+)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a self-contained page.")
+@click.option(
+    "--pictures",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the curves as SVG, and as PNG if matplotlib is installed.",
+)
+@click.option(
+    "--compare",
+    "older",
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    help="An older record of the same layer: say what changed by more than the noise.",
+)
+@click.option("--fail-on-slower", is_flag=True, help="With --compare: exit with 1 if a path became slower.")
+@click.option("--device", help="cpu, cuda or cuda:N (CUDA and ROCm).  [default: cuda if there is one]")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Of weights, activations and routings.",
+)
+@click.option("--quick", is_flag=True, help="Few token counts and samples.")
+def bench(
+    shape: str | None,
+    hidden: int | None,
+    intermediate: int | None,
+    experts: int | None,
+    top_k: int | None,
+    ep_size: int | None,
+    activation: str | None,
+    tokens: tuple[int, ...],
+    paths: tuple[str, ...] | None,
+    routing: str,
+    peers: tuple[str, ...] | None,
+    json_file: str | None,
+    html: Path | None,
+    pictures: Path | None,
+    older: Path | None,
+    fail_on_slower: bool,
+    device: str | None,
+    seed: int,
+    quick: bool,
+) -> None:
+    """Time every path of one rank's expert layer beside its floor and beside other people's kernels.
+
+    First the device's roofs are measured: how fast it reads memory and multiplies. Then, at each token count and
+    routing, every path and peer computes the same layer: into poisoned memory, compared with float64, and only if it is
+    right is it timed, in CUDA graphs on a GPU, with inputs in turn that exceed the caches. A row is the whole layer,
+    from (hidden, topk_weights, topk_ids, expert_map) to the sum over local routes. The floor is max(bytes of the active
+    experts' weights / read rate, FLOPs of their rows / matmul rate).
+    """
+    if fail_on_slower and older is None:
+        raise click.UsageError("--fail-on-slower needs --compare")
+    if peers is not None and "none" in peers and len(peers) > 1:
+        raise click.BadParameter("none excludes all others", param_hint="--peers")
+    for option, file in (("--json", None if json_file in (None, "-") else Path(str(json_file))), ("--html", html)):
+        if file is not None and not file.parent.is_dir():
+            raise click.BadParameter(f"the folder {file.parent} does not exist", param_hint=option)
+    from epfuse.bench.compare import check_comparable, compare_records
+    from epfuse.bench.layers import make_layer
+    from epfuse.bench.measure import QUICK, THOROUGH
+    from epfuse.bench.record import read_record
+    from epfuse.bench.routing import Routing
+    from epfuse.bench.run import Plan
+    from epfuse.cli.device import choose_device
+
+    if html is not None or pictures is not None:
+        import epfuse.report.page  # noqa: F401  (refuses now, not after the run, if jinja2 is missing)
+    where = choose_device(device)
+    sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size}
+    layer = make_layer(shape or ("small" if where.type == "cpu" else "minimax-m3-ep8"), sizes, activation)
+    default = QUICK_TOKENS[where.type] if quick else CPU_TOKENS if where.type == "cpu" else GPU_TOKENS
+    plan = Plan(
+        layer=layer,
+        tokens=tokens or default,
+        routings=tuple(dict.fromkeys(Routing.parse(text) for text in routing.split(","))),
+        device=where,
+        seed=seed,
+        sampling=QUICK if quick else THOROUGH,
+    )
+    for one in plan.routings:
+        one.check(layer.shape)
+    before = read_record(older) if older else None
+    if before is not None:
+        check_comparable(before.layer, layer)
+    chosen_peers = PEER_NAMES if peers is None else () if "none" in peers else peers
+    record = _run(plan, paths or (), chosen_peers, json_file)
+    comparison = None if before is None else compare_records(before, record)
+    _report(record, comparison, json_file, html, pictures)
+    slower = fail_on_slower and comparison is not None and bool(comparison.slower)
+    sys.exit(EXIT_CHECK_FAILED if not record.ok or slower else 0)
+
+
+def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], json_file: str | None) -> Record:
+    """Measure, with a bar on stderr. A record file is written after each point: a run that is cut off leaves one."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from epfuse.bench import machine
+    from epfuse.bench.contender import Kind, paths_of
+    from epfuse.bench.peers.find import find_peers
+    from epfuse.bench.record import Record
+    from epfuse.bench.roofs import measure_roofs
+    from epfuse.bench.run import on_device, run_points
+    from epfuse.bench.weights import LayerWeights
+    from epfuse.verify.problem import Problem
+
+    shape, device = plan.layer.shape, plan.device
+    problem = Problem(
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        experts=shape.experts,
+        top_k=shape.top_k,
+        ep_size=plan.layer.ep_size,
+        tokens=plan.tokens,
+        dtype=torch.bfloat16,
+        device=device,
+        seed=plan.seed,
+    )
+    weights = LayerWeights(plan.layer, plan.seed, device)
+    contenders = paths_of(problem, paths, weights)
+    clocks = {"at the start": machine.read_clocks(device)}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress, on_device(device):
+        task = progress.add_task("measuring the roofs", total=None)
+        roofs = measure_roofs(device, plan.sampling)
+        clocks["after the roofs"] = machine.read_clocks(device)
+        found, absent = find_peers(peers, weights, lambda name: progress.update(task, description=f"loading {name}"))
+        contenders += found
+        record = Record(
+            layer=plan.layer,
+            device=machine.describe_device(device),
+            roofs=roofs,
+            absent=absent,
+            notes={contender.name: contender.note for contender in contenders if contender.kind is Kind.PEER},
+            run={
+                "command": shlex.join(["epfuse", *sys.argv[1:]]),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seed": plan.seed,
+                "commit": machine.commit(),
+                "versions": machine.versions(),
+                "clocks": clocks,
+            },
+            complete=False,
+        )
+        progress.update(task, total=len(plan.points) * len(contenders), completed=0)
+        first = True
+
+        def advance(what: str) -> None:
+            nonlocal first
+            progress.update(task, description=what, advance=0 if first else 1)
+            first = False
+
+        for rows in run_points(plan, weights, contenders, roofs, advance):
+            record.rows.extend(rows)
+            _write_record(record, json_file)
+    clocks["at the end"] = machine.read_clocks(device)
+    return replace(record, complete=True)
+
+
+def _write_record(record: Record, json_file: str | None) -> None:
+    from epfuse.bench.record import to_text
+    from epfuse.report.write import write_atomic
+
+    if json_file not in (None, "-"):
+        write_atomic(Path(str(json_file)), to_text(record))
+
+
+def _report(
+    record: Record, comparison: Comparison | None, json_file: str | None, html: Path | None, pictures: Path | None
+) -> None:
+    """Results to stdout: the record if it was asked for there, tables otherwise; and the files."""
+    from epfuse.report.write import write_atomic
+
+    _write_record(record, json_file)
+    if json_file == "-":
+        values = record.to_json() | ({"comparison": comparison.to_json()} if comparison else {})
+        click.echo(jsonlib.dumps(values, indent=2, allow_nan=False))
+    else:
+        from rich.console import Console
+
+        from epfuse.bench.console import print_record
+
+        print_record(record, comparison, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
+    if html is not None:
+        from epfuse.bench.page import bench_page
+
+        write_atomic(html, bench_page(record, comparison))
+        click.echo(f"page: {html}", err=True)
+    if pictures is not None:
+        _write_pictures(record, pictures)
+
+
+def _write_pictures(record: Record, folder: Path) -> None:
+    from epfuse.bench.charts import charts_of
+    from epfuse.bench.page import chart_svg
+    from epfuse.bench.png import chart_png
+    from epfuse.errors import MissingDependency
+    from epfuse.report.write import write_atomic
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for chart in charts_of(record):
+        write_atomic(folder / f"{chart.name}.svg", chart_svg(chart))
+        try:
+            write_atomic(folder / f"{chart.name}.png", chart_png(chart))
+        except MissingDependency as missing:
+            click.echo(f"only SVG: {missing}", err=True)
+    click.echo(f"pictures: {folder}", err=True)

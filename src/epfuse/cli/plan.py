@@ -1,0 +1,93 @@
+"""``epfuse plan``: what a policy would do with a model, before any GPU is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from epfuse.config import Policy
+from epfuse.environment import environment
+from epfuse.errors import ConfigError
+from epfuse.planning import console
+from epfuse.planning.model_plan import Serving, plan_model
+from epfuse.planning.products import PRODUCTS, Product, product_of
+from epfuse.target import Target
+from epfuse.weights.model_config import MODELS, ExpertModel, read_model
+
+UNITS = {"": 1, "GB": 10**9, "GiB": 1 << 30, "MiB": 1 << 20}
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """A size such as ``192GiB``, ``141GB`` or plain bytes."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value)
+    if found is None or found[2] not in UNITS or float(found[1]) <= 0:
+        raise click.BadParameter(f"{value!r} is no size; it must be like 192GiB, 141GB or a number of bytes")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+@click.command()
+@click.option(
+    "--config",
+    "source",
+    required=True,
+    metavar=f"CONFIG.json|{'|'.join(MODELS)}",
+    help="A model's Hugging Face config.json, or a name.",
+)
+@click.option("--ep-size", type=click.IntRange(min=1), default=8, show_default=True, help="Ranks that share experts.")
+@click.option(
+    "--target", type=click.Choice([target.value for target in Target if target.is_gpu]), help="[default: --device's]"
+)
+@click.option("--device", type=click.Choice(list(PRODUCTS)), help="A GPU of the target.  [default: its first]")
+@click.option("--max-model-len", type=click.IntRange(min=1), required=True, help="The longest sequence, tokens.")
+@click.option(
+    "--hbm", callback=_bytes, metavar="BYTES", help="Memory of one GPU: 192GiB, 141GB.  [default: --device's]"
+)
+@click.option(
+    "--policy", type=click.Choice([policy.value for policy in Policy]), help="[default: EPFUSE_POLICY, else auto]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON instead of tables.")
+def plan(
+    source: str,
+    ep_size: int,
+    target: str | None,
+    device: str | None,
+    max_model_len: int,
+    hbm: int | None,
+    policy: str | None,
+    as_json: bool,
+) -> None:
+    """Plan a model's expert layers: storage, path and tile by token count, bytes a rank, predicted times.
+
+    No GPU and no weights are needed. Times are predictions of a model that is calibrated on measurements of few cards;
+    where a tuned table has no row near, a tile is the target's default. Both are said where they stand.
+    """
+    product = _product(target, device)
+    serving = Serving(product, ep_size, max_model_len, product.hbm_bytes if hbm is None else hbm)
+    chosen = environment().policy if policy is None else Policy(policy)
+    found = plan_model(_model(source), serving, chosen)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
+    else:
+        console.show(found, Console(width=None if sys.stdout.isatty() else 200))
+
+
+def _model(source: str) -> ExpertModel:
+    return MODELS[source] if source in MODELS else read_model(Path(source))
+
+
+def _product(target: str | None, device: str | None) -> Product:
+    if device is not None:
+        product = PRODUCTS[device]
+        if target not in (None, product.target.value):
+            raise ConfigError(f"device is {device!r}, which is {product.target.value}; target is {target!r}")
+        return product
+    if target is None:
+        raise ConfigError("a plan needs --target or --device")
+    return product_of(Target(target))

@@ -1,0 +1,162 @@
+"""``epfuse tune``: search tiles on the present GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+import triton
+from rich.console import Console
+
+from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, Layer, make_layer
+from epfuse.config import Path as LayerPath
+from epfuse.errors import ConfigError, DeviceError
+from epfuse.policy import READABLE
+from epfuse.target import Target, device_name, target_of
+from epfuse.tuning import console, store, vllm_files
+from epfuse.tuning.run import Device, Request, pending, plan_of, run
+from epfuse.tuning.search import Outcome, Plan, without
+
+DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
+PATHS = tuple(path.value for path in READABLE[Target.GFX942])
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
+        raise click.BadParameter(f"{value!r} is no list of token counts such as 1,16,256")
+    return tuple(sorted({int(number) for number in value.split(",")}))
+
+
+def _paths(context: click.Context, parameter: click.Parameter, value: str) -> tuple[LayerPath, ...]:
+    for name in value.split(","):
+        if name not in PATHS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(PATHS)}")
+    return tuple(LayerPath(name) for name in dict.fromkeys(value.split(",")))
+
+
+def _part(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", value)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise click.BadParameter(f"{value!r} is no part such as 1/4")
+    return int(found[1]), int(found[2])
+
+
+@click.command()
+@click.option("--shape", type=click.Choice([*LAYERS, CUSTOM]), default="minimax-m3-ep8", show_default=True)
+@click.option("--hidden", type=int, metavar="H", help="Model dimension.")
+@click.option("--intermediate", type=int, metavar="I", help="Width of an expert on this rank.")
+@click.option("--experts", type=int, metavar="E", help="Experts over all ranks.")
+@click.option("--top-k", type=int, metavar="K", help="Routes per token.")
+@click.option("--ep-size", type=int, metavar="P", help="Ranks that share the experts.")
+@click.option("--activation", type=click.Choice(list(ACTIVATIONS)), help="[default: the shape's]")
+@click.option("--path", "paths", callback=_paths, default="w8a16,bf16", show_default=True, metavar="NAME,..")
+@click.option("--tokens", callback=_numbers, default=DEFAULT_TOKENS, show_default=True, metavar="T,..")
+@click.option("--budget", type=click.IntRange(min=1), default=600, show_default=True, help="Seconds of search.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of tables.  [default: epfuse's]")
+@click.option("--part", callback=_part, default="1/1", show_default=True, metavar="I/N", help="Of N ranks' work.")
+@click.option("--again", is_flag=True, help="Also points that the tables have from this device and these versions.")
+@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes.  [default: the CPUs]")
+@click.option("--from-vllm", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Tiles to try as well.")
+@click.option("--to-vllm", type=click.Path(file_okay=False, path_type=Path), help="Folder for a tile file of vLLM's.")
+@click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N (CUDA and ROCm).")
+@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON instead of a table.")
+def tune(
+    shape: str,
+    hidden: int | None,
+    intermediate: int | None,
+    experts: int | None,
+    top_k: int | None,
+    ep_size: int | None,
+    activation: str | None,
+    paths: tuple[LayerPath, ...],
+    tokens: tuple[int, ...],
+    budget: int,
+    out: Path | None,
+    part: tuple[int, int],
+    again: bool,
+    workers: int | None,
+    from_vllm: Path | None,
+    to_vllm: Path | None,
+    device: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Search the tiles of both GEMMs of a layer, token count by token count, on the GPU of this machine.
+
+    Tiles are compiled first, and those that spill or take too much LDS or shared memory are dropped. The rest is timed
+    stage by stage in CUDA or HIP graphs, and the best as whole calls. What a tile computes is compared in every timing,
+    so a wrong one can't win. Each token count is written to the tables when it is done; a run that was stopped goes on
+    where it ended. Several ranks may share a folder: give each its --part.
+    """
+    sizes = {
+        "hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size,
+    }  # fmt: skip
+    layer = make_layer(shape, sizes, activation)
+    gpu = _gpu(device)
+    folder = store.TABLES if out is None else out
+    extra = () if from_vllm is None else tuple(vllm_files.read(from_vllm, layer.shape).items())
+    found = Device(target_of(gpu), device_name(gpu), torch.__version__, triton.__version__)
+    request = Request(found, layer.shape, paths, tokens, folder, _command(), extra)
+    points = request.points()[part[0] - 1 :: part[1]] if again else pending(request, part)
+    plans = [plan_of(request, point) for point in points]
+    outcomes = _search(request, plans, layer, gpu, seed, budget, workers or len(os.sched_getaffinity(0)))
+    if as_json:
+        click.echo(json.dumps([console.to_json(outcome) for outcome in outcomes], indent=2, allow_nan=False))
+    else:
+        console.show(request, outcomes, len(plans), Console(width=None if sys.stdout.isatty() else 160))
+    if to_vllm is not None:
+        _write_vllm(to_vllm, request, outcomes)
+
+
+def _search(
+    request: Request, plans: list[Plan], layer: Layer, gpu: torch.device, seed: int, budget: int, workers: int
+) -> list[Outcome]:
+    from epfuse.tuning.bench import DeviceBench
+    from epfuse.tuning.prune import candidates_of, unfit
+
+    begun = time.monotonic()
+    with console.progress() as progress:
+        watch = console.ProgressWatch(progress)
+        compiling = candidates_of(request, plans)
+        dropped = unfit(compiling, workers, watch.compiled) if compiling else {}
+        watch.pruned(len(dropped), len(compiling))
+        plans = [
+            without(plan, {(c.stage, c.block_m, c.tile) for c in dropped if c.path is plan.point.path})
+            for plan in plans
+        ]
+        left = budget - (time.monotonic() - begun)
+        return run(request, plans, DeviceBench(layer, gpu, seed=seed), watch, left, time.monotonic)
+
+
+def _gpu(name: str) -> torch.device:
+    try:
+        gpu = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}; it must be cuda or cuda:N") from None
+    if gpu.type != "cuda" or not torch.cuda.is_available() or (gpu.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device is {name!r}; tiles are searched on a GPU, and torch finds {torch.cuda.device_count()}"
+        )
+    gpu = torch.device("cuda", gpu.index or 0)
+    torch.cuda.set_device(gpu)
+    return gpu
+
+
+def _write_vllm(folder: Path, request: Request, outcomes: list[Outcome]) -> None:
+    tiles = {outcome.point.tokens: outcome.tiles for outcome in outcomes if outcome.point.path is LayerPath.BF16}
+    if not tiles:
+        raise ConfigError("--to-vllm writes the BF16 path's tiles, and none was tuned in this run")
+    name = vllm_files.file_name(request.shape, request.device.name)
+    click.echo(f"wrote {vllm_files.write(folder, name, tiles, request.device.triton)}", err=True)
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

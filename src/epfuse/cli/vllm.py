@@ -1,0 +1,156 @@
+"""``epfuse vllm``: what the plugin would do, and the patch for images where no plugin can be installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from epfuse.cli.main import EXIT_CHECK_FAILED
+from epfuse.config import Policy
+from epfuse.integrations.vllm.patch import run
+from epfuse.integrations.vllm.patch.site import find_site
+
+GPUS = ("gfx942", "gfx950", "sm_90")
+
+
+@click.group()
+def vllm() -> None:
+    """Serve with vLLM and epfuse's experts."""
+
+
+@vllm.command()
+@click.option(
+    "--model",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="CONFIG",
+    help="A config.json, or the directory that has it.  [default: MiniMax-M3]",
+)
+@click.option("--tp", type=click.IntRange(min=1), default=8, show_default=True, help="--tensor-parallel-size.")
+@click.option("--ep/--no-ep", default=True, show_default=True, help="--enable-expert-parallel.")
+@click.option(
+    "--target",
+    type=click.Choice(GPUS),
+    default=GPUS[0],
+    show_default=True,
+    help="The GPUs.",
+)
+@click.option("--vllm-version", default="0.33.0", show_default=True, help="The release that serves.")
+@click.option("--max-model-len", type=click.IntRange(min=1), default=9472, show_default=True)
+@click.option("--moe-backend", default="auto", show_default=True, help="--moe-backend of vllm serve.")
+@click.option(
+    "--policy", type=click.Choice([policy.value for policy in Policy]), help="[default: EPFUSE_POLICY, else auto]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def explain(
+    model: Path | None,
+    tp: int,
+    ep: bool,
+    target: str,
+    vllm_version: str,
+    max_model_len: int,
+    moe_backend: str,
+    policy: str | None,
+    as_json: bool,
+) -> None:
+    """Show what runs a model's experts without epfuse and with it, and why. Needs neither a GPU nor vLLM."""
+    from epfuse.integrations.vllm.explain import Deployment, LayerGroup, paths
+    from epfuse.integrations.vllm.explain import explain as explain_layers
+    from epfuse.target import Target
+    from epfuse.weights.model_config import MINIMAX_M3, read_model
+
+    experts = MINIMAX_M3 if model is None else read_model(model / "config.json" if model.is_dir() else model)
+    deployment = Deployment(Target(target), vllm_version, tp, ep, max_model_len, moe_backend)
+    groups = explain_layers(experts, deployment, None if policy is None else Policy(policy))
+    if as_json:
+        click.echo(json.dumps({"model": experts.name, "groups": [group.to_json() for group in groups]}, indent=2))
+        return
+    table = Table(
+        box=SIMPLE_HEAD, title=f"{experts.name}, vLLM {vllm_version}, {target}, tp {tp}{', ep' if ep else ''}"
+    )
+    for column in ("layers", "without epfuse", "with epfuse", "why"):
+        table.add_column(column, overflow="fold")
+
+    def ours(group: LayerGroup) -> str:
+        plan = group.choice.plan
+        if plan is None:
+            return f"the same ({group.own.name})"
+        runs = ", ".join(f"{part['path']} from {part['min_tokens']}" for part in paths(plan))
+        return f"EpfuseExperts, weights {plan.storage.value}, {plan.nbytes / 1e9:.2f} GB a layer; {runs} tokens"
+
+    for group in groups:
+        table.add_row(
+            shown_layers(group.layers), f"{group.own.name}. {group.own.effect}", ours(group), group.choice.reason
+        )
+    Console().print(table)
+
+
+def shown_layers(layers: Sequence[int]) -> str:
+    """``3..59``, or a single index."""
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}..{layers[-1]}"
+
+
+@vllm.group()
+def patch() -> None:
+    """Patch an installed vLLM, where the plugin can't be installed but epfuse can be imported."""
+
+
+site_option = click.option(
+    "--site",
+    "root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="The site-packages that has vLLM.  [default: that of this interpreter]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@patch.command()
+@site_option
+@json_option
+def status(root: Path | None, as_json: bool) -> None:
+    """Say what vLLM's files are; change nothing."""
+    _show(run.status(find_site(root)), as_json)
+
+
+@patch.command()
+@site_option
+@json_option
+def apply(root: Path | None, as_json: bool) -> None:
+    """Patch vLLM; does nothing where that is done. Anything unknown is refused."""
+    _show(run.apply(find_site(root)), as_json)
+
+
+@patch.command()
+@site_option
+@json_option
+def verify(root: Path | None, as_json: bool) -> None:
+    """Exit with 1 unless vLLM is patched by this version and otherwise as its wheel installed it."""
+    report = run.status(find_site(root))
+    _show(report, as_json)
+    if report.state is not run.State.APPLIED:
+        sys.exit(EXIT_CHECK_FAILED)
+
+
+@patch.command()
+@site_option
+@json_option
+def revert(root: Path | None, as_json: bool) -> None:
+    """Bring back the wheel's own bytes."""
+    _show(run.revert(find_site(root)), as_json)
+
+
+def _show(report: run.Report, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+        return
+    did = " (changed)" if report.changed else ""
+    click.echo(f"vLLM {report.site.release} in {report.site.root}: {report.state.value}{did}")
+    if report.detail:
+        click.echo(report.detail)

@@ -1,0 +1,81 @@
+"""From a layer's facts to one outcome: ours with a plan, or vLLM's with a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from epfuse.config import Policy
+from epfuse.environment import environment
+from epfuse.errors import ConfigError, UnsupportedTarget
+from epfuse.integrations.vllm.facts import LayerFacts
+from epfuse.integrations.vllm.refusals import refusal
+from epfuse.policy import LayerPlan, LayerRequest, Storage, plan_layer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who runs a layer's experts.
+
+    Attributes:
+        facts: the layer.
+        plan: how epfuse runs it; None leaves it to vLLM.
+        reason: one sentence.
+    """
+
+    facts: LayerFacts
+    plan: LayerPlan | None
+    reason: str
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether epfuse runs the layer."""
+        return self.plan is not None
+
+
+def choose(facts: LayerFacts, policy: Policy | None = None) -> Choice:
+    """Refusals first, then the policy.
+
+    Args:
+        facts: the layer.
+        policy: None means the environment's (EPFUSE_POLICY), else `Policy.AUTO`.
+    """
+    reason = refusal(facts)
+    if reason is not None:
+        return Choice(facts, None, reason)
+    try:
+        plan = ask_policy(facts, environment().policy if policy is None else policy)
+    except (ConfigError, UnsupportedTarget) as error:
+        return Choice(facts, None, f"the policy has no plan: {error}")
+    if plan.is_untouched:
+        return Choice(facts, None, plan.reason)
+    return Choice(facts, plan, plan.reason)
+
+
+def ask_policy(facts: LayerFacts, policy: Policy) -> LayerPlan:
+    """The core's plan for one layer.
+
+    Under `auto` MXFP8 weights get no BF16 copy: the memory that vLLM leaves for the KV cache is not known yet when
+    layers are built.
+
+    Raises:
+        ConfigError, UnsupportedTarget: the policy has no plan for the layer.
+    """
+    assert facts.target is not None
+    assert facts.activation is not None
+    assert facts.checkpoint is not None
+    request = LayerRequest(
+        target=facts.target,
+        shape=facts.shape,
+        ep_size=facts.ep_size,
+        max_model_len=facts.max_model_len,
+        layer=facts.layer,
+        moe_layers=(facts.layer,),
+        activation=facts.activation,
+        checkpoint=facts.checkpoint,
+        shared_experts=facts.shared_experts,
+        tp_size=facts.tp_size,
+    )
+    plan = plan_layer(request, policy)
+    if policy is Policy.AUTO and plan.storage is Storage.HYBRID:
+        return plan_layer(replace(request, stored=Storage.MXFP8), policy)
+    return plan

@@ -1,0 +1,167 @@
+"""vLLM's modular experts interface on `fused_experts`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp8Dynamic, kMxfp8Static
+from vllm.model_executor.utils import replace_parameter
+from vllm.platforms import current_platform
+
+from epfuse.api import fused_experts
+from epfuse.errors import ConfigError
+from epfuse.integrations.vllm import versions
+from epfuse.integrations.vllm.load import LoadedLayer, Parameters, load_layer
+from epfuse.policy import Checkpoint, LayerPlan, Storage
+
+
+class EpfuseExperts(mk.FusedMoEExpertsModular):
+    """The local experts of one layer: weighted, summed over a token's local routes, one row a token.
+
+    vLLM makes one for every layer; `load` gives it the weights before the first call.
+    """
+
+    _loaded: LoadedLayer | None = None
+    _weight_addresses: tuple[int, int] | None = None
+
+    @staticmethod
+    def activation_format() -> Any:
+        return mk.FusedMoEActivationFormat.Standard
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True  # what the activations become is the path's business
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return bool(current_platform.is_cuda_alike())  # which GPU it is, `refusals.py` asks
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return (weight_key, activation_key) in ((None, None), (kMxfp8Static, kMxfp8Dynamic))
+
+    @staticmethod
+    def _supports_activation(activation: Any) -> bool:
+        return versions.activation_of(activation.value, None, None, 1.0) is not None
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        return not moe_parallel_config.use_all2all_kernels and not moe_parallel_config.enable_eplb
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        return TopKWeightAndReduceNoOP()  # apply() has weighted and summed
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: Any,
+        activation: Any,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """No workspaces of vLLM's; what a call needs comes from torch's allocator, in a graph from its pool."""
+        return (0,), (0,), (M, K)
+
+    def load(self, layer: Any, plan: LayerPlan) -> None:
+        """Take over a layer's weights, in their own memory where the plan keeps MXFP8.
+
+        Called again for the same tensors, which vLLM may do, it changes nothing.
+
+        Args:
+            layer: vLLM's RoutedExperts after loading.
+            plan: how epfuse runs it.
+
+        Raises:
+            ConfigError: other weights have been loaded since, or the activation is not the plan's.
+        """
+        if self._loaded is not None:
+            if self._weight_addresses != (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()):
+                raise ConfigError(f"the weights of {layer.layer_name} were replaced; epfuse can't reload them in place")
+            return
+        activation = versions.activation_of_experts(self, layer.activation.value)
+        if activation != plan.request.activation or activation is None:
+            raise ConfigError(f"{layer.layer_name} has activation {activation}; its plan has {plan.request.activation}")
+        scales = {name: getattr(layer, f"{name}_weight_scale", None) for name in ("w13", "w2")}
+        given = Parameters(
+            w13=layer.w13_weight.data,
+            w2=layer.w2_weight.data,
+            w13_scale=None if scales["w13"] is None else scales["w13"].data,
+            w2_scale=None if scales["w2"] is None else scales["w2"].data,
+            expert_map=layer.expert_map,
+        )
+        self._loaded = load_layer(plan, given, activation)
+        dense = self._loaded.weights.dense_experts
+        if plan.storage is Storage.BF16 and dense is not None and dense.w13.data_ptr() != given.w13.data_ptr():
+            replace_parameter(layer, "w13_weight", dense.w13)  # frees what was loaded
+            replace_parameter(layer, "w2_weight", dense.w2)
+        self._weight_addresses = (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr())
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Write ``[T, H]``: the weighted sum of every token's local routes, zero where it has none.
+
+        ``output`` may be a part of ``workspace13``; neither workspace is used.
+
+        Raises:
+            ConfigError: the weights were never loaded, or vLLM calls for what was refused when the layer was built.
+            EpfuseError: what `fused_experts` refuses.
+
+        Host syncs: none; graph-capturable.
+        """
+        loaded = self._loaded
+        if loaded is None:
+            raise ConfigError("vLLM calls experts whose weights it has not loaded")
+        if apply_router_weight_on_input or a1q_scale is not None:
+            raise ConfigError("epfuse weights the experts' outputs and takes activations that are not quantised")
+        if self._weight_addresses != (w1.data_ptr(), w2.data_ptr()):
+            raise ConfigError("vLLM calls with other weights than it loaded; epfuse supports no reload and no offload")
+        loaded.check_map(expert_map)
+        fused_experts(
+            hidden_states,
+            loaded.weights,
+            topk_weights.float().contiguous(),
+            topk_ids.contiguous(),
+            loaded.expert_map,
+            activation=loaded.activation,
+            path=loaded.path(hidden_states.shape[0]),
+            out=output,
+        )
+
+
+def own_refusal(moe_config: Any, checkpoint: Checkpoint) -> str | None:
+    """What vLLM's own support check says against our class; None where it says nothing.
+
+    Args:
+        moe_config: vLLM's FusedMoEConfig.
+        checkpoint: the numbers of the weights.
+    """
+    keys = (kMxfp8Static, kMxfp8Dynamic) if checkpoint is Checkpoint.MXFP8 else (None, None)
+    form = EpfuseExperts.activation_format()
+    supported, reason = EpfuseExperts.is_supported_config(EpfuseExperts, moe_config, *keys, form)
+    return None if supported else f"vLLM's support check says: {reason}."

@@ -1,0 +1,180 @@
+"""What a vLLM deployment does with every MoE layer, without epfuse and with it; needs no vLLM and no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from epfuse.config import LayerShape, Policy, SwiGLUOAI, silu_gate
+from epfuse.errors import ConfigError
+from epfuse.integrations.vllm.choice import Choice, choose
+from epfuse.integrations.vllm.facts import LayerFacts
+from epfuse.policy import Checkpoint, LayerPlan
+from epfuse.target import Target
+from epfuse.weights.model_config import ExpertModel
+
+
+@dataclass(frozen=True)
+class OwnExperts:
+    """What vLLM chooses by itself.
+
+    Attributes:
+        name: its experts class.
+        effect: one sentence on what that means.
+    """
+
+    name: str
+    effect: str
+
+
+_EMULATION = OwnExperts("Mxfp8EmulationTritonExperts", "MXFP8 weights become BF16 at load: twice the memory.")
+_NATIVE = OwnExperts("Mxfp8NativeTritonExperts", "MXFP8 weights and activations, multiplied by the matrix cores.")
+_MARLIN = OwnExperts(
+    "MarlinExperts", "MXFP8 weights, dequantised in registers (vLLM 0.33 with humming installed: humming's)."
+)
+_TRITON = OwnExperts("TritonExperts", "BF16 weights, in two GEMMs with the activation between them.")
+_CHOICES = {
+    (Target.GFX942, Checkpoint.MXFP8): _EMULATION,
+    (Target.GFX950, Checkpoint.MXFP8): _NATIVE,
+    (Target.SM90, Checkpoint.MXFP8): _MARLIN,
+    (Target.GFX942, Checkpoint.BF16): _TRITON,
+    (Target.GFX950, Checkpoint.BF16): _TRITON,
+    (Target.SM90, Checkpoint.BF16): _TRITON,
+}
+OWN_EXPERTS = {"0.25.1": _CHOICES, "0.33.0": _CHOICES}
+"""vLLM release -> its choice for MiniMax-M3 without AITER and humming; tested against vLLM's own code."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The part of a ``vllm serve`` line that decides about experts.
+
+    Attributes:
+        target: the GPUs.
+        release: vLLM's.
+        tp_size: ``--tensor-parallel-size``.
+        expert_parallel: ``--enable-expert-parallel``.
+        max_model_len: ``--max-model-len``.
+        backend: ``--moe-backend``.
+    """
+
+    target: Target
+    release: str
+    tp_size: int
+    expert_parallel: bool
+    max_model_len: int
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers to which the same happens.
+
+    Attributes:
+        layers: their indices, ascending.
+        own: what runs them without epfuse.
+        choice: what epfuse does, shown by the first of them.
+    """
+
+    layers: tuple[int, ...]
+    own: OwnExperts
+    choice: Choice
+
+    def to_json(self) -> dict[str, Any]:
+        plan = self.choice.plan
+        return {
+            "layers": list(self.layers),
+            "without_epfuse": {"experts": self.own.name, "effect": self.own.effect},
+            "with_epfuse": {
+                "experts": self.own.name if plan is None else "EpfuseExperts",
+                "reason": self.choice.reason,
+                "weights": None if plan is None else plan.storage.value,
+                "bytes_per_layer_and_rank": None if plan is None else plan.nbytes,
+                "paths": [] if plan is None else paths(plan),
+            },
+        }
+
+
+def paths(plan: LayerPlan) -> list[dict[str, Any]]:
+    """Path by token count; tiles are left out, so that adjacent ranges with one path are one."""
+    found: list[dict[str, Any]] = []
+    for part in plan.ranges:
+        name = part.decision.path.value
+        if found and found[-1]["path"] == name:
+            found[-1]["max_tokens"] = part.max_tokens
+        else:
+            found.append({"min_tokens": part.min_tokens, "max_tokens": part.max_tokens, "path": name})
+    return found
+
+
+def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = None) -> list[LayerGroup]:
+    """Every MoE layer of the model, grouped by what happens to it.
+
+    Args:
+        model: whose experts.
+        deployment: how it is served.
+        policy: None means the environment's, else AUTO.
+
+    Raises:
+        ConfigError: the experts can't be spread so, or nothing is known of this release, GPU and checkpoint.
+    """
+    own = OWN_EXPERTS.get(deployment.release, {}).get((deployment.target, model.checkpoint))
+    if own is None:
+        raise ConfigError(
+            f"what vLLM {deployment.release} chooses for {model.checkpoint.value} experts on {deployment.target.value}"
+            f" is not known; known are {', '.join(OWN_EXPERTS)} with mxfp8 and bf16 on gfx942, gfx950 and sm_90"
+        )
+    groups: list[LayerGroup] = []
+    for layer in model.moe_layers:
+        choice = choose(facts(model, deployment, own, layer), policy)
+        if groups and _same(groups[-1].choice, choice):
+            groups[-1] = LayerGroup((*groups[-1].layers, layer), own, groups[-1].choice)
+        else:
+            groups.append(LayerGroup((layer,), own, choice))
+    return groups
+
+
+def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: int) -> LayerFacts:
+    """What vLLM would build on one rank.
+
+    Raises:
+        ConfigError: ``tp_size`` does not divide what it has to.
+    """
+    ranks, spread = deployment.tp_size, deployment.expert_parallel
+    divided, word = (model.experts, "experts") if spread else (model.intermediate, "the experts' width")
+    if ranks < 1 or divided % ranks:
+        raise ConfigError(f"tp is {ranks}; it must divide {word}, {divided}")
+    return LayerFacts(
+        name=f"model.layers.{layer}",
+        layer=layer,
+        method="UnquantizedFusedMoEMethod" if model.checkpoint is Checkpoint.BF16 else "ModelOptMxFp8FusedMoE",
+        own_experts=own.name,
+        checkpoint=model.checkpoint,
+        target=deployment.target,
+        shape=LayerShape(
+            model.hidden,
+            model.intermediate if spread else model.intermediate // ranks,
+            model.experts,
+            model.experts // ranks if spread else model.experts,
+            model.top_k,
+        ),
+        tp_size=1 if spread else ranks,
+        ep_size=ranks if spread else 1,
+        max_model_len=deployment.max_model_len,
+        shared_experts=model.shared_experts,
+        activation=model.activation,
+        activation_name=_activation_name(model.activation),
+        dtype="torch.bfloat16",
+        asked_backend=deployment.backend,
+    )
+
+
+def _activation_name(activation: SwiGLUOAI) -> str:
+    return "silu" if activation == silu_gate() else "swigluoai_uninterleave"
+
+
+def _same(first: Choice, second: Choice) -> bool:
+    """Whether two layers of a model share an outcome."""
+    if first.plan is None or second.plan is None:
+        return first.plan is second.plan and first.reason == second.reason
+    return first.reason == second.reason and first.plan.storage is second.plan.storage

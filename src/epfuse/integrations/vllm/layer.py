@@ -1,0 +1,74 @@
+"""The replacement of vLLM's RoutedExperts; loaded by the plugin, in a process that has vLLM."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from epfuse.integrations.vllm import versions
+from epfuse.integrations.vllm.choice import Choice, choose
+from epfuse.integrations.vllm.experts import EpfuseExperts, own_refusal
+from epfuse.integrations.vllm.switches import STRICT, is_on
+from epfuse.integrations.vllm.takeover import take_over
+
+log = logging.getLogger("vllm.epfuse")
+
+_said: set[str] = set()
+
+
+class EpfuseRoutedExperts(RoutedExperts):
+    """vLLM's layer, whose quantisation method may build epfuse's experts in place of its own choice."""
+
+    def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
+        method = super()._get_quant_method(prefix, quant_config, moe_config)
+        try:
+            offer(self, method, moe_config, prefix)
+        except Exception:
+            if is_on(STRICT):
+                raise
+            log.exception("epfuse leaves %s to vLLM: asking failed", prefix)
+        return method
+
+
+def offer(layer: Any, method: Any, moe_config: Any, name: str) -> Choice:
+    """Ask for one layer, and take it over if the answer is yes; each different answer is logged once.
+
+    Args:
+        layer: vLLM's RoutedExperts, before its weights are made.
+        method: the quantisation method that it chose.
+        moe_config: its FusedMoEConfig.
+        name: the layer's name.
+    """
+    choice = choose(versions.facts_of(layer, method, moe_config, name))
+    if choice.plan is not None:
+        refused = own_refusal(moe_config, choice.plan.request.checkpoint)
+        choice = choice if refused is None else Choice(choice.facts, None, refused)
+    if choice.plan is None:
+        _say_once(f"epfuse leaves experts to vLLM's {choice.facts.own_experts}: {choice.reason}")
+        return choice
+    known = versions.method_of(method)
+    assert known is not None
+    replaced = choice.facts.own_experts
+    take_over(method, known.backend_attribute, known.backend(), EpfuseExperts, choice)
+    policy, storage = choice.plan.policy.value, choice.plan.storage.value
+    _say_once(f"epfuse runs experts in place of vLLM's {replaced}; policy {policy}, weights {storage}: {choice.reason}")
+    return choice
+
+
+def register_layer() -> bool:
+    """Stand in for RoutedExperts in this process; False, with a warning, if another plugin does already."""
+    taken = op_registry_oot.get(RoutedExperts.__name__)
+    if taken is not None:
+        log.warning("epfuse is not in use: %s replaces vLLM's RoutedExperts already", taken.__qualname__)
+        return False
+    RoutedExperts.register_oot(EpfuseRoutedExperts)
+    return True
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        log.info("%s", text)

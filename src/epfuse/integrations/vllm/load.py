@@ -1,0 +1,103 @@
+"""What a layer's weights become once vLLM has loaded them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from epfuse.config import Path, SwiGLUOAI
+from epfuse.errors import ConfigError
+from epfuse.expert_map import ExpertMap
+from epfuse.policy import Checkpoint, LayerPlan, Storage
+from epfuse.weights.experts import ExpertWeights
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A layer's tensors as vLLM loaded them.
+
+    Attributes:
+        w13: ``[L, 2I, H]``.
+        w2: ``[L, H, I]``.
+        w13_scale: ``[L, 2I, H/32]`` E8M0 bytes; None of BF16 weights.
+        w2_scale: ``[L, H, I/32]``.
+        expert_map: ``[E]``; None where every expert is local.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor | None
+    w2_scale: torch.Tensor | None
+    expert_map: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A layer ready for calls.
+
+    Attributes:
+        plan: how it is run.
+        weights: in the plan's storage.
+        expert_map: checked.
+        activation: between the projections.
+        seen: address of the map that vLLM hands to calls; a map made later was never checked.
+    """
+
+    plan: LayerPlan
+    weights: ExpertWeights
+    expert_map: ExpertMap
+    activation: SwiGLUOAI
+    seen: int | None
+
+    def check_map(self, expert_map: torch.Tensor | None) -> None:
+        """Refuse a map that is not the one that was checked.
+
+        Raises:
+            ConfigError: experts have moved since the weights were loaded.
+        """
+        if address(expert_map) != self.seen:
+            raise ConfigError(
+                "vLLM hands over another expert map than after loading; experts that move while serving (EPLB, elastic"
+                " EP) are not supported"
+            )
+
+    def path(self, tokens: int) -> Path:
+        """What runs a call with ``tokens`` tokens."""
+        return self.plan.at(tokens).path
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's memory begins."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def load_layer(plan: LayerPlan, parameters: Parameters, activation: SwiGLUOAI) -> LoadedLayer:
+    """Bring the weights into the plan's storage; MXFP8 **in its own memory**, expert by expert.
+
+    Args:
+        plan: not untouched.
+        parameters: the layer's.
+        activation: between the projections.
+
+    Raises:
+        ConfigError, ExpertMapError, ShapeError, DtypeError: the tensors are not what the plan was made for.
+    """
+    experts = plan.request.shape.experts
+    held = parameters.expert_map
+    expert_map = ExpertMap.all_local(experts, parameters.w13.device) if held is None else ExpertMap(held)
+    return LoadedLayer(plan, _weights(plan, parameters), expert_map, activation, address(held))
+
+
+def _weights(plan: LayerPlan, given: Parameters) -> ExpertWeights:
+    if plan.request.checkpoint is Checkpoint.BF16:
+        # contiguous: on ROCm vLLM pads the rows of dense weights (VLLM_ROCM_MOE_PADDING)
+        return ExpertWeights.bf16(given.w13.contiguous(), given.w2.contiguous())
+    if given.w13_scale is None or given.w2_scale is None:
+        raise ConfigError("the plan is for MXFP8 weights, and vLLM's layer has no scales")
+    mxfp8 = (given.w13, given.w13_scale, given.w2, given.w2_scale)
+    target = plan.request.target
+    if plan.storage is Storage.MXFP8:
+        return ExpertWeights.mxfp8(*mxfp8).prepare(target)
+    both = ExpertWeights.hybrid(*mxfp8)
+    return both.prepare(target) if plan.storage is Storage.HYBRID else replace(both, mxfp8_experts=None)

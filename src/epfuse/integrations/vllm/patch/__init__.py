@@ -1,0 +1,10 @@
+"""A patch of an installed vLLM, for images where no plugin can be installed: it calls the plugin's `register` itself.
+
+| file | what it does |
+| --- | --- |
+| `block.py` | the lines that are added, and how a file looks with and without them |
+| `site.py` | an installed vLLM and what its wheel says of the files (RECORD) |
+| `swap.py` | one file, replaced atomically |
+| `journal.py` | which swaps are under way, so that a crash is undone by the next call |
+| `run.py` | status, apply, verify, revert |
+"""

@@ -1,0 +1,117 @@
+"""status, apply, verify, revert: each under the lock, each first undoing what a crash left half done."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from epfuse.errors import ConfigError
+from epfuse.integrations.vllm.patch.block import BEGIN, END, TARGETS, has_this_block, with_block, without_block
+from epfuse.integrations.vllm.patch.journal import change, journal, read, undo_interrupted
+from epfuse.integrations.vllm.patch.site import Site
+
+
+class State(enum.Enum):
+    """What a vLLM's files are."""
+
+    CLEAN = "clean"
+    """As the wheel installed them."""
+    APPLIED = "applied"
+    """Patched by this version of epfuse."""
+    OUTDATED = "outdated"
+    """Patched by another version, or only a part of them."""
+    INTERRUPTED = "interrupted"
+    """A change was not finished; the next apply or revert undoes it first."""
+    UNKNOWN = "unknown"
+    """A file is neither the wheel's nor the wheel's with a patch; nothing will be changed."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, and what was done.
+
+    Attributes:
+        site: whose files.
+        state: of the files now.
+        changed: whether this call changed a file.
+        detail: a sentence; empty where the state says it all.
+    """
+
+    site: Site
+    state: State
+    changed: bool = False
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "site": str(self.site.root),
+            "vllm": self.site.release,
+            "state": self.state.value,
+            "changed": self.changed,
+            "detail": self.detail,
+        }
+
+
+def status(site: Site) -> Report:
+    """Look, and change nothing."""
+    with site.locked():
+        return _look(site)
+
+
+def apply(site: Site) -> Report:
+    """Patch what is not patched; does nothing where it is done already, however many call at once.
+
+    Raises:
+        ConfigError: a file is unknown; nothing was changed.
+    """
+    with site.locked():
+        undone = undo_interrupted(site)
+        contents = {path: read(site, path) for path in TARGETS}
+        wanted = {path: with_block(without_block(content)) for path, content in contents.items()}
+        todo = {path: content for path, content in wanted.items() if content != contents[path]}
+        for path, content in todo.items():
+            compile(content, path, "exec")  # before anything is swapped in
+        if todo:
+            change(site, todo)
+        return Report(site, _checked(site), undone or bool(todo))
+
+
+def revert(site: Site) -> Report:
+    """Bring back the wheel's own bytes.
+
+    Raises:
+        ConfigError: a file is unknown; nothing was changed.
+    """
+    with site.locked():
+        undone = undo_interrupted(site)
+        contents = {path: read(site, path) for path in TARGETS}
+        todo = {path: without_block(content) for path, content in contents.items() if BEGIN in content}
+        if todo:
+            change(site, todo)
+        return Report(site, _look(site).state, undone or bool(todo))
+
+
+def _look(site: Site) -> Report:
+    try:
+        contents = [read(site, path) for path in TARGETS]
+    except ConfigError as error:
+        return Report(site, State.UNKNOWN, detail=str(error))
+    if journal(site).exists():
+        return Report(site, State.INTERRUPTED, detail=f"{journal(site)} was left behind by a crash")
+    if all(map(has_this_block, contents)):
+        return Report(site, State.APPLIED)
+    return Report(site, State.OUTDATED if any(BEGIN in content for content in contents) else State.CLEAN)
+
+
+def _checked(site: Site) -> State:
+    """The state after patching, from what is on the disk.
+
+    Raises:
+        ConfigError: a marker is not where it must be.
+    """
+    for path in TARGETS:
+        content = (site.root / path).read_bytes()
+        if content.count(BEGIN) != 1 or not content.endswith(END):
+            raise ConfigError(f"{site.root / path} was patched, but its markers are not there")
+    return _look(site).state

@@ -1,0 +1,47 @@
+"""The entry point of vLLM's plugin group ``vllm.general_plugins``.
+
+vLLM calls `register` in the API server, the engine core and every worker, possibly more than once in a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from epfuse import __version__
+from epfuse.integrations.vllm.switches import FORCE, STRICT, is_on
+
+log = logging.getLogger("vllm.epfuse")  # below vLLM's own logger, whose handlers print it
+
+
+def register() -> None:
+    """Offer epfuse's experts to this process's vLLM; nothing else is changed.
+
+    An exception is logged and leaves vLLM untouched, unless EPFUSE_STRICT=1.
+    """
+    try:
+        _register_once()
+    except Exception:
+        if is_on(STRICT):
+            raise
+        log.exception("epfuse %s is not in use: registering failed", __version__)
+
+
+@functools.cache
+def _register_once() -> None:
+    from epfuse.integrations.vllm import releases
+
+    found = releases.installed()
+    if found not in releases.TESTED and not is_on(FORCE):
+        log.warning(
+            "epfuse %s is not in use: it was tested with vLLM %s, and this is %s (%s=1 uses it all the same)",
+            __version__,
+            ", ".join(releases.TESTED),
+            found,
+            FORCE,
+        )
+        return
+    from epfuse.integrations.vllm.layer import register_layer
+
+    if register_layer():
+        log.info("epfuse %s offers its experts to vLLM %s", __version__, found)

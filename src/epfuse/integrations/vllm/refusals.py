@@ -1,0 +1,83 @@
+"""Configurations that are left to vLLM whatever the policy says, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from epfuse.integrations.vllm.facts import LayerFacts
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One configuration that we don't serve.
+
+    Attributes:
+        applies: whether a layer is in it.
+        reason: one sentence, from the layer's facts.
+    """
+
+    applies: Callable[[LayerFacts], bool]
+    reason: Callable[[LayerFacts], str]
+
+
+REFUSALS = (
+    Refusal(
+        lambda facts: facts.asked_backend != "auto",
+        lambda facts: f"--moe-backend {facts.asked_backend} was asked for, and the user's choice wins.",
+    ),
+    Refusal(
+        lambda facts: facts.target is None or not facts.target.is_gpu,
+        lambda facts: "epfuse has kernels for gfx942, gfx950 and sm_90, and this device is none of them.",
+    ),
+    Refusal(
+        lambda facts: facts.checkpoint is None,
+        lambda facts: f"{facts.method} with {facts.own_experts} is not one of the weight formats that epfuse replaces.",
+    ),
+    Refusal(
+        lambda facts: facts.dtype != "torch.bfloat16",
+        lambda facts: f"activations are {facts.dtype}; epfuse serves torch.bfloat16.",
+    ),
+    Refusal(
+        lambda facts: facts.activation is None,
+        lambda facts: (
+            f"the activation is {facts.activation_name!r}; epfuse computes SwiGLU-OAI with gate and up rows in"
+            " two halves, and silu(gate) * up."
+        ),
+    ),
+    Refusal(
+        lambda facts: facts.has_masked_expert_map,
+        lambda facts: (
+            "this vLLM hands out a 0/1 mask as expert map while VLLM_ROCM_USE_AITER=1 (vLLM issue 49758); as"
+            " a map it gives wrong results."
+        ),
+    ),
+    Refusal(lambda facts: facts.has_lora, lambda facts: "LoRA is enabled, which epfuse does not serve yet."),
+    Refusal(
+        lambda facts: facts.has_eplb,
+        lambda facts: "EPLB moves experts between ranks while serving, which epfuse does not serve yet.",
+    ),
+    Refusal(lambda facts: facts.has_bias, lambda facts: "the experts have biases."),
+    Refusal(
+        lambda facts: facts.has_fused_shared_experts, lambda facts: "shared experts are fused into the routed ones."
+    ),
+    Refusal(lambda facts: facts.weights_input, lambda facts: "the router weight is applied to the inputs."),
+    Refusal(
+        lambda facts: facts.needs_batch_invariance,
+        lambda facts: "VLLM_BATCH_INVARIANT=1 asks for results that don't depend on the batch; epfuse's tiles do.",
+    ),
+    Refusal(
+        lambda facts: facts.is_batched,
+        lambda facts: f"{facts.all2all} brings activations as [E, capacity, H], which epfuse does not serve yet.",
+    ),
+    Refusal(
+        lambda facts: facts.all2all is not None,
+        lambda facts: f"tokens are exchanged by {facts.all2all}, which epfuse does not serve yet.",
+    ),
+)
+"""In the order in which they are asked; the first that applies is the reason."""
+
+
+def refusal(facts: LayerFacts) -> str | None:
+    """Why the layer is left to vLLM; None if nothing speaks against taking it."""
+    return next((entry.reason(facts) for entry in REFUSALS if entry.applies(facts)), None)

@@ -1,0 +1,29 @@
+"""Point vLLM's quantisation method at our experts; everything else about it stays vLLM's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from epfuse.integrations.vllm.choice import Choice
+
+
+def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: type, choice: Choice) -> None:
+    """Make ``method`` build our experts and give them their weights after loading.
+
+    Args:
+        method: vLLM's quantisation method of one layer.
+        backend_attribute: where it keeps the backend that it chose.
+        backend: vLLM's enum member whose load-time conversion leaves the weights as the checkpoint has them.
+        experts_cls: our experts.
+        choice: with a plan.
+    """
+    own_processing = method.process_weights_after_loading
+
+    def process_weights_after_loading(layer: Any) -> None:
+        """Do what vLLM does, which builds the kernel object; then give the weights to our experts."""
+        own_processing(layer)
+        method.moe_kernel.fused_experts.load(layer, choice.plan)
+
+    setattr(method, backend_attribute, backend)
+    method.experts_cls = experts_cls
+    method.process_weights_after_loading = process_weights_after_loading

@@ -1,0 +1,170 @@
+"""Everything that differs between vLLM releases, and every vLLM name that is not a stable interface."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from epfuse.config import LayerShape, SwiGLUOAI, silu_gate
+from epfuse.errors import UnsupportedTarget
+from epfuse.integrations.vllm.facts import LayerFacts
+from epfuse.target import Target, target_of
+from epfuse.weights.checkpoint_format import Checkpoint
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of vLLM's quantisation methods whose experts can be replaced.
+
+    Attributes:
+        checkpoint: the numbers of its weights.
+        backend_attribute: where it keeps the backend that it chose.
+        backend: the enum member whose load-time conversion leaves the weights as the checkpoint has them.
+        replaces: names of the experts classes that we stand in for; None for all.
+    """
+
+    checkpoint: Checkpoint
+    backend_attribute: str
+    backend: Callable[[], Any]
+    replaces: frozenset[str] | None = None
+
+
+def _plain_mxfp8() -> Any:
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+
+    return Fp8MoeBackend.TRITON_MXFP8  # its weights are neither shuffled nor, as EMULATION's, made BF16
+
+
+def _plain_dense() -> Any:
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+
+    return UnquantizedMoeBackend.TRITON
+
+
+METHODS = {
+    "ModelOptMxFp8FusedMoE": Method(Checkpoint.MXFP8, "mxfp8_backend", _plain_mxfp8),
+    "CompressedTensorsW8A8Mxfp8MoEMethod": Method(Checkpoint.MXFP8, "fp8_backend", _plain_mxfp8),
+    "Mxfp8OnlineMoEMethod": Method(Checkpoint.MXFP8, "fp8_backend", _plain_mxfp8),
+    "UnquantizedFusedMoEMethod": Method(
+        Checkpoint.BF16, "unquantized_backend", _plain_dense, frozenset({"TritonExperts"})
+    ),
+}
+"""vLLM's class name -> what we know of it; the same in all tested releases."""
+
+
+def method_of(quant_method: Any) -> Method | None:
+    """What we know of a quantisation method that has chosen its experts; None leaves it alone."""
+    found = METHODS.get(type(quant_method).__name__)
+    own = own_experts(quant_method)
+    if found is None or own == "none" or (found.replaces is not None and own not in found.replaces):
+        return None
+    return found
+
+
+def own_experts(quant_method: Any) -> str:
+    """Name of the experts class that vLLM chose."""
+    chosen = getattr(quant_method, "experts_cls", None)
+    return "none" if chosen is None else str(chosen.__name__)
+
+
+def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> LayerFacts:
+    """What vLLM is about to build.
+
+    Args:
+        layer: its RoutedExperts, before the weights are made.
+        quant_method: as vLLM chose it.
+        moe_config: its FusedMoEConfig.
+        name: the layer's name.
+    """
+    method, parallel = method_of(quant_method), moe_config.moe_parallel_config
+    index = re.search(r"\.layers\.(\d+)\.", f".{name}.")
+    model = _model_config()
+    return LayerFacts(
+        name=name,
+        layer=int(index.group(1)) if index else 0,
+        method=type(quant_method).__name__,
+        own_experts=own_experts(quant_method),
+        checkpoint=None if method is None else method.checkpoint,
+        target=_target(moe_config.device),
+        shape=LayerShape(
+            hidden=moe_config.hidden_dim,
+            intermediate=moe_config.intermediate_size_per_partition,
+            experts=moe_config.num_experts,
+            local_experts=moe_config.num_local_experts,
+            top_k=moe_config.experts_per_token,
+        ),
+        tp_size=parallel.tp_size,
+        ep_size=parallel.ep_size,
+        max_model_len=1 if model is None else model.max_model_len,
+        shared_experts=0 if model is None else int(getattr(model.hf_text_config, "n_shared_experts", 0) or 0),
+        activation=activation_of(
+            moe_config.activation.value, layer.swiglu_alpha, layer.swiglu_beta, layer.swiglu_limit
+        ),
+        activation_name=moe_config.activation.value,
+        dtype=str(moe_config.in_dtype),
+        asked_backend=moe_config.moe_backend,
+        has_lora=moe_config.is_lora_enabled,
+        has_eplb=parallel.enable_eplb,
+        has_bias=moe_config.has_bias,
+        has_fused_shared_experts=layer.expert_map_manager.num_fused_shared_experts > 0,
+        has_masked_expert_map=moe_config.rocm_aiter_fmoe_enabled and not _has_per_kernel_map(),
+        weights_input=layer.apply_router_weight_on_input,
+        needs_batch_invariance=_needs_batch_invariance(),
+        all2all=parallel.all2all_backend if parallel.use_all2all_kernels else None,
+        is_batched=parallel.use_batched_activation_format,
+    )
+
+
+def activation_of(name: str, alpha: float | None, beta: float | None, limit: float | None) -> SwiGLUOAI | None:
+    """The activation in our words; None for one that we don't compute. What is not given is vLLM's default."""
+    if name == "swigluoai_uninterleave" and limit is not None:
+        return SwiGLUOAI(1.0 if alpha is None else alpha, 0.0 if beta is None else beta, limit)
+    if name == "silu":
+        return silu_gate() if limit is None else SwiGLUOAI(1.0, 0.0, limit)
+    return None
+
+
+def activation_of_experts(experts: Any, name: str) -> SwiGLUOAI | None:
+    """The activation of an experts object: ``activation_config`` (0.33), or the quantisation's parameters (0.25)."""
+    config = getattr(experts, "activation_config", None)
+    if config is not None:
+        return activation_of(name, config.alpha, config.beta, config.clamp_limit)
+    made, moe = experts.quant_config, experts.moe_config
+    pairs = (
+        (made.gemm1_alpha, moe.swiglu_alpha),
+        (made.gemm1_beta, moe.swiglu_beta),
+        (made.gemm1_clamp_limit, moe.swiglu_limit),
+    )
+    return activation_of(name, *(second if first is None else first for first, second in pairs))
+
+
+def _has_per_kernel_map() -> bool:
+    """Whether an experts class says which map it wants (0.33); in 0.25 an environment variable decides for all."""
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+
+    return hasattr(FusedMoEExperts, "consumes_expert_mask")
+
+
+def _target(device: Any) -> Target | None:
+    try:
+        return target_of(torch.device(device))
+    except UnsupportedTarget:
+        return None
+
+
+def _model_config() -> Any:
+    """The ModelConfig while a model is built; None outside."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return None if config is None else config.model_config
+
+
+def _needs_batch_invariance() -> bool:
+    import vllm.envs as envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)

@@ -1,0 +1,132 @@
+"""A model's plan as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from epfuse.errors import ConfigError
+from epfuse.planning.model_plan import KEPT, ModelPlan, plan_model
+from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
+from epfuse.policy.auto import expert_budget
+
+
+def show(plan: ModelPlan, console: Console) -> None:
+    """Print what is stored, what runs and what does not, bytes, predicted times, and what half the ranks would do."""
+    shape, serving, model = plan.shape, plan.serving, plan.model
+    console.print(
+        f"{model.name}: H={shape.hidden} I={shape.intermediate} E={shape.experts} K={shape.top_k}"
+        f" L={shape.local_experts}, {len(model.moe_layers)} layers with experts, {model.checkpoint.value} checkpoint\n"
+        f"P={serving.ep_size} x {serving.product.device_name} ({serving.product.target.value}),"
+        f" {serving.hbm_bytes / 1e9:.1f} GB each, max_model_len {serving.max_model_len}, policy {plan.policy.value}",
+        highlight=False,
+    )
+    _print(console, "Layers", ("layers", "storage", "GB a rank", "why"), _layers(plan))
+    if next(plan.ranges(), None) is not None:
+        _print(console, "Calls", ("layers that keep", "T", "path", "block_m/gate_up/down", "why"), _calls(plan))
+        _print(console, "Tiles", ("T", "from"), _tiles(plan))
+    _print(console, "Not taken", ("path", "why"), [(path.value, reason) for path, reason in plan.refused()])
+    machine = serving.product.machine
+    title = "Experts of one rank, and PREDICTED ms of both expert GEMMs in all layers of a decode step"
+    _print(console, title, ("stored as", "GB a rank", "fits", *CONCURRENCIES), _stored(plan))
+    if machine is None:
+        console.print(f"No times: nothing is calibrated for {serving.product.device_name}.", highlight=False)
+    else:
+        console.print(f"Time model of {machine.name}: {machine.source}.", highlight=False)
+    console.print(f"\n{fewer_ranks(plan)}", highlight=False)
+
+
+def _layers(plan: ModelPlan) -> list[tuple[str, ...]]:
+    """Groups; more than a few are shortened to one row a kind."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    sizes: dict[tuple[str, str], int | None] = {}
+    for group in plan.groups:
+        kind = (group.plan.storage.value, group.plan.reason)
+        first, last = group.layers[0], group.layers[-1]
+        rows.setdefault(kind, []).append(str(first) if first == last else f"{first}-{last}")
+        sizes[kind] = None if group.nbytes is None else (sizes.get(kind) or 0) + group.nbytes
+    return [(" ".join(names), kind[0], _gigabytes(sizes[kind]), kind[1]) for kind, names in rows.items()]
+
+
+def _calls(plan: ModelPlan) -> list[tuple[str, ...]]:
+    return [
+        (
+            layer.storage.value,
+            _tokens(entry.min_tokens, entry.max_tokens),
+            entry.decision.path.value,
+            entry.decision.tile_key or "",
+            entry.decision.reason,
+        )
+        for layer, entry in plan.ranges()
+    ]
+
+
+def _tiles(plan: ModelPlan) -> list[tuple[str, ...]]:
+    """Adjacent ranges with one source are joined."""
+    rows: list[tuple[str, ...]] = []
+    for source, alike in groupby(plan.ranges(), key=lambda pair: pair[1].decision.tile_source):
+        entries = [entry for _, entry in alike]
+        rows.append((_tokens(entries[0].min_tokens, entries[-1].max_tokens), source))
+    return rows
+
+
+def _stored(plan: ModelPlan) -> list[tuple[str, ...]]:
+    budget = expert_budget(plan.serving.hbm_bytes)
+    rows: list[tuple[str, ...]] = []
+    for storage in KEPT:
+        nbytes = plan.stored_bytes(storage)
+        times = [stored_ms(plan, storage, tokens) for tokens in CONCURRENCIES.values()]
+        rows.append((storage.value, _gigabytes(nbytes), _fits(nbytes, budget), *map(_milliseconds, times)))
+    chosen = plan.chosen_bytes
+    if chosen is not None:
+        times = [chosen_ms(plan, tokens) for tokens in CONCURRENCIES.values()]
+        rows.append(("this plan", _gigabytes(chosen), _fits(chosen, budget), *map(_milliseconds, times)))
+    return rows
+
+
+def fewer_ranks(plan: ModelPlan) -> str:
+    """What would change with half the ranks."""
+    ranks = plan.serving.ep_size
+    if ranks % 2:
+        return "Half the ranks: there is no half of them."
+    half = replace(plan.serving, ep_size=ranks // 2)
+    budget = expert_budget(plan.serving.hbm_bytes)
+    sizes = [(storage, storage.bytes_of(half.shape(plan.model)) * len(plan.model.moe_layers)) for storage in KEPT]
+    stored = ", ".join(f"{s.value} {_gigabytes(b)} GB ({_fits(b, budget)})" for s, b in sizes)
+    try:
+        other = plan_model(plan.model, half, plan.policy)
+    except ConfigError as error:
+        return f"{half.ep_size} ranks instead of {ranks}: {stored}. The plan would be refused: {error}"
+    storages = ", ".join(dict.fromkeys(kind.storage.value for kind in other.kinds()))
+    reason = other.kinds()[0].reason
+    return f"{half.ep_size} ranks instead of {ranks}: {stored}. The plan would be: {storages}. {reason}"
+
+
+def _fits(nbytes: int, budget: int) -> str:
+    return "fits" if nbytes <= budget else "does not fit"
+
+
+def _tokens(first: int, last: int | None) -> str:
+    return f"{first}.." if last is None else f"{first}..{last}"
+
+
+def _gigabytes(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / 1e9:.1f}"
+
+
+def _milliseconds(time: float | None) -> str:
+    return "" if time is None else f"{time:.2f}"
+
+
+def _print(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,203 @@
+"""The plans of all layers of a model, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from epfuse.config import LayerShape, Path, Policy
+from epfuse.errors import ConfigError
+from epfuse.planning.products import Product
+from epfuse.policy import LayerPlan, LayerRequest, Storage, TokenRange, Verdict, plan_layer
+from epfuse.weights.model_config import ExpertModel
+
+KEPT = (Storage.BF16, Storage.MXFP8, Storage.HYBRID)
+"""What a model can be stored as, whoever decides."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a model is to be served.
+
+    Args:
+        product: the GPU, all ranks alike.
+        ep_size: P, the ranks that the experts are spread over.
+        max_model_len: the longest sequence, tokens.
+        hbm_bytes: memory of one GPU.
+    """
+
+    product: Product
+    ep_size: int
+    max_model_len: int
+    hbm_bytes: int
+
+    def shape(self, model: ExpertModel) -> LayerShape:
+        """One rank's layer of ``model``.
+
+        Raises:
+            ConfigError: the experts don't divide.
+        """
+        if self.ep_size < 1 or model.experts % self.ep_size:
+            raise ConfigError(f"ep_size is {self.ep_size}; it must divide the model's {model.experts} experts")
+        return LayerShape(model.hidden, model.intermediate, model.experts, model.experts // self.ep_size, model.top_k)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Adjacent layers with one plan.
+
+    Attributes:
+        layers: their indices in the model, ascending.
+        plan: of the first of them; the others' differ in the index alone.
+    """
+
+    layers: tuple[int, ...]
+    plan: LayerPlan
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes a rank of all of them; None if they are untouched."""
+        return None if self.plan.is_untouched else len(self.layers) * self.plan.nbytes
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What `plan_model` found.
+
+    Attributes:
+        policy: whose plan it is.
+        model: what is served.
+        serving: how.
+        groups: of all layers with experts.
+    """
+
+    policy: Policy
+    model: ExpertModel
+    serving: Serving
+    groups: tuple[LayerGroup, ...]
+
+    @property
+    def shape(self) -> LayerShape:
+        """One rank's layer."""
+        return self.serving.shape(self.model)
+
+    def stored_bytes(self, storage: Storage) -> int:
+        """Bytes a rank if every layer were stored so."""
+        return storage.bytes_of(self.shape) * len(self.model.moe_layers)
+
+    @property
+    def chosen_bytes(self) -> int | None:
+        """Bytes a rank of what is chosen; None if a layer is untouched."""
+        found = 0
+        for group in self.groups:
+            if group.nbytes is None:
+                return None
+            found += group.nbytes
+        return found
+
+    def kinds(self) -> list[LayerPlan]:
+        """The different plans, each once, in the order of the layers."""
+        found: dict[object, LayerPlan] = {}
+        for group in self.groups:
+            found.setdefault(_kind(group.plan), group.plan)
+        return list(found.values())
+
+    def ranges(self) -> Iterator[tuple[LayerPlan, TokenRange]]:
+        """Every range of every kind of layer."""
+        for plan in self.kinds():
+            for entry in plan.ranges:
+                yield plan, entry
+
+    def refused(self) -> list[tuple[Path, str]]:
+        """Every path that some range does not take, with each of its reasons once."""
+        found: dict[tuple[Path, str], None] = {}
+        for plan in self.kinds():
+            if plan.is_untouched:
+                found |= {(path, plan.reason): None for path in Path if path is not Path.AUTO}
+            for entry in plan.ranges:
+                for considered in entry.decision.considered:
+                    if considered.verdict is Verdict.REFUSED:
+                        found[considered.path, considered.reason] = None
+        return list(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values; bytes are a rank's, null for layers that are untouched."""
+        several = len(self.kinds()) > 1
+        return {
+            "policy": self.policy.value,
+            "target": self.serving.product.target.value,
+            "shape": asdict(self.shape),
+            "layers": [
+                {
+                    "from": group.layers[0],
+                    "to": group.layers[-1],
+                    "storage": group.plan.storage.value,
+                    "bytes": group.nbytes,
+                }
+                for group in self.groups
+            ],
+            "ranges": [
+                {
+                    "min_tokens": entry.min_tokens,
+                    "max_tokens": entry.max_tokens,
+                    "path": entry.decision.path.value,
+                    "tile": entry.decision.tile_key,
+                    "reason": _reason(plan, entry, several),
+                }
+                for plan, entry in self.ranges()
+            ],
+            "bytes_per_rank": {
+                **{storage.value: self.stored_bytes(storage) for storage in KEPT},
+                "chosen": self.chosen_bytes,
+            },
+            "refused": [{"path": path.value, "reason": reason} for path, reason in self.refused()],
+        }
+
+
+def _reason(plan: LayerPlan, entry: TokenRange, several: bool) -> str:
+    reason = entry.decision.reason
+    return f"Layers that keep {plan.storage.value}: {reason}" if several else reason
+
+
+def _kind(plan: LayerPlan) -> tuple[object, ...]:
+    """What makes two layers' plans the same."""
+    return plan.storage, plan.reason, tuple((r.min_tokens, r.max_tokens, r.decision) for r in plan.ranges)
+
+
+def plan_model(model: ExpertModel, serving: Serving, policy: Policy) -> ModelPlan:
+    """Plan every layer of a model that has experts.
+
+    Args:
+        model: its experts.
+        serving: how it is served.
+        policy: who decides.
+
+    Raises:
+        ConfigError: the experts don't divide by the ranks, or don't fit.
+    """
+    plans = [
+        plan_layer(
+            LayerRequest(
+                target=serving.product.target,
+                shape=serving.shape(model),
+                ep_size=serving.ep_size,
+                max_model_len=serving.max_model_len,
+                layer=layer,
+                moe_layers=model.moe_layers,
+                activation=model.activation,
+                checkpoint=model.checkpoint,
+                shared_experts=model.shared_experts,
+                hbm_bytes=serving.hbm_bytes,
+                device_name=serving.product.device_name,
+            ),
+            policy,
+        )
+        for layer in model.moe_layers
+    ]
+    groups = []
+    for _, alike in groupby(plans, key=_kind):
+        members = list(alike)
+        groups.append(LayerGroup(tuple(plan.request.layer for plan in members), members[0]))
+    return ModelPlan(policy, model, serving, tuple(groups))

@@ -1,0 +1,57 @@
+"""Predicted times of the two expert GEMMs of a step, over all layers, from the time model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from epfuse.aot.model import PATHS, predicted_ms
+from epfuse.config import Path
+from epfuse.errors import ConfigError
+from epfuse.planning.model_plan import ModelPlan
+from epfuse.policy import Decision, Storage, decide
+
+CONCURRENCIES = {"c1": 1, "c16": 16, "c256": 216}
+"""Requests in flight -> T of a decode step. Of 256, 216 were active in the published profile (`aot.published`)."""
+
+STORED_PATHS = {
+    Storage.BF16: (Path.BF16,),
+    Storage.MXFP8: (Path.W8A16,),
+    Storage.HYBRID: (Path.BF16, Path.W8A16),
+}
+"""What could run on each storage without rounding an activation to FP8."""
+
+
+def stored_ms(plan: ModelPlan, storage: Storage, tokens: int) -> float | None:
+    """Milliseconds a step if every layer were stored so; of several paths the fastest; None without a machine."""
+    times = [_path_ms(plan, path, tokens) for path in STORED_PATHS[storage]]
+    return min((time for time in times if time is not None), default=None)
+
+
+def chosen_ms(plan: ModelPlan, tokens: int) -> float | None:
+    """Milliseconds a step of the plan itself; None without a machine, or if a layer is untouched."""
+    total = 0.0
+    for group in plan.groups:
+        if group.plan.is_untouched:
+            return None
+        time = _milliseconds(plan, group.plan.at(tokens), tokens, len(group.layers))
+        if time is None:
+            return None
+        total += time
+    return total
+
+
+def _path_ms(plan: ModelPlan, path: Path, tokens: int) -> float | None:
+    product = plan.serving.product
+    formats = Storage.HYBRID.formats(product.target)
+    decision = decide(path, product.target, plan.shape, tokens, formats, device_name=product.device_name)
+    return _milliseconds(plan, decision, tokens, len(plan.model.moe_layers))
+
+
+def _milliseconds(plan: ModelPlan, decision: Decision, tokens: int, layers: int) -> float | None:
+    machine = plan.serving.product.machine
+    if machine is None:
+        return None
+    if decision.tiles is None:
+        raise ConfigError(f"path {decision.path.value!r} has no kernels whose time could be predicted")
+    kernels = replace(PATHS[decision.path.value], block_m=decision.tiles.block_m)
+    return predicted_ms(machine, kernels, plan.shape, tokens, plan.serving.product.routing, layers)

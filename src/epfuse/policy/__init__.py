@@ -1,0 +1,28 @@
+"""The oracle: how a layer keeps its weights, which path a call takes, with which tiles, and why.
+
+Two questions, asked at two times. `plan_layer`, at load: what is stored, and which path serves which token counts.
+`decide`, at a call: the kernels on the weights that are there.
+"""
+
+from epfuse.policy.call import decide
+from epfuse.policy.decision import Considered, Decision, TileChoice, Verdict
+from epfuse.policy.kernels import FP8_PATHS, READABLE
+from epfuse.policy.layer import LayerPlan, LayerRequest, Storage, TokenRange
+from epfuse.policy.plan import plan_layer
+from epfuse.weights.checkpoint_format import Checkpoint
+
+__all__ = [
+    "FP8_PATHS",
+    "READABLE",
+    "Checkpoint",
+    "Considered",
+    "Decision",
+    "LayerPlan",
+    "LayerRequest",
+    "Storage",
+    "TileChoice",
+    "TokenRange",
+    "Verdict",
+    "decide",
+    "plan_layer",
+]

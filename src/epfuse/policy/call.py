@@ -1,0 +1,175 @@
+"""Which kernels a call runs on the weights that are kept: a table over T, made once and looked up ever after."""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from epfuse.config import Combine, LayerShape, Path, WeightFormat
+from epfuse.errors import UnsupportedTarget
+from epfuse.policy.decision import Considered, Decision, Verdict
+from epfuse.policy.kernels import FP8_PATHS, READABLE
+from epfuse.policy.tiles import tile_ranges
+from epfuse.target import REFERENCE_DEVICE, Target
+
+
+@dataclass(frozen=True)
+class CallTable:
+    """Decisions by token count.
+
+    Attributes:
+        first_tokens: where each decision begins, ascending, the first is 1.
+        decisions: one for each.
+    """
+
+    first_tokens: tuple[int, ...]
+    decisions: tuple[Decision, ...]
+
+    def at(self, tokens: int) -> Decision:
+        """The decision for T tokens; the same object every time."""
+        return self.decisions[bisect_right(self.first_tokens, tokens) - 1]
+
+
+def decide(
+    path: Path,
+    target: Target,
+    shape: LayerShape,
+    tokens: int,
+    formats: frozenset[WeightFormat] = frozenset({WeightFormat.DENSE}),
+    dtype: torch.dtype = torch.bfloat16,
+    combine: Combine = Combine.DETERMINISTIC,
+    device_name: str | None = None,
+) -> Decision:
+    """Resolve AUTO, then choose weights and tiles.
+
+    Args:
+        path: what the caller asked for.
+        target: where it runs.
+        shape: the layer's sizes.
+        tokens: T, at least 1.
+        formats: the weights that are kept.
+        dtype: of the activations.
+        combine: how routes are summed; ATOMIC leaves the paths with FP8 activations.
+        device_name: the product, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
+
+    Raises:
+        UnsupportedTarget: ``target`` can't run ``path`` so; the message names what it can run.
+    """
+    return call_table(path, target, shape, formats, dtype, combine, device_name or REFERENCE_DEVICE[target]).at(tokens)
+
+
+@functools.lru_cache(maxsize=1024)
+def call_table(
+    path: Path,
+    target: Target,
+    shape: LayerShape,
+    formats: frozenset[WeightFormat],
+    dtype: torch.dtype,
+    combine: Combine,
+    device_name: str,
+) -> CallTable:
+    """All of `decide`'s answers that differ in T alone."""
+    refusals = path_refusals(target, formats, dtype, combine)
+    kernels = [candidate for candidate in READABLE[target] if refusals[candidate] is None]
+    runs = [*kernels, Path.REFERENCE] if refusals[Path.REFERENCE] is None else kernels
+    chosen = path
+    if path is Path.AUTO and (kernels or not target.is_gpu):  # a GPU never falls back to plain PyTorch by itself
+        chosen = runs[0] if runs else path
+    if chosen not in runs:
+        raise UnsupportedTarget(
+            f"path {path.value!r} has no kernel for {target.value} with {_described(formats, dtype, combine)}; it can"
+            f" run {', '.join(p.value for p in runs) or 'nothing so'}"
+        )
+    reason = "The caller asked for it." if path is chosen else _why_auto(chosen, target)
+    passed_over = {other: why_not(other, path, chosen) for other in runs}
+    considered = considered_paths(chosen, reason, refusals, passed_over)
+    if chosen is Path.REFERENCE:
+        return CallTable((1,), (Decision(chosen, considered=considered),))
+    weights = next(form for form in READABLE[target][chosen] if form in formats)
+    ranges = tile_ranges(target, device_name, chosen, weights, shape, dtype)
+    return CallTable(
+        tuple(first for first, _ in ranges),
+        tuple(
+            Decision(chosen, weights, choice.tiles, choice.source, choice.measured_us, considered)
+            for _, choice in ranges
+        ),
+    )
+
+
+def path_refusals(
+    target: Target, formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine
+) -> dict[Path, str | None]:
+    """Every path with the sentence that says why it can't run; None for one that can."""
+    return {path: _refusal(path, target, formats, dtype, combine) for path in Path if path is not Path.AUTO}
+
+
+def considered_paths(
+    chosen: Path, reason: str, refusals: Mapping[Path, str | None], passed_over: Mapping[Path, str]
+) -> tuple[Considered, ...]:
+    """The path that is taken, and every other one.
+
+    Args:
+        chosen: what is taken.
+        reason: for it.
+        refusals: as `path_refusals` gives them.
+        passed_over: why a path that could run is not taken.
+    """
+    others = [path for path in refusals if path is not chosen]
+    return (
+        Considered(chosen, Verdict.TAKEN, reason),
+        *(Considered(path, Verdict.REFUSED, refusals[path] or passed_over[path]) for path in others),
+    )
+
+
+def _refusal(
+    path: Path, target: Target, formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine
+) -> str | None:
+    if combine is Combine.ATOMIC and path not in FP8_PATHS:
+        return "It does not sum routes by atomics."
+    if path is Path.REFERENCE:
+        return None
+    readable = READABLE[target].get(path, ())
+    if not readable:
+        return f"It has no kernel for {target.value}."
+    if not formats.intersection(readable):
+        kept = ", ".join(sorted(form.value for form in formats))
+        return f"It reads {' or '.join(form.value for form in readable)}; what is kept is {kept}."
+    if path is not Path.BF16 and dtype != torch.bfloat16:
+        return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
+    return None
+
+
+def _why_auto(chosen: Path, target: Target) -> str:
+    """Why AUTO became ``chosen``."""
+    if chosen is Path.REFERENCE:
+        return f"It is what {target.value} runs."
+    if chosen in FP8_PATHS:
+        return f"Nothing that keeps the activations in BF16 runs so on {target.value}."
+    return f"Of what runs on {target.value} with these weights it reads the fewest bytes and keeps activations in BF16."
+
+
+def why_not(path: Path, asked: Path, chosen: Path) -> str:
+    """Why a path that could run is not taken, in a sentence."""
+    if path is Path.REFERENCE:
+        return "Plain PyTorch is the oracle of the kernels, and slow."
+    if asked is not Path.AUTO:
+        return f"The caller asked for {chosen.value}."
+    if path in FP8_PATHS and chosen not in FP8_PATHS:
+        return f"It rounds activations to FP8, which {chosen.value} does not."
+    if path is Path.BF16:
+        return f"It reads twice the bytes of {chosen.value}, for the same products."
+    return f"{chosen.value} comes first."
+
+
+def _described(formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine) -> str:
+    """What of a call decides which paths can run."""
+    text = f"weights in {', '.join(sorted(form.value for form in formats))}"
+    if dtype != torch.bfloat16:
+        text += f", activations in {str(dtype).removeprefix('torch.')}"
+    if combine is not Combine.DETERMINISTIC:
+        text += f", combine {combine.value!r}"
+    return text

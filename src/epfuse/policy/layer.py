@@ -1,0 +1,168 @@
+"""What a layer's plan is made from, and what it says."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from epfuse.config import LayerShape, Policy, SwiGLUOAI, WeightFormat
+from epfuse.errors import ConfigError
+from epfuse.policy.decision import Decision
+from epfuse.target import REFERENCE_DEVICE, Target
+from epfuse.weights.checkpoint_format import Checkpoint
+
+
+class Storage(enum.Enum):
+    """What a layer's experts keep in memory."""
+
+    UNTOUCHED = "untouched"
+    """Whatever the caller would keep without epfuse: the layer is none of the policy's business."""
+    BF16 = "bf16"
+    MXFP8 = "mxfp8"
+    """In the order that the target reads (`ExpertWeights.prepare`)."""
+    HYBRID = "hybrid"
+    """MXFP8, and a BF16 copy beside it."""
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of one weight, scales included; what stays untouched is not known and counts 0."""
+        return {Storage.UNTOUCHED: 0.0, Storage.BF16: 2.0, Storage.MXFP8: 33 / 32, Storage.HYBRID: 2 + 33 / 32}[self]
+
+    def bytes_of(self, shape: LayerShape) -> int:
+        """Bytes of one rank's experts in one layer: 3*H*I weights an expert."""
+        weights = 3 * shape.hidden * shape.intermediate * shape.local_experts
+        return round(weights * self.weight_bytes)
+
+    def formats(self, target: Target) -> frozenset[WeightFormat]:
+        """The formats that ``target``'s kernels find."""
+        kept: set[WeightFormat] = set()
+        if self in (Storage.MXFP8, Storage.HYBRID):
+            kept.add(_PREPARED.get(target, WeightFormat.MXFP8))
+        if self in (Storage.BF16, Storage.HYBRID):
+            kept.add(WeightFormat.DENSE)
+        return frozenset(kept)
+
+
+_PREPARED = {Target.SM90: WeightFormat.FRAGMENT, Target.GFX942: WeightFormat.MXFP8_FNUZ}
+"""What `ExpertWeights.prepare` makes of MXFP8, where it changes it."""
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """All that a plan for one MoE layer of a model depends on.
+
+    Args:
+        target: where it runs.
+        shape: the sizes of one rank's layer; its I is what one rank holds, a ``tp_size``-th of the model's.
+        ep_size: P, the ranks that the experts are spread over.
+        activation: of the experts.
+        checkpoint: the numbers that the weights are loaded from.
+        max_model_len: the longest sequence that will be served, tokens.
+        layer: index of the layer in the model, dense layers counted.
+        moe_layers: indices of all layers with experts; memory is shared by these.
+        shared_experts: how many experts every token visits besides its K.
+        tp_size: ranks that the width I of every expert is split over.
+        hbm_bytes: memory of the GPU; None for no limit.
+        stored: what the layer keeps, where that is settled already; None lets the policy choose.
+        device_name: the product, as torch names it, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
+
+    Raises:
+        ConfigError: the values contradict each other.
+    """
+
+    target: Target
+    shape: LayerShape
+    ep_size: int
+    max_model_len: int
+    layer: int
+    moe_layers: tuple[int, ...]
+    activation: SwiGLUOAI = field(default_factory=SwiGLUOAI)
+    checkpoint: Checkpoint = Checkpoint.MXFP8
+    shared_experts: int = 0
+    tp_size: int = 1
+    hbm_bytes: int | None = None
+    stored: Storage | None = None
+    device_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ep_size", "max_model_len", "tp_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.ep_size * self.shape.local_experts != self.shape.experts:
+            raise ConfigError(
+                f"ep_size is {self.ep_size}; with L={self.shape.local_experts} local experts it must be"
+                f" E/L={self.shape.experts / self.shape.local_experts:g}"
+            )
+        if self.layer not in self.moe_layers:
+            raise ConfigError(f"layer is {self.layer}; it must be one of the layers with experts, {self.moe_layers}")
+        if self.hbm_bytes is not None and self.hbm_bytes < 1:
+            raise ConfigError(f"hbm_bytes is {self.hbm_bytes}; it must be at least 1, or None for no limit")
+
+    @property
+    def model_intermediate(self) -> int:
+        """I of the model, before it is split over ``tp_size`` ranks."""
+        return self.shape.intermediate * self.tp_size
+
+    @property
+    def device(self) -> str:
+        """The product that runs the layer."""
+        return self.device_name or REFERENCE_DEVICE[self.target]
+
+
+@dataclass(frozen=True)
+class TokenRange:
+    """The token counts that one decision serves.
+
+    Attributes:
+        min_tokens: T from here.
+        max_tokens: to here, included; None for no end.
+        decision: what a call does.
+    """
+
+    min_tokens: int
+    max_tokens: int | None
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer keeps its weights and which path serves which token counts.
+
+    Attributes:
+        policy: whose plan it is.
+        request: what it was made from.
+        storage: what is kept; UNTOUCHED leaves the layer to the caller, and then there are no ranges.
+        reason: one sentence for the storage.
+        ranges: decisions by token count, from 1 on, without gaps.
+        refused_storage: storages that were considered and are not taken, with one sentence each.
+    """
+
+    policy: Policy
+    request: LayerRequest
+    storage: Storage
+    reason: str
+    ranges: tuple[TokenRange, ...] = ()
+    refused_storage: tuple[tuple[Storage, str], ...] = ()
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether the layer is left as it is."""
+        return self.storage is Storage.UNTOUCHED
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's experts in this layer."""
+        return self.storage.bytes_of(self.request.shape)
+
+    def at(self, tokens: int) -> Decision:
+        """What a call with ``tokens`` tokens does.
+
+        Raises:
+            ConfigError: the layer is untouched, or ``tokens`` is less than 1.
+        """
+        if self.is_untouched:
+            raise ConfigError(f"layer {self.request.layer} is untouched: {self.reason}")
+        if tokens < 1:
+            raise ConfigError(f"tokens is {tokens}; it must be at least 1")
+        return next(r.decision for r in self.ranges if r.max_tokens is None or tokens <= r.max_tokens)

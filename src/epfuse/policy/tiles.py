@@ -1,0 +1,111 @@
+"""Tiles by token count: measured rows where one is near, the target's defaults elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import math
+from itertools import groupby
+
+import torch
+
+from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.policy.decision import TileChoice
+from epfuse.policy.kernels import FP8_PATHS
+from epfuse.stages.tiles import LayerTiles, TileRange, default_ranges, rows_per_expert
+from epfuse.stages.tiles_fp8 import FP8
+from epfuse.target import Target
+from epfuse.tuning.lookup import Found, Source, change_points, find, sources
+
+log = logging.getLogger(__name__)
+
+
+def tile_ranges(
+    target: Target, device_name: str, path: Path, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
+) -> list[tuple[int, TileChoice]]:
+    """The first T of every range, ascending from 1, and its tiles. What is not as measured is logged.
+
+    Args:
+        target: a GPU.
+        device_name: the product.
+        path: neither AUTO nor REFERENCE.
+        weights: the format that the kernels read.
+        shape: the layer's sizes.
+        dtype: of the activations; tables are measured in bfloat16 and serve nothing else.
+    """
+    defaults = FP8[target] if path in FP8_PATHS else default_ranges(target, weights, shape, dtype)
+    measured = sources(target, device_name, path, weights, shape) if dtype == torch.bfloat16 else ()
+    starts = sorted({1, *_default_starts(defaults, shape), *change_points(measured, shape)})
+    answers = [
+        (start, find(measured, rows_per_expert(start, shape)), _default(defaults, start, shape)) for start in starts
+    ]
+    ranges: list[tuple[int, TileChoice]] = []
+    alike = [list(group) for _, group in groupby(answers, key=lambda answer: _what(answer[1], answer[2]))]
+    for group, after in zip(alike, [*alike[1:], None], strict=True):
+        start, found, tiles = group[0]
+        last = None if after is None else after[0][0] - 1
+        ranges.append((start, _choice(found, tiles, start, last, target, shape, measured)))
+    _log(target, device_name, path, weights, shape, measured, ranges)
+    return ranges
+
+
+def _default_starts(defaults: tuple[TileRange, ...], shape: LayerShape) -> list[int]:
+    """Where ranges of rows per expert begin, as T."""
+    bounds = [entry.max_rows for entry in defaults if not math.isinf(entry.max_rows)]
+    return [math.floor(bound * shape.experts / shape.top_k) + 1 for bound in bounds]
+
+
+def _default(defaults: tuple[TileRange, ...], tokens: int, shape: LayerShape) -> LayerTiles:
+    rows = rows_per_expert(tokens, shape)
+    return next(entry.tiles for entry in defaults if rows <= entry.max_rows)
+
+
+def _what(found: Found | None, tiles: LayerTiles) -> object:
+    """What makes two token counts one range."""
+    return tiles if found is None else (found.source, found.point)
+
+
+def _choice(
+    found: Found | None,
+    tiles: LayerTiles,
+    first: int,
+    last: int | None,
+    target: Target,
+    shape: LayerShape,
+    measured: tuple[Source, ...],
+) -> TileChoice:
+    if found is None:
+        return TileChoice(tiles, f"The default of {target.value}: {_why_default(measured)}.")
+    source, point = found.source, found.point
+    ends = [first] if last is None else [first, last]
+    factor = max(point.factor(rows_per_expert(tokens, shape)) for tokens in ends)
+    where = f"measured at T={point.tokens} on {source.device}, {source.date}"
+    if not source.same_shape:
+        where += f", for E={source.shape.experts} L={source.shape.local_experts} K={source.shape.top_k}"
+    text = f"A {'foreign' if source.is_foreign else 'tuned'} row, {where}; calls are within a factor of {factor:.2f}."
+    return TileChoice(point.tiles, text, None if source.is_foreign else point.microseconds)
+
+
+def _why_default(measured: tuple[Source, ...]) -> str:
+    if not measured:
+        return "nothing was measured for this H and I"
+    counts = ", ".join(str(point.tokens) for point in measured[0].points)
+    return f"no measured row is within a factor of two (T={counts} on {measured[0].device})"
+
+
+def _log(
+    target: Target,
+    device_name: str,
+    path: Path,
+    weights: WeightFormat,
+    shape: LayerShape,
+    measured: tuple[Source, ...],
+    ranges: list[tuple[int, TileChoice]],
+) -> None:
+    """Once for each layer: foreign rows as a warning, far ones as information."""
+    if not measured:
+        return
+    what = f"{path.value} ({weights.value}) on {device_name} ({target.value}), {shape}"
+    if all(source.is_foreign for source in measured):
+        log.warning("tiles of %s are from foreign rows; measure them with 'epfuse tune'", what)
+    for first, choice in ranges:
+        log.info("tiles of %s from T=%d: %s", what, first, choice.source)

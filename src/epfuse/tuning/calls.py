@@ -1,0 +1,152 @@
+"""A layer call, and each of its two GEMMs alone, in tiles that the caller names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from epfuse import pipeline, pipeline_fp8
+from epfuse.config import Combine, Path, SwiGLUOAI, WeightFormat
+from epfuse.expert_map import ExpertMap
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.policy.kernels import FP8_PATHS
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
+from epfuse.tuning.schema import Stage
+from epfuse.weights.block_fp8 import BlockFP8, scale_block
+from epfuse.weights.experts import ExpertWeights
+
+
+def call_layer(
+    path: Path,
+    form: WeightFormat,
+    tiles: LayerTiles,
+    weights: ExpertWeights,
+    hidden: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    activation: SwiGLUOAI | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `fused_experts` runs, in ``tiles``; the arguments are taken to fit."""
+    call = (hidden, weights, topk_weights, topk_ids, expert_map, activation or SwiGLUOAI(), form, tiles)
+    out = torch.empty_like(hidden) if out is None else out
+    if path in FP8_PATHS:
+        return pipeline_fp8.run_fp8_kernels(*call, Combine.DETERMINISTIC, out)
+    return pipeline.run_kernels(*call, out)
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What the two GEMMs of a call read, and what they make of it in tiles that are known to be right.
+
+    Attributes:
+        path: what runs.
+        form: the format that it reads.
+        weights: of the layer.
+        hidden: ``[T, H]`` BF16.
+        topk_weights: ``[T, K]`` float32.
+        topk_ids: ``[T, K]``.
+        slots: ``[E]`` int32, local slot or -1.
+        activation: of the experts.
+        gate_up: what gate_up makes: ``[R, I]``, or ``[R, 2I]`` before the activation on the paths with FP8 rows.
+        down: what down makes: ``[R, H]``.
+    """
+
+    path: Path
+    form: WeightFormat
+    weights: ExpertWeights
+    hidden: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    slots: torch.Tensor
+    activation: SwiGLUOAI
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        form: WeightFormat,
+        weights: ExpertWeights,
+        hidden: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: ExpertMap,
+        activation: SwiGLUOAI,
+        tiles: LayerTiles,
+    ) -> StageInputs:
+        """Run both stages in ``tiles``."""
+        nothing = torch.empty(0, device=hidden.device)
+        slots = expert_map.on(hidden.device)
+        bare = cls(path, form, weights, hidden, topk_weights, topk_ids, slots, activation, nothing, nothing)
+        gate_up = bare.bind(Stage.GATE_UP, tiles.block_m, tiles.gate_up)()
+        half = cls(path, form, weights, hidden, topk_weights, topk_ids, slots, activation, gate_up, nothing)
+        down = half.bind(Stage.DOWN, tiles.block_m, tiles.down)()
+        return cls(path, form, weights, hidden, topk_weights, topk_ids, slots, activation, gate_up, down)
+
+    def local_rows(self) -> torch.Tensor:
+        """Mask over R: the routes whose rows are written."""
+        return self.slots[self.topk_ids.flatten().long()] >= 0
+
+    def bind(self, stage: Stage, block_m: int, tile: GemmTile) -> Callable[[], torch.Tensor]:
+        """A call of one stage, with its routes sorted and its rows quantised beforehand."""
+        from epfuse.stages.route.launch import launch_route
+
+        local = self.weights.local_experts
+        arrivals = LayerTiles(block_m, tile, tile).arrivals(self.weights.hidden, self.weights.intermediate)
+        routes = launch_route(self.topk_ids, self.slots, local, block_m, arrivals_per_block=arrivals)
+        if self.path in FP8_PATHS:
+            return self._bind_fp8(stage, routes, tile)
+        from epfuse.stages.down.launch import launch_down
+        from epfuse.stages.gate_up.launch import launch_gate_up
+
+        experts = self.weights.kept[self.form]
+        w13, w2 = experts.w13, experts.w2
+        assert not isinstance(w13, BlockFP8)
+        assert not isinstance(w2, BlockFP8)
+        top_k = self.topk_ids.shape[1]
+
+        def gate_up() -> torch.Tensor:
+            _clear(routes.arrivals, tile)
+            return launch_gate_up(self.hidden, w13, routes, top_k, self.activation, tile)
+
+        def down() -> torch.Tensor:
+            _clear(routes.arrivals, tile)
+            return launch_down(self.gate_up, w2, routes, self.topk_weights, tile)
+
+        return gate_up if stage is Stage.GATE_UP else down
+
+    def _bind_fp8(self, stage: Stage, routes: object, tile: GemmTile) -> Callable[[], torch.Tensor]:
+        from epfuse.stages.activate.launch import launch_activate
+        from epfuse.stages.down.launch_fp8 import launch_down_fp8
+        from epfuse.stages.gate_up.launch_fp8 import launch_gate_up_fp8
+        from epfuse.stages.quantize.launch import launch_quantize
+        from epfuse.stages.route.table import RouteTable
+
+        assert isinstance(routes, RouteTable)
+        experts = self.weights.kept[self.form]
+        w13, w2 = experts.w13, experts.w2
+        assert isinstance(w13, MXFP8 | BlockFP8)
+        assert isinstance(w2, MXFP8 | BlockFP8)
+        group, values = scale_block(w13)[1], w13.values.dtype
+        if stage is Stage.GATE_UP:
+            x = launch_quantize(self.hidden, group, dtype=values)
+            return lambda: launch_gate_up_fp8(x, w13, routes, self.topk_ids.shape[1], tile, self.hidden.dtype)
+        y = launch_activate(self.gate_up, routes, self.activation, group, dtype=values)
+        size = (routes.num_routes, self.weights.hidden)
+
+        def down() -> torch.Tensor:
+            out = torch.empty(size, dtype=self.hidden.dtype, device=self.hidden.device)
+            return launch_down_fp8(y, w2, routes, self.topk_weights, tile, Combine.DETERMINISTIC, out)
+
+        return down
+
+
+def _clear(arrivals: torch.Tensor | None, tile: GemmTile) -> None:
+    """Kernels that share a reduction count arrivals from zero; in a whole call routing clears them."""
+    if arrivals is not None and isinstance(tile, Sm90Tile) and tile.split_k > 1:
+        arrivals.zero_()

@@ -1,0 +1,112 @@
+"""The tuner's progress and its result, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from epfuse.tuning.run import Request
+from epfuse.tuning.search import Outcome, Plan
+
+
+def progress() -> Progress:
+    """Bars on stderr, with the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+
+
+class ProgressWatch:
+    """A `run.Watch` that moves bars.
+
+    Args:
+        progress: from `progress`.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._compiling = progress.add_task("compiling", total=None, visible=False)
+        self._point = progress.add_task("", total=None, visible=False)
+
+    def compiled(self, done: int, candidates: int) -> None:
+        """Tiles whose resources are known."""
+        self._progress.update(self._compiling, completed=done, total=candidates, visible=True)
+
+    def pruned(self, dropped: int, candidates: int) -> None:
+        """Print how many tiles are left to be timed."""
+        self._progress.console.print(
+            f"{dropped} of {candidates} tiles dropped by their compiled resources", highlight=False
+        )
+
+    def begin(self, plan: Plan, index: int, points: int) -> None:
+        """Start a point's bar."""
+        self._progress.reset(
+            self._point,
+            description=f"{plan.point.name} ({index + 1} of {points})",
+            total=plan.steps,
+            visible=True,
+        )
+
+    def advance(self, steps: int) -> None:
+        """Move it."""
+        self._progress.advance(self._point, steps)
+
+    def end(self, outcome: Outcome) -> None:
+        """Print what came out, above the bars."""
+        self._progress.console.print(
+            f"{outcome.point.name}: {outcome.before_us:.1f} -> {outcome.after_us:.1f} us  {outcome.tiles.key}"
+            f"  ({len(outcome.dropped)} dropped, {outcome.untried} untried)",
+            highlight=False,
+        )
+
+
+def show(request: Request, outcomes: Sequence[Outcome], planned: int, console: Console) -> None:
+    """Print before and after."""
+    device, shape = request.device, request.shape
+    console.print(
+        f"H={shape.hidden} I={shape.intermediate} E={shape.experts} L={shape.local_experts} K={shape.top_k} on"
+        f" {device.name} ({device.target.value}), torch {device.torch}, triton {device.triton}; tables in"
+        f" {request.folder}",
+        highlight=False,
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("path", "T", "before us", "after us", "faster", "gate_up of floor", "down of floor", "tiles"):
+        table.add_column(column, overflow="fold")
+    for outcome in outcomes:
+        best = [
+            row for rows in outcome.rows.values() for row in rows if row.block_m == outcome.tiles.block_m
+        ]  # one of each stage
+        table.add_row(
+            outcome.point.path.value,
+            str(outcome.point.tokens),
+            f"{outcome.before_us:.1f}",
+            f"{outcome.after_us:.1f}",
+            f"{outcome.before_us / outcome.after_us - 1:.1%}",
+            *(f"{row.roofline:.0%}" for row in best),
+            outcome.tiles.key,
+        )
+    console.print(table)
+    if planned > len(outcomes):
+        left = planned - len(outcomes)
+        console.print(f"{left} of {planned} points were not begun in time; the same command goes on.", highlight=False)
+    if not planned:
+        console.print("The tables have all of it from this device and these versions; --again measures anew.")
+
+
+def to_json(outcome: Outcome) -> dict[str, Any]:
+    """JSON-ready values."""
+    return {
+        "path": outcome.point.path.value,
+        "weights": outcome.point.weights.value,
+        "tokens": outcome.point.tokens,
+        "before_us": outcome.before_us,
+        "after_us": outcome.after_us,
+        "tiles": outcome.tiles.key,
+        "rows": {stage.value: [row.model_dump(mode="json") for row in rows] for stage, rows in outcome.rows.items()},
+        "dropped": outcome.dropped,
+        "untried": outcome.untried,
+    }

@@ -1,0 +1,165 @@
+"""Which measured rows a call may use, and how far it is from them.
+
+Distance is counted in rows per expert, T*K/E, which is what tiles follow. A row is *near* up to a factor of two; a
+farther one is not used. A row is *foreign* if it was measured on another product of the same target, or for a layer
+with another L, E or K; its tile is used and its time is not. A layer with another H or I has nothing to say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.stages.tiles import LayerTiles
+from epfuse.target import Target
+from epfuse.tuning.schema import Measurement, Row, Stage
+from epfuse.tuning.store import shipped
+
+NEAR = 2.0
+"""Rows per expert of a call, over those of a row or the other way round, up to which the row is used."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best tiles that were measured at one token count.
+
+    Attributes:
+        tokens: T of the measurement.
+        rows: expected rows per expert, T*K/E.
+        tiles: of both stages.
+        microseconds: of the call, or of both stages where only they were timed.
+    """
+
+    tokens: int
+    rows: float
+    tiles: LayerTiles
+    microseconds: float
+
+    def factor(self, rows: float) -> float:
+        """How far a call with ``rows`` rows per expert is from this point: 1 is exact, 2 is twice or half."""
+        return max(rows / self.rows, self.rows / rows)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One layer's measurements on one device.
+
+    Attributes:
+        device: the product that measured.
+        shape: the layer.
+        same_device, same_shape: whether they are those of the call.
+        date: of the measurement, ISO.
+        points: ascending in tokens.
+    """
+
+    device: str
+    shape: LayerShape
+    same_device: bool
+    same_shape: bool
+    date: str
+    points: tuple[Point, ...]
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is another device's or another layer's."""
+        return not (self.same_device and self.same_shape)
+
+    def nearest(self, rows: float) -> Point:
+        """The point with the smallest factor; of two the smaller one."""
+        return min(self.points, key=lambda point: (point.factor(rows), point.tokens))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row that a call may use.
+
+    Attributes:
+        source: where it is from.
+        point: the row.
+        factor: how far away it is.
+    """
+
+    source: Source
+    point: Point
+    factor: float
+
+
+def sources(
+    target: Target, device_name: str, path: Path, weights: WeightFormat, shape: LayerShape
+) -> tuple[Source, ...]:
+    """All that was measured for layers of this H and I: this device first, then this shape, then the newest.
+
+    Args:
+        target: a GPU.
+        device_name: the product that will run the call.
+        path: what will run.
+        weights: the format that it reads.
+        shape: the layer's sizes.
+    """
+    tables = {stage: shipped(target, stage) for stage in Stage}
+    downs = {measurement.key: measurement for measurement in tables[Stage.DOWN].measurements}
+    found = []
+    for gate_up in tables[Stage.GATE_UP].measurements:
+        measured = gate_up.shape.shape()
+        same_layer = (measured.hidden, measured.intermediate) == (shape.hidden, shape.intermediate)
+        if (gate_up.path, gate_up.weights) != (path, weights) or not same_layer or gate_up.key not in downs:
+            continue
+        points = _points(gate_up, downs[gate_up.key], measured)
+        if points:
+            same_device, same_shape = gate_up.device == device_name, measured == shape
+            date = gate_up.date.isoformat()
+            found.append(Source(gate_up.device, measured, same_device, same_shape, date, points))
+    found.sort(key=lambda source: source.date, reverse=True)
+    found.sort(key=lambda source: (not source.same_device, not source.same_shape))
+    return tuple(found)
+
+
+def find(choices: tuple[Source, ...], rows: float) -> Found | None:
+    """The first source's nearest point that is near, or the next one's; None if no point is near."""
+    for source in choices:
+        point = source.nearest(rows)
+        factor = point.factor(rows)
+        if factor <= NEAR * (1 + 1e-9):
+            return Found(source, point, factor)
+    return None
+
+
+def change_points(choices: tuple[Source, ...], shape: LayerShape) -> set[int]:
+    """Every T at which `find`'s answer may change."""
+    found: set[int] = set()
+    for source in choices:
+        rows = [point.rows for point in source.points]
+        bounds = [row / NEAR for row in rows] + [row * NEAR for row in rows]
+        bounds += [math.sqrt(first * second) for first, second in itertools.pairwise(rows)]
+        for bound in bounds:
+            tokens = math.floor(bound * shape.experts / shape.top_k)
+            found |= {tokens, tokens + 1}  # on both sides of a bound that rounding may have moved
+    return {tokens for tokens in found if tokens >= 1}
+
+
+def _points(gate_up: Measurement, down: Measurement, shape: LayerShape) -> tuple[Point, ...]:
+    """At each token count the block_m whose two rows take the least time together."""
+    found = []
+    for tokens in sorted({row.tokens for row in gate_up.rows}):
+        pairs = [
+            (first, second)
+            for first in gate_up.rows
+            for second in down.rows
+            if first.tokens == second.tokens == tokens and first.block_m == second.block_m
+        ]
+        if pairs:
+            first, second = min(pairs, key=_time)
+            tiles = LayerTiles(first.block_m, first.tile.tile(), second.tile.tile())
+            rows = tokens * shape.top_k / shape.experts
+            found.append(Point(tokens, rows, tiles, _time((first, second))))
+    return tuple(found)
+
+
+def _time(pair: tuple[Row, Row]) -> float:
+    """Microseconds of a call: measured as one if it was, else the sum of its stages."""
+    first, second = pair
+    if first.layer_microseconds is not None and first.layer_microseconds == second.layer_microseconds:
+        return first.layer_microseconds
+    return first.microseconds + second.microseconds

@@ -1,0 +1,125 @@
+"""Drop tiles by what the compiler says of them, before any is timed; and have them compiled, many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from epfuse.aot.tasks import start
+from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.stages.tiles import GemmTile
+from epfuse.target import Target
+from epfuse.tuning.run import Request
+from epfuse.tuning.schema import Stage
+from epfuse.tuning.search import Plan
+
+RESOURCE_GATES = ("no spills", "no scratch", "LDS fits", "no spills in the main loop", "shared memory fits")
+"""Those of `epfuse.aot.gates` that no time can make up for. The others are rules for kernels that ship."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tile to compile.
+
+    Attributes:
+        target: a GPU, which need not be there.
+        path: what runs.
+        weights: the format that it reads.
+        shape: the layer's sizes.
+        tokens: T.
+        stage: which GEMM.
+        block_m: rows of a block.
+        tile: the tile.
+    """
+
+    target: Target
+    path: Path
+    weights: WeightFormat
+    shape: LayerShape
+    tokens: int
+    stage: Stage
+    block_m: int
+    tile: GemmTile
+
+
+def candidates_of(request: Request, plans: Iterable[Plan]) -> list[Candidate]:
+    """What the plans try, each once: a tile's code does not depend on T."""
+    found: dict[tuple[Path, Stage, int, GemmTile], Candidate] = {}
+    for plan in plans:
+        point = plan.point
+        for block_m, stages in plan.tries.items():
+            for stage, tiles in stages.items():
+                for tile in tiles:
+                    found.setdefault(
+                        (point.path, stage, block_m, tile),
+                        Candidate(
+                            request.device.target,
+                            point.path,
+                            point.weights,
+                            request.shape,
+                            point.tokens,
+                            stage,
+                            block_m,
+                            tile,
+                        ),
+                    )
+    return list(found.values())
+
+
+def unfit(candidates: Sequence[Candidate], workers: int, progress: Callable[[int, int], None]) -> dict[Candidate, str]:
+    """Compile every candidate; those that don't do, and why.
+
+    Processes of their own compile, so this one's driver stays as it is; Triton's cache keeps what they made.
+
+    Args:
+        candidates: what to compile.
+        workers: processes.
+        progress: called with the candidates done and all of them.
+    """
+    found: dict[Candidate, str] = {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start) as pool:
+        futures = {pool.submit(shortfall, candidate): candidate for candidate in candidates}
+        for done, future in enumerate(as_completed(futures), 1):
+            reason = future.result()
+            if reason is not None:
+                found[futures[future]] = reason
+            progress(done, len(candidates))
+    return found
+
+
+def shortfall(candidate: Candidate) -> str | None:
+    """Why the compiled tile won't do; None if it may."""
+    import torch
+
+    from epfuse.aot.calls import WEIGHTS
+    from epfuse.aot.gates import check
+    from epfuse.aot.kernels import Use, build
+    from epfuse.aot.launches import launches_of
+    from epfuse.expert_map import ExpertMap
+    from epfuse.stages.tiles import LayerTiles
+    from epfuse.tuning.calls import call_layer
+
+    shape, tokens = candidate.shape, candidate.tokens
+
+    def call() -> None:
+        call_layer(
+            candidate.path,
+            candidate.weights,
+            LayerTiles(candidate.block_m, candidate.tile, candidate.tile),
+            WEIGHTS[candidate.weights](shape, torch.bfloat16),
+            torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta"),
+            torch.empty(tokens, shape.top_k, dtype=torch.float32, device="meta"),
+            torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta"),
+            ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0),
+        )
+
+    use = Use((candidate.path.value,), ("bf16",), ("tuned",), (tokens, tokens))
+    try:
+        launches = [launch for launch in launches_of(candidate.target, call) if launch.stage == candidate.stage.value]
+        kernels = [build(launch, use) for launch in launches]
+    except Exception as error:  # whatever the compiler raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    failures = [gate.detail for gate in check(candidate.target, kernels) if gate.name in RESOURCE_GATES and not gate.ok]
+    return "; ".join(failures) or None

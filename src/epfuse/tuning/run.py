@@ -1,0 +1,176 @@
+"""One run of the tuner: which points, in which order, with how much time, and what is written when."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path as Folder
+from typing import Protocol
+
+from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.errors import UnsupportedTarget
+from epfuse.policy.call import decide
+from epfuse.policy.kernels import READABLE
+from epfuse.stages.tiles import GemmTile, LayerTiles, rows_per_expert
+from epfuse.target import Target
+from epfuse.tuning import store
+from epfuse.tuning.schema import Measurement, Row, ShapeEntry, Stage
+from epfuse.tuning.search import Bench, Outcome, Plan, Point, search
+from epfuse.tuning.space import block_ms, candidates, takes_hopper_tiles
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run measures.
+
+    Attributes:
+        target: its kernels.
+        name: the product, as torch names it.
+        torch, triton: versions.
+    """
+
+    target: Target
+    name: str
+    torch: str
+    triton: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to tune.
+
+    Attributes:
+        device: where.
+        shape: the layer's sizes.
+        paths: paths to tune, on the weights that each reads best.
+        tokens: token counts.
+        folder: of the tables that are written.
+        source: the command, for the record.
+        extra: further tiles to try, by token count.
+    """
+
+    device: Device
+    shape: LayerShape
+    paths: tuple[Path, ...]
+    tokens: tuple[int, ...]
+    folder: Folder
+    source: str
+    extra: tuple[tuple[int, LayerTiles], ...] = ()
+
+    def points(self) -> list[Point]:
+        """Every path at every token count.
+
+        Raises:
+            UnsupportedTarget: the target has no kernel for a path.
+        """
+        found = []
+        for path in self.paths:
+            forms = READABLE[self.device.target].get(path, ())
+            if not forms:
+                raise UnsupportedTarget(f"path {path.value!r} has no kernel for {self.device.target.value}")
+            found += [Point(path, forms[0], tokens) for tokens in self.tokens]
+        return found
+
+
+class Watch(Protocol):
+    """Who follows a run."""
+
+    def begin(self, plan: Plan, index: int, points: int) -> None:
+        """A point is next."""
+        ...
+
+    def advance(self, steps: int) -> None:
+        """Stage timings of the point that are done or skipped."""
+        ...
+
+    def end(self, outcome: Outcome) -> None:
+        """The point is done and written."""
+        ...
+
+
+def pending(request: Request, part: tuple[int, int] = (1, 1)) -> list[Point]:
+    """The points that are not in the tables yet; of N parts the I-th.
+
+    A point is done if the tables have it from the same device with the same versions.
+
+    Args:
+        request: what to tune.
+        part: (I, N): several ranks each take a part, and write to the same tables.
+    """
+    index, parts = part
+    mine = request.points()[index - 1 :: parts]
+    done = {
+        (measurement.path, measurement.weights, row.tokens)
+        for measurement in store.read_table(request.folder, request.device.target, Stage.DOWN).measurements
+        if measurement.key == _measurement(request, measurement.path, measurement.weights, ()).key
+        and (measurement.torch, measurement.triton) == (request.device.torch, request.device.triton)
+        for row in measurement.rows
+    }
+    return [point for point in mine if (point.path, point.weights, point.tokens) not in done]
+
+
+def plan_of(request: Request, point: Point) -> Plan:
+    """What to try at a point: today's tiles, the extra ones, and the search space."""
+    target, shape = request.device.target, request.shape
+    formats = frozenset({point.weights})
+    before = decide(point.path, target, shape, point.tokens, formats, device_name=request.device.name).tiles
+    assert before is not None
+    rows = rows_per_expert(point.tokens, shape)
+    least = 8 if takes_hopper_tiles(target, point.weights, shape) else 16
+    given = [before, *(tiles for tokens, tiles in request.extra if tokens == point.tokens)]
+    tries: dict[int, dict[Stage, list[GemmTile]]] = {}
+    for block_m in sorted({*block_ms(rows, least), *(tiles.block_m for tiles in given)}):
+        tries[block_m] = {}
+        for stage in Stage:
+            first = [getattr(tiles, stage.value) for tiles in given if tiles.block_m == block_m]
+            space = candidates(target, point.path, point.weights, shape, stage, block_m, rows)
+            tries[block_m][stage] = list(dict.fromkeys([*first, *space]))
+    return Plan(point, before, tries)
+
+
+def run(
+    request: Request, plans: Sequence[Plan], bench: Bench, watch: Watch, seconds: float, clock: Callable[[], float]
+) -> list[Outcome]:
+    """Search every point; each is written as soon as it is done, so a run that ends early can be taken up again.
+
+    Args:
+        request: what to tune.
+        plans: of the points, in order.
+        bench: times and judges.
+        watch: is told of the progress.
+        seconds: for the whole run; each point gets an equal part of what is left. Points that are not begun in time
+            are left for the next run.
+        clock: seconds.
+    """
+    end = clock() + seconds
+    found = []
+    for index, plan in enumerate(plans):
+        left = end - clock()
+        if left <= 0:
+            break
+        watch.begin(plan, index, len(plans))
+        outcome = search(plan, bench, clock() + left / (len(plans) - index), clock, watch.advance)
+        point = plan.point
+        store.merge(
+            request.folder,
+            request.device.target,
+            {stage: _measurement(request, point.path, point.weights, outcome.rows[stage]) for stage in Stage},
+        )
+        watch.end(outcome)
+        found.append(outcome)
+    return found
+
+
+def _measurement(request: Request, path: Path, weights: WeightFormat, rows: Iterable[Row]) -> Measurement:
+    return Measurement(
+        device=request.device.name,
+        path=path,
+        weights=weights,
+        shape=ShapeEntry.of(request.shape),
+        torch=request.device.torch,
+        triton=request.device.triton,
+        date=datetime.datetime.now(datetime.UTC).date(),
+        source=request.source,
+        rows=tuple(rows),
+    )

@@ -1,0 +1,103 @@
+"""vLLM's tile files: ``E=16,N=3072,device_name=NVIDIA_H100_80GB_HBM3[,dtype=..][,block_shape=[128,128]].json``.
+
+vLLM reads them from the folder that VLLM_TUNED_CONFIG_FOLDER names. A file maps token counts to one tile for both
+GEMMs; E counts the experts of a rank, N is I. Form and file name: vllm/model_executor/layers/fused_moe,
+get_config_file_name and get_moe_configs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+
+from epfuse.config import LayerShape
+from epfuse.errors import ConfigError
+from epfuse.stages.tiles import GemmTile, LayerTiles
+
+ALL_BLOCKS = 1024
+"""A GROUP_SIZE_M that no call's blocks exceed: what group_m 0 means."""
+SIZES = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
+NAME = re.compile(r"E=(\d+),N=(\d+),device_name=([^,]+)(?:,.*)?\.json")
+
+
+def file_name(shape: LayerShape, device_name: str, dtype: str | None = None) -> str:
+    """What vLLM calls the file of a layer.
+
+    Args:
+        shape: the layer's sizes.
+        device_name: the product, as torch names it.
+        dtype: vLLM's name of the number format; None for BF16.
+    """
+    words = f"E={shape.local_experts},N={shape.intermediate},device_name={device_name.replace(' ', '_')}"
+    return f"{words}{f',dtype={dtype}' if dtype else ''}.json"
+
+
+def read(path: FilePath, shape: LayerShape) -> dict[int, LayerTiles]:
+    """The tiles of a file, by token count.
+
+    Args:
+        path: the file; its name says which layer it is for.
+        shape: the layer that it is to serve.
+
+    Raises:
+        ConfigError: the file is not one of vLLM's, or is for another layer.
+    """
+    found = NAME.fullmatch(path.name)
+    if found is None:
+        raise ConfigError(f"tile file {path} has no name of vLLM's form, E=..,N=..,device_name=...json")
+    if (int(found[1]), int(found[2])) != (shape.local_experts, shape.intermediate):
+        raise ConfigError(
+            f"tile file {path} is for E={found[1]}, N={found[2]}; the layer has L={shape.local_experts},"
+            f" I={shape.intermediate}"
+        )
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"tile file {path} can't be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ConfigError(f"tile file {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"tile file {path} is a {type(content).__name__}; it must be an object")
+    # newer files also name the triton that they were measured with
+    return {int(tokens): _tiles(path, entry) for tokens, entry in content.items() if tokens.isdigit()}
+
+
+def _tiles(path: FilePath, entry: object) -> LayerTiles:
+    block_m, block_n, block_k, group_m, warps, stages = (_size(path, entry, name) for name in SIZES)
+    tile = GemmTile(block_n, block_k, 0 if group_m >= ALL_BLOCKS else group_m, warps, stages)
+    return LayerTiles(block_m, tile, tile)
+
+
+def _size(path: FilePath, entry: object, name: str) -> int:
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"tile file {path}: {name} is {value!r}; it must be an integer, at least 1")
+    return value
+
+
+def write(folder: FilePath, name: str, tiles: Mapping[int, LayerTiles], triton: str) -> FilePath:
+    """Write a file that a stock vLLM reads; from calls whose two tiles differ it gets the first, of the larger GEMM.
+
+    Args:
+        folder: made if it is not there.
+        name: from `file_name`.
+        tiles: by token count; portable ones.
+        triton: version that they were measured with.
+
+    Raises:
+        ConfigError: a tile is of a kernel that vLLM does not have.
+    """
+    content: dict[str, object] = {"triton_version": triton}
+    for tokens, layer in sorted(tiles.items()):
+        tile = layer.gate_up
+        if type(tile) is not GemmTile:
+            raise ConfigError(f"the tile at T={tokens} is a {type(tile).__name__}, of a kernel that vLLM does not have")
+        group_m = tile.group_m or ALL_BLOCKS
+        sizes = (layer.block_m, tile.block_n, tile.block_k, group_m, tile.num_warps, tile.num_stages)
+        content[str(tokens)] = dict(zip(SIZES, sizes, strict=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(json.dumps(content, indent=4) + "\n")
+    return path

@@ -1,0 +1,100 @@
+"""``epfuse tune``: what it refuses, and a run of it with a bench in place of the GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from epfuse import Target
+from epfuse.cli import tune as tune_command
+from epfuse.cli.main import main
+from epfuse.stages.tiles import LayerTiles
+from epfuse.tuning import bench as tuning_bench
+from epfuse.tuning import prune, store
+from epfuse.tuning.schema import Stage
+from epfuse.tuning.search import Point, Timed
+
+
+def tune(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["tune", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--device", "cpu"), "device is 'cpu'; tiles are searched on a GPU"),
+        (("--device", "warp"), "device is 'warp'"),
+        (("--tokens", "0"), "'0' is no list of token counts"),
+        (("--tokens", "1,,2"), "no list of token counts"),
+        (("--path", "w4a4"), "'w4a4' is not one of w8a16, bf16, w8a8, block_fp8"),
+        (("--part", "3/2"), "'3/2' is no part"),
+        (("--shape", "custom"), "shape 'custom' needs"),
+    ],
+)
+def test_usage_errors(arguments: tuple[str, ...], words: str) -> None:
+    result = tune(*arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+class Bench:
+    """Smaller tiles are faster."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def stage(self, point: Point, stage: Stage, block_m: int, tile: object) -> Timed:
+        return Timed(float(tile.block_n))  # type: ignore[attr-defined]
+
+    def layer(self, point: Point, tiles: LayerTiles) -> Timed:
+        return Timed(float(tiles.gate_up.block_n + tiles.down.block_n))
+
+    def floor_us(self, point: Point, stage: Stage) -> float:
+        return 8.0
+
+
+@pytest.fixture
+def _mi300x(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_command, "_gpu", lambda name: torch.device("meta"))
+    monkeypatch.setattr(tune_command, "target_of", lambda device: Target.GFX942)
+    monkeypatch.setattr(tune_command, "device_name", lambda device: "AMD Instinct MI300X")
+    monkeypatch.setattr(tuning_bench, "DeviceBench", Bench)
+    monkeypatch.setattr(prune, "unfit", lambda candidates, workers, progress: {})
+
+
+RUN = ("--path", "bf16", "--tokens", "1,64")
+
+
+@pytest.mark.usefixtures("_mi300x")
+def test_a_run_writes_tables_prints_before_and_after_and_goes_on(tmp_path: Path) -> None:
+    result = tune(*RUN, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "before us" in result.stdout
+    assert "128.0" in result.stdout
+    assert "bf16 T=64: 128.0 -> 64.0 us" in result.stderr
+    (measured,) = store.read_table(tmp_path, Target.GFX942, Stage.DOWN).measurements
+    assert {row.tokens for row in measured.rows} == {1, 64}
+    assert "--again measures anew" in tune(*RUN, "--out", str(tmp_path)).stdout
+    again = json.loads(tune(*RUN, "--out", str(tmp_path), "--again", "--json").stdout)
+    assert [outcome["tokens"] for outcome in again] == [1, 64]
+
+
+@pytest.mark.usefixtures("_mi300x")
+def test_tiles_for_vllm(tmp_path: Path) -> None:
+    result = tune(*RUN, "--out", str(tmp_path), "--to-vllm", str(tmp_path / "vllm"))
+    assert result.exit_code == 0, result.output
+    written = tmp_path / "vllm" / "E=16,N=3072,device_name=AMD_Instinct_MI300X.json"
+    assert json.loads(written.read_text())["64"]["BLOCK_SIZE_N"] == 32
+    extra = tune(*RUN, "--out", str(tmp_path), "--again", "--json", "--from-vllm", str(written))
+    assert extra.exit_code == 0, extra.output
+
+
+@pytest.mark.usefixtures("_mi300x")
+def test_hopper_paths_have_nothing_for_vllm(tmp_path: Path) -> None:
+    result = tune("--path", "w8a16", "--tokens", "1", "--out", str(tmp_path), "--to-vllm", str(tmp_path))
+    assert result.exit_code == 2
+    assert "none was tuned" in result.stderr

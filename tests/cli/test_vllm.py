@@ -1,0 +1,82 @@
+"""`epfuse vllm`: what is printed, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from epfuse.cli.main import main
+from tests.integrations.vllm.patch.sites import make_site
+
+
+def run(*args: str):
+    return CliRunner().invoke(main, ["vllm", *args])
+
+
+def groups(*args: str) -> list[dict]:
+    result = run("explain", "--json", *args)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["groups"]
+
+
+def test_explain_minimax_m3_on_mi300x():
+    (group,) = groups("--policy", "auto")
+    assert group["layers"] == list(range(3, 60))
+    assert group["without_epfuse"]["experts"] == "Mxfp8EmulationTritonExperts"
+    assert group["with_epfuse"]["experts"] == "EpfuseExperts"
+    assert group["with_epfuse"]["weights"] == "mxfp8"
+    assert group["with_epfuse"]["paths"] == [{"min_tokens": 1, "max_tokens": None, "path": "w8a16"}]
+
+
+def test_explain_the_seed_at_short_context():
+    (group,) = groups("--policy", "seed-1782", "--max-model-len", "2304")
+    assert [part["path"] for part in group["with_epfuse"]["paths"]] == ["bf16", "w8a8", "bf16"]
+
+
+def test_explain_groups_layers_that_differ():
+    found = groups("--policy", "seed-1782", "--tp", "1")
+    assert len(found) > 2
+    assert [layer for group in found for layer in group["layers"]] == list(range(3, 60))
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (("--policy", "seed-1782", "--target", "sm_90"), "The target is sm_90"),
+        (("--policy", "seed-1782", "--tp", "4"), "The EP size is 4"),
+        (("--policy", "auto", "--moe-backend", "marlin"), "--moe-backend marlin was asked for"),
+    ],
+)
+def test_explain_says_why_not(args, reason):
+    (group,) = groups(*args)
+    assert group["with_epfuse"]["experts"] == group["without_epfuse"]["experts"]
+    assert group["with_epfuse"]["reason"].startswith(reason)
+
+
+def test_explain_as_a_table():
+    result = run("explain", "--policy", "auto", "--no-ep")
+    assert result.exit_code == 0
+    assert "3..59" in result.stdout
+
+
+@pytest.mark.parametrize("args", [("--vllm-version", "0.1.0"), ("--tp", "7"), ("--tp", "5", "--no-ep")])
+def test_explain_refuses_what_it_does_not_know(args):
+    assert run("explain", *args).exit_code == 2
+
+
+def test_patch(tmp_path):
+    make_site(tmp_path)
+    site = ("--site", str(tmp_path))
+    assert run("patch", "verify", *site).exit_code == 1
+    assert run("patch", "apply", *site).output.strip().endswith("applied (changed)")
+    assert run("patch", "verify", *site).exit_code == 0
+    assert json.loads(run("patch", "status", "--json", *site).stdout)["state"] == "applied"
+    assert run("patch", "revert", *site).output.strip().endswith("clean (changed)")
+
+
+def test_patch_refuses_a_directory_without_vllm(tmp_path):
+    result = run("patch", "apply", "--site", str(tmp_path))
+    assert result.exit_code == 2
+    assert "no vLLM is installed" in result.output

@@ -1,0 +1,77 @@
+"""Whether to register at all; no vLLM is needed to say no."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+
+import pytest
+
+from epfuse.errors import ConfigError
+from epfuse.integrations.vllm import plugin, releases
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the plugin logs, and a fresh process's state."""
+    plugin._register_once.cache_clear()
+    lines: list[tuple[int, str]] = []
+    monkeypatch.setattr(plugin.log, "info", lambda form, *args: lines.append((logging.INFO, form % args)))
+    monkeypatch.setattr(plugin.log, "warning", lambda form, *args: lines.append((logging.WARNING, form % args)))
+    monkeypatch.setattr(plugin.log, "exception", lambda form, *args: lines.append((logging.ERROR, form % args)))
+    yield lines
+    plugin._register_once.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.26.0", "0.34.0", "unknown"])
+def test_an_untested_version_stands_down_with_one_warning(version, said, monkeypatch):
+    monkeypatch.setattr(releases, "installed", lambda: version)
+    for _ in range(3):
+        plugin.register()
+    ((level, text),) = said
+    assert level == logging.WARNING
+    assert "0.25.1, 0.33.0" in text
+    assert version in text
+    assert "EPFUSE_VLLM_FORCE=1" in text
+
+
+def test_an_error_is_logged(said, monkeypatch):
+    monkeypatch.setattr(releases, "installed", lambda: 1 / 0)
+    plugin.register()
+    assert [level for level, _ in said] == [logging.ERROR]
+
+
+def test_strict_raises(said, monkeypatch):
+    monkeypatch.setenv("EPFUSE_STRICT", "1")
+    monkeypatch.setattr(releases, "installed", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plugin.register()
+    assert not said
+
+
+def test_a_switch_is_0_or_1(monkeypatch):
+    from epfuse.integrations.vllm.switches import FORCE, is_on
+
+    monkeypatch.setenv(FORCE, "yes")
+    with pytest.raises(ConfigError, match="must be 0 or 1"):
+        is_on(FORCE)
+
+
+def test_a_local_version_counts_as_its_release(monkeypatch):
+    monkeypatch.setattr(releases, "version", lambda name: "0.25.1+rocm700")
+    assert releases.installed() == "0.25.1"
+
+
+def test_without_metadata_the_version_is_unknown(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(releases, "version", missing)
+    assert releases.installed() == "unknown"
+
+
+def test_the_entry_point_is_declared():
+    points = importlib.metadata.entry_points(group="vllm.general_plugins", name="epfuse")
+    if not points:
+        pytest.skip("epfuse is not installed, or was before it had the entry point")
+    assert next(iter(points)).load() is plugin.register

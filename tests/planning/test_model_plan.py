@@ -1,0 +1,119 @@
+"""A model's plan: bytes, groups of layers, ranges, predictions, and what fewer ranks would change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from epfuse import Path
+from epfuse.config import Policy
+from epfuse.errors import ConfigError
+from epfuse.planning.console import fewer_ranks
+from epfuse.planning.model_plan import ModelPlan, Serving, plan_model
+from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
+from epfuse.planning.products import GIB, PRODUCTS
+from epfuse.policy import Storage
+from epfuse.weights.checkpoint_format import Checkpoint
+from epfuse.weights.model_config import MINIMAX_M3
+
+KEYS = {"policy", "target", "shape", "layers", "ranges", "bytes_per_rank", "refused"}
+
+
+def plan(device: str = "mi300x", ep_size: int = 8, length: int = 9472, policy: Policy = Policy.AUTO) -> ModelPlan:
+    product = PRODUCTS[device]
+    return plan_model(MINIMAX_M3, Serving(product, ep_size, length, product.hbm_bytes), policy)
+
+
+@pytest.mark.parametrize("device", list(PRODUCTS))
+@pytest.mark.parametrize("policy", list(Policy))
+def test_minimax_m3_ep8_is_103_gb_bf16_a_rank_against_53_gb_mxfp8_with_scales(device: str, policy: Policy) -> None:
+    found = plan(device, policy=policy).to_json()["bytes_per_rank"]
+    assert round(found["bf16"] / 1e9, 1) == 103.3
+    assert round(found["mxfp8"] / 1e9, 1) == 53.3
+    assert found["hybrid"] == found["bf16"] + found["mxfp8"]
+
+
+# The six serving points of MI300X: 1k in, 1k out and 8k in, 1k out, each at 1, 16 and 256 concurrent requests.
+POINTS = [(length, name) for length in (2304, 9472) for name in CONCURRENCIES]
+
+
+@pytest.mark.parametrize(("length", "point"), POINTS)
+def test_the_seeds_decisions_at_its_six_serving_points(length: int, point: str) -> None:
+    found = plan(length=length, policy=Policy.SEED_1782)
+    (kind,) = found.kinds()
+    path = kind.at(CONCURRENCIES[point]).path
+    if length == 2304:
+        assert kind.storage is Storage.HYBRID
+        assert path is (Path.BF16 if point == "c1" else Path.W8A8)
+    else:
+        assert kind.storage is Storage.BF16
+        assert path is Path.BF16
+
+
+@pytest.mark.parametrize("device", ["mi300x", "h100", "h200"])
+@pytest.mark.parametrize(("length", "point"), POINTS)
+def test_autos_decisions_at_the_six_serving_points(device: str, length: int, point: str) -> None:
+    found = plan(device, length=length)
+    (kind,) = found.kinds()
+    assert (kind.storage, kind.at(CONCURRENCIES[point]).path) == (Storage.MXFP8, Path.W8A16)
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_json_has_the_documented_keys(policy: Policy) -> None:
+    record = plan(policy=policy).to_json()
+    assert set(record) == KEYS
+    assert all(set(entry) == {"from", "to", "storage", "bytes"} for entry in record["layers"])
+    assert all(set(e) == {"min_tokens", "max_tokens", "path", "tile", "reason"} for e in record["ranges"])
+    assert set(record["bytes_per_rank"]) == {"bf16", "mxfp8", "hybrid", "chosen"}
+    assert record["refused"]
+    assert all(set(entry) == {"path", "reason"} for entry in record["refused"])
+
+
+def test_groups_are_adjacent_layers_with_one_plan() -> None:
+    product = replace(PRODUCTS["mi300x"], hbm_bytes=4000 * GIB)
+    found = plan_model(MINIMAX_M3, Serving(product, 1, 9472, product.hbm_bytes), Policy.SEED_1782)
+    layers = [index for group in found.groups for index in group.layers]
+    assert layers == list(MINIMAX_M3.moe_layers)
+    alone = [group.layers for group in found.groups if group.plan.storage is Storage.BF16]
+    assert alone == [(index,) for index in range(5, 60, 5)]
+    assert found.chosen_bytes == 46 * Storage.HYBRID.bytes_of(found.shape) + 11 * Storage.BF16.bytes_of(found.shape)
+    assert {entry["reason"].split(":")[0] for entry in found.to_json()["ranges"]} == {
+        "Layers that keep bf16",
+        "Layers that keep hybrid",
+    }
+
+
+def test_untouched_layers_have_no_bytes_of_ours() -> None:
+    record = plan("h100", policy=Policy.SEED_1782).to_json()
+    assert record["layers"] == [{"from": 3, "to": 59, "storage": "untouched", "bytes": None}]
+    assert record["ranges"] == []
+    assert record["bytes_per_rank"]["chosen"] is None
+    assert {entry["reason"] for entry in record["refused"]} == {"The target is sm_90; the profiled layer has gfx942."}
+
+
+def test_predicted_times_are_those_of_the_time_model() -> None:
+    found = plan()
+    times = {s: [round(stored_ms(found, s, t) or 0, 2) for t in CONCURRENCIES.values()] for s in (Storage.BF16,)}
+    assert times[Storage.BF16] == [3.12, 9.4, 29.24]  # docs/mi300x.md
+    assert [round(chosen_ms(found, tokens) or 0, 2) for tokens in CONCURRENCIES.values()] == [2.6, 5.84, 16.11]
+    assert chosen_ms(plan("mi355x"), 1) is None
+    assert chosen_ms(plan("h100", policy=Policy.SEED_1782), 1) is None
+
+
+def test_four_ranks_instead_of_eight() -> None:
+    text = fewer_ranks(plan())
+    assert text.startswith("4 ranks instead of 8: bf16 206.6 GB (does not fit), mxfp8 106.5 GB (fits)")
+    assert "The plan would be: mxfp8" in text
+    assert "The plan would be refused" in fewer_ranks(plan("h100"))
+    assert "The EP size is 4" in fewer_ranks(plan(policy=Policy.SEED_1782))
+    assert "no half" in fewer_ranks(plan(ep_size=1, policy=Policy.SEED_1782))
+
+
+def test_what_can_not_be_served_is_refused() -> None:
+    product = PRODUCTS["h100"]
+    with pytest.raises(ConfigError, match="ep_size is 3; it must divide"):
+        plan_model(MINIMAX_M3, Serving(product, 3, 9472, product.hbm_bytes), Policy.AUTO)
+    dense = replace(MINIMAX_M3, checkpoint=Checkpoint.BF16)
+    with pytest.raises(ConfigError, match="103\\.3 GB a rank as bf16"):
+        plan_model(dense, Serving(product, 8, 9472, product.hbm_bytes), Policy.AUTO)

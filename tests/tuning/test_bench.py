@@ -1,0 +1,93 @@
+"""The real bench, on the device of the tests: it times, and it finds a tile that computes something wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from epfuse import LayerShape, Path, SwiGLUOAI
+from epfuse.bench.layers import Layer
+from epfuse.bench.measure import Sampling
+from epfuse.config import WeightFormat
+from epfuse.policy.kernels import FP8_PATHS
+from epfuse.stages.tiles import GemmTile, LayerTiles
+from epfuse.tuning import bench as tuning_bench
+from epfuse.tuning.bench import DeviceBench
+from epfuse.tuning.schema import Stage
+from epfuse.tuning.search import Plan, Point, search
+
+LAYER = Layer("tiny", LayerShape(hidden=128, intermediate=128, experts=8, local_experts=4, top_k=2), SwiGLUOAI())
+ONCE = Sampling(samples=1, seconds=0.0)
+TILE = GemmTile(64, 32, 0, 4, 2)
+FORMS = {
+    Path.BF16: WeightFormat.DENSE,
+    Path.W8A16: WeightFormat.MXFP8,
+    Path.W8A8: WeightFormat.MXFP8,
+    Path.BLOCK_FP8: WeightFormat.BLOCK_FP8,
+}
+
+
+def tiles_of(path: Path) -> LayerTiles:
+    tile = GemmTile(64, 128, 0, 4, 2) if path in FP8_PATHS else TILE
+    return LayerTiles(16, tile, tile)
+
+
+@pytest.fixture
+def bench(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> DeviceBench:
+    if device.type == "cpu":  # the interpreter is slow: one of the calls that are timed in turn will do
+        draw = tuning_bench.draw_inputs
+        monkeypatch.setattr(tuning_bench, "draw_inputs", lambda *arguments: draw(*arguments)[:1])
+    return DeviceBench(LAYER, device, ONCE)
+
+
+@pytest.mark.parametrize("path", list(FORMS))
+def test_calls_and_stages_are_timed_and_right(bench: DeviceBench, path: Path) -> None:
+    point, tiles = Point(path, FORMS[path], 3), tiles_of(path)
+    whole = bench.layer(point, tiles)
+    assert whole.fault is None
+    assert whole.microseconds > 0
+    for stage in Stage:
+        alone = bench.stage(point, stage, 32, replace(tiles.gate_up, block_n=32))
+        assert alone.fault is None
+        assert alone.microseconds > 0
+        assert bench.floor_us(point, stage) > 0
+
+
+def test_a_stage_that_computes_something_wrong_is_found(bench: DeviceBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = Point(Path.BF16, WeightFormat.DENSE, 3)
+    assert bench.layer(point, tiles_of(Path.BF16)).fault is None
+    bind = tuning_bench.StageInputs.bind
+
+    def one_element_off(self: object, *arguments: object) -> object:
+        call = bind(self, *arguments)
+
+        def wrong() -> torch.Tensor:
+            out = call()
+            out[self.local_rows().nonzero()[0], 0] += 4.0
+            return out
+
+        return wrong
+
+    monkeypatch.setattr(tuning_bench.StageInputs, "bind", one_element_off)
+    fault = bench.stage(point, Stage.DOWN, 16, TILE).fault
+    assert fault is not None
+    assert "from tiles that are right" in fault
+
+
+def test_a_call_that_computes_something_wrong_is_found(bench: DeviceBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tuning_bench.call_layer
+    monkeypatch.setattr(tuning_bench, "call_layer", lambda *arguments: real(*arguments).mul_(1.05))
+    fault = bench.layer(Point(Path.BF16, WeightFormat.DENSE, 3), tiles_of(Path.BF16)).fault
+    assert fault is not None
+    assert "from the oracle" in fault
+
+
+def test_a_search_on_the_device(bench: DeviceBench) -> None:
+    point, wider = Point(Path.BF16, WeightFormat.DENSE, 3), replace(TILE, block_n=128)
+    plan = Plan(point, tiles_of(Path.BF16), {16: {stage: [TILE, wider] for stage in Stage}})
+    outcome = search(plan, bench, 1e9, lambda: 0.0)
+    assert outcome.dropped == {}
+    assert outcome.after_us <= outcome.before_us
+    assert all(len(rows) == 1 for rows in outcome.rows.values())

@@ -1,0 +1,144 @@
+"""Which measured row a call uses, how far it is from it, and that nothing of it is silent."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path as FilePath
+
+import pytest
+import torch
+
+from epfuse import LayerShape, Path, Target
+from epfuse.config import WeightFormat
+from epfuse.policy import Decision, decide
+from epfuse.stages.tiles import default_ranges, rows_per_expert
+from epfuse.tuning import store
+from epfuse.tuning.lookup import Source, find, sources
+from epfuse.tuning.schema import Stage
+from tests.tuning.tables import H100, H200, M3, measurement, row, write
+
+DENSE = WeightFormat.DENSE
+
+
+def found(tokens: int, device: str = H100, shape: LayerShape = M3) -> tuple[Source, int, float] | None:
+    answer = find(sources(Target.SM90, device, Path.BF16, DENSE, shape), tokens * shape.top_k / shape.experts)
+    return None if answer is None else (answer.source, answer.point.tokens, answer.factor)
+
+
+def decided(tokens: int, device: str = H100, shape: LayerShape = M3, dtype: torch.dtype = torch.bfloat16) -> Decision:
+    return decide(Path.BF16, Target.SM90, shape, tokens, dtype=dtype, device_name=device)
+
+
+def test_the_nearest_row_in_rows_per_expert_is_used(tables: FilePath) -> None:
+    write(tables, measurement(row(16), row(64), row(1024)))
+    for tokens, used in {8: 16, 16: 16, 31: 16, 33: 64, 128: 64, 512: 1024, 2048: 1024}.items():
+        answer = found(tokens)
+        assert answer is not None
+        assert answer[1] == used
+        assert answer[2] == pytest.approx(max(tokens / used, used / tokens))
+
+
+@pytest.mark.parametrize("tokens", [7, 129, 511, 2049])
+def test_a_far_row_is_not_used(tables: FilePath, tokens: int) -> None:
+    write(tables, measurement(row(16), row(64), row(1024)))
+    assert found(tokens) is None
+    assert decided(tokens).measured_us is None
+    assert "no measured row is within a factor of two (T=16, 64, 1024 on NVIDIA H100" in decided(tokens).tile_source
+
+
+def test_a_decision_says_which_row_and_how_far(tables: FilePath) -> None:
+    write(tables, measurement(row(64, block_n=32)))
+    decision = decided(100)
+    assert decision.tiles is not None
+    assert decision.tiles.gate_up.block_n == 32
+    assert decision.measured_us == 20.0
+    assert decision.tile_source == (
+        "A tuned row, measured at T=64 on NVIDIA H100 80GB HBM3, 2026-11-24; calls are within a factor of 2.00."
+    )
+
+
+def test_decisions_change_exactly_where_the_rows_do(tables: FilePath) -> None:
+    write(tables, measurement(row(16), row(64), row(1024)))
+    for tokens in range(1, 3000):
+        answer = found(tokens)
+        used = decided(tokens).measured_us
+        assert (answer is None) == (used is None)
+        if answer is not None:
+            assert f"T={answer[1]} on" in decided(tokens).tile_source
+
+
+def test_the_block_m_that_is_best_for_both_stages_together_is_used(tables: FilePath) -> None:
+    gate_up = measurement(row(64, 16, 10.0), row(64, 32, 12.0))
+    down = measurement(row(64, 16, 9.0), row(64, 32, 6.0))
+    store.merge(tables, Target.SM90, {Stage.GATE_UP: gate_up, Stage.DOWN: down})
+    decision = decided(64)
+    assert decision.tiles is not None
+    assert (decision.tiles.block_m, decision.measured_us) == (32, 18.0)
+
+
+def test_a_whole_calls_time_counts_more_than_its_stages(tables: FilePath) -> None:
+    rows = (row(64, 16, 10.0, layer_microseconds=30.0), row(64, 32, 12.0, layer_microseconds=25.0))
+    write(tables, measurement(*rows))
+    decision = decided(64)
+    assert decision.tiles is not None
+    assert (decision.tiles.block_m, decision.measured_us) == (32, 25.0)
+
+
+def test_another_product_of_the_target_is_foreign_and_said_so(
+    tables: FilePath, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tables, measurement(row(64)))
+    with caplog.at_level(logging.WARNING, "epfuse"):
+        decision = decided(64, H200)
+    assert decision.tile_source.startswith("A foreign row, measured at T=64 on NVIDIA H100 80GB HBM3")
+    assert decision.measured_us is None
+    assert "bf16 (dense) on NVIDIA H200 (sm_90)" in caplog.text
+    assert "'epfuse tune'" in caplog.text
+
+
+def test_another_split_of_the_same_experts_is_foreign_and_compared_by_rows_per_expert(tables: FilePath) -> None:
+    write(tables, measurement(row(64)))
+    wider = replace(M3, experts=256)
+    assert decided(128, shape=wider).tile_source.startswith("A foreign row, measured at T=64")
+    assert "for E=128 L=16 K=4" in decided(128, shape=wider).tile_source
+    assert "The default of sm_90" in decided(31, shape=wider).tile_source
+
+
+def test_the_own_device_comes_first_then_the_own_shape(tables: FilePath) -> None:
+    ep4 = replace(M3, local_experts=32)
+    write(
+        tables,
+        measurement(row(64), row(1024), shape=ep4, device=H200),
+        measurement(row(64), device=H200),
+        measurement(row(64), row(1024), row(8192)),
+    )
+
+    def used(tokens: int) -> tuple[str, LayerShape]:
+        answer = found(tokens, H200)
+        assert answer is not None
+        return answer[0].device, answer[0].shape
+
+    assert [used(tokens) for tokens in (64, 1024, 8192)] == [(H200, M3), (H200, ep4), (H100, M3)]
+
+
+@pytest.mark.parametrize("shape", [replace(M3, hidden=4096), replace(M3, intermediate=1536)])
+def test_other_matrices_have_nothing_to_say(tables: FilePath, shape: LayerShape) -> None:
+    write(tables, measurement(row(64)))
+    assert sources(Target.SM90, H100, Path.BF16, DENSE, shape) == ()
+    assert "nothing was measured for this H and I" in decided(64, shape=shape).tile_source
+
+
+def test_other_dtypes_targets_and_paths_have_their_own_tiles(tables: FilePath) -> None:
+    write(tables, measurement(row(64)))
+    assert decided(64, dtype=torch.float16).measured_us is None
+    assert decide(Path.BF16, Target.GFX942, M3, 64).measured_us is None
+    mxfp8 = frozenset({WeightFormat.MXFP8})
+    assert decide(Path.W8A16, Target.SM90, M3, 64, mxfp8, device_name=H100).measured_us is None
+
+
+def test_defaults_stay_what_they_were_without_a_table(tables: FilePath) -> None:
+    ranges = default_ranges(Target.SM90, DENSE, M3, torch.bfloat16)
+    for tokens in range(1, 5000):
+        expected = next(entry.tiles for entry in ranges if rows_per_expert(tokens, M3) <= entry.max_rows)
+        assert decided(tokens).tiles == expected

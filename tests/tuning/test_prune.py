@@ -1,0 +1,46 @@
+"""Compiled resources: a tile that spills or does not fit is dropped without a GPU, a good one is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path as FilePath
+
+import pytest
+
+from epfuse import LayerShape, Path, Target
+from epfuse.config import WeightFormat
+from epfuse.stages.tiles import GemmTile
+from epfuse.tuning.prune import Candidate, candidates_of, unfit
+from epfuse.tuning.run import Device, Request, plan_of
+from epfuse.tuning.schema import Stage
+from tests.tuning.tables import M3
+
+GOOD = Candidate(
+    target=Target.GFX942,
+    path=Path.BF16,
+    weights=WeightFormat.DENSE,
+    shape=LayerShape(hidden=512, intermediate=256, experts=8, local_experts=4, top_k=2),
+    tokens=16,
+    stage=Stage.GATE_UP,
+    block_m=16,
+    tile=GemmTile(64, 128, 0, 4, 2),
+)
+
+
+def test_tiles_are_dropped_by_their_resources() -> None:
+    pytest.importorskip("triton")
+    huge = replace(GOOD, block_m=128, tile=GemmTile(256, 256, 0, 4, 2))
+    seen: list[tuple[int, int]] = []
+    found = unfit([GOOD, huge], 1, lambda done, total: seen.append((done, total)))
+    assert set(found) == {huge}
+    assert "bytes" in found[huge] or "spilled" in found[huge] or "Error" in found[huge] or "Out" in found[huge]
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_each_tile_is_compiled_once_for_all_token_counts(tmp_path: FilePath) -> None:
+    device = Device(Target.GFX942, "AMD Instinct MI300X", "2.11.0", "3.7.1")
+    request = Request(device, M3, (Path.BF16,), (64, 128), tmp_path, "epfuse tune")
+    plans = [plan_of(request, point) for point in request.points()]
+    found = candidates_of(request, plans)
+    what = [(c.stage, c.block_m, c.tile) for c in found]
+    assert len(what) == len(set(what)) < sum(plan.steps for plan in plans)

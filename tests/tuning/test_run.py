@@ -1,0 +1,135 @@
+"""A whole run: what is planned, resumed, shared among ranks, written, and then used by calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path as FilePath
+
+import pytest
+
+from epfuse import Path, Target
+from epfuse.config import WeightFormat
+from epfuse.errors import UnsupportedTarget
+from epfuse.policy import decide
+from epfuse.stages.tiles import GemmTile, LayerTiles
+from epfuse.tuning import store
+from epfuse.tuning.run import Device, Request, pending, plan_of, run
+from epfuse.tuning.schema import Stage
+from epfuse.tuning.search import Outcome, Plan, Point, Timed
+from tests.tuning.clock import Clock
+from tests.tuning.tables import H100, M3, reading
+
+DEVICE = Device(Target.GFX942, "AMD Instinct MI300X", "2.11.0", "3.7.1")
+WINNER = GemmTile(32, 64, 0, 4, 2)
+
+
+class Bench:
+    """Ten seconds a whole call; one tile is fast."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def stage(self, point: Point, stage: Stage, block_m: int, tile: GemmTile) -> Timed:
+        return Timed(1.0 if tile == WINNER else 10.0)
+
+    def layer(self, point: Point, tiles: LayerTiles) -> Timed:
+        self.clock.now += 10.0
+        return Timed(5.0 if tiles.gate_up == tiles.down == WINNER else 25.0)
+
+    def floor_us(self, point: Point, stage: Stage) -> float:
+        return 0.5
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.ended: list[Outcome] = []
+        self.steps = 0
+
+    def begin(self, plan: Plan, index: int, points: int) -> None:
+        assert index < points
+
+    def advance(self, steps: int) -> None:
+        self.steps += steps
+
+    def end(self, outcome: Outcome) -> None:
+        self.ended.append(outcome)
+
+
+@pytest.fixture
+def request_(tmp_path: FilePath) -> Request:
+    return Request(DEVICE, M3, (Path.BF16,), (1, 16, 64, 1024), tmp_path, "epfuse tune")
+
+
+def go(request: Request, seconds: float = 1e9, **changes: object) -> list[Outcome]:
+    clock, watch = Clock(), Watch()
+    plans = [plan_of(request, point) for point in pending(request)]
+    outcomes = run(request, plans, Bench(clock), watch, seconds, clock)
+    assert watch.ended == outcomes
+    return outcomes
+
+
+def test_calls_take_what_was_found(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [outcome.point.tokens for outcome in go(request_)] == [1, 16, 64, 1024]
+    with reading(request_.folder, monkeypatch):
+        decision = decide(Path.BF16, Target.GFX942, M3, 20)
+        assert decision.tiles is not None
+        assert decision.tiles.gate_up == decision.tiles.down == WINNER
+        assert "measured at T=16 on AMD Instinct MI300X" in decision.tile_source
+        assert decision.measured_us == 5.0
+
+
+def test_a_run_that_ended_early_goes_on_where_it_stopped(request_: Request) -> None:
+    first = go(request_, seconds=15.0)
+    assert 0 < len(first) < 4
+    rest = go(request_)
+    assert [outcome.point.tokens for outcome in first + rest] == [1, 16, 64, 1024]
+    assert pending(request_) == []
+
+
+def test_other_versions_and_devices_are_measured_anew(request_: Request) -> None:
+    go(request_)
+    for device in (replace(DEVICE, triton="3.8.0"), replace(DEVICE, name="AMD Instinct MI325X")):
+        assert len(pending(replace(request_, device=device))) == 4
+
+
+def test_ranks_share_the_points(request_: Request) -> None:
+    parts = [pending(request_, (index, 3)) for index in (1, 2, 3)]
+    together = [point for part in parts for point in part]
+    assert len(together) == 4
+    assert set(together) == set(request_.points())
+
+
+def test_a_plan_begins_with_what_calls_take_today(request_: Request) -> None:
+    plan = plan_of(request_, Point(Path.BF16, WeightFormat.DENSE, 64))
+    today = decide(Path.BF16, Target.GFX942, M3, 64, device_name=DEVICE.name).tiles
+    assert plan.before == today
+    assert plan.tries[plan.before.block_m][Stage.GATE_UP][0] == plan.before.gate_up
+    assert all(tiles for stages in plan.tries.values() for tiles in stages.values())
+
+
+def test_extra_tiles_are_tried(request_: Request) -> None:
+    extra = LayerTiles(128, GemmTile(256, 32, 3, 8, 2), GemmTile(256, 32, 3, 8, 2))
+    plan = plan_of(replace(request_, extra=((64, extra),)), Point(Path.BF16, WeightFormat.DENSE, 64))
+    assert extra.gate_up in plan.tries[128][Stage.GATE_UP]
+    assert 128 not in plan_of(request_, Point(Path.BF16, WeightFormat.DENSE, 64)).tries
+
+
+def test_both_tables_are_written_with_where_they_are_from(request_: Request) -> None:
+    go(request_)
+    for stage in Stage:
+        (measured,) = store.read_table(request_.folder, Target.GFX942, stage).measurements
+        assert (measured.device, measured.triton, measured.source) == (DEVICE.name, "3.7.1", "epfuse tune")
+        assert {row.tokens for row in measured.rows} == {1, 16, 64, 1024}
+
+
+def test_a_path_without_a_kernel_is_refused(request_: Request) -> None:
+    with pytest.raises(UnsupportedTarget, match="'bf16' has no kernel for cpu"):
+        replace(request_, device=replace(DEVICE, target=Target.CPU)).points()
+
+
+def test_hopper_is_planned_with_its_own_kernels(tmp_path: FilePath) -> None:
+    device = Device(Target.SM90, H100, "2.11.0", "3.6.0")
+    request = Request(device, M3, (Path.W8A16, Path.BF16), (1, 256), tmp_path, "epfuse tune")
+    for point in request.points():
+        kinds = {type(t).__name__ for s in plan_of(request, point).tries.values() for ts in s.values() for t in ts}
+        assert kinds <= {"Sm90Tile", "Sm90PersistentTile"}

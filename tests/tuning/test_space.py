@@ -1,0 +1,51 @@
+"""The search space: tiles that the kernels can take, a bounded number of them, in an order that is always the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from epfuse import Path, Target
+from epfuse.policy import READABLE
+from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
+from epfuse.tuning.schema import Stage, entry_of
+from epfuse.tuning.space import LARGEST_BLOCK_M, block_ms, candidates, takes_hopper_tiles
+from tests.tuning.tables import M3
+
+GPUS = [target for target in Target if target.is_gpu]
+KINDS = [(target, path, form) for target in GPUS for path, forms in READABLE[target].items() for form in forms]
+
+
+@pytest.mark.parametrize(("target", "path", "form"), KINDS)
+@pytest.mark.parametrize("rows", [0.03, 2.0, 32.0, 256.0])
+def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form: object, rows: float) -> None:
+    least = 8 if takes_hopper_tiles(target, form, M3) else 16
+    for block_m in block_ms(rows, least):
+        for stage in Stage:
+            tiles = candidates(target, path, form, M3, stage, block_m, rows)
+            assert 4 <= len(tiles) == len(set(tiles)) <= 120
+            assert tiles == candidates(target, path, form, M3, stage, block_m, rows)
+            for tile in tiles:
+                LayerTiles(block_m, tile, tile)
+                assert entry_of(tile).tile() == tile
+                if path in (Path.W8A8, Path.BLOCK_FP8):
+                    assert tile.block_k % 128 == 0
+                if isinstance(tile, Sm90PersistentTile):
+                    assert (tile.block_n, tile.num_warps) == (256, 4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "least", "expected"),
+    [(0.03, 8, [8]), (4.0, 8, [8, 16]), (5.0, 16, [16, 32]), (20.0, 16, [16, 32, 64]), (300.0, 8, [64, 128])],
+)
+def test_row_blocks_are_around_the_rows_of_an_expert(rows: float, least: int, expected: list[int]) -> None:
+    assert block_ms(rows, least) == expected
+    assert max(block_ms(1e9, least)) == LARGEST_BLOCK_M
+
+
+def test_narrow_layers_get_narrow_tiles() -> None:
+    form = READABLE[Target.GFX942][Path.BF16][0]
+    narrow = replace(M3, hidden=64, intermediate=32)
+    tiles = candidates(Target.GFX942, Path.BF16, form, narrow, Stage.GATE_UP, 16, 1.0)
+    assert max(tile.block_n for tile in tiles) == 64

@@ -1,0 +1,66 @@
+"""Unpack the vLLM releases that the integration is tested with: ``python tools/vllm_releases.py DIRECTORY``.
+
+Only their Python code and metadata, as they are in the wheels; the compiled operators are not needed without a GPU.
+What is there already is kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from epfuse.integrations.vllm.releases import TESTED
+
+PACKAGES = Path(__file__).with_name("vllm_releases.txt")
+"""What importing vLLM's layers needs besides torch, without what that would bring in turn."""
+
+
+def pip(*arguments: str) -> None:
+    """Run this interpreter's pip."""
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+
+
+def unpack(release: str, root: Path) -> None:
+    """One release's code, moved into place when it is whole."""
+    tree = root / f"release-{release}"
+    if tree.exists():
+        return
+    print(f"downloading vLLM {release} to {tree}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        pip("download", "--no-deps", "--only-binary=:all:", "--dest", scratch, f"vllm=={release}")
+        (wheel,) = Path(scratch).glob("*.whl")
+        half = Path(scratch) / "tree"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(half, [name for name in archive.namelist() if _is_wanted(name)])
+        half.rename(tree)
+
+
+def _is_wanted(name: str) -> bool:
+    return name.endswith((".py", ".json")) or ".dist-info/" in name
+
+
+def install_packages(root: Path) -> None:
+    """Into a directory of their own, so that the tests' environment stays as it is."""
+    done, wanted = root / "packages" / PACKAGES.name, PACKAGES.read_text()
+    if done.exists() and done.read_text() == wanted:
+        return
+    shutil.rmtree(root / "packages", ignore_errors=True)
+    pip("install", "--no-deps", "--target", str(root / "packages"), "--requirement", str(PACKAGES))
+    done.write_text(wanted)
+
+
+def main() -> None:
+    """Bring the directory up to date."""
+    root = Path(sys.argv[1])
+    root.mkdir(parents=True, exist_ok=True)
+    install_packages(root)
+    for release in TESTED:
+        unpack(release, root)
+
+
+if __name__ == "__main__":
+    main()
