@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from epfuse.config import MINIMAX_M3_EP8, LayerShape
 from epfuse.errors import ConfigError
+from epfuse.weights.model_config import load_config
 
 WEIGHT_BYTES = {"bf16": 2.0, "mxfp8": 1 + 1 / 32, "block_fp8": 1 + 4 / 128**2, "mxfp4": 0.5 + 1 / 32}
 """Format -> bytes of a weight in memory, scales included: one E8M0 byte per 32 values, one float per 128 x 128."""
-
-LARGEST_CONFIG = 16 << 20
-"""Bytes of a config.json."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def read_config(path: Path, ep_size: int = 1, tp_size: int = 1) -> ExpertShape:
     Raises:
         ConfigError: the file can't be read, or has no experts, or they don't divide.
     """
-    content = _load(path)
+    content = load_config(path)
     text = content.get("text_config")
     config = text if isinstance(text, dict) else content
     sizes = {name: _size(path, config, name, keys) for name, keys in KEYS.items()}
@@ -81,23 +78,6 @@ def read_config(path: Path, ep_size: int = 1, tp_size: int = 1) -> ExpertShape:
     quantization = config.get("quantization_config") or content.get("quantization_config")
     name = str(content.get("model_type", path.name))[:80]
     return ExpertShape(name, layer, _weights(quantization), "the config")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_CONFIG + 1)
-    except OSError as error:
-        raise ConfigError(f"config {path} can't be read: {error.strerror or error}") from None
-    if len(data) > LARGEST_CONFIG:
-        raise ConfigError(f"config {path} has more than {LARGEST_CONFIG} bytes")
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"config {path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"config {path} is a {type(content).__name__}; it must be an object")
-    return content
 
 
 def _size(path: Path, config: dict[str, Any], name: str, keys: tuple[str, ...]) -> int:

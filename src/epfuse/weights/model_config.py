@@ -83,7 +83,7 @@ def read_model(source: Path) -> ExpertModel:
     Raises:
         ConfigError: the file can't be read, is of a family that is not known, or a size is missing or no integer.
     """
-    content = _load(source)
+    content = load_config(source)
     text = content.get("text_config")
     config: dict[str, Any] = text if isinstance(text, dict) else content
     quantization = config.get("quantization_config") or content.get("quantization_config")
@@ -100,7 +100,12 @@ class _Missing(Exception):
     """A value that is not there, or not what it must be."""
 
 
-def _load(source: Path) -> dict[str, Any]:
+def load_config(source: Path) -> dict[str, Any]:
+    """The object in a config.json that nobody has checked yet.
+
+    Raises:
+        ConfigError: it can't be read, is larger than LARGEST_CONFIG, or is not a JSON object.
+    """
     try:
         with source.open("rb") as file:
             data = file.read(LARGEST_CONFIG + 1)
