@@ -37,7 +37,7 @@ def test_matches_reference(device, routing, tokens, tiles):
     experts, local = 24, 5
     ids = topk_ids_for(routing, tokens, experts, local, top_k=4).to(device)
     slots = local_map(experts, local, device)
-    for block_m in (16, 64):
+    for block_m in (16, 48, 64):
         assert_same(launch_route(ids, slots, local, block_m, tiles), reference.route(ids, slots, local, block_m))
 
 
@@ -53,5 +53,5 @@ def test_many_experts_and_int32_ids(device, tiles):
 def test_many_tokens(device, tokens):
     ids = topk_ids_for("uniform", tokens, 128, 16, top_k=4).to(device)
     slots = local_map(128, 16, device)
-    for block_m in (16, 64, 128):
+    for block_m in (16, 64, 128, 144):
         assert_same(launch_route(ids, slots, 16, block_m), reference.route(ids, slots, 16, block_m))

@@ -28,15 +28,13 @@ TILES = {
     "32x256": (32, Sm90Tile(256, 128, 0, 8, 3)),
     "64x128_grouped": (64, Sm90Tile(128, 128, 2, 8, 3)),
     "128x256": (128, Sm90Tile(256, 128, 2, 8, 2)),
-    "64x256_persistent": (64, Sm90PersistentTile(256, 128, 0, 4, 2)),
-    "128x256_persistent": (128, Sm90PersistentTile(256, 128, 2, 4, 2, parts=4)),
+    "48x192_persistent": (48, Sm90PersistentTile(192, 128, 0, 4, 3, parts=1)),
+    "64x192_persistent": (64, Sm90PersistentTile(192, 128, 0, 4, 2)),
+    "144x192_persistent": (144, Sm90PersistentTile(192, 128, 2, 4, 2, parts=4)),
 }
 
-# persistent tiles read MXFP8 only: the same sum comes from these
-IN_MEMORY = {
-    "64x256_persistent": Sm90Tile(256, 128, 0, 8, 2),
-    "128x256_persistent": Sm90Tile(256, 64, 2, 8, 2),
-}
+# persistent tiles read MXFP8 only, and have blocks of their own: the same sum comes from this
+IN_MEMORY = TILES["16x128"]
 
 
 def random_mxfp8(device, rows: int, columns: int, seed: int) -> MXFP8:
@@ -68,6 +66,9 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
     per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
     routes = launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
+    routes_in_memory, tile_in_memory = routes, tile
+    if isinstance(tile, Sm90PersistentTile):
+        routes_in_memory, tile_in_memory = launch_route(ids, slots, LOCAL, IN_MEMORY[0]), IN_MEMORY[1]
     rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
     g = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, hidden, generator=g).to(device, torch.bfloat16)
@@ -79,7 +80,7 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     want = gate_up_reference.gate_up(x, w13, routes, TOP_K, ACTIVATION, torch.float64)
     check_rows(y, want, rows, SNR_FLOOR[torch.bfloat16])
     in_memory = poisoned(tokens * TOP_K, intermediate, device)
-    launch(in_memory, "gate_up", x, w13.dequantize(), routes, IN_MEMORY.get(name, tile))
+    launch(in_memory, "gate_up", x, w13.dequantize(), routes_in_memory, tile_in_memory)
     torch.testing.assert_close(y, in_memory, rtol=0, atol=0, equal_nan=True)
 
     w2 = random_mxfp8(device, hidden, intermediate, 2)
@@ -88,7 +89,7 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     want = down_reference.down(y.double(), w2, routes, topk_weights, torch.float64)
     check_rows(out, want, rows, SNR_FLOOR[torch.bfloat16])
     in_memory = poisoned(tokens * TOP_K, hidden, device)
-    launch(in_memory, "down", y, w2.dequantize(), routes, IN_MEMORY.get(name, tile), topk_weights)
+    launch(in_memory, "down", y, w2.dequantize(), routes_in_memory, tile_in_memory, topk_weights)
     torch.testing.assert_close(out, in_memory, rtol=0, atol=0, equal_nan=True)
 
 
@@ -104,10 +105,11 @@ def launch(out, stage, rows, weights, routes, tile, topk_weights=None):
         launch_down(rows, weights, routes, topk_weights, tile, out)
 
 
+@pytest.mark.parametrize("name", ["16x128", "48x192_persistent"])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(288, 160), (2880, 96)])
-def test_sizes_that_are_no_whole_tiles(device, hidden, intermediate):
+def test_sizes_that_are_no_whole_tiles(device, hidden, intermediate, name):
     """Rows that are no multiple of 64 and columns that are no multiple of 128: padded when packed."""
-    tokens, (block_m, tile) = 20, TILES["16x128"]
+    tokens, (block_m, tile) = 20, TILES[name]
     ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
     slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
     slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from epfuse import Path, Target
+from epfuse.config import WeightFormat
 from epfuse.policy import READABLE
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
 from epfuse.tuning.schema import Stage, entry_of
-from epfuse.tuning.space import LARGEST_BLOCK_M, block_ms, candidates, takes_hopper_tiles
+from epfuse.tuning.space import LARGEST_BLOCK_M, block_ms, candidates, takes_hopper_tiles, two_part_block_ms
 from tests.tuning.tables import M3
 
 GPUS = [target for target in Target if target.is_gpu]
@@ -21,7 +22,8 @@ KINDS = [(target, path, form) for target in GPUS for path, forms in READABLE[tar
 @pytest.mark.parametrize("rows", [0.03, 2.0, 32.0, 256.0])
 def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form: object, rows: float) -> None:
     least = 8 if takes_hopper_tiles(target, form, M3) else 16
-    for block_m in block_ms(rows, least):
+    two_parts = two_part_block_ms(rows) if form is WeightFormat.FRAGMENT else []
+    for block_m in [*block_ms(rows, least), *two_parts]:
         for stage in Stage:
             tiles = candidates(target, path, form, M3, stage, block_m, rows)
             assert 4 <= len(tiles) == len(set(tiles)) <= 120
@@ -32,7 +34,7 @@ def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form:
                 if path in (Path.W8A8, Path.BLOCK_FP8):
                     assert tile.block_k % 128 == 0
                 if isinstance(tile, Sm90PersistentTile):
-                    assert (tile.block_n, tile.num_warps) == (256, 4)
+                    assert (tile.block_n, tile.num_warps) == (192, 4)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,13 @@ def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form:
 def test_row_blocks_are_around_the_rows_of_an_expert(rows: float, least: int, expected: list[int]) -> None:
     assert block_ms(rows, least) == expected
     assert max(block_ms(1e9, least)) == LARGEST_BLOCK_M
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(8.0, []), (32.0, [48]), (64.0, [80, 96]), (128.0, [144, 160]), (1000.0, [144, 160])]
+)
+def test_blocks_of_two_parts_are_a_little_larger_than_the_rows(rows: float, expected: list[int]) -> None:
+    assert two_part_block_ms(rows) == expected
 
 
 def test_narrow_layers_get_narrow_tiles() -> None:

@@ -58,9 +58,14 @@ def test_a_threads_bytes_are_its_register_operand(order: RowOrder) -> None:
         held = packed[panel, step, thread * 16 : thread * 16 + 16].tolist()
         for word in range(4):  # 16 k and half of it
             k = step * 32 + (word // 2) * 16 + (word % 2) * 8 + 2 * t
-            for byte, (half, odd) in enumerate([(1, 0), (0, 0), (1, 1), (0, 1)]):
+            bits = int.from_bytes(bytes(held[word * 4 : word * 4 + 4]), "little")
+            # what the kernel's masks and shifts make of a word, as BF16 bits
+            first, second = bits & 0x87F087F0, ((bits << 4) & 0x80F080F0) | ((bits >> 4) & 0x07000700)
+            for half, pair in enumerate([first, second]):
                 row = source_row(order, rows, panel * 64 + warp * 16 + g + 8 * half)
-                assert held[word * 4 + byte] == codes[row, k + odd]
+                for odd in range(2):
+                    code = int(codes[row, k + odd])
+                    assert (pair >> (16 * odd)) & 0xFFFF == (code & 0x80) << 8 | (code & 0x7F) << 4
 
 
 def test_the_kernels_bit_operations_are_exact() -> None:

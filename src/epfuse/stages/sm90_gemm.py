@@ -32,6 +32,12 @@ def powers(first, end):
 
 
 @gluon.constexpr_function
+def power_from(count):
+    """The smallest power of two that is not below."""
+    return 1 << (count - 1).bit_length()
+
+
+@gluon.constexpr_function
 def fragment_shared(block_n, block_k):
     """Shared memory offset -> (row, k) of a stage: panels of 64 rows, fragments of 32 k, 16 bytes a thread."""
     bases = [[0, 1], [8, 0], [0, 8], [0, 16]]  # the 16 bytes of a thread
@@ -114,19 +120,17 @@ def tile_of(pid, m_blocks, n_blocks, GROUP_M: gl.constexpr):
 def dequantize(codes, scales):
     """E4M3 codes times scales -> BF16, four at a time.
 
-    The code's exponent and mantissa shift into a BF16's low exponent bits, which is 2^-120 of the value, subnormals
-    included; the scale makes up for it. Within a 4-byte word the codes lie in the order 2, 0, 3, 1.
+    A word holds two woven pairs of codes (weights/fragment.py). A code's exponent and mantissa go into a BF16's low
+    exponent bits, which is 2^-120 of the value, subnormals included; the scale makes up for it.
     """
     return gl.inline_asm_elementwise(
         """{
-        .reg .b32 a, b, sign;
-        shr.b32 a, $2, 4;
-        and.b32 sign, $2, 0x80008000;
-        lop3.b32 a, a, 0x07f007f0, sign, 0xEA;
+        .reg .b32 a, b, upper;
+        and.b32 a, $2, 0x87f087f0;
+        shr.b32 upper, $2, 4;
+        and.b32 upper, upper, 0x07000700;
         shl.b32 b, $2, 4;
-        shl.b32 sign, $2, 8;
-        and.b32 sign, sign, 0x80008000;
-        lop3.b32 b, b, 0x07f007f0, sign, 0xEA;
+        lop3.b32 b, b, 0x80f080f0, upper, 0xEA;
         mul.rn.bf16x2 $0, a, $3;
         mul.rn.bf16x2 $1, b, $4;
         }""",

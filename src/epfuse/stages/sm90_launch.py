@@ -49,9 +49,11 @@ def constants(
     operand: Operand, routes: RouteTable, tile: Sm90Tile | Sm90PersistentTile, columns: int
 ) -> dict[str, Any]:
     """Compile-time arguments and launch options of either kernel; ``columns`` of the rows."""
-    return {
+    own = {"BLOCK_N": tile.block_n}
+    if isinstance(tile, Sm90PersistentTile):
+        own = {"PARTS": tile.parts}
+    return own | {
         "BLOCK_M": routes.block_m,
-        "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
         "STAGES": tile.num_stages,

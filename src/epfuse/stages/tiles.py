@@ -73,15 +73,18 @@ class Sm90Tile(GemmTile):
     guess_bytes: int = 0
 
 
+PERSISTENT_BLOCK_N = 192
+
+
 @dataclass(frozen=True)
 class Sm90PersistentTile(GemmTile):
     """A tile of the Hopper kernels with specialised warps, one program per multiprocessor.
 
-    block_n is 256 and block_k 64 or 128 (128 for MXFP8 weights); num_warps counts one consumer's (4); num_stages counts
-    K steps in the ring.
+    MXFP8 weights only. block_n is 192, a panel of 64 rows for each of three consumers; block_k is 128; num_warps counts
+    one consumer's (4); num_stages counts K steps in the ring.
 
     Args:
-        parts: parts of a K step that MXFP8 weights are dequantised in.
+        parts: parts of a K step that weights are dequantised in.
         guess_bytes: as of Sm90Tile.
     """
 
@@ -94,7 +97,8 @@ class LayerTiles:
     """Tiles of one layer call.
 
     Args:
-        block_m: rows of a block, a power of two, at least 16; with Hopper tiles at least 8.
+        block_m: rows of a block, a power of two, at least 16; with Hopper tiles at least 8. With persistent tiles for
+            both GEMMs also the sum of two powers of two, the smaller one at least 8.
         gate_up: tile of the first GEMM.
         down: tile of the second GEMM.
     """
@@ -105,14 +109,22 @@ class LayerTiles:
 
     def __post_init__(self) -> None:
         hopper = (Sm90Tile, Sm90PersistentTile)
-        least = 8 if isinstance(self.gate_up, hopper) and isinstance(self.down, hopper) else 16
-        if self.block_m < least or self.block_m & (self.block_m - 1):
-            raise ConfigError(f"block_m is {self.block_m}; it must be a power of two, at least {least}")
+        both = (self.gate_up, self.down)
+        least = 8 if all(isinstance(tile, hopper) for tile in both) else 16
+        allowed, what = 1, "a power of two"
+        if all(isinstance(tile, Sm90PersistentTile) for tile in both):
+            allowed, what = 2, "the sum of at most two powers of two"
+        lowest = self.block_m & -self.block_m
+        if lowest < least or self.block_m.bit_count() > allowed:
+            raise ConfigError(f"block_m is {self.block_m}; it must be {what}, none below {least}")
         for name in ("gate_up", "down"):
             tile: GemmTile = getattr(self, name)
             for size in ("block_n", "block_k"):
                 value = getattr(tile, size)
-                if value < 16 or value & (value - 1):
+                if size == "block_n" and isinstance(tile, Sm90PersistentTile):
+                    if value != PERSISTENT_BLOCK_N:
+                        raise ConfigError(f"{name}.{size} is {value}; a persistent tile's is {PERSISTENT_BLOCK_N}")
+                elif value < 16 or value & (value - 1):
                     raise ConfigError(f"{name}.{size} is {value}; it must be a power of two, at least 16")
 
     @property
@@ -176,8 +188,8 @@ SM90_FRAGMENT = (
     TileRange(12, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
-    TileRange(96, LayerTiles(128, Sm90PersistentTile(256, 128, 4, 4, 3, 4), Sm90PersistentTile(256, 128, 4, 4, 3, 4))),
-    TileRange(ANY, LayerTiles(128, Sm90PersistentTile(256, 128, 8, 4, 3), Sm90PersistentTile(256, 128, 8, 4, 3, 4))),
+    TileRange(72, LayerTiles(80, Sm90PersistentTile(192, 128, 4, 4, 4, 1), Sm90PersistentTile(192, 128, 4, 4, 4, 1))),
+    TileRange(ANY, LayerTiles(144, Sm90PersistentTile(192, 128, 8, 4, 3), Sm90PersistentTile(192, 128, 8, 4, 3))),
 )
 SM90_DENSE = (
     TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),

@@ -17,7 +17,7 @@ from epfuse.target import Target
 from epfuse.tuning import store
 from epfuse.tuning.schema import Measurement, Row, ShapeEntry, Stage
 from epfuse.tuning.search import Bench, Outcome, Plan, Point, search
-from epfuse.tuning.space import block_ms, candidates, takes_hopper_tiles
+from epfuse.tuning.space import block_ms, candidates, takes_hopper_tiles, two_part_block_ms
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def plan_of(request: Request, point: Point) -> Plan:
     least = 8 if takes_hopper_tiles(target, point.weights, shape) else 16
     given = [before, *(tiles for tokens, tiles in request.extra if tokens == point.tokens)]
     tries: dict[int, dict[Stage, list[GemmTile]]] = {}
-    for block_m in sorted({*block_ms(rows, least), *(tiles.block_m for tiles in given)}):
+    two_parts = two_part_block_ms(rows) if point.weights is WeightFormat.FRAGMENT else []
+    for block_m in sorted({*block_ms(rows, least), *two_parts, *(tiles.block_m for tiles in given)}):
         tries[block_m] = {}
         for stage in Stage:
             first = [getattr(tiles, stage.value) for tiles in given if tiles.block_m == block_m]

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.policy.kernels import FP8_PATHS
-from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import PERSISTENT_BLOCK_N, GemmTile, Sm90PersistentTile, Sm90Tile
 from epfuse.target import Target
 from epfuse.tuning.schema import Stage
 
 LARGEST_BLOCK_M = 128
+TWO_PARTS = (48, 80, 96, 144, 160)
+"""Row blocks of two powers of two, which persistent tiles take."""
 GUESSES = (512, 1024)
 """Values of guess_bytes besides 0: worth nothing to a stage alone, so they are tried on whole calls."""
 SPLIT_ROWS = 0.5
@@ -38,6 +40,16 @@ def block_ms(rows: float, least: int) -> list[int]:
     while fitting < min(rows, LARGEST_BLOCK_M):
         fitting *= 2
     return [size for size in (fitting // 2, fitting, fitting * 2) if least <= size <= LARGEST_BLOCK_M]
+
+
+def two_part_block_ms(rows: float) -> list[int]:
+    """Those of TWO_PARTS that hold ``rows`` expected rows in one block and are less than half padding, or the largest.
+
+    Rows over the largest take several blocks; below the smallest, persistent tiles are not worth trying.
+    """
+    if rows > TWO_PARTS[-1]:
+        return [144, 160]
+    return [size for size in TWO_PARTS if rows <= size < 2 * rows]
 
 
 def candidates(
@@ -75,6 +87,9 @@ def _groups(block_m: int) -> tuple[int, ...]:
 
 def _hopper(weights: WeightFormat, block_m: int, rows: float) -> Iterator[GemmTile]:
     packed = weights is WeightFormat.FRAGMENT
+    if block_m in TWO_PARTS:
+        yield from _persistent(block_m)
+        return
     for block_k, (block_n, warps), group_m, stages, split_k in itertools.product(
         (128,) if packed or block_m < 64 else (64, 128),
         ((64, 4), (128, 4), (128, 8), (256, 8)),
@@ -87,8 +102,13 @@ def _hopper(weights: WeightFormat, block_m: int, rows: float) -> Iterator[GemmTi
         if ring <= HOPPER_SHARED_BYTES and not (block_n == 256 and block_m < 32):
             yield Sm90Tile(block_n, block_k, group_m, warps, stages, split_k=split_k)
     if packed and block_m >= 32:
-        for group_m, stages, parts in itertools.product(_groups(block_m), (3, 4), (2, 4)):
-            yield Sm90PersistentTile(256, 128, group_m, 4, stages, parts=parts)
+        yield from _persistent(block_m)
+
+
+def _persistent(block_m: int) -> Iterator[GemmTile]:
+    for group_m, stages, parts in itertools.product((0, 4, 8), (3, 4, 5), (1, 2)):
+        if stages * 128 * (PERSISTENT_BLOCK_N + block_m * 2) <= HOPPER_SHARED_BYTES:
+            yield Sm90PersistentTile(PERSISTENT_BLOCK_N, 128, group_m, 4, stages, parts=parts)
 
 
 def _portable(target: Target, weights: WeightFormat, shape: LayerShape, block_m: int) -> Iterator[GemmTile]:

@@ -4,7 +4,9 @@ A panel is 64 weight rows. Within a panel, 32 k at a time, the 2,048 codes lie a
 ``32 * w + 4 * g + t`` holds rows ``16 * w + g`` and ``+ 8``, k ``2 * t + {0, 1}`` + ``{0, 8, 16, 24}``, which is the
 register operand of wgmma (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"). So a thread's 16-byte load is
 what it multiplies with, and a panel is one contiguous piece of memory. Within a 4-byte word the two rows alternate,
-the second first, so that one shift and one mask turn two codes at a time into BF16.
+the second first, and the two codes of each half word are woven into one another: the one of the first row lies where a
+BF16's sign and lowest exponent bits are, the other one in the bits between, so that one mask turns two codes of the
+first row into BF16, and two shifts and two masks those of the second.
 
 The scale bytes of a row lie four to an int32, for 128 k; a panel's 64 rows are adjacent. A stored byte is the E8M0
 byte plus 120: as a BF16 exponent it is the scale times 2^120, which makes up for the shifted codes' 2^-120.
@@ -142,13 +144,30 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """``[N, K]`` -> ``[N / 64, K / 32, 2048]``, N and K whole panels and steps."""
     # rows: panel, warp 4, half 2, g 8; columns: step, 2 (k 16), 2 (k 8), t 4, 2 (k 1)
     parts = codes.view(-1, 4, 2, 8, codes.shape[1] // 32, 2, 2, 4, 2).flip(2)
-    return parts.permute(0, 4, 1, 3, 7, 5, 6, 8, 2).reshape(-1, codes.shape[1] // 32, 2048)
+    return weave(parts.permute(0, 4, 1, 3, 7, 5, 6, 8, 2).reshape(-1, codes.shape[1] // 32, 2048))
+
+
+def weave(codes: torch.Tensor) -> torch.Tensor:
+    """Byte pairs (second, first) -> half words with the first code in bits 15 and 10 to 4, the second in 11, 14 to 12
+    and 3 to 0; sign, upper and lower bits."""
+    second, first = codes[..., 0::2], codes[..., 1::2]
+    low = ((first & 0x0F) << 4) | (second & 0x0F)
+    high = (first & 0x80) | (second & 0x70) | ((second & 0x80) >> 4) | ((first & 0x70) >> 4)
+    return torch.stack([low, high], dim=-1).flatten(-2)
+
+
+def unweave(woven: torch.Tensor) -> torch.Tensor:
+    """The inverse of `weave`."""
+    low, high = woven[..., 0::2], woven[..., 1::2]
+    first = (high & 0x80) | ((high & 0x07) << 4) | (low >> 4)
+    second = ((high & 0x08) << 4) | (high & 0x70) | (low & 0x0F)
+    return torch.stack([second, first], dim=-1).flatten(-2)
 
 
 def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_codes`: ``[panels, K / 32, 2048]`` -> ``[panels * 64, K]``."""
     panels, steps, _ = packed.shape
-    parts = packed.view(panels, steps, 4, 8, 4, 2, 2, 2, 2).permute(0, 2, 8, 3, 1, 5, 6, 4, 7).flip(2)
+    parts = unweave(packed).view(panels, steps, 4, 8, 4, 2, 2, 2, 2).permute(0, 2, 8, 3, 1, 5, 6, 4, 7).flip(2)
     return parts.reshape(panels * PANEL_ROWS, steps * 32)
 
 

@@ -95,7 +95,7 @@ def launch_sm90(
         assert isinstance(w2, FragmentMXFP8)
         lines = weight_lines(w2, tile.block_k)
         down_sm90_persistent_kernel[(min(tiles, compute_units(y.device)),)](
-            y, lines, w.scales, topk_weights, out, *table, *sizes, PARTS=tile.parts, **options
+            y, lines, w.scales, topk_weights, out, *table, *sizes, **options
         )
         return
     shares = shared_sums(tile, tiles, routes, slice(-tiles, None))

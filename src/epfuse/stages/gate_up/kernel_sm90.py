@@ -8,6 +8,7 @@ from epfuse.stages.sm90_gemm import (
     fragment_pointers,
     fragment_scale_pointers,
     let_next_kernel_start,
+    power_from,
     row_copy_layout,
     row_pointers,
     row_store_layout,
@@ -40,7 +41,7 @@ def guess_weights(
         n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
         expert, n = tile_of(gl.program_id(0), LOCAL, n_blocks, GROUP_M)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        row = gl.arange(0, BLOCK_N, layout=layout)
+        row = gl.arange(0, power_from(BLOCK_N), layout=layout)
         if DENSE:
             output = gl.minimum(n * (BLOCK_N // 2) + row // 16 * 8 + row % 8, I - 1)
             source = expert.to(gl.int64) * 2 * I + output + (row // 8 % 2) * I

@@ -106,7 +106,7 @@ def launch_sm90(
         assert isinstance(w13, FragmentMXFP8)
         lines = weight_lines(w13, tile.block_k)
         gate_up_sm90_persistent_kernel[(min(tiles, programs),)](
-            x, w.weights, lines, w.scales, out, *table, *sizes, *scalars, PARTS=tile.parts, **options
+            x, w.weights, lines, w.scales, out, *table, *sizes, *scalars, **options
         )
         return
     shares = shared_sums(tile, tiles, routes, slice(None, tiles))

@@ -1,7 +1,7 @@
 """Routing kernels: group local routes by expert, padded to BLOCK_M, without a host sync.
 
 Every expert that isn't this rank's (remote, -1, out of range) falls into bin L, which nothing reads. BINS is a power of
-two above L.
+two above L, PADDING one from BLOCK_M on.
 """
 
 import triton
@@ -33,7 +33,7 @@ def clear(arrivals, num_arrivals):
 def place(
     slots, routes, total, before,
     sorted_routes, block_expert, num_padded, arrivals, R, num_arrivals,
-    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
+    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Write this program's share of the table, from the global counts and those of the chunks before it."""
     pid = tl.program_id(0)
@@ -51,7 +51,7 @@ def place(
     tl.store(sorted_routes + where, routes, mask=slots < L)
 
     # the padding of an expert's group: experts are dealt out over the programs
-    pad = (starts + total)[:, None] + tl.arange(0, BLOCK_M)[None, :]
+    pad = (starts + total)[:, None] + tl.arange(0, PADDING)[None, :]
     tl.store(
         sorted_routes + pad,
         tl.zeros_like(pad) + R,
@@ -70,8 +70,8 @@ def place(
 @triton.jit(do_not_specialize=["R"])
 def route_kernel(
     topk_ids, expert_map, sorted_routes, block_expert, num_padded, arrivals, R, E, num_arrivals,
-    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
+    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, COUNT: tl.constexpr,
+    BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One launch, a program per local expert: it counts every expert's routes, then places its own."""
     if PDL:
@@ -93,7 +93,7 @@ def route_kernel(
         rank = tl.cumsum(mine.to(tl.int32), 0) - 1
         tl.store(sorted_routes + place + rank, routes, mask=mine)
         place += tl.sum(mine.to(tl.int32), 0)
-    pad = place + tl.arange(0, BLOCK_M)
+    pad = place + tl.arange(0, PADDING)
     tl.store(sorted_routes + pad, tl.zeros_like(pad) + R, mask=pad < end)
     for first in range(start // BLOCK_M, end // BLOCK_M, BLOCKS):
         blocks = first + tl.arange(0, BLOCKS)
@@ -121,8 +121,8 @@ def count_kernel(
 @triton.jit(do_not_specialize=["R"])
 def place_kernel(
     topk_ids, expert_map, counts, sorted_routes, block_expert, num_padded, arrivals, R, E, num_arrivals,
-    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Second launch: each program sums the counts, ROWS chunks at a time, then places its own routes."""
     pid = tl.program_id(0)
@@ -142,5 +142,5 @@ def place_kernel(
         before += tl.sum(tl.where((rows < pid)[:, None], found, 0), 0)
     place(
         slots, routes, total, before, sorted_routes, block_expert, num_padded, arrivals, R, num_arrivals,
-        L, BINS, BLOCK_M, BLOCKS,
+        L, BINS, BLOCK_M, PADDING, BLOCKS,
     )  # fmt: skip

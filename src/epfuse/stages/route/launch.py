@@ -25,7 +25,7 @@ def launch_route(
         topk_ids: ``[T, K]`` int32 or int64, contiguous; ids outside [0, E) are skipped, never dereferenced.
         expert_map: ``[E]`` int32 on the same device, local slot or -1.
         local: L.
-        block_m: rows of one block, a power of two.
+        block_m: rows of one block.
         tiles: RouteTiles; None takes the default.
         arrivals_per_block: counters to clear for each block that the table can hold, for kernels that split K.
 
@@ -44,7 +44,7 @@ def launch_route(
     counters = block_expert.numel() * arrivals_per_block
     arrivals = torch.empty(counters, dtype=torch.int32, device=device) if counters else None
     shape = {"L": local, "BINS": triton.next_power_of_2(local + 1)}
-    blocks = {"BLOCK_M": block_m, "BLOCKS": 16}
+    blocks = {"BLOCK_M": block_m, "PADDING": triton.next_power_of_2(block_m), "BLOCKS": 16}
     table = (sorted_routes, block_expert, num_padded, arrivals)
     sizes = (routes, expert_map.numel(), counters)
     overlap = overlap_previous(target_of(device))
