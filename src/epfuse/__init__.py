@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI, silu_gate
     from epfuse.errors import EpfuseError
     from epfuse.expert_map import ExpertMap
+    from epfuse.scratch import Scratch, scratch_size
     from epfuse.target import Target, target_of
     from epfuse.weights.experts import ExpertWeights
 
@@ -26,9 +27,11 @@ _MODULE_OF = {
     "ExpertWeights": "epfuse.weights.experts",
     "LayerShape": "epfuse.config",
     "Path": "epfuse.config",
+    "Scratch": "epfuse.scratch",
     "SwiGLUOAI": "epfuse.config",
     "Target": "epfuse.target",
     "fused_experts": "epfuse.api",
+    "scratch_size": "epfuse.scratch",
     "silu_gate": "epfuse.config",
     "target_of": "epfuse.target",
 }
@@ -40,9 +43,11 @@ __all__ = [
     "ExpertWeights",
     "LayerShape",
     "Path",
+    "Scratch",
     "SwiGLUOAI",
     "Target",
     "fused_experts",
+    "scratch_size",
     "silu_gate",
     "target_of",
 ]

@@ -10,6 +10,7 @@ from epfuse.environment import environment
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import FP8_PATHS, decide
+from epfuse.scratch import Scratch, check_scratch, scratch_size
 from epfuse.target import device_name, target_of
 from epfuse.weights.experts import ExpertWeights
 
@@ -25,6 +26,7 @@ def fused_experts(
     path: Path = Path.AUTO,
     combine: Combine = Combine.DETERMINISTIC,
     out: torch.Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> torch.Tensor:
     """One rank's routed experts: the sum, over the routes whose expert this rank holds, of the weighted outputs.
 
@@ -42,6 +44,9 @@ def fused_experts(
         combine: how a token's routes are summed. ATOMIC is for the paths with FP8 activations (W8A8, BLOCK_FP8) and not
             bitwise repeatable.
         out: ``[T, H]`` to write into, dtype and device of hidden; must not overlap hidden. Allocated if None.
+        scratch: memory for the rows between the stages, at least `epfuse.scratch_size` of it; they are allocated if
+            None. The route table, and partial sums where programs share a tile's reduction, are always allocated. The
+            reference path does not use it.
 
     Returns:
         ``[T, H]`` in hidden's dtype; zero for a token without a local route.
@@ -66,12 +71,15 @@ def fused_experts(
     asked = environment().path if path is Path.AUTO else path
     device = hidden.device
     decision = decide(asked, target_of(device), shape, tokens, kept, hidden.dtype, combine, device_name(device))
+    if scratch is not None:
+        size = scratch_size(decision.path, tokens, top_k, weights.hidden, weights.intermediate)
+        check_scratch(scratch, size, hidden, out)
     call = (hidden, weights, topk_weights, topk_ids, expert_map, activation)
     if decision.weights is None or decision.tiles is None:
         return out.copy_(pipeline.run_reference(*call))
     if decision.path in FP8_PATHS:
-        return pipeline_fp8.run_fp8_kernels(*call, decision.weights, decision.tiles, combine, out)
-    return pipeline.run_kernels(*call, decision.weights, decision.tiles, out)
+        return pipeline_fp8.run_fp8_kernels(*call, decision.weights, decision.tiles, combine, out, scratch)
+    return pipeline.run_kernels(*call, decision.weights, decision.tiles, out, scratch)
 
 
 def check_call(

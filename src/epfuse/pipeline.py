@@ -7,6 +7,7 @@ from torch.profiler import record_function
 
 from epfuse.config import SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
+from epfuse.scratch import Scratch, rows_in
 from epfuse.stages.combine import reference as combine_reference
 from epfuse.stages.down import reference as down_reference
 from epfuse.stages.gate_up import reference as gate_up_reference
@@ -52,23 +53,34 @@ def run_kernels(
     form: WeightFormat,
     tiles: LayerTiles,
     out: torch.Tensor,
+    scratch: Scratch | None = None,
 ) -> torch.Tensor:
     """The layer in Triton kernels, activations as they are. No host sync; graph-capturable; bitwise repeatable."""
     from epfuse.stages.combine.launch import launch_combine
     from epfuse.stages.down.launch import launch_down
     from epfuse.stages.gate_up.launch import launch_gate_up
+    from epfuse.stages.gather.launch import launch_gather
     from epfuse.stages.route.launch import launch_route
 
     w13, w2, local = weights.kept[form].w13, weights.kept[form].w2, weights.local_experts
     assert not isinstance(w13, BlockFP8)
     assert not isinstance(w2, BlockFP8)
     slots = expert_map.on(hidden.device)
+    y_rows = None if scratch is None else rows_in(scratch.y, topk_ids.numel(), weights.intermediate)
+    routed_rows = None if scratch is None else rows_in(scratch.routed, topk_ids.numel(), weights.hidden)
     with record_function("epfuse::route"):
         arrivals = tiles.arrivals(weights.hidden, weights.intermediate)
         routes = launch_route(topk_ids, slots, local, tiles.block_m, arrivals_per_block=arrivals)
+    rows = hidden
+    if tiles.packed:
+        with record_function("epfuse::gather"):
+            # where down's results will be: they are written when the gathered rows are dead
+            if routed_rows is None:
+                routed_rows = hidden.new_empty(topk_ids.numel(), weights.hidden)
+            rows = launch_gather(hidden, routes, topk_ids.shape[1], routed_rows)
     with record_function("epfuse::gate_up"):
-        y = launch_gate_up(hidden, w13, routes, topk_ids.shape[1], activation, tiles.gate_up)
+        y = launch_gate_up(rows, w13, routes, topk_ids.shape[1], activation, tiles.gate_up, y_rows)
     with record_function("epfuse::down"):
-        routed = launch_down(y, w2, routes, topk_weights, tiles.down)
+        routed = launch_down(y, w2, routes, topk_weights, tiles.down, routed_rows)
     with record_function("epfuse::combine"):
         return launch_combine(routed, topk_ids, slots, local, None, out)

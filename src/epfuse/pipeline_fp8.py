@@ -8,6 +8,8 @@ from torch.profiler import record_function
 from epfuse.config import Combine, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.scratch import Scratch, rows_in
+from epfuse.stages.quantize.rows import FP8Rows, groups_of
 from epfuse.stages.tiles import LayerTiles
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
 from epfuse.weights.experts import ExpertWeights
@@ -24,6 +26,7 @@ def run_fp8_kernels(
     tiles: LayerTiles,
     combine: Combine,
     out: torch.Tensor,
+    scratch: Scratch | None = None,
 ) -> torch.Tensor:
     """The layer in Triton kernels with native FP8 dots, on MXFP8 or block FP8 weights.
 
@@ -41,15 +44,21 @@ def run_fp8_kernels(
     assert isinstance(w13, MXFP8 | BlockFP8)
     assert isinstance(w2, MXFP8 | BlockFP8)
     group, values = scale_block(w13)[1], w13.values.dtype
-    slots = expert_map.on(hidden.device)
+    slots, routes_in_all = expert_map.on(hidden.device), topk_ids.numel()
+    x_rows = y_rows = gate_up_rows = routed_rows = None
+    if scratch is not None:  # x is dead when y is written, and gate_up when routed is
+        x_rows = fp8_rows_in(scratch.y, hidden.shape[0], weights.hidden, group, values)
+        y_rows = fp8_rows_in(scratch.y, routes_in_all, weights.intermediate, group, values)
+        gate_up_rows = rows_in(scratch.routed, routes_in_all, 2 * weights.intermediate)
+        routed_rows = rows_in(scratch.routed, routes_in_all, weights.hidden)
     with record_function("epfuse::route"):
         routes = launch_route(topk_ids, slots, local, tiles.block_m)
     with record_function("epfuse::quantize"):
-        x = launch_quantize(hidden, group, dtype=values)
+        x = launch_quantize(hidden, group, dtype=values, out=x_rows)
     with record_function("epfuse::gate_up"):
-        gate_up = launch_gate_up_fp8(x, w13, routes, topk_ids.shape[1], tiles.gate_up, hidden.dtype)
+        gate_up = launch_gate_up_fp8(x, w13, routes, topk_ids.shape[1], tiles.gate_up, hidden.dtype, gate_up_rows)
     with record_function("epfuse::activate"):
-        y = launch_activate(gate_up, routes, activation, group, dtype=values)
+        y = launch_activate(gate_up, routes, activation, group, dtype=values, out=y_rows)
     if combine is Combine.ATOMIC:
         with record_function("epfuse::down"):
             total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
@@ -57,7 +66,19 @@ def run_fp8_kernels(
         with record_function("epfuse::combine"):
             return out.copy_(total)
     with record_function("epfuse::down"):
-        routed = torch.empty(routes.num_routes, weights.hidden, dtype=hidden.dtype, device=hidden.device)
-        launch_down_fp8(y, w2, routes, topk_weights, tiles.down, combine, routed)
+        if routed_rows is None:
+            routed_rows = torch.empty(routes_in_all, weights.hidden, dtype=hidden.dtype, device=hidden.device)
+        routed = launch_down_fp8(y, w2, routes, topk_weights, tiles.down, combine, routed_rows)
     with record_function("epfuse::combine"):
         return launch_combine(routed, topk_ids, slots, local, None, out)
+
+
+def fp8_rows_in(buffer: torch.Tensor, rows: int, columns: int, group: int, dtype: torch.dtype) -> FP8Rows:
+    """``[rows, columns]`` values at the beginning of a contiguous buffer, their scales behind them."""
+    memory, values = buffer.view(-1).view(torch.uint8), rows * columns
+    scales = rows * groups_of(columns, group)
+    return FP8Rows(
+        memory[:values].view(dtype).view(rows, columns),
+        memory[values : values + scales].view(rows, groups_of(columns, group)),
+        group,
+    )

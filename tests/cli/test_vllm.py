@@ -30,6 +30,13 @@ def test_explain_minimax_m3_on_mi300x():
     assert group["with_epfuse"]["paths"] == [{"min_tokens": 1, "max_tokens": None, "path": "w8a16"}]
 
 
+def test_explain_minimax_m3_on_h100():
+    (group,) = groups("--policy", "auto", "--target", "sm_90", "--vllm-version", "0.25.1")
+    assert group["without_epfuse"]["experts"] == "MarlinExperts"
+    assert group["with_epfuse"]["experts"] == "EpfuseExperts"
+    assert group["with_epfuse"]["reason"].endswith("of MarlinExperts' time (docs/performance.md).")
+
+
 def test_explain_the_seed_at_short_context():
     (group,) = groups("--policy", "seed-1782", "--max-model-len", "2304")
     assert [part["path"] for part in group["with_epfuse"]["paths"]] == ["bf16", "w8a8", "bf16"]
@@ -47,6 +54,11 @@ def test_explain_groups_layers_that_differ():
         (("--policy", "seed-1782", "--target", "sm_90"), "The target is sm_90"),
         (("--policy", "seed-1782", "--tp", "4"), "The EP size is 4"),
         (("--policy", "auto", "--moe-backend", "marlin"), "--moe-backend marlin was asked for"),
+        (("--policy", "auto", "--target", "gfx950"), "No measurement or prediction says"),
+        (
+            ("--policy", "auto", "--target", "sm_90"),
+            "No measurement or prediction says",
+        ),
     ],
 )
 def test_explain_says_why_not(args, reason):

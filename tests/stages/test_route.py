@@ -28,6 +28,10 @@ def assert_same(got: RouteTable, want: RouteTable) -> None:
     torch.testing.assert_close(got.sorted_routes[:used].cpu(), want.sorted_routes[:used].cpu(), rtol=0, atol=0)
     blocks = used // want.block_m
     torch.testing.assert_close(got.block_expert[:blocks].cpu(), want.block_expert[:blocks].cpu(), rtol=0, atol=0)
+    torch.testing.assert_close(got.block_row[:blocks].cpu(), want.block_row[:blocks].cpu(), rtol=0, atol=0)
+    first = want.sorted_routes[:used].view(-1, want.block_m)
+    rows = (first < want.num_routes).sum(1)
+    assert want.block_row[:blocks].tolist() == (rows.cumsum(0) - rows).tolist()
 
 
 @pytest.mark.parametrize("tiles", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one_launch", "two_launches"])

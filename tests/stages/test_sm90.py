@@ -8,7 +8,10 @@ import torch
 from epfuse import SwiGLUOAI
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down import reference as down_reference
+from epfuse.stages.down.launch import launch_down
 from epfuse.stages.gate_up import reference as gate_up_reference
+from epfuse.stages.gate_up.launch import launch_gate_up
+from epfuse.stages.gather.launch import launch_gather
 from epfuse.stages.route.launch import launch_route
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.weights.fragment import RowOrder, pack
@@ -94,15 +97,23 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
 
 
 def launch(out, stage, rows, weights, routes, tile, topk_weights=None):
-    from epfuse.stages.down.launch import launch_down
-    from epfuse.stages.gate_up.launch import launch_gate_up
-
+    """One stage, with rows and results by route; persistent tiles have theirs packed in the table's order."""
     if routes.arrivals is not None:
         routes.arrivals.zero_()
+    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=rows.device)])
+    packed = isinstance(tile, Sm90PersistentTile)
     if stage == "gate_up":
-        launch_gate_up(rows, weights, routes, TOP_K, ACTIVATION, tile, out)
+        x = launch_gather(rows, routes, TOP_K, torch.full_like(rows, float("nan")).repeat(TOP_K, 1)) if packed else rows
+        y = torch.full_like(out, float("nan")) if packed else out
+        launch_gate_up(x, weights, routes, TOP_K, ACTIVATION, tile, y)
+        if packed:
+            assert y[order.numel() :].isnan().all()  # what is past the rows is not written
+            out[order] = y[: order.numel()]
     else:
-        launch_down(rows, weights, routes, topk_weights, tile, out)
+        y = torch.full_like(rows, float("nan")) if packed else rows
+        if packed:
+            y[: order.numel()] = rows[order]
+        launch_down(y, weights, routes, topk_weights, tile, out)
 
 
 @pytest.mark.parametrize("name", ["16x128", "48x192_persistent"])

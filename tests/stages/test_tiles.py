@@ -36,9 +36,10 @@ def test_other_row_blocks_are_refused(block_m: int, tile: GemmTile, message: str
         LayerTiles(block_m, tile, tile)
 
 
-def test_a_block_of_two_parts_needs_persistent_tiles_in_both_stages() -> None:
-    with pytest.raises(ConfigError, match="block_m is 48"):
-        LayerTiles(48, PERSISTENT, HOPPER)
+@pytest.mark.parametrize("tiles", [(PERSISTENT, HOPPER), (HOPPER, PERSISTENT)])
+def test_persistent_tiles_come_in_pairs(tiles: tuple[GemmTile, GemmTile]) -> None:
+    with pytest.raises(ConfigError, match="both stages take a persistent tile, or neither"):
+        LayerTiles(64, *tiles)
 
 
 def test_persistent_tiles_have_one_width() -> None:

@@ -3,6 +3,9 @@
 The roofline's part is short. W8A16 makes the products of BF16 from half the bytes, and gives BF16's results: where both
 can run it is never behind on paper. So MXFP8 is kept alone, unless measurements say that a BF16 copy is faster at some
 token counts, and it fits.
+
+Where somebody else's experts would run the layer, `rivals.py` says whether epfuse is known to be faster; if not, the
+layer stays untouched.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from epfuse.errors import ConfigError
 from epfuse.policy.call import CallTable, call_table
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage
 from epfuse.policy.ranges import Route, token_ranges
+from epfuse.policy.rivals import why_declined, why_taken
 from epfuse.weights.checkpoint_format import Checkpoint
 
 EXPERT_SHARE = 0.8
@@ -55,9 +59,13 @@ def plan(request: LayerRequest) -> LayerPlan:
         raise ConfigError("stored is 'untouched'; policy auto plans layers whose weights epfuse keeps")
     gains = _gains(request)
     storage, reason, refused = _storage(request, gains)
-    return LayerPlan(
-        Policy.AUTO, request, storage, reason, token_ranges(request, storage, _routes(storage, request, gains)), refused
-    )
+    ranges = token_ranges(request, storage, _routes(storage, request, gains))
+    found = LayerPlan(Policy.AUTO, request, storage, reason, ranges, refused)
+    declined = why_declined(found)
+    if declined is not None:
+        return LayerPlan(Policy.AUTO, request, Storage.UNTOUCHED, declined)
+    evidence = why_taken(found)
+    return found if evidence is None else replace(found, reason=f"{reason} {evidence}")
 
 
 Refused = tuple[tuple[Storage, str], ...]

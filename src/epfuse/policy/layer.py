@@ -65,6 +65,8 @@ class LayerRequest:
         hbm_bytes: memory of the GPU; None for no limit.
         stored: what the layer keeps, where that is settled already; None lets the policy choose.
         device_name: the product, as torch names it, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
+        rival: class of the experts that run the layer if epfuse does not; `auto` then takes it only where epfuse is
+            known to be faster. None where nobody else would.
 
     Raises:
         ConfigError: the values contradict each other.
@@ -83,6 +85,7 @@ class LayerRequest:
     hbm_bytes: int | None = None
     stored: Storage | None = None
     device_name: str | None = None
+    rival: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("ep_size", "max_model_len", "tp_size"):
@@ -133,7 +136,7 @@ class LayerPlan:
         policy: whose plan it is.
         request: what it was made from.
         storage: what is kept; UNTOUCHED leaves the layer to the caller, and then there are no ranges.
-        reason: one sentence for the storage.
+        reason: for the storage, in a sentence or two; of an untouched layer, why it is.
         ranges: decisions by token count, from 1 on, without gaps.
         refused_storage: storages that were considered and are not taken, with one sentence each.
     """

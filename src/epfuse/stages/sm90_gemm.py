@@ -32,12 +32,6 @@ def powers(first, end):
 
 
 @gluon.constexpr_function
-def power_from(count):
-    """The smallest power of two that is not below."""
-    return 1 << (count - 1).bit_length()
-
-
-@gluon.constexpr_function
 def fragment_shared(block_n, block_k):
     """Shared memory offset -> (row, k) of a stage: panels of 64 rows, fragments of 32 k, 16 bytes a thread."""
     bases = [[0, 1], [8, 0], [0, 8], [0, 16]]  # the 16 bytes of a thread

@@ -45,19 +45,13 @@ def row_tiles(operand: Operand, routes: RouteTable, tile: Sm90Tile | Sm90Persist
     return routes.max_blocks * int(triton.cdiv(operand.panels * PANEL_ROWS, tile.block_n))
 
 
-def constants(
-    operand: Operand, routes: RouteTable, tile: Sm90Tile | Sm90PersistentTile, columns: int
-) -> dict[str, Any]:
-    """Compile-time arguments and launch options of either kernel; ``columns`` of the rows."""
-    own = {"BLOCK_N": tile.block_n}
-    if isinstance(tile, Sm90PersistentTile):
-        own = {"PARTS": tile.parts}
-    return own | {
+def constants(routes: RouteTable, tile: Sm90Tile | Sm90PersistentTile) -> dict[str, Any]:
+    """Compile-time arguments and launch options that both kinds of kernels have."""
+    return {
         "BLOCK_M": routes.block_m,
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
         "STAGES": tile.num_stages,
-        "EVEN_K": columns == operand.columns,
         "num_warps": tile.num_warps,
         "launch_pdl": True,
     }
@@ -74,6 +68,18 @@ def shared_sums(
         tiles * tile.split_k * tile.block_n * routes.block_m, dtype=torch.float32, device=routes.num_padded.device
     )
     return shares, routes.arrivals[arrivals]
+
+
+def row_parts(rows: torch.Tensor, routes: RouteTable, block_k: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """``rows [R, K]`` as the copy engine takes the wide and the narrow part of a block, ``block_k`` at a time.
+
+    Without a narrow part its place is taken by the wide one, which is not used there.
+    """
+    wide = 1 << (routes.block_m.bit_length() - 1)
+    layout = gl.NVMMASharedLayout(LINE, 16, 2)
+    parts = (wide, routes.block_m - wide or wide)
+    first, second = (TensorDescriptor.from_tensor(rows, [part, block_k], layout) for part in parts)
+    return first, second
 
 
 def weight_lines(weights: FragmentMXFP8, block_k: int) -> TensorDescriptor:

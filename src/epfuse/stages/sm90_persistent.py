@@ -1,9 +1,11 @@
 """Device code of both GEMMs for Hopper where there are many rows: one program per multiprocessor, warps specialised.
 
-MXFP8 weights in fragment order only. A producer (4 warps) fills a ring in shared memory, the weights by the tensor
-copy engine, the gathered rows by asynchronous copies, and runs ahead, into the next tile too. Three consumers (a
-warpgroup each) multiply: each has one panel of the tile's weight rows and all of its routed rows, and none waits for
-another, so that one dequantises while the wgmma of the others runs.
+MXFP8 weights in fragment order only. A producer (one warp) has the tensor copy engine fill a ring in shared memory and
+runs ahead, into the next tile too. Three consumers (a warpgroup each) multiply: each has one panel of the tile's weight
+rows and all of its routed rows, and none waits for another, so that one dequantises while the wgmma of the others runs.
+
+The copy engine copies adjacent rows: the routed rows lie packed in the route table's order. What a tile copies past its
+last row are rows of the next expert, for columns that are not stored.
 
 The routed rows of a tile are one power of two, the wide part, or that and a smaller one, the narrow part: 144 are
 128 + 16. Tiles are often of 1.1 times a power of two, because the rows of an expert scatter about their mean.
@@ -12,26 +14,14 @@ The routed rows of a tile are one power of two, the wide part, or that and a sma
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from epfuse.stages.sm90_gemm import (
-    copy_rows,
-    group_layout,
-    powers,
-    register_operand,
-    row_copy_layout,
-    row_pointers,
-    tile_of,
-    wait_for_previous_kernel,
-)
+from epfuse.stages.sm90_gemm import group_layout, powers, register_operand, tile_of, wait_for_previous_kernel
 
-PRODUCER_THREADS = gl.constexpr(128)
 PANEL = gl.constexpr(64)  # weight rows of a consumer
 CONSUMERS = gl.constexpr(3)
 
@@ -85,19 +75,17 @@ def make_rings(
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr):
-    """Per stage: weights and every producer thread's copies have arrived; all consumers are through with it."""
+    """Per stage: weights and rows have arrived; all consumers are through with it."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=PRODUCER_THREADS + 1)
+        mbarrier.init(full.index(stage), count=2)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     return full, empty
 
 
 @gluon.jit
-def fetch_weights(
-    w, panels, full, stage, panel, step, K_PADDED, BLOCK_K: gl.constexpr
-):  # fmt: skip
+def fetch_weights(w, panels, full, stage, panel, step, K_PADDED, BLOCK_K: gl.constexpr):
     """Start the copies of one stage of weights, a panel each."""
     LINES: gl.constexpr = PANEL * BLOCK_K // 128  # lines of 128 bytes that a panel has in a stage
     mbarrier.expect(full.index(stage), CONSUMERS * PANEL * BLOCK_K)
@@ -107,57 +95,56 @@ def fetch_weights(
 
 
 @gluon.jit
-def route_pointers(
-    x, block_routes, K, ROUTES_PER_ROW: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr, R
-):  # fmt: skip
-    """Pointers to the ROWS rows of x whose routes are at block_routes, and which of them are no padding."""
-    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
-    routes = gl.load(block_routes + gl.arange(0, ROWS, layout=gl.SliceLayout(1, copy_layout)))
-    return row_pointers(x, (routes // ROUTES_PER_ROW).to(gl.int64) * K, BLOCK_K), routes < R
+def fetch_rows(
+    x_wide, x_narrow, wide, narrow, full, stage, row, has_narrow, step, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr
+):
+    """Start the copies of one stage of rows; the narrow part only if it has a row."""
+    WIDE: gl.constexpr = wide_part(BLOCK_M)
+    if has_narrow:
+        mbarrier.expect(full.index(stage), BLOCK_M * BLOCK_K * 2)
+        tma.async_copy_global_to_shared(x_narrow, [row + WIDE, step * BLOCK_K], full.index(stage), narrow.index(stage))
+    else:
+        mbarrier.expect(full.index(stage), WIDE * BLOCK_K * 2)
+    tma.async_copy_global_to_shared(x_wide, [row, step * BLOCK_K], full.index(stage), wide.index(stage))
 
 
 @gluon.jit
 def produce(
-    x, w, sorted_routes, block_expert, m_blocks, n_blocks, wide, narrow, panels, full, empty,
-    R, K, K_PADDED, PANELS,
-    ROUTES_PER_ROW: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, EVEN_K: gl.constexpr, WAIT: gl.constexpr,
+    x_wide, x_narrow, w, sorted_routes, block_expert, block_row, m_blocks, n_blocks,
+    wide, narrow, panels, full, empty,
+    R, K_PADDED, PANELS,
+    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy every stage of every tile of this program; routed row r is row ``r // ROUTES_PER_ROW`` of x.
+    """Copy every stage of every tile of this program.
 
-    w is a descriptor of the codes as lines of 128 bytes. Past a matrix's last panel the next one's (or nothing) is
-    copied, for rows that are not stored.
+    The first weights are fetched before the kernel before, which makes the rows, has finished.
+
+    Args:
+        x_wide, x_narrow: descriptors of the rows ``[rows, K]``, a part at a time; past K they read as zeros.
+        w: descriptor of the codes as lines of 128 bytes. Past a matrix's last panel the next one's (or nothing) is
+            copied, for rows that are not stored.
     """
     WIDE: gl.constexpr = wide_part(BLOCK_M)
-    NARROW: gl.constexpr = BLOCK_M - WIDE
     steps = K_PADDED // BLOCK_K
     done = 0
-    early = 0  # stages whose weights were fetched before the kernel before had finished
+    early = gl.minimum(steps, STAGES)
     for tile in range(gl.program_id(0), m_blocks * n_blocks, gl.num_programs(0)):
         m, n = tile_of(tile, m_blocks, n_blocks, GROUP_M)
         panel = gl.load(block_expert + m) * PANELS + n * CONSUMERS
-        block_routes = sorted_routes + m * BLOCK_M
-        x_ptrs, live = route_pointers(x, block_routes, K, ROUTES_PER_ROW, WIDE, BLOCK_K, R)
-        if NARROW > 0:
-            has_narrow = gl.load(block_routes + WIDE) < R
-            more_ptrs, more_live = route_pointers(x, block_routes + WIDE, K, ROUTES_PER_ROW, NARROW, BLOCK_K, R)
-        if WAIT:
-            if done == 0:
-                early = gl.minimum(steps, STAGES)
-                for step in range(0, early):
-                    fetch_weights(w, panels, full, step, panel, step, K_PADDED, BLOCK_K)
-                wait_for_previous_kernel()
+        row = gl.load(block_row + m)
+        has_narrow = False
+        if WIDE < BLOCK_M:
+            has_narrow = gl.load(sorted_routes + m * BLOCK_M + WIDE) < R
+        if done == 0:
+            for step in range(0, early):
+                fetch_weights(w, panels, full, step, panel, step, K_PADDED, BLOCK_K)
+            wait_for_previous_kernel()
         for step in range(0, steps):
             stage = done % STAGES
             mbarrier.wait(empty.index(stage), (done // STAGES + 1) & 1)
             if done >= early:
                 fetch_weights(w, panels, full, stage, panel, step, K_PADDED, BLOCK_K)
-            copy_rows(wide.index(stage), x_ptrs, live, step * BLOCK_K, K, EVEN_K)
-            if NARROW > 0:
-                if has_narrow:
-                    copy_rows(narrow.index(stage), more_ptrs, more_live, step * BLOCK_K, K, EVEN_K)
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            fetch_rows(x_wide, x_narrow, wide, narrow, full, stage, row, has_narrow, step, BLOCK_M, BLOCK_K)
             done += 1
 
 
@@ -187,7 +174,6 @@ def multiply(
     for step in range(0, steps):
         stage = done % STAGES
         mbarrier.wait(full.index(stage), (done // STAGES) & 1)
-        fence_async_shared()
         words = next_words
         next_words = second_words
         second_words = gl.load(s_ptrs + gl.minimum(step + 2, steps - 1) * PANEL)

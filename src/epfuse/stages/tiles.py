@@ -85,11 +85,9 @@ class Sm90PersistentTile(GemmTile):
 
     Args:
         parts: parts of a K step that weights are dequantised in.
-        guess_bytes: as of Sm90Tile.
     """
 
     parts: int = 2
-    guess_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,10 @@ class LayerTiles:
     """Tiles of one layer call.
 
     Args:
-        block_m: rows of a block, a power of two, at least 16; with Hopper tiles at least 8. With persistent tiles for
-            both GEMMs also the sum of two powers of two, the smaller one at least 8.
+        block_m: rows of a block, a power of two, at least 16; with Hopper tiles at least 8. With persistent tiles also
+            the sum of two powers of two, the smaller one at least 8.
         gate_up: tile of the first GEMM.
-        down: tile of the second GEMM.
+        down: tile of the second GEMM; persistent if the first one is, because their rows lie packed.
     """
 
     block_m: int
@@ -111,9 +109,9 @@ class LayerTiles:
         hopper = (Sm90Tile, Sm90PersistentTile)
         both = (self.gate_up, self.down)
         least = 8 if all(isinstance(tile, hopper) for tile in both) else 16
-        allowed, what = 1, "a power of two"
-        if all(isinstance(tile, Sm90PersistentTile) for tile in both):
-            allowed, what = 2, "the sum of at most two powers of two"
+        if len({isinstance(tile, Sm90PersistentTile) for tile in both}) > 1:
+            raise ConfigError(f"tiles {self.key}: both stages take a persistent tile, or neither")
+        allowed, what = (2, "the sum of at most two powers of two") if self.packed else (1, "a power of two")
         lowest = self.block_m & -self.block_m
         if lowest < least or self.block_m.bit_count() > allowed:
             raise ConfigError(f"block_m is {self.block_m}; it must be {what}, none below {least}")
@@ -126,6 +124,11 @@ class LayerTiles:
                         raise ConfigError(f"{name}.{size} is {value}; a persistent tile's is {PERSISTENT_BLOCK_N}")
                 elif value < 16 or value & (value - 1):
                     raise ConfigError(f"{name}.{size} is {value}; it must be a power of two, at least 16")
+
+    @property
+    def packed(self) -> bool:
+        """Whether the routed rows are gathered first and lie packed until down."""
+        return isinstance(self.gate_up, Sm90PersistentTile)
 
     @property
     def key(self) -> str:

@@ -107,9 +107,9 @@ class DeviceBench:
         shape = self.layer_sizes.shape
         results, expected = [], []
         for inputs, output in zip(self._stages, measured.outputs, strict=True):
-            rows = inputs.local_rows()
-            results.append(output[rows])
-            expected.append((inputs.gate_up if stage is Stage.GATE_UP else inputs.down)[rows].double())
+            right = inputs.gate_up if stage is Stage.GATE_UP else inputs.down
+            results.append(inputs.rows_of(output, stage, tile))
+            expected.append(right[inputs.local_routes].double())
         tolerance = dense_tolerance(torch.bfloat16, shape.hidden, shape.intermediate)
         return Timed(measured.timing.median_us, _fault(results, expected, tolerance, "tiles that are right"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -12,7 +13,8 @@ from epfuse.config import Combine, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.policy.kernels import FP8_PATHS
-from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
+from epfuse.stages.route.reference import local_experts
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.tuning.schema import Stage
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
 from epfuse.weights.experts import ExpertWeights
@@ -51,7 +53,8 @@ class StageInputs:
         topk_ids: ``[T, K]``.
         slots: ``[E]`` int32, local slot or -1.
         activation: of the experts.
-        gate_up: what gate_up makes: ``[R, I]``, or ``[R, 2I]`` before the activation on the paths with FP8 rows.
+        gate_up: what gate_up makes, a row per route: ``[R, I]``, or ``[R, 2I]`` before the activation on the paths with
+            FP8 rows.
         down: what down makes: ``[R, H]``.
     """
 
@@ -84,13 +87,24 @@ class StageInputs:
         slots = expert_map.on(hidden.device)
         bare = cls(path, form, weights, hidden, topk_weights, topk_ids, slots, activation, nothing, nothing)
         gate_up = bare.bind(Stage.GATE_UP, tiles.block_m, tiles.gate_up)()
+        if tiles.packed:
+            packed, gate_up = gate_up, torch.empty_like(gate_up)
+            gate_up[bare.local_routes] = packed[: bare.local_routes.numel()]
         half = cls(path, form, weights, hidden, topk_weights, topk_ids, slots, activation, gate_up, nothing)
         down = half.bind(Stage.DOWN, tiles.block_m, tiles.down)()
         return cls(path, form, weights, hidden, topk_weights, topk_ids, slots, activation, gate_up, down)
 
-    def local_rows(self) -> torch.Tensor:
-        """Mask over R: the routes whose rows are written."""
-        return self.slots[self.topk_ids.flatten().long()] >= 0
+    @cached_property
+    def local_routes(self) -> torch.Tensor:
+        """The local routes in the route table's order, which does not depend on how it is cut into blocks."""
+        slots = local_experts(self.topk_ids, self.slots)
+        return torch.argsort(torch.where(slots >= 0, slots, slots.max() + 1), stable=True)[: int((slots >= 0).sum())]
+
+    def rows_of(self, output: torch.Tensor, stage: Stage, tile: GemmTile) -> torch.Tensor:
+        """The rows of the local routes in a stage's output, in the order of `local_routes`."""
+        if stage is Stage.GATE_UP and isinstance(tile, Sm90PersistentTile):
+            return output[: self.local_routes.numel()]
+        return output[self.local_routes]
 
     def bind(self, stage: Stage, block_m: int, tile: GemmTile) -> Callable[[], torch.Tensor]:
         """A call of one stage, with its routes sorted and its rows quantised beforehand."""
@@ -109,14 +123,23 @@ class StageInputs:
         assert not isinstance(w13, BlockFP8)
         assert not isinstance(w2, BlockFP8)
         top_k = self.topk_ids.shape[1]
+        x, y = self.hidden, self.gate_up
+        if isinstance(tile, Sm90PersistentTile):
+            from epfuse.stages.gather.launch import launch_gather
+
+            if stage is Stage.GATE_UP:
+                x = launch_gather(self.hidden, routes, top_k)
+            else:
+                y = torch.empty_like(self.gate_up)
+                y[: self.local_routes.numel()] = self.gate_up[self.local_routes]
 
         def gate_up() -> torch.Tensor:
             _clear(routes.arrivals, tile)
-            return launch_gate_up(self.hidden, w13, routes, top_k, self.activation, tile)
+            return launch_gate_up(x, w13, routes, top_k, self.activation, tile)
 
         def down() -> torch.Tensor:
             _clear(routes.arrivals, tile)
-            return launch_down(self.gate_up, w2, routes, self.topk_weights, tile)
+            return launch_down(y, w2, routes, self.topk_weights, tile)
 
         return gate_up if stage is Stage.GATE_UP else down
 

@@ -57,7 +57,6 @@ class Sm90PersistentEntry(PortableEntry):
 
     kind: Literal["sm90_persistent"] = "sm90_persistent"  # type: ignore[assignment]
     parts: Annotated[int, Field(ge=1)] = 2
-    guess_bytes: Annotated[int, Field(ge=0, multiple_of=16)] = 0
 
     def tile(self) -> GemmTile:
         return Sm90PersistentTile(**self.model_dump(exclude={"kind"}))

@@ -17,7 +17,6 @@ from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Ti
 from epfuse.tuning.schema import Row, Stage, entry_of
 from epfuse.tuning.space import GUESSES
 
-HOPPER = (Sm90Tile, Sm90PersistentTile)
 BEST_OF_STAGE = 3
 """Tiles of a stage that go into whole calls."""
 CALLS = 5
@@ -243,9 +242,10 @@ def _calls(plan: Plan, best: dict[tuple[Stage, int], list[_Best]]) -> list[tuple
         pairs = [
             (first.microseconds + second.microseconds, LayerTiles(block_m, first.tile, second.tile))
             for first, second in product(best[Stage.GATE_UP, block_m], best[Stage.DOWN, block_m])
+            if isinstance(first.tile, Sm90PersistentTile) == isinstance(second.tile, Sm90PersistentTile)
         ]
         chosen = sorted(pairs, key=lambda pair: pair[0])[:CALLS]
-        if chosen and isinstance(chosen[0][1].gate_up, HOPPER):
+        if chosen and isinstance(chosen[0][1].gate_up, Sm90Tile):
             total, tiles = chosen[0]
             chosen += [(total, replace(tiles, gate_up=_guessing(tiles.gate_up, guess))) for guess in GUESSES]
         found += chosen
@@ -254,7 +254,7 @@ def _calls(plan: Plan, best: dict[tuple[Stage, int], list[_Best]]) -> list[tuple
 
 def _guessing(tile: GemmTile, guess_bytes: int) -> GemmTile:
     """The tile with another guess, where its kernel makes any; stages are timed alone without."""
-    return replace(tile, guess_bytes=guess_bytes) if isinstance(tile, HOPPER) else tile
+    return replace(tile, guess_bytes=guess_bytes) if isinstance(tile, Sm90Tile) else tile
 
 
 def without(plan: Plan, unfit: Collection[tuple[Stage, int, GemmTile]]) -> Plan:

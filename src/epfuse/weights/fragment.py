@@ -148,8 +148,11 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def weave(codes: torch.Tensor) -> torch.Tensor:
-    """Byte pairs (second, first) -> half words with the first code in bits 15 and 10 to 4, the second in 11, 14 to 12
-    and 3 to 0; sign, upper and lower bits."""
+    """Byte pairs (second, first) -> half words that hold both codes, as the kernels' masks take them apart.
+
+    The first code's sign is bit 15 and the rest of it bits 10 to 4; the second one's sign is bit 11, its upper bits are
+    14 to 12 and its lower ones 3 to 0.
+    """
     second, first = codes[..., 0::2], codes[..., 1::2]
     low = ((first & 0x0F) << 4) | (second & 0x0F)
     high = (first & 0x80) | (second & 0x70) | ((second & 0x80) >> 4) | ((first & 0x70) >> 4)

@@ -10,7 +10,15 @@ import torch
 
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
 if not HAVE_VLLM:
-    collect_ignore = ["patch/test_real_vllm.py", "test_apply.py", "test_layer.py", "test_versions.py"]
+    collect_ignore = [
+        "patch/test_real_vllm.py",
+        "test_apply.py",
+        "test_layer.py",
+        "test_refusals.py",
+        "test_uninstall.py",
+        "test_versions.py",
+        "test_vllm_on_gpu.py",
+    ]
 elif not torch.cuda.is_available():
     # vLLM then keeps Triton although no driver is active, and the interpreter can run its kernels
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     compressed_tensors_moe_w8a8_mxfp8,
 )
 from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8Config
+from vllm.model_executor.layers.quantization.online import fp8  # noqa: F401  (asks the platform when it is imported)
 
 from epfuse.integrations.vllm import versions
 from epfuse.integrations.vllm.layer import EpfuseRoutedExperts
@@ -52,6 +53,9 @@ class Deployment:
     all2all: str = "allgather_reducescatter"
     dtype: torch.dtype = torch.bfloat16
     device: str = "meta"
+    bias: bool = False
+    fused_shared_experts: int = 0
+    weights_input: bool = False
 
     def but(self, **changes: Any) -> Deployment:
         return replace(self, **changes)
@@ -107,6 +111,7 @@ def moe_config(deployment: Deployment) -> FusedMoEConfig:
         in_dtype=deployment.dtype,
         moe_backend=deployment.backend,
         is_lora_enabled=deployment.lora,
+        has_bias=deployment.bias,
         swiglu_limit=deployment.limit,
         swiglu_alpha=deployment.alpha,
         swiglu_beta=deployment.beta,
@@ -141,6 +146,8 @@ def build(deployment: Deployment, monkeypatch, layer_cls: type = EpfuseRoutedExp
         placement_strategy="linear",
         enable_eplb=deployment.eplb,
     )
+    # set afterwards: the manager would make AITER's mask on a GPU
+    manager.num_fused_shared_experts = deployment.fused_shared_experts
     with planning_for(deployment.target), torch.device(deployment.device):
         return layer_cls(
             NAME,
@@ -151,4 +158,5 @@ def build(deployment: Deployment, monkeypatch, layer_cls: type = EpfuseRoutedExp
             swiglu_limit=deployment.limit,
             swiglu_alpha=deployment.alpha,
             swiglu_beta=deployment.beta,
+            apply_router_weight_on_input=deployment.weights_input,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from epfuse.config import Path, Policy
@@ -40,13 +39,38 @@ def test_auto_takes_minimax_m3(quantization, target, monkeypatch):
         {"ep_size": 1},
         {"hidden": 4096},
         {"activation": "silu", "alpha": None, "beta": None, "limit": None},
-        {"target": Target.GFX950},
+        {"hidden": 4096, "quantization": None},
+        {"hidden": 2880, "quantization": None},
+        {"hidden": 2944, "quantization": None, "target": Target.SM90},
         {"max_model_len": 4096},
     ],
     ids=str,
 )
 def test_auto_takes_other_shapes(changes, monkeypatch):
     assert experts_of(M3_EP8.but(**changes), monkeypatch) is EpfuseExperts
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"target": Target.GFX950}, "faster than Mxfp8NativeTritonExperts on gfx950"),
+        ({"target": Target.GFX950, "quantization": None}, "faster than TritonExperts on gfx950"),
+        ({"hidden": 2880, "quantization": None, "target": Target.SM90}, "no multiples of 128"),
+    ],
+    ids=str,
+)
+def test_auto_leaves_what_it_is_not_known_to_be_faster_at(changes, reason, monkeypatch):
+    from epfuse.integrations.vllm import layer
+
+    said = []
+    monkeypatch.setattr(layer, "_said", set())
+    monkeypatch.setattr(layer.log, "info", lambda form, *args: said.append(form % args))
+    deployment = M3_EP8.but(**changes)
+    own = vllms_own(deployment, monkeypatch)
+    assert experts_of(deployment, monkeypatch) is own
+    assert len(said) == 1
+    assert said[0].startswith(f"epfuse leaves experts to vLLM's {own.__name__}: ")
+    assert reason in said[0]
 
 
 @pytest.mark.parametrize("max_model_len", [4096, 9472])
@@ -74,36 +98,6 @@ def test_the_seed_takes_the_profiled_layer(max_model_len, monkeypatch):
 def test_the_seed_leaves_everything_else(changes, monkeypatch):
     deployment = M3_EP8.but(**changes)
     assert experts_of(deployment, monkeypatch, Policy.SEED_1782) is vllms_own(deployment, monkeypatch)
-
-
-@pytest.mark.parametrize("policy", Policy)
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"backend": "triton", "quantization": None},
-        {"backend": "marlin", "target": Target.SM90},
-        {"lora": True, "quantization": None},
-        {"eplb": True, "quantization": None},
-        {"dp_size": 2},
-        {"activation": "swigluoai", "quantization": None},
-        {"dtype": torch.float16, "quantization": None},
-    ],
-    ids=str,
-)
-def test_both_policies_leave_what_is_refused(changes, policy, monkeypatch):
-    deployment = M3_EP8.but(**changes)
-    assert experts_of(deployment, monkeypatch, policy) is vllms_own(deployment, monkeypatch)
-
-
-@pytest.mark.parametrize("policy", Policy)
-def test_the_aiter_mask_is_refused_where_it_reaches_every_class(policy, monkeypatch):
-    from vllm._aiter_ops import rocm_aiter_ops
-
-    from epfuse.integrations.vllm import versions
-
-    monkeypatch.setattr(rocm_aiter_ops, "is_fused_moe_enabled", lambda: True)
-    taken = experts_of(M3_EP8, monkeypatch, policy) is EpfuseExperts
-    assert taken == versions._has_per_kernel_map()
 
 
 def test_the_answer_is_logged_once(monkeypatch):
@@ -149,11 +143,3 @@ def test_the_plan_of_the_seed_at_short_context_keeps_both_formats(monkeypatch):
 def test_vllms_own_support_check_has_a_say(monkeypatch):
     monkeypatch.setattr(EpfuseExperts, "_supports_shape", staticmethod(lambda hidden: False))
     assert experts_of(M3_EP8, monkeypatch) is vllms_own(M3_EP8, monkeypatch)
-
-
-def test_batch_invariance_is_left_to_vllm(monkeypatch):
-    import vllm.envs
-
-    monkeypatch.setattr(vllm.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
-    deployment = M3_EP8.but(quantization=None)
-    assert experts_of(deployment, monkeypatch) is vllms_own(deployment, monkeypatch)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import enum
+import importlib.metadata
+import importlib.util
+
 import pytest
+import vllm.platforms
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -10,7 +15,10 @@ from epfuse.integrations.vllm import explain, layer, plugin, releases
 from epfuse.integrations.vllm.layer import EpfuseRoutedExperts
 from epfuse.policy import Checkpoint
 from epfuse.target import Target
-from tests.integrations.vllm.deployments import M3_EP8, build
+from epfuse.weights.model_config import MINIMAX_M3
+from tests.integrations.vllm.deployments import M3_EP8, build, moe_config
+
+GEMM_KINDS = ("dense", "indexed", "grouped_contiguous", "grouped_masked")
 
 
 @pytest.fixture
@@ -60,3 +68,19 @@ def test_explain_knows_what_vllm_chooses(checkpoint, target, monkeypatch):
     own = build(M3_EP8.but(target=target, quantization=quantization), monkeypatch, RoutedExperts)
     known = explain.OWN_EXPERTS[releases.installed()][target, checkpoint]
     assert own.quant_method.experts_cls.__name__ == known.name
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_explain_knows_what_vllm_chooses_where_humming_is_installed(spread, monkeypatch):
+    from vllm.model_executor.layers.fused_moe.experts import fused_humming_moe
+    from vllm.model_executor.layers.fused_moe.oracle.mxfp8 import select_mxfp8_moe_backend
+
+    monkeypatch.setattr(fused_humming_moe, "has_humming", lambda: True)
+    if importlib.util.find_spec("vllm.utils.humming"):  # humming's own names, which are not here
+        kinds = enum.Enum("GemmType", {kind.upper(): kind for kind in GEMM_KINDS})
+        monkeypatch.setitem(vars(importlib.import_module("vllm.utils.humming")), "GemmType", kinds)
+    vllm.platforms._current_platform.become(Target.SM90)
+    _, own = select_mxfp8_moe_backend(moe_config(M3_EP8.but(target=Target.SM90, ep_size=8 if spread else 1)))
+    serving = explain.Deployment(Target.SM90, releases.installed(), 8, spread, 9472)
+    assert own.__name__ == explain.own_experts(MINIMAX_M3, serving).name
+    assert any(name.startswith("humming") for name in importlib.metadata.requires("vllm"))

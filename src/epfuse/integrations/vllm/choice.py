@@ -74,6 +74,7 @@ def ask_policy(facts: LayerFacts, policy: Policy) -> LayerPlan:
         checkpoint=facts.checkpoint,
         shared_experts=facts.shared_experts,
         tp_size=facts.tp_size,
+        rival=facts.own_experts,
     )
     plan = plan_layer(request, policy)
     if policy is Policy.AUTO and plan.storage is Storage.HYBRID:

@@ -12,10 +12,12 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from epfuse.api import fused_experts
+from epfuse.config import Path
 from epfuse.errors import ConfigError
 from epfuse.integrations.vllm import versions
 from epfuse.integrations.vllm.load import LoadedLayer, Parameters, load_layer
 from epfuse.policy import Checkpoint, LayerPlan, Storage
+from epfuse.scratch import Scratch, scratch_size
 
 
 class EpfuseExperts(mk.FusedMoEExpertsModular):
@@ -37,7 +39,9 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_current_device() -> bool:
-        return bool(current_platform.is_cuda_alike())  # which GPU it is, `refusals.py` asks
+        return bool(
+            current_platform.is_cuda_alike() or current_platform.is_cpu()
+        )  # which GPU it is, `refusals.py` asks
 
     @staticmethod
     def _supports_no_act_and_mul() -> bool:
@@ -69,8 +73,13 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         activation: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """No workspaces of vLLM's; what a call needs comes from torch's allocator, in a graph from its pool."""
-        return (0,), (0,), (M, K)
+        """Enough for every path that the layer's plan has, so that the sizes only grow with ``M``.
+
+        ``workspace13``, which ``output`` may be a part of, is `Scratch.y`; ``workspace2`` is `Scratch.routed`.
+        """
+        paths = (Path.AUTO,) if self._loaded is None else self._loaded.paths
+        sizes = [scratch_size(path, 1, topk, K, N // 2) for path in paths]
+        return (M, max(size.y for size in sizes)), (M, max(size.routed for size in sizes)), (M, K)
 
     def load(self, layer: Any, plan: LayerPlan) -> None:
         """Take over a layer's weights, in their own memory where the plan keeps MXFP8.
@@ -126,7 +135,7 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
     ) -> None:
         """Write ``[T, H]``: the weighted sum of every token's local routes, zero where it has none.
 
-        ``output`` may be a part of ``workspace13``; neither workspace is used.
+        ``output`` may be a part of ``workspace13``: the rows that lie there are dead when it is written.
 
         Raises:
             ConfigError: the weights were never loaded, or vLLM calls for what was refused when the layer was built.
@@ -151,6 +160,7 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
             activation=loaded.activation,
             path=loaded.path(hidden_states.shape[0]),
             out=output,
+            scratch=Scratch(workspace13, workspace2),
         )
 
 

@@ -29,9 +29,9 @@ class OwnExperts:
 
 _EMULATION = OwnExperts("Mxfp8EmulationTritonExperts", "MXFP8 weights become BF16 at load: twice the memory.")
 _NATIVE = OwnExperts("Mxfp8NativeTritonExperts", "MXFP8 weights and activations, multiplied by the matrix cores.")
-_MARLIN = OwnExperts(
-    "MarlinExperts", "MXFP8 weights, dequantised in registers (vLLM 0.33 with humming installed: humming's)."
-)
+_MARLIN = OwnExperts("MarlinExperts", "MXFP8 weights, dequantised in registers.")
+_HUMMING_GROUPED = OwnExperts("HummingGroupedExperts", "MXFP8 weights, dequantised in registers, routes grouped first.")
+_HUMMING_INDEXED = OwnExperts("HummingIndexedExperts", "MXFP8 weights, dequantised in registers.")
 _TRITON = OwnExperts("TritonExperts", "BF16 weights, in two GEMMs with the activation between them.")
 _CHOICES = {
     (Target.GFX942, Checkpoint.MXFP8): _EMULATION,
@@ -41,8 +41,27 @@ _CHOICES = {
     (Target.GFX950, Checkpoint.BF16): _TRITON,
     (Target.SM90, Checkpoint.BF16): _TRITON,
 }
-OWN_EXPERTS = {"0.25.1": _CHOICES, "0.33.0": _CHOICES}
+OWN_EXPERTS = {"0.25.1": _CHOICES, "0.32.0": _CHOICES, "0.33.0": _CHOICES}
 """vLLM release -> its choice for MiniMax-M3 without AITER and humming; tested against vLLM's own code."""
+_HUMMING = {True: _HUMMING_GROUPED, False: _HUMMING_INDEXED}
+WITH_HUMMING = {"0.32.0": _HUMMING, "0.33.0": _HUMMING}
+"""Releases that require humming and prefer it to Marlin -> whether experts are spread over ranks -> their choice."""
+
+
+def own_experts(model: ExpertModel, deployment: Deployment) -> OwnExperts:
+    """What vLLM chooses by itself, installed as its wheel asks for.
+
+    Raises:
+        ConfigError: nothing is known of this release, GPU and checkpoint.
+    """
+    own = OWN_EXPERTS.get(deployment.release, {}).get((deployment.target, model.checkpoint))
+    if own is None:
+        raise ConfigError(
+            f"what vLLM {deployment.release} chooses for {model.checkpoint.value} experts on {deployment.target.value}"
+            f" is not known; known are {', '.join(OWN_EXPERTS)} with mxfp8 and bf16 on gfx942, gfx950 and sm_90"
+        )
+    humming = WITH_HUMMING.get(deployment.release)
+    return humming[deployment.expert_parallel] if own is _MARLIN and humming is not None else own
 
 
 @dataclass(frozen=True)
@@ -118,12 +137,7 @@ def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = 
     Raises:
         ConfigError: the experts can't be spread so, or nothing is known of this release, GPU and checkpoint.
     """
-    own = OWN_EXPERTS.get(deployment.release, {}).get((deployment.target, model.checkpoint))
-    if own is None:
-        raise ConfigError(
-            f"what vLLM {deployment.release} chooses for {model.checkpoint.value} experts on {deployment.target.value}"
-            f" is not known; known are {', '.join(OWN_EXPERTS)} with mxfp8 and bf16 on gfx942, gfx950 and sm_90"
-        )
+    own = own_experts(model, deployment)
     groups: list[LayerGroup] = []
     for layer in model.moe_layers:
         choice = choose(facts(model, deployment, own, layer), policy)

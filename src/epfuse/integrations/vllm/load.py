@@ -62,6 +62,11 @@ class LoadedLayer:
                 " EP) are not supported"
             )
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All that calls can take, whatever their token count."""
+        return tuple({part.decision.path: None for part in self.plan.ranges})
+
     def path(self, tokens: int) -> Path:
         """What runs a call with ``tokens`` tokens."""
         return self.plan.at(tokens).path

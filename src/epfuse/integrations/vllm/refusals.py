@@ -27,8 +27,8 @@ REFUSALS = (
         lambda facts: f"--moe-backend {facts.asked_backend} was asked for, and the user's choice wins.",
     ),
     Refusal(
-        lambda facts: facts.target is None or not facts.target.is_gpu,
-        lambda facts: "epfuse has kernels for gfx942, gfx950 and sm_90, and this device is none of them.",
+        lambda facts: facts.target is None,
+        lambda facts: "epfuse runs on gfx942, gfx950, sm_90 and the CPU, and this device is none of them.",
     ),
     Refusal(
         lambda facts: facts.checkpoint is None,

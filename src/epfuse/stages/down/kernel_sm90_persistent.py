@@ -77,12 +77,12 @@ def consume(
 
 @gluon.jit(do_not_specialize=["R"])
 def down_sm90_persistent_kernel(
-    y, w2_lines, w2_scale, topk_weights, out, sorted_routes, block_expert, num_padded,
-    R, H, I, I_PADDED, PANELS,
+    y_wide, y_narrow, w2_lines, w2_scale, topk_weights, out, sorted_routes, block_expert, block_row, num_padded,
+    R, H, I_PADDED, PANELS,
     BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, EVEN_K: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As down_sm90_kernel; each program takes every num_programs-th tile."""
+    """As down_sm90_kernel, for rows that lie packed in the table's order; the results lie by route."""
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_blocks = (PANELS + CONSUMERS - 1) // CONSUMERS
@@ -100,9 +100,9 @@ def down_sm90_persistent_kernel(
             (consume, (args, 0, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
             (consume, (args, 1, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
             (consume, (args, 2, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
-            (produce, (y, w2_lines, sorted_routes, block_expert, m_blocks, n_blocks, wide, narrow, panels, full, empty,
-                       R, I, I_PADDED, PANELS, 1, BLOCK_M, BLOCK_K, GROUP_M, STAGES, EVEN_K, True)),
+            (produce, (y_wide, y_narrow, w2_lines, sorted_routes, block_expert, block_row, m_blocks, n_blocks,
+                       wide, narrow, panels, full, empty, R, I_PADDED, PANELS, BLOCK_M, BLOCK_K, GROUP_M, STAGES)),
         ],
-        [4, 4, 4],
-        [152, 152, 56],  # registers of the partitions but the first, which gets the rest
+        [4, 4, 1],
+        [160, 160, 32],  # registers of the partitions but the first, which gets the rest
     )  # fmt: skip

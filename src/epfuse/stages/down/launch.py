@@ -25,7 +25,8 @@ def launch_down(
     """Apply the down weights, then the router weight in FP32, then round once.
 
     Args:
-        y: ``[R, I]`` contiguous; only rows of local routes are read; bf16 with MXFP8 weights.
+        y: ``[R, I]`` contiguous, from `launch_gate_up`; only rows of local routes count; bf16 with MXFP8 weights. Row r
+            is of route r; for a persistent tile the rows lie packed.
         w2: ``[L, H, I]``: dense in y's dtype, MXFP8 (dequantised in registers; scales in ROWS layout), or MXFP8 in
             fragment order with rows in order PLAIN (Hopper).
         routes: RouteTable of this call.
@@ -83,21 +84,35 @@ def launch_sm90(
     """`launch_down` with a Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
     from epfuse.stages.down.kernel_sm90 import down_sm90_kernel
     from epfuse.stages.down.kernel_sm90_persistent import down_sm90_persistent_kernel
-    from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums, weight_lines
+    from epfuse.stages.sm90_launch import constants, operand_of, row_parts, row_tiles, shared_sums, weight_lines
 
     hidden, intermediate = out.shape[1], y.shape[1]
     w = operand_of(w2, hidden)
     tiles = row_tiles(w, routes, tile)
-    table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
-    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels)
-    options = constants(w, routes, tile, intermediate)
+    options = constants(routes, tile)
     if isinstance(tile, Sm90PersistentTile):
         assert isinstance(w2, FragmentMXFP8)
-        lines = weight_lines(w2, tile.block_k)
         down_sm90_persistent_kernel[(min(tiles, compute_units(y.device)),)](
-            y, lines, w.scales, topk_weights, out, *table, *sizes, **options
+            *row_parts(y, routes, tile.block_k),
+            weight_lines(w2, tile.block_k),
+            w.scales,
+            topk_weights,
+            out,
+            routes.sorted_routes,
+            routes.block_expert,
+            routes.block_row,
+            routes.num_padded,
+            routes.num_routes,
+            hidden,
+            w.columns,
+            w.panels,
+            PARTS=tile.parts,
+            **options,
         )
         return
+    table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
+    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels)
+    options |= {"BLOCK_N": tile.block_n, "EVEN_K": intermediate == w.columns}
     shares = shared_sums(tile, tiles, routes, slice(-tiles, None))
     down_sm90_kernel[(tiles * tile.split_k,)](
         y, w.weights, w.scales, topk_weights, out, *table, *shares, *sizes, SPLIT_K=tile.split_k, **options

@@ -8,7 +8,6 @@ from epfuse.stages.sm90_gemm import (
     fragment_pointers,
     fragment_scale_pointers,
     let_next_kernel_start,
-    power_from,
     row_copy_layout,
     row_pointers,
     row_store_layout,
@@ -41,7 +40,7 @@ def guess_weights(
         n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
         expert, n = tile_of(gl.program_id(0), LOCAL, n_blocks, GROUP_M)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        row = gl.arange(0, power_from(BLOCK_N), layout=layout)
+        row = gl.arange(0, BLOCK_N, layout=layout)
         if DENSE:
             output = gl.minimum(n * (BLOCK_N // 2) + row // 16 * 8 + row % 8, I - 1)
             source = expert.to(gl.int64) * 2 * I + output + (row // 8 % 2) * I
@@ -52,8 +51,11 @@ def guess_weights(
 
 
 @gluon.jit
-def store_swiglu(acc, out, block_routes, first_output, R, I, alpha, beta, limit):
-    """Activate accumulators [rows, columns], 8 gate rows and their 8 up rows in turn, and store [columns, rows / 2]."""
+def store_swiglu(acc, out, block_routes, first_row, first_output, R, I, alpha, beta, limit):
+    """Activate accumulators [rows, columns], 8 gate rows and their 8 up rows in turn, and store [columns, rows / 2].
+
+    A column's row of out is its route, or with first_row the columns take rows from there on.
+    """
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
     # the rounding point of the unfused path: accumulators are stored in the activations' dtype
@@ -64,7 +66,10 @@ def store_swiglu(acc, out, block_routes, first_output, R, I, alpha, beta, limit)
     result = gl.convert_layout(y, layout)
     outputs = first_output + gl.arange(0, ROWS // 2, layout=gl.SliceLayout(1, layout))
     routes = gl.load(block_routes + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)))
-    where = routes.to(gl.int64)[None, :] * I + outputs[:, None]
+    rows = routes
+    if first_row is not None:
+        rows = first_row + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    where = rows.to(gl.int64)[None, :] * I + outputs[:, None]
     gl.store(out + where, result, mask=(routes < R)[None, :] & (outputs < I)[:, None])
 
 
@@ -101,7 +106,7 @@ def gate_up_tile(
     if SPLIT_K > 1:
         acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
     if last:
-        store_swiglu(acc, out, block_routes, n * (BLOCK_N // 2), R, I, alpha, beta, limit)
+        store_swiglu(acc, out, block_routes, None, n * (BLOCK_N // 2), R, I, alpha, beta, limit)
 
 
 @gluon.jit(do_not_specialize=["R"])

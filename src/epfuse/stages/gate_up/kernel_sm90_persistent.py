@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from epfuse.stages.gate_up.kernel_sm90 import guess_weights, store_swiglu
+from epfuse.stages.gate_up.kernel_sm90 import store_swiglu
 from epfuse.stages.sm90_gemm import (
     fragment_scale_pointers,
     let_next_kernel_start,
@@ -24,7 +24,7 @@ from epfuse.stages.sm90_persistent import (
 
 @gluon.jit
 def consume_tile(
-    s_ptrs, out, block_routes, first_output, wide, narrow, panels, full, empty, done,
+    s_ptrs, out, block_routes, first_row, first_output, wide, narrow, panels, full, empty, done,
     R, I, H_PADDED, alpha, beta, limit, consumer: gl.constexpr,
     COLUMNS: gl.constexpr, MORE: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
@@ -34,9 +34,10 @@ def consume_tile(
         s_ptrs, wide, narrow, panels, full, empty, done, H_PADDED // BLOCK_K, consumer,
         COLUMNS, MORE, BLOCK_K, STAGES, PARTS,
     )  # fmt: skip
-    store_swiglu(acc, out, block_routes, first_output, R, I, alpha, beta, limit)
+    store_swiglu(acc, out, block_routes, first_row, first_output, R, I, alpha, beta, limit)
     if MORE > 0:
-        store_swiglu(more, out, block_routes + COLUMNS, first_output, R, I, alpha, beta, limit)
+        next_row = first_row + COLUMNS
+        store_swiglu(more, out, block_routes + COLUMNS, next_row, first_output, R, I, alpha, beta, limit)
     return done
 
 
@@ -47,7 +48,7 @@ def consume(
 ):  # fmt: skip
     """Multiply, activate and store this consumer's panel of every tile of this program."""
     (
-        w13_scale, out, sorted_routes, block_expert, m_blocks, n_blocks, wide, narrow, panels, full, empty,
+        w13_scale, out, sorted_routes, block_expert, block_row, m_blocks, n_blocks, wide, narrow, panels, full, empty,
         R, I, H_PADDED, PANELS, alpha, beta, limit,
     ) = args  # fmt: skip
     FEW: gl.constexpr = few_columns(BLOCK_M)
@@ -61,40 +62,43 @@ def consume(
             expert * PANELS + PANELS - 1, H_PADDED, PANEL, BLOCK_K // PARTS,
         )  # fmt: skip
         block_routes = sorted_routes + m * BLOCK_M
+        first_row = gl.load(block_row + m)
         first_output = (n * CONSUMERS + consumer) * (PANEL // 2)
         # padding comes last in a block: if it begins at FEW or before, so many columns are enough
         if gl.load(block_routes + FEW) >= R:
             done = consume_tile(
-                s_ptrs, out, block_routes, first_output, wide, narrow, panels, full, empty, done,
+                s_ptrs, out, block_routes, first_row, first_output, wide, narrow, panels, full, empty, done,
                 R, I, H_PADDED, alpha, beta, limit, consumer, FEW, 0, BLOCK_K, STAGES, PARTS,
             )  # fmt: skip
         else:
             done = consume_tile(
-                s_ptrs, out, block_routes, first_output, wide, narrow, panels, full, empty, done,
+                s_ptrs, out, block_routes, first_row, first_output, wide, narrow, panels, full, empty, done,
                 R, I, H_PADDED, alpha, beta, limit, consumer, WIDE, BLOCK_M - WIDE, BLOCK_K, STAGES, PARTS,
             )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["R"])
 def gate_up_sm90_persistent_kernel(
-    x, w13, w13_lines, w13_scale, out, sorted_routes, block_expert, num_padded,
-    R, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, alpha, beta, limit,
-    K: gl.constexpr,
+    x_wide, x_narrow, w13_lines, w13_scale, out, sorted_routes, block_expert, block_row, num_padded,
+    R, I, H_PADDED, PANELS, alpha, beta, limit,
     BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, EVEN_K: gl.constexpr,
-    GUESS: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As gate_up_sm90_kernel; each program takes every num_programs-th tile."""
-    if GUESS > 0:
-        guess_weights(w13, False, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, CONSUMERS * PANEL, GROUP_M, GUESS)
-    wait_for_previous_kernel()
+    """As gate_up_sm90_kernel, for rows that lie packed in the table's order; so do the results.
+
+    The route table is read before the kernel before, which gathers the rows, has finished: it starts this one after it
+    has waited for the table.
+    """
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_blocks = (PANELS + CONSUMERS - 1) // CONSUMERS
+    if gl.program_id(0) >= m_blocks * n_blocks:
+        wait_for_previous_kernel()
+        return
     wide, narrow, panels = make_rings(BLOCK_M, BLOCK_K, STAGES)
     full, empty = make_barriers(STAGES)
     args = (
-        w13_scale, out, sorted_routes, block_expert, m_blocks, n_blocks, wide, narrow, panels, full, empty,
+        w13_scale, out, sorted_routes, block_expert, block_row, m_blocks, n_blocks, wide, narrow, panels, full, empty,
         R, I, H_PADDED, PANELS, alpha, beta, limit,
     )  # fmt: skip
     gl.warp_specialize(
@@ -102,9 +106,9 @@ def gate_up_sm90_persistent_kernel(
             (consume, (args, 0, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
             (consume, (args, 1, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
             (consume, (args, 2, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
-            (produce, (x, w13_lines, sorted_routes, block_expert, m_blocks, n_blocks, wide, narrow, panels, full, empty,
-                       R, H, H_PADDED, PANELS, K, BLOCK_M, BLOCK_K, GROUP_M, STAGES, EVEN_K, False)),
+            (produce, (x_wide, x_narrow, w13_lines, sorted_routes, block_expert, block_row, m_blocks, n_blocks,
+                       wide, narrow, panels, full, empty, R, H_PADDED, PANELS, BLOCK_M, BLOCK_K, GROUP_M, STAGES)),
         ],
-        [4, 4, 4],
-        [152, 152, 56],  # registers of the partitions but the first, which gets the rest
+        [4, 4, 1],
+        [160, 160, 32],  # registers of the partitions but the first, which gets the rest
     )  # fmt: skip

@@ -27,14 +27,16 @@ def launch_gate_up(
     """Gather routed rows, apply gate and up weights, then SwiGLU-OAI.
 
     Args:
-        x: ``[T, H]``, contiguous; bf16, fp16 or fp32; bf16 with MXFP8 weights.
+        x: ``[T, H]``, contiguous; bf16, fp16 or fp32; bf16 with MXFP8 weights. For a persistent tile ``[R, H]`` from
+            `launch_gather`.
         w13: ``[L, 2I, H]``: dense in x's dtype, MXFP8 (dequantised in registers; scales in ROWS layout), or MXFP8 in
             fragment order with rows in order GATE_UP (Hopper).
         routes: RouteTable of this call; row r reads token ``r // K``.
         top_k: K.
         activation: its parameters.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
-        out: ``[R, I]``, dtype of x; only rows of local routes are written. Allocated if None.
+        out: ``[R, I]``, dtype of x; only rows of local routes are written: row r is of route r, or, from a persistent
+            tile, the rows lie packed as those of x do. Allocated if None.
 
     Returns:
         ``out``.
@@ -90,25 +92,41 @@ def launch_sm90(
     """`launch_gate_up` with a Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
     from epfuse.stages.gate_up.kernel_sm90 import gate_up_sm90_kernel
     from epfuse.stages.gate_up.kernel_sm90_persistent import gate_up_sm90_persistent_kernel
-    from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums, weight_lines
+    from epfuse.stages.sm90_launch import constants, operand_of, row_parts, row_tiles, shared_sums, weight_lines
 
     hidden, intermediate = x.shape[1], out.shape[1]
     w = operand_of(w13, 2 * intermediate)
     tiles, programs = row_tiles(w, routes, tile), compute_units(x.device)
-    table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
-    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, w.weights.shape[0], 2 * programs)
     scalars = (activation.alpha, activation.beta, activation.limit)
-    options = constants(w, routes, tile, hidden) | {
-        "K": top_k,
-        "GUESS": min(tile.guess_bytes, w.columns * w.weights.element_size()) // 16 * 16,
-    }
+    options = constants(routes, tile)
     if isinstance(tile, Sm90PersistentTile):
         assert isinstance(w13, FragmentMXFP8)
-        lines = weight_lines(w13, tile.block_k)
         gate_up_sm90_persistent_kernel[(min(tiles, programs),)](
-            x, w.weights, lines, w.scales, out, *table, *sizes, *scalars, **options
+            *row_parts(x, routes, tile.block_k),
+            weight_lines(w13, tile.block_k),
+            w.scales,
+            out,
+            routes.sorted_routes,
+            routes.block_expert,
+            routes.block_row,
+            routes.num_padded,
+            routes.num_routes,
+            intermediate,
+            w.columns,
+            w.panels,
+            *scalars,
+            PARTS=tile.parts,
+            **options,
         )
         return
+    table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
+    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, w.weights.shape[0], 2 * programs)
+    options |= {
+        "K": top_k,
+        "BLOCK_N": tile.block_n,
+        "EVEN_K": hidden == w.columns,
+        "GUESS": min(tile.guess_bytes, w.columns * w.weights.element_size()) // 16 * 16,
+    }
     shares = shared_sums(tile, tiles, routes, slice(None, tiles))
     gate_up_sm90_kernel[(tiles * tile.split_k,)](
         x, w.weights, w.scales, out, *table, *shares, *sizes, *scalars, SPLIT_K=tile.split_k, **options

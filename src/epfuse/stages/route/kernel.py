@@ -32,7 +32,7 @@ def clear(arrivals, num_arrivals):
 @triton.jit
 def place(
     slots, routes, total, before,
-    sorted_routes, block_expert, num_padded, arrivals, R, num_arrivals,
+    sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Write this program's share of the table, from the global counts and those of the chunks before it."""
@@ -62,6 +62,9 @@ def place(
         blocks = first + tl.arange(0, BLOCKS)
         owner = tl.sum((ends[None, :] <= (blocks * BLOCK_M)[:, None]).to(tl.int32), 1)
         tl.store(block_expert + blocks, owner, mask=blocks * BLOCK_M < used)
+        # padding of the experts before
+        padding = tl.sum(tl.where(bins[None, :] < owner[:, None], (padded - total)[None, :], 0), 1)
+        tl.store(block_row + blocks, blocks * BLOCK_M - padding, mask=blocks * BLOCK_M < used)
     if pid == 0:
         tl.store(num_padded, used)
     clear(arrivals, num_arrivals)
@@ -69,7 +72,7 @@ def place(
 
 @triton.jit(do_not_specialize=["R"])
 def route_kernel(
-    topk_ids, expert_map, sorted_routes, block_expert, num_padded, arrivals, R, E, num_arrivals,
+    topk_ids, expert_map, sorted_routes, block_expert, block_row, num_padded, arrivals, R, E, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, COUNT: tl.constexpr,
     BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +89,7 @@ def route_kernel(
     padded = (total + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     start = tl.sum(tl.where(bins < expert, padded, 0), 0)
     end = start + tl.sum(tl.where(bins == expert, padded, 0), 0)
+    padding = tl.sum(tl.where(bins < expert, padded - total, 0), 0)  # of the experts before
     place = start
     for first in range(0, R, COUNT):
         routes = first + tl.arange(0, COUNT)
@@ -98,6 +102,7 @@ def route_kernel(
     for first in range(start // BLOCK_M, end // BLOCK_M, BLOCKS):
         blocks = first + tl.arange(0, BLOCKS)
         tl.store(block_expert + blocks, tl.zeros_like(blocks) + expert, mask=blocks < end // BLOCK_M)
+        tl.store(block_row + blocks, blocks * BLOCK_M - padding, mask=blocks < end // BLOCK_M)
     if expert == 0:
         tl.store(num_padded, tl.sum(padded, 0))
     clear(arrivals, num_arrivals)
@@ -120,7 +125,7 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def place_kernel(
-    topk_ids, expert_map, counts, sorted_routes, block_expert, num_padded, arrivals, R, E, num_arrivals,
+    topk_ids, expert_map, counts, sorted_routes, block_expert, block_row, num_padded, arrivals, R, E, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -141,6 +146,6 @@ def place_kernel(
         total += tl.sum(found, 0)
         before += tl.sum(tl.where((rows < pid)[:, None], found, 0), 0)
     place(
-        slots, routes, total, before, sorted_routes, block_expert, num_padded, arrivals, R, num_arrivals,
+        slots, routes, total, before, sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
         L, BINS, BLOCK_M, PADDING, BLOCKS,
     )  # fmt: skip

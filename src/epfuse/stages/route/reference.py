@@ -41,4 +41,9 @@ def route(topk_ids: torch.Tensor, expert_map: torch.Tensor, local: int, block_m:
     block_expert = torch.full((size // block_m,), -1, dtype=torch.int32, device=slots.device)
     blocks = torch.repeat_interleave(torch.arange(local, device=slots.device), padded // block_m)
     block_expert[: blocks.numel()] = blocks.int()
-    return RouteTable(sorted_routes, block_expert, padded.sum().to(torch.int32).reshape(1), routes, block_m)
+    block_row = torch.full_like(block_expert, -1)
+    before = (starts // block_m)[blocks]  # blocks of the experts before
+    inside = (torch.arange(blocks.numel(), device=slots.device) - before) * block_m
+    block_row[: blocks.numel()] = ((torch.cumsum(counts, 0) - counts)[blocks] + inside).int()
+    used = padded.sum().to(torch.int32).reshape(1)
+    return RouteTable(sorted_routes, block_expert, block_row, used, routes, block_m)

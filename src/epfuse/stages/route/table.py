@@ -16,6 +16,8 @@ class RouteTable:
         sorted_routes: ``[max_padded]`` int32; route ids grouped by local expert, ascending within an expert; a group
             is padded to a multiple of block_m with the sentinel R. What lies at and past num_padded is undefined.
         block_expert: ``[max_padded / block_m]`` int32; the local expert of each block; undefined past the last one.
+        block_row: ``[max_padded / block_m]`` int32; how many local routes come before each block, padding not counted:
+            the row of its first route where rows lie packed in the table's order; undefined past the last block.
         num_padded: ``[1]`` int32 on the device: slots in use, a multiple of block_m; 0 when no route is local. The
             authority on how much there is to do: a program past it returns at once.
         num_routes: R = T*K.
@@ -25,6 +27,7 @@ class RouteTable:
 
     sorted_routes: torch.Tensor
     block_expert: torch.Tensor
+    block_row: torch.Tensor
     num_padded: torch.Tensor
     num_routes: int
     block_m: int

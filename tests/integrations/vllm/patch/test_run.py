@@ -80,7 +80,7 @@ def test_another_versions_block_is_replaced(tmp_path):
 
 
 def test_an_untested_release_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"0\.24\.0; the patch is for 0\.25\.1 and 0\.33\.0"):
+    with pytest.raises(ConfigError, match=r"0\.24\.0; the patch is for 0\.25\.1, "):
         make_site(tmp_path, release="0.24.0")
 
 

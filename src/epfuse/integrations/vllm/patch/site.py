@@ -67,7 +67,7 @@ def find_site(root: Path | None = None) -> Site:
         raise ConfigError(f"{metadata} has no RECORD; only a vLLM that was installed from a wheel can be patched")
     release = found.version.partition("+")[0]
     if release not in TESTED:
-        raise ConfigError(f"vLLM in {metadata.parent} is {release}; the patch is for {' and '.join(TESTED)}")
+        raise ConfigError(f"vLLM in {metadata.parent} is {release}; the patch is for {', '.join(TESTED)}")
     recorded = {}
     with record.open(newline="") as lines:
         for row in csv.reader(lines):

@@ -1,0 +1,78 @@
+"""Whether epfuse beats what would run a layer otherwise: a table of evidence, and nothing is taken without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from epfuse.policy.layer import LayerPlan
+from epfuse.stages.tiles import Sm90PersistentTile, Sm90Tile
+from epfuse.target import Target
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Why epfuse is the faster one.
+
+    Attributes:
+        reason: one sentence: measured or predicted, and where that can be read.
+        hopper: whether it is about the Hopper kernels, and says nothing of the portable ones.
+    """
+
+    reason: str
+    hopper: bool = False
+
+
+EVIDENCE: dict[tuple[Target, str], Evidence] = {
+    (Target.SM90, "MarlinExperts"): Evidence(
+        "On an H100 w8a16 is measured to take 0.44 to 0.91 of MarlinExperts' time (docs/performance.md).", hopper=True
+    ),
+    (Target.SM90, "TritonExperts"): Evidence(
+        "On an H100 bf16 is measured to take 0.63 to 0.93 of TritonExperts' time (docs/performance.md).", hopper=True
+    ),
+    (Target.GFX942, "Mxfp8EmulationTritonExperts"): Evidence(
+        "On MI300X w8a16 is predicted to take 0.55 to 0.83 of the time of vLLM's BF16 GEMMs (docs/mi300x.md)."
+    ),
+    (Target.GFX942, "TritonExperts"): Evidence(
+        "The GEMMs are predicted to be even; TritonExperts' activation and sum pass over other ranks' rows, too."
+    ),
+    (Target.CPU, "Mxfp8EmulationTritonExperts"): Evidence("vLLM's choice needs Triton, which vLLM has not on a CPU."),
+}
+"""(target, class of the experts that would run otherwise) -> evidence.
+
+A row is added when a measurement on the target, or a prediction for it, says that epfuse wins at most token counts and
+clearly loses at none. Missing so far: gfx950, where nothing is measured or predicted; and humming's experts, which vLLM
+0.33 prefers on Hopper and which have not been timed beside ours in one run.
+"""
+
+
+def why_declined(plan: LayerPlan) -> str | None:
+    """Why a layer is better left to its rival; None if the plan is better, or nobody else would run it.
+
+    Args:
+        plan: what epfuse would do.
+    """
+    rival, target = plan.request.rival, plan.request.target
+    if rival is None:
+        return None
+    evidence = EVIDENCE.get((target, rival))
+    if evidence is None:
+        return f"No measurement or prediction says that epfuse is faster than {rival} on {target.value}."
+    if evidence.hopper and not _runs_on_hopper_kernels(plan):
+        shape = plan.request.shape
+        return (
+            f"H={shape.hidden} and I={shape.intermediate} are no multiples of 128: the Hopper kernels, which are faster"
+            f" than {rival}, don't run, and the portable ones are not known to be."
+        )
+    return None
+
+
+def why_taken(plan: LayerPlan) -> str | None:
+    """The evidence for a plan that was not declined; None if nobody else would run the layer."""
+    rival = plan.request.rival
+    return None if rival is None else EVIDENCE[plan.request.target, rival].reason
+
+
+def _runs_on_hopper_kernels(plan: LayerPlan) -> bool:
+    hopper = (Sm90Tile, Sm90PersistentTile)
+    tiles = [part.decision.tiles for part in plan.ranges]
+    return all(each is not None and isinstance(each.gate_up, hopper) for each in tiles)

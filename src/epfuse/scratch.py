@@ -1,0 +1,124 @@
+"""Scratch: the memory of a call's intermediate rows, where the caller brings it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from epfuse.config import Path
+from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
+
+ALIGNMENT = 16
+"""Bytes: the kernels load and store rows 16 bytes at a time."""
+_GROUP = 32
+"""FP8 values that share a scale byte, at least: MXFP8's group. Block FP8's, of 128, takes less."""
+
+
+@dataclass(frozen=True)
+class ScratchSize:
+    """What a call needs at least, in elements of the activations' dtype.
+
+    Attributes:
+        y: of `Scratch.y`.
+        routed: of `Scratch.routed`.
+    """
+
+    y: int
+    routed: int
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Two buffers that a call uses in place of allocating; what is in them before does not matter, after is undefined.
+
+    Both are contiguous, of any shape, with the dtype and device of ``hidden``, and begin at a multiple of 16 bytes. The
+    next call on the same stream may use them again.
+
+    Args:
+        y: rows between the two GEMMs, ``[R, I]`` in BF16 (or ``hidden``'s dtype), in FP8 on the paths that quantise,
+            where they follow the quantised ``hidden`` in the same memory. **May overlap** ``out``: it is dead before
+            ``out`` is written.
+        routed: a row per route, ``[R, H]``; before that, on the paths that quantise, ``[R, 2I]``. Overlaps neither
+            ``y`` nor any tensor of the call.
+    """
+
+    y: torch.Tensor
+    routed: torch.Tensor
+
+
+def scratch_size(path: Path, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
+    """Elements that a call on ``path`` needs; ascending in ``tokens``.
+
+    Args:
+        path: what runs; AUTO takes what is enough for any path.
+        tokens: T.
+        top_k: K.
+        hidden: H.
+        intermediate: I.
+    """
+    if path is Path.AUTO:
+        every = [scratch_size(each, tokens, top_k, hidden, intermediate) for each in Path if each is not Path.AUTO]
+        return ScratchSize(max(size.y for size in every), max(size.routed for size in every))
+    routes = tokens * top_k
+    if path is Path.REFERENCE:
+        return ScratchSize(0, 0)
+    if path in (Path.BF16, Path.W8A16):
+        return ScratchSize(routes * intermediate, routes * hidden)
+    # two bytes an element: activations are BF16 there
+    most = max(_fp8_bytes(tokens, hidden), _fp8_bytes(routes, intermediate))
+    return ScratchSize(-(-most // 2), routes * max(2 * intermediate, hidden))
+
+
+def _fp8_bytes(rows: int, columns: int) -> int:
+    return rows * (columns + -(-columns // _GROUP))
+
+
+def rows_in(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """``[rows, columns]`` at the beginning of a contiguous buffer."""
+    return buffer.view(-1)[: rows * columns].view(rows, columns)
+
+
+def check_scratch(scratch: Scratch, size: ScratchSize, hidden: torch.Tensor, out: torch.Tensor) -> None:
+    """Raise the error that names the first buffer that does not fit. Reads no tensor's data.
+
+    Args:
+        scratch: the caller's.
+        size: what the call needs.
+        hidden: ``[T, H]``.
+        out: ``[T, H]``.
+
+    Raises:
+        ConfigError, DtypeError, DeviceError, LayoutError, ShapeError: as named.
+    """
+    if not isinstance(scratch, Scratch):
+        raise ConfigError(f"scratch is a {type(scratch).__name__}; it must be an epfuse.Scratch")
+    for name, needed in (("y", size.y), ("routed", size.routed)):
+        tensor: torch.Tensor = getattr(scratch, name)
+        if tensor.dtype != hidden.dtype:
+            raise DtypeError(f"scratch.{name} has dtype {tensor.dtype}; it must be hidden's dtype {hidden.dtype}")
+        if tensor.device != hidden.device:
+            raise DeviceError(f"scratch.{name} is on {tensor.device}; it must be on {hidden.device}, as hidden is")
+        if not tensor.is_contiguous():
+            raise LayoutError(f"scratch.{name} has strides {tensor.stride()}; it must be contiguous")
+        if tensor.numel() < needed:
+            raise ShapeError(
+                f"scratch.{name} has {tensor.numel()} elements; this call needs {needed} (epfuse.scratch_size)"
+            )
+        if tensor.data_ptr() % ALIGNMENT:
+            raise LayoutError(f"scratch.{name} begins at an address that is not a multiple of {ALIGNMENT} bytes")
+    used = {"y": scratch.y.view(-1)[: size.y], "routed": scratch.routed.view(-1)[: size.routed]}
+    for name, other, what in (
+        ("y", hidden, "hidden"),
+        ("routed", hidden, "hidden"),
+        ("routed", out, "out"),
+        ("routed", used["y"], "scratch.y"),
+    ):
+        if overlaps(used[name], other):
+            raise LayoutError(f"scratch.{name} shares memory with {what}; it must be memory of its own")
+
+
+def overlaps(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two contiguous tensors share a byte."""
+    begin, other = first.data_ptr(), second.data_ptr()
+    return begin < other + second.nbytes and other < begin + first.nbytes

@@ -1,0 +1,26 @@
+"""The gather kernel: every local route's row, packed in the table's order, and nothing past them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epfuse.stages.gather.launch import launch_gather
+from epfuse.stages.route.launch import launch_route
+from tests.cases import ROUTINGS, topk_ids_for
+
+LOCAL, EXPERTS, TOP_K = 5, 24, 4
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("tokens", "hidden"), [(37, 96), (300, 2880)])
+def test_gather(device, tokens, hidden, routing):
+    ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    routes = launch_route(ids, slots, LOCAL, 48)
+    x = torch.randn(tokens, hidden, device=device).bfloat16()
+    got = launch_gather(x, routes, TOP_K, torch.full((tokens * TOP_K, hidden), float("nan"), device=device).bfloat16())
+    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
+    torch.testing.assert_close(got[: order.numel()], x[order // TOP_K], rtol=0, atol=0)
+    assert got[order.numel() :].isnan().all()

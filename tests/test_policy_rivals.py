@@ -1,0 +1,73 @@
+"""Policy `auto` leaves a layer to whoever runs it already, unless epfuse is known to be faster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from epfuse import Path, Target
+from epfuse.config import Policy
+from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, Storage, plan_layer
+from epfuse.policy.rivals import EVIDENCE
+from tests.test_policy_auto import M3
+
+RUNS = {
+    (Target.SM90, "MarlinExperts"): Checkpoint.MXFP8,
+    (Target.SM90, "TritonExperts"): Checkpoint.BF16,
+    (Target.GFX942, "Mxfp8EmulationTritonExperts"): Checkpoint.MXFP8,
+    (Target.GFX942, "TritonExperts"): Checkpoint.BF16,
+    (Target.CPU, "Mxfp8EmulationTritonExperts"): Checkpoint.MXFP8,
+}
+"""Every row of the table with the checkpoint that the rival reads."""
+
+
+def planned(target: Target, rival: str | None, checkpoint: Checkpoint, **shape: int) -> LayerPlan:
+    request: LayerRequest = replace(
+        M3, target=target, rival=rival, checkpoint=checkpoint, shape=replace(M3.shape, **shape)
+    )
+    return plan_layer(request, Policy.AUTO)
+
+
+def test_the_table_is_the_one_that_is_tested() -> None:
+    assert set(RUNS) == set(EVIDENCE)
+
+
+@pytest.mark.parametrize(("target", "rival"), RUNS)
+def test_a_layer_is_taken_where_there_is_evidence_and_the_reason_says_which(target: Target, rival: str) -> None:
+    plan = planned(target, rival, RUNS[target, rival])
+    assert not plan.is_untouched
+    assert plan.reason.endswith(EVIDENCE[target, rival].reason)
+
+
+@pytest.mark.parametrize(
+    ("target", "rival"),
+    [
+        (Target.GFX950, "Mxfp8NativeTritonExperts"),
+        (Target.SM90, "HummingGroupedExperts"),
+        (Target.GFX942, "AiterMxfp8Experts"),
+        (Target.CPU, "CPUExpertsFp8"),
+    ],
+)
+def test_a_layer_is_left_where_there_is_none(target: Target, rival: str) -> None:
+    plan = planned(target, rival, Checkpoint.MXFP8)
+    assert plan.storage is Storage.UNTOUCHED
+    assert not plan.ranges
+    assert f"faster than {rival} on {target.value}" in plan.reason
+
+
+def test_without_a_rival_a_layer_is_taken() -> None:
+    plan = planned(Target.GFX950, None, Checkpoint.MXFP8)
+    assert plan.at(1).path is Path.W8A16
+
+
+def test_what_was_measured_of_the_hopper_kernels_says_nothing_of_the_portable_ones() -> None:
+    assert planned(Target.SM90, "TritonExperts", Checkpoint.BF16, hidden=2944).storage is Storage.BF16
+    plan = planned(Target.SM90, "TritonExperts", Checkpoint.BF16, hidden=2880)
+    assert plan.is_untouched
+    assert "H=2880" in plan.reason
+    assert "multiples of 128" in plan.reason
+    # on AMD there is one kernel for all sizes
+    assert planned(Target.GFX942, "TritonExperts", Checkpoint.BF16, hidden=2880).storage is Storage.BF16
+    # in fragment order MXFP8 is padded to whole fragments
+    assert planned(Target.SM90, "MarlinExperts", Checkpoint.MXFP8, hidden=2880).storage is Storage.MXFP8

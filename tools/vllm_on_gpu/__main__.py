@@ -1,0 +1,276 @@
+"""``python3 -m tools.vllm_on_gpu``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+    from tools.vllm_on_gpu.checks import Check
+    from tools.vllm_on_gpu.kernels import Candidate
+
+    from epfuse.bench.record import Record
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+FORMAT = "epfuse-vllm-on-gpu-1"
+RELEASE = "0.25.1"
+TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 8192)
+QUICK_TOKENS = (1, 64, 1024)
+ODD_TOKENS = 37  # is checked besides: no multiple of any tile
+LAYER = "minimax-m3-ep8"
+RESERVE = 6.0  # seconds that the slowest point may take
+WIDTH = 120
+
+
+@dataclass
+class Run:
+    """What a run has found so far.
+
+    Attributes:
+        checks: in the order in which they were made.
+        record: the timings; None before the first.
+        seconds: of its parts.
+        left_out: token counts for which there was no time.
+        trouble: what went wrong besides.
+    """
+
+    checks: list[Check] = field(default_factory=list)
+    record: Record | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    left_out: list[int] = field(default_factory=list)
+    trouble: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed and no result that was to be timed was wrong or missing."""
+        timed = self.record is not None and all(row.time is not None for row in self.record.rows)
+        return bool(self.checks) and all(check.ok for check in self.checks) and timed
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "format": FORMAT,
+            "ok": self.ok,
+            "checks": [check.to_json() for check in self.checks],
+            "bench": None if self.record is None else self.record.to_json(),
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "left_out": self.left_out,
+            "trouble": self.trouble,
+        }
+
+
+@click.command()
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the record here.")
+@click.option("--quick", is_flag=True, help=f"Only T = {', '.join(map(str, QUICK_TOKENS))}.")
+@click.option(
+    "--budget", type=float, default=115.0, show_default=True, help="Seconds; no new point is begun that may exceed it."
+)
+@click.option("--jobs", type=int, default=8, show_default=True, help="Processes that compile beforehand; 0 for none.")
+@click.option("--warm-up", "warm", type=int, hidden=True, help="Compile for one token count, and stop.")
+def main(json_file: Path | None, quick: bool, budget: float, jobs: int, warm: int | None) -> None:
+    """Check and time our experts and vLLM 0.25.1's own inside vLLM's modular kernel, on one GPU.
+
+    The layer is MiniMax-M3's on one of eight expert-parallel ranks. A class whose result is wrong gets no time.
+
+    Exit status: 0 good; 1 a check failed or a class could not be timed; 2 usage, or no GPU or vLLM to run on.
+    """
+    began = time.monotonic()
+    tokens = QUICK_TOKENS if quick else TOKENS
+    device = _device()
+    if warm is not None:
+        _warm(warm, device)
+        return
+    run = Run()
+    if jobs > 0:
+        _say("compiling, in processes side by side")
+        from tools.vllm_on_gpu.warm_up import warm_up
+
+        run.trouble += warm_up([*tokens, ODD_TOKENS], jobs, 0.5 * budget)
+        run.seconds["compile"] = time.monotonic() - began
+    measure(run, tokens, device, began + budget, json_file)
+    run.seconds["all"] = time.monotonic() - began
+    _write(run, json_file)
+    report(run)
+    sys.exit(0 if run.ok else 1)
+
+
+def measure(run: Run, tokens: tuple[int, ...], device: torch.device, end: float, json_file: Path | None) -> None:
+    """All checks, then all timings, into ``run``; the file is written after every point.
+
+    Args:
+        run: filled.
+        tokens: the counts to time.
+        device: a GPU.
+        end: `time.monotonic` after which nothing new is begun.
+        json_file: None for none.
+    """
+    from tools.vllm_on_gpu.checks import Cases, check_candidate, reserve_workspaces
+
+    from epfuse.bench import machine
+    from epfuse.bench.inputs import cache_bytes_of, draw_inputs
+    from epfuse.bench.layers import LAYERS
+    from epfuse.bench.measure import Sampling
+    from epfuse.bench.record import Record
+    from epfuse.bench.roofs import measure_roofs
+    from epfuse.bench.routing import Kind, Routing
+    from epfuse.bench.run import Plan, on_device, run_points
+
+    layer, uniform, sampling = LAYERS[LAYER], Routing(Kind.UNIFORM), Sampling(samples=9, seconds=0.01)
+    began = time.monotonic()
+    with on_device(device):
+        weights, candidates = _candidates(device)
+        most = draw_inputs(layer, uniform, max(tokens), 0, device, cache_bytes_of(device))[0]
+        reserve_workspaces(candidates, most)
+        run.seconds["load"] = time.monotonic() - began
+        began = time.monotonic()
+        for count in sorted({*tokens, ODD_TOKENS}):
+            _say(f"checking T={count}")
+            cases = Cases.of(draw_inputs(layer, uniform, count, 1, device, 0), weights)
+            for candidate in candidates:
+                run.checks += check_candidate(candidate, cases)
+        run.seconds["check"] = time.monotonic() - began
+        _write(run, json_file)
+        began = time.monotonic()
+        roofs = measure_roofs(device, sampling)
+        contenders = [candidate.contender() for candidate in candidates]
+        run.record = Record(
+            layer=layer,
+            device=machine.describe_device(device),
+            roofs=roofs,
+            notes={candidate.label: candidate.note for candidate in candidates},
+            run={
+                "command": shlex.join(["python3", "-m", "tools.vllm_on_gpu", *sys.argv[1:]]),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seed": 0,
+                "commit": machine.commit(),
+                "versions": machine.versions(),
+                "clocks": {"after the roofs": machine.read_clocks(device)},
+            },
+            complete=False,
+        )
+        for place, count in enumerate(tokens):
+            if time.monotonic() + RESERVE > end:
+                run.left_out = list(tokens[place:])
+                break
+            _say(f"timing T={count}")
+            for rows in run_points(Plan(layer, (count,), (uniform,), device, 0, sampling), weights, contenders, roofs):
+                run.record.rows.extend(rows)
+            _write(run, json_file)
+        run.record = replace(run.record, complete=not run.left_out)
+        run.seconds["time"] = time.monotonic() - began
+
+
+def report(run: Run) -> None:
+    """The tables on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from epfuse.bench.console import print_record
+
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    table = Table(title="relative error against float64", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("experts")
+    table.add_column("how")
+    counts = sorted({check.tokens for check in run.checks})
+    for count in counts:
+        table.add_column(f"T={count}", justify="right")
+    cells = {(check.experts, check.what, check.tokens): check for check in run.checks}
+    for experts, what in dict.fromkeys((check.experts, check.what) for check in run.checks):
+        table.add_row(experts, what, *(_cell(cells.get((experts, what, count))) for count in counts))
+    console.print(table)
+    for check in run.checks:
+        if check.failure is not None:
+            where = f"{check.experts}, T={check.tokens}, {check.what}"
+            console.print(f"FAIL: {where}: {check.failure}", markup=False, highlight=False)
+    if run.record is not None:
+        print_record(run.record, None, console)
+    for count in run.left_out:
+        console.print(f"not timed, for want of time: T={count}", highlight=False)
+    for line in run.trouble:
+        console.print(line, markup=False, highlight=False)
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in run.seconds.items())
+    passed = sum(check.ok for check in run.checks)
+    console.print(f"{passed} of {len(run.checks)} checks passed; {parts}", highlight=False)
+
+
+def _cell(check: Check | None) -> str:
+    if check is None:
+        return "-"
+    error = "?" if check.relative_error is None else f"{check.relative_error:.1e}"
+    return error if check.ok else f"[bold red]{error}[/]"
+
+
+def _candidates(device: torch.device) -> tuple[Any, list[Candidate]]:
+    """The layer's weights, and everyone ready to be called in vLLM's workspaces."""
+    from tools.vllm_on_gpu.kernels import Builder
+    from vllm.v1.worker import workspace
+
+    from epfuse.bench.layers import LAYERS
+    from epfuse.bench.weights import LayerWeights
+    from epfuse.target import target_of
+
+    workspace.init_workspace_manager(device)
+    weights = LayerWeights(LAYERS[LAYER], 0, device)
+    return weights, Builder(weights, target_of(device)).all()
+
+
+def _warm(tokens: int, device: torch.device) -> None:
+    import torch
+
+    from epfuse.bench.inputs import draw_inputs
+    from epfuse.bench.layers import LAYERS
+    from epfuse.bench.routing import Kind, Routing
+    from epfuse.bench.run import on_device
+
+    with on_device(device):
+        _, candidates = _candidates(device)
+        inputs = draw_inputs(LAYERS[LAYER], Routing(Kind.UNIFORM), tokens, 0, device, 0)[0]
+        for candidate in candidates:
+            candidate.kernel.call(inputs.hidden, inputs.topk_weights, inputs.topk_ids)
+        torch.cuda.synchronize(device)
+
+
+def _device() -> torch.device:
+    """The GPU.
+
+    Raises:
+        click.UsageError: there is none, or no vLLM of the release that this was written for.
+    """
+    import torch
+
+    from epfuse.integrations.vllm import releases
+
+    if not torch.cuda.is_available():
+        raise click.UsageError("there is no GPU that torch can use")
+    found = releases.installed()
+    if found != RELEASE:
+        raise click.UsageError(f"the vLLM on the path is {found}; this needs {RELEASE}")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _write(run: Run, json_file: Path | None) -> None:
+    from epfuse.report.write import write_atomic
+
+    if json_file is not None:
+        write_atomic(json_file, json.dumps(run.to_json(), indent=2, allow_nan=False) + "\n")
+
+
+def _say(what: str) -> None:
+    click.echo(what, err=True)
+
+
+if __name__ == "__main__":
+    main()

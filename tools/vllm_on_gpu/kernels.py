@@ -1,0 +1,270 @@
+"""One layer's experts as vLLM builds and calls them: prepare, experts, finalize, in its own workspaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    FusedMoEQuantConfig,
+    RoutingMethodType,
+    fp8_w8a16_moe_quant_config,
+)
+from vllm.model_executor.layers.fused_moe.experts import marlin_moe
+from vllm.model_executor.layers.fused_moe.experts.mxfp8_emulation_moe import Mxfp8EmulationTritonExperts
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
+from vllm.model_executor.layers.quantization.utils import marlin_utils_fp8
+
+from epfuse.bench.contender import PEER_TOLERANCE, Contender, Kind
+from epfuse.bench.inputs import Inputs
+from epfuse.bench.layers import Layer
+from epfuse.bench.measure import Call, Method
+from epfuse.bench.roofline import Operand
+from epfuse.bench.weights import LayerWeights
+from epfuse.config import Policy, SwiGLUOAI, WeightFormat
+from epfuse.expert_map import ExpertMap
+from epfuse.integrations.vllm.experts import EpfuseExperts
+from epfuse.policy import Checkpoint, LayerRequest, Storage, plan_layer
+from epfuse.target import Target
+from epfuse.verify.budget import Tolerance, dense_tolerance
+
+MXFP8_BLOCK = [1, 32]
+ACTIVATION = MoEActivation.SWIGLUOAI_UNINTERLEAVE
+
+
+@dataclass(frozen=True)
+class LayerKernel:
+    """One rank's experts of one layer behind vLLM's interface.
+
+    Attributes:
+        kernel: vLLM's FusedMoEKernel: prepare without data or expert parallel dispatch, experts, finalize.
+        w1: as the experts want it.
+        w2: the same.
+        experts: E.
+        expert_map: ``[E]`` int32.
+    """
+
+    kernel: Any
+    w1: torch.Tensor
+    w2: torch.Tensor
+    experts: int
+    expert_map: torch.Tensor
+
+    def call(self, hidden: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """``[T, H]``: what vLLM's quantisation method returns for one step."""
+        output: torch.Tensor = self.kernel.apply(
+            hidden_states=hidden,
+            w1=self.w1,
+            w2=self.w2,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=ACTIVATION,
+            global_num_experts=self.experts,
+            expert_map=self.expert_map,
+            apply_router_weight_on_input=False,
+        )
+        return output
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One experts class on one kind of weights.
+
+    Attributes:
+        name: of the class.
+        kind: ours or vLLM's.
+        stored: how its weights lie in memory, in a word.
+        form: the format whose bytes are its floor.
+        kernel: ready to be called.
+        tolerance: what its results must reach.
+        note: for a reader who compares.
+    """
+
+    name: str
+    kind: Kind
+    stored: str
+    form: WeightFormat
+    kernel: LayerKernel
+    tolerance: Tolerance
+    note: str
+
+    @property
+    def label(self) -> str:
+        """Name and weights."""
+        return f"{self.name} {self.stored}"
+
+    def contender(self) -> Contender:
+        """For `epfuse.bench.run.run_points`."""
+
+        def bind(inputs: Inputs) -> Call:
+            return lambda: self.kernel.call(inputs.hidden, inputs.topk_weights, inputs.topk_ids)
+
+        method = Method.GRAPH if self.kernel.w1.is_cuda else Method.PLAIN
+        return Contender(
+            self.name, self.kind, self.stored, self.form, Operand.BF16, self.tolerance, method, bind, self.note
+        )
+
+
+def moe_config(layer: Layer, device: torch.device) -> FusedMoEConfig:
+    """What vLLM knows of the layer on one of its expert-parallel ranks."""
+    shape, gate = layer.shape, layer.activation
+    parallel = replace(FusedMoEParallelConfig.make_no_parallel(), ep_size=layer.ep_size, use_ep=layer.ep_size > 1)
+    return FusedMoEConfig(
+        num_experts=shape.experts,
+        experts_per_token=shape.top_k,
+        hidden_dim=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_local_experts=shape.local_experts,
+        num_logical_experts=shape.experts,
+        activation=ACTIVATION,
+        device=str(device),
+        routing_method=RoutingMethodType.Renormalize,
+        moe_parallel_config=parallel,
+        in_dtype=torch.bfloat16,
+        swiglu_limit=gate.limit,
+        swiglu_alpha=gate.alpha,
+        swiglu_beta=gate.beta,
+    )
+
+
+def modular_kernel(experts: Any) -> Any:
+    """The kernel object of vLLM for tokens that stay on their rank."""
+    return mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), experts)
+
+
+class Builder:
+    """Makes kernels of one layer's weights; every class gets the same numbers.
+
+    Args:
+        weights: the layer's, MXFP8.
+        target: the GPU.
+    """
+
+    def __init__(self, weights: LayerWeights, target: Target) -> None:
+        self._weights, self._target = weights, target
+        self._layer = weights.layer
+        self._config = moe_config(self._layer, weights.device)
+        shape = self._layer.shape
+        self._map = ExpertMap.contiguous(shape.experts, self._layer.ep_size, 0, weights.device).on(weights.device)
+        self._gate = gate_parameters(self._layer.activation)
+
+    def all(self) -> list[Candidate]:
+        """Ours and vLLM's, those that read MXFP8 first."""
+        return [self.epfuse_mxfp8(), self.marlin(), self.epfuse_bf16(), self.emulation(), self.triton()]
+
+    def epfuse_mxfp8(self) -> Candidate:
+        """`EpfuseExperts` on an MXFP8 checkpoint."""
+        given = {name: tensor.clone() for name, tensor in self._mxfp8().items()}  # rearranged in their own memory
+        quant = FusedMoEQuantConfig.make(
+            "mxfp8",
+            w1_scale=given["w13_weight_scale"],
+            w2_scale=given["w2_weight_scale"],
+            block_shape=MXFP8_BLOCK,
+            **self._gate,
+        )
+        kernel = self._epfuse(given, quant, Checkpoint.MXFP8, Storage.MXFP8)
+        return self._ours(kernel, "mxfp8", WeightFormat.MXFP8, "w8a16")
+
+    def epfuse_bf16(self) -> Candidate:
+        """`EpfuseExperts` on a BF16 checkpoint."""
+        w13, w2 = self._dense()
+        quant = FusedMoEQuantConfig.make(**self._gate)
+        kernel = self._epfuse({"w13_weight": w13, "w2_weight": w2}, quant, Checkpoint.BF16, Storage.BF16)
+        return self._ours(kernel, "bf16", WeightFormat.DENSE, "bf16")
+
+    def marlin(self) -> Candidate:
+        """What vLLM 0.25.1 chooses for MXFP8 on Hopper."""
+        given = self._mxfp8()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)  # as while vLLM loads a model: the scales become the default dtype
+        try:
+            w1, w2, w1_scale, w2_scale = marlin_utils_fp8.prepare_mxfp8_moe_layer_for_marlin(
+                torch.nn.Module(),
+                given["w13_weight"],
+                given["w2_weight"],
+                given["w13_weight_scale"],
+                given["w2_weight_scale"],
+            )
+        finally:
+            torch.set_default_dtype(before)
+        quant = fp8_w8a16_moe_quant_config(w1_scale, w2_scale, block_shape=MXFP8_BLOCK, **self._gate)
+        kernel = self._kernel(marlin_moe.MarlinExperts(self._config, quant), w1, w2)
+        return _vllms(kernel, "mxfp8", WeightFormat.MXFP8, "what vLLM 0.25.1 runs for MXFP8 on Hopper")
+
+    def emulation(self) -> Candidate:
+        """What vLLM chooses for MXFP8 on gfx942; the weights become BF16 when they are loaded."""
+        scales = self._mxfp8()
+        quant = FusedMoEQuantConfig.make(
+            "mxfp8",
+            w1_scale=scales["w13_weight_scale"],
+            w2_scale=scales["w2_weight_scale"],
+            block_shape=MXFP8_BLOCK,
+            **self._gate,
+        )
+        kernel = self._kernel(Mxfp8EmulationTritonExperts(self._config, quant), *self._dense())
+        return _vllms(kernel, "bf16", WeightFormat.DENSE, "what vLLM runs for MXFP8 on gfx942: BF16 since loading")
+
+    def triton(self) -> Candidate:
+        """What vLLM chooses for BF16 checkpoints."""
+        kernel = self._kernel(TritonExperts(self._config, FusedMoEQuantConfig.make(**self._gate)), *self._dense())
+        return _vllms(kernel, "bf16", WeightFormat.DENSE, "what vLLM runs for BF16 checkpoints")
+
+    def _mxfp8(self) -> dict[str, torch.Tensor]:
+        packed = self._weights.source.mxfp8_experts
+        assert packed is not None
+        return {
+            "w13_weight": packed.w13.values,
+            "w13_weight_scale": packed.w13.scales,
+            "w2_weight": packed.w2.values,
+            "w2_weight_scale": packed.w2.scales,
+        }
+
+    def _dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        dense = self._weights.in_format(WeightFormat.DENSE).dense_experts
+        assert dense is not None
+        return dense.w13, dense.w2
+
+    def _kernel(self, experts: Any, w1: torch.Tensor, w2: torch.Tensor) -> LayerKernel:
+        return LayerKernel(modular_kernel(experts), w1, w2, self._layer.shape.experts, self._map)
+
+    def _epfuse(
+        self, given: dict[str, torch.Tensor], quant: Any, checkpoint: Checkpoint, stored: Storage
+    ) -> LayerKernel:
+        request = LayerRequest(
+            target=self._target,
+            shape=self._layer.shape,
+            ep_size=self._layer.ep_size,
+            max_model_len=8192,
+            layer=0,
+            moe_layers=(0,),
+            activation=self._layer.activation,
+            checkpoint=checkpoint,
+            stored=stored,
+        )
+        # what EpfuseExperts.load reads of vLLM's RoutedExperts
+        layer = SimpleNamespace(layer_name="layer", activation=ACTIVATION, expert_map=self._map, **given)
+        experts = EpfuseExperts(self._config, quant)
+        experts.load(layer, plan_layer(request, Policy.AUTO))
+        return self._kernel(experts, layer.w13_weight, layer.w2_weight)
+
+    def _ours(self, kernel: LayerKernel, stored: str, form: WeightFormat, path: str) -> Candidate:
+        shape = self._layer.shape
+        tolerance = dense_tolerance(torch.bfloat16, shape.hidden, shape.intermediate)
+        return Candidate(EpfuseExperts.__name__, Kind.PATH, stored, form, kernel, tolerance, f"path {path}")
+
+
+def gate_parameters(gate: SwiGLUOAI) -> dict[str, float]:
+    """The activation's parameters as vLLM's quantisation configuration names them."""
+    return {"gemm1_alpha": gate.alpha, "gemm1_beta": gate.beta, "gemm1_clamp_limit": gate.limit}
+
+
+def _vllms(kernel: LayerKernel, stored: str, form: WeightFormat, note: str) -> Candidate:
+    name = type(kernel.kernel.fused_experts).__name__
+    return Candidate(name, Kind.PEER, stored, form, kernel, PEER_TOLERANCE, note)
