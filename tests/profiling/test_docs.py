@@ -16,21 +16,24 @@ DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "profiling.md").read_text(encoding="utf-8")
 
 
-def printed(*options: str) -> list[str]:
-    result = CliRunner().invoke(main, ["profile", MI300X.name, *options], env={"COLUMNS": "112"})
+def printed(*arguments: str) -> list[str]:
+    result = CliRunner().invoke(main, ["profile", *arguments], env={"COLUMNS": "112"})
     assert result.exit_code == 0, result.output
     return [line.rstrip() for line in result.stdout.splitlines()]
 
 
 def test_the_example_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(DATA)
-    table, experts = re.findall(r"```text\n(.*?)```", TEXT, flags=re.DOTALL)
+    table, experts, compared = re.findall(r"```text\n(.*?)```", TEXT, flags=re.DOTALL)
     picture = tmp_path / "layer.svg"
-    assert table.splitlines() == printed("--svg", str(picture))
+    assert table.splitlines() == printed(MI300X.name, "--svg", str(picture))
     assert picture.read_text(encoding="utf-8") == (DOCS / "profile-mi300x-layer.svg").read_text(encoding="utf-8")
-    lines = printed("--shape", "gpt-oss-20b")
+    lines = printed(MI300X.name, "--shape", "gpt-oss-20b")
     for line in experts.splitlines():  # what is predicted changes with the model, what is counted does not
         assert line in lines or line.startswith("predicted: if these experts were ")
+    a, b = (f"h100-{name}-experts.trace.json.gz" for name in ("transformers", "epfuse"))
+    assert f"epfuse profile --compare {a} {b}" in TEXT
+    assert compared.splitlines() == printed("--compare", a, b)
 
 
 def test_all_phases_are_named() -> None:

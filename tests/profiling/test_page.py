@@ -100,5 +100,21 @@ def test_the_timeline_fits(classifier: Classifier) -> None:
     for box in timeline.boxes:
         assert 0 <= box.x <= box.x + box.width <= WIDTH
     assert [tick.label for tick in timeline.ticks][:2] == ["0 us", "100 us"]
+    assert timeline.widened == 0
     picture = ElementTree.fromstring(timeline_svg(profile))
     assert len(picture.findall(".//{http://www.w3.org/2000/svg}title")) == len(profile.timeline)
+
+
+def test_a_layer_of_short_kernels_says_that_they_are_drawn_wider(profile: Callable[..., Profile]) -> None:
+    trace = TraceFile()
+    trace.range("execute_context_0(0)_generation_1(1)", 0, 9_000)
+    for layer in range(2):
+        at = 100 + 3_000 * layer
+        for name, start, dur in (
+            ("long_kernel", at, 1_000),
+            ("short_kernel", at + 2_000, 1),
+            ("last_kernel", at + 2_500, 9),
+        ):
+            trace.kernel(name, start, dur, correlation=trace.launch(start - 20, 2))
+    page = profile_page([profile(trace)], comparison=False)
+    assert "1 of its 3 kernels are drawn wider than they ran, to be seen</figcaption>" in page

@@ -17,6 +17,7 @@ from epfuse.profiling.phases import Phase
 from epfuse.profiling.profile import profile_trace
 from epfuse.profiling.read_trace import read_trace
 from epfuse.profiling.record import Profile
+from epfuse.profiling.sentences import describe_time
 from epfuse.profiling.shapes import SHAPES
 from tests.profiling.traces import ACT, ATTENTION_HALF, GEMM, MOE_LAYER, NORM, TOPK, TraceFile, server_step
 
@@ -167,3 +168,15 @@ def test_weights_that_nobody_knows(profile: Run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs --weights"):
         profile(trace, shape=shape)
     assert profile(trace, shape=shape, weights="mxfp8").experts is not None
+
+
+def test_kernels_in_no_step_are_told(profile: Run) -> None:
+    trace = TraceFile()
+    end = server_step(trace, DECODE, 100)
+    inside = profile(trace)
+    assert not any("in no step" in line for line in describe_time(inside))
+    trace.kernel("warm_up", end + 100, 7, correlation=trace.launch(end + 90, 2))
+    got = profile(trace)
+    assert got.kernels_total == inside.kernels_total == got.kernels_in_trace - 1
+    assert "in no step, and not counted here: 1 of the trace's kernels, 0.007 ms" in describe_time(got)
+    assert got.to_json()["outside_steps"] == {"kernels": 1, "us": 7.0}

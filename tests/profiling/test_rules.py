@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-import epfuse.stages
+import epfuse
 from epfuse.errors import ConfigError
 from epfuse.profiling.classify import Classifier
 from epfuse.profiling.events import Kernel
@@ -44,6 +45,17 @@ BACKENDS = {
     "aiter one stage": (["MoeSortingMultiPhaseKernel_P23", "aiter::fmoe_bf16_blockscaleFp8_g1u1_vs_silu"], "pg"),
     "epfuse": (["route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"], "pgdc"),
     "epfuse, Hopper": (["count_kernel", "place_kernel", "gate_up_sm90_kernel", "down_sm90_kernel"], "ppgd"),
+    "epfuse, Hopper with packed rows": (
+        [
+            "count_kernel",
+            "place_kernel",
+            "gather_kernel",
+            "gate_up_sm90_persistent_kernel",
+            "down_sm90_persistent_kernel",
+            "combine_kernel",
+        ],
+        "pppgdc",
+    ),
     "epfuse, FP8": (["quantize_kernel", "gate_up_fp8_kernel", "activate_kernel", "down_fp8_kernel"], "pgad"),
 }
 LETTERS = {"p": Phase.PREPARE, "g": Phase.GEMM1, "a": Phase.ACTIVATION, "d": Phase.GEMM2, "c": Phase.COMBINE}
@@ -77,16 +89,40 @@ def test_expert_kernels_of(classifier: Classifier, backend: str) -> None:
     ]
 
 
-def test_every_kernel_of_this_package_is_known(classifier: Classifier) -> None:
-    folder = Path(epfuse.stages.__path__[0])
-    names = [
-        name
-        for file in folder.rglob("kernel*.py")
-        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    ]
-    assert len(names) > 8
+STAGES = {
+    "route": Phase.PREPARE,
+    "gather": Phase.PREPARE,
+    "quantize": Phase.PREPARE,
+    "gate_up": Phase.GEMM1,
+    "activate": Phase.ACTIVATION,
+    "down": Phase.GEMM2,
+    "combine": Phase.COMBINE,
+}
+"""Folders of `epfuse.stages`, which are also what the pipelines call their ranges."""
+
+PACKAGE = Path(epfuse.__path__[0])
+
+
+def found_in(files: Iterable[Path], pattern: str) -> list[tuple[Path, str]]:
+    """The pattern's group wherever it stands at a line's beginning, and in which file."""
+    return [(file, text) for file in files for text in re.findall(pattern, file.read_text("utf-8"), flags=re.MULTILINE)]
+
+
+def test_every_kernel_of_this_package_has_its_stages_phase(classifier: Classifier) -> None:
+    folder = PACKAGE / "stages"
+    kernels = found_in(folder.rglob("kernel*.py"), r"^def (\w+_kernel)\(")
+    assert len(kernels) > 8
+    names = [name for _, name in kernels]
     verdicts = classifier.by_name([Kernel(name, 0, 7, 0, 1, None) for name in names], [""] * len(names))
-    assert [name for name, phase in zip(names, verdicts.phases, strict=True) if phase is None] == []
+    expected = {name: STAGES[file.relative_to(folder).parts[0]] for file, name in kernels}
+    assert dict(zip(names, verdicts.phases, strict=True)) == expected
+
+
+def test_every_range_of_this_package_has_its_stages_phase(classifier: Classifier) -> None:
+    ranges = {name for _, name in found_in(PACKAGE.glob("pipeline*.py"), r'^ *with record_function\("epfuse::(\w+)"\)')}
+    assert ranges == set(STAGES)
+    for stage, phase in STAGES.items():
+        assert classify(classifier, ["some_kernel"], [f"ProfilerStep#1 > epfuse::{stage}"]) == [phase]
 
 
 def test_named_ranges_classify_plain_pytorch(classifier: Classifier) -> None:
@@ -97,6 +133,34 @@ def test_named_ranges_classify_plain_pytorch(classifier: Classifier) -> None:
     ]
     for stage, phase in (("route", Phase.PREPARE), ("gate_up", Phase.GEMM1), ("down", Phase.GEMM2)):
         assert classify(classifier, names, [f"ProfilerStep#1 > epfuse::{stage}"] * 3) == [phase] * 3
+
+
+def test_the_rows_and_the_weights_of_an_eager_expert(classifier: Classifier) -> None:
+    gather, gemm = "void at::native::index_elementwise_kernel<128, 4>", "nvjet_sm90_tst_8x64_64x16_4x1_v_bz_TNN"
+    elementwise = "void at::native::vectorized_elementwise_kernel<4>"
+    expert = [
+        "void at::native::write_indices",
+        gather,
+        gemm,
+        elementwise,
+        gemm,
+        gather,
+        elementwise,
+        "indexFuncSmallIndex",
+    ]
+    prepare, combine = [Phase.PREPARE] * 2, [Phase.COMBINE] * 3
+    expected = [*prepare, Phase.GEMM1, Phase.ACTIVATION, Phase.GEMM2, *combine]
+    assert classify(classifier, expert * 3, ["nn.Module: Qwen3MoeExperts_7"] * 24) == expected * 3
+
+
+def test_a_token_chosen_before_the_first_layer_is_output(classifier: Classifier) -> None:
+    argmax = "void at::native::reduce_kernel<512, 1, at::native::ArgMaxOps<float>>"
+    kernels = [
+        Kernel(name, 0, 7, 10 * i, 5, None) for i, name in enumerate([argmax, "embedding", NORM, GEMM, NORM, GEMM])
+    ]
+    verdicts = classifier.by_name(kernels, [""] * 6)
+    classifier.by_context(kernels, [""] * 6, Layers([range(2, 4), range(4, 6)], "repetition"), verdicts)
+    assert verdicts.phases[:2] == [Phase.OUTPUT, Phase.INPUT]
 
 
 def test_a_dense_layer_and_a_shared_expert(classifier: Classifier) -> None:

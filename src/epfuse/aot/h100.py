@@ -1,8 +1,9 @@
 """The time model held against this package's own measurements on an H100.
 
 Each point is the two expert GEMMs of one layer of MiniMax-M3 on one of 8 ranks, each alone in a CUDA graph, with the
-tile that did best: NVIDIA H100 80GB HBM3, 2026-11-24, torch 2.11, triton 3.6 (docs/performance-notes.md). Token counts
-at which the routing that was drawn had as many active experts as a balanced router is expected to have.
+tile that did best: NVIDIA H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-24; `w8a16` above 1024 tokens 2026-11-25
+(docs/performance-notes.md). Token counts at which the routing that was drawn had as many active experts as a balanced
+router is expected to have.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ MEASURED = (
     ("w8a16", 256, 16, 209.7, 105.6),
     ("w8a16", 512, 32, 213.0, 107.6),
     ("w8a16", 1024, 64, 220.7, 116.0),
-    ("w8a16", 2048, 128, 269.0, 135.6),
-    ("w8a16", 8192, 128, 644.3, 329.5),
+    ("w8a16", 2048, 80, 224.6, 121.1),
+    ("w8a16", 8192, 144, 565.6, 295.6),
     ("bf16", 64, 16, 350.1, 174.7),
     ("bf16", 256, 16, 400.3, 200.6),
     ("bf16", 512, 32, 406.7, 206.7),

@@ -128,6 +128,9 @@ def _section(profile: Profile) -> Section:
     title = ""
     if shown is not None:
         title = f"Layer {shown.index} of step {shown.step}, {shown.span / 1e3:.1f} us: a layer of median duration"
+    timeline = draw_timeline(profile.timeline) if profile.timeline else None
+    if timeline is not None and timeline.widened:
+        title += f"; {timeline.widened} of its {len(timeline.boxes)} kernels are drawn wider than they ran, to be seen"
     experts = profile.experts
     chart, classes = _layer_chart(profile)
     return Section(
@@ -137,7 +140,7 @@ def _section(profile: Profile) -> Section:
         lines=[describe_layers(profile), *describe_time(profile)],
         experts=describe_experts(experts) if experts else [],
         predictions=[describe_prediction(experts, p) for p in experts.predictions] if experts else [],
-        timeline=draw_timeline(profile.timeline) if profile.timeline else None,
+        timeline=timeline,
         timeline_title=title,
         layers=chart,
         layer_classes=classes,

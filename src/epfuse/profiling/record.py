@@ -163,6 +163,10 @@ class Profile:
             "window": [step.index for step in self.window],
             "kernels_total": self.kernels_total,
             "kernels_in_trace": self.kernels_in_trace,
+            "outside_steps": {
+                "kernels": len(self.steps.outside),
+                "us": us(sum(kernel.duration for kernel in self.steps.outside)),
+            },
             "coverage": self.coverage,
             "phases": [
                 {

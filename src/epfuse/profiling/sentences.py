@@ -52,7 +52,7 @@ def describe_layers(profile: Profile) -> str:
 
 
 def describe_time(profile: Profile) -> list[str]:
-    """Busy, idle, gaps, overlap, collectives."""
+    """Busy, idle, gaps, overlap, collectives, and what is in no step."""
     time = profile.time
     idle = time.span - time.busy
     lines = [
@@ -73,6 +73,9 @@ def describe_time(profile: Profile) -> list[str]:
         )
     if time.copies:
         lines.append(f"{time.copies} copies and memsets, {ms(time.copies_ns)} ms; they are in no phase")
+    if outside := profile.steps.outside:
+        total = sum(kernel.duration for kernel in outside)
+        lines.append(f"in no step, and not counted here: {len(outside)} of the trace's kernels, {ms(total)} ms")
     return lines
 
 

@@ -48,12 +48,14 @@ class Timeline:
         lanes: the streams' names and where they stand.
         ticks: microseconds since the layer's first kernel.
         height: pixels.
+        widened: how many kernels are drawn wider than they ran, to be seen.
     """
 
     boxes: list[Box]
     lanes: list[Tick]
     ticks: list[Tick]
     height: int
+    widened: int = 0
     width: int = WIDTH
     left: int = LEFT
     bar: int = BAR
@@ -82,4 +84,5 @@ def draw_timeline(kernels: Sequence[TimelineKernel]) -> Timeline:
     ticks = [
         Tick(LEFT + value * 1e3 * scale, f"{value:g} us") for value in linear_ticks(span / 1e3) if value * 1e3 <= span
     ]
-    return Timeline(boxes, lanes, ticks, height)
+    widened = sum(kernel.duration * scale < HAIR for kernel in kernels)
+    return Timeline(boxes, lanes, ticks, height, widened)

@@ -26,9 +26,9 @@ class RouteTiles:
         chunk: routes of one program of the two launches, a power of two.
     """
 
-    one_launch_routes: int = 8192
+    one_launch_routes: int = 4096
     count: int = 4096
-    chunk: int = 256
+    chunk: int = 128
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ SM90_FRAGMENT = (
     TileRange(12, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
-    TileRange(72, LayerTiles(80, Sm90PersistentTile(192, 128, 4, 4, 4, 1), Sm90PersistentTile(192, 128, 4, 4, 4, 1))),
-    TileRange(ANY, LayerTiles(144, Sm90PersistentTile(192, 128, 8, 4, 3), Sm90PersistentTile(192, 128, 8, 4, 3))),
+    TileRange(72, LayerTiles(80, Sm90PersistentTile(192, 128, 2, 4, 4, 1), Sm90PersistentTile(192, 128, 2, 4, 4, 1))),
+    TileRange(ANY, LayerTiles(144, Sm90PersistentTile(192, 128, 4, 4, 3, 1), Sm90PersistentTile(192, 128, 4, 4, 3, 1))),
 )
 SM90_DENSE = (
     TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),

@@ -9,7 +9,7 @@ from epfuse.stages.gather.kernel import gather_kernel
 from epfuse.stages.route.table import RouteTable
 from epfuse.target import compute_units, overlap_previous, target_of
 
-PROGRAMS_PER_UNIT = 8
+PROGRAMS_PER_UNIT = 16
 
 
 def launch_gather(x: torch.Tensor, routes: RouteTable, top_k: int, out: torch.Tensor | None = None) -> torch.Tensor:
