@@ -55,10 +55,7 @@ def test_explain_groups_layers_that_differ():
         (("--policy", "seed-1782", "--tp", "4"), "The EP size is 4"),
         (("--policy", "auto", "--moe-backend", "marlin"), "--moe-backend marlin was asked for"),
         (("--policy", "auto", "--target", "gfx950"), "No measurement or prediction says"),
-        (
-            ("--policy", "auto", "--target", "sm_90"),
-            "No measurement or prediction says",
-        ),
+        (("--policy", "auto", "--target", "sm_90", "--no-ep"), "No measurement or prediction says"),
     ],
 )
 def test_explain_says_why_not(args, reason):

@@ -29,6 +29,10 @@ EVIDENCE: dict[tuple[Target, str], Evidence] = {
     (Target.SM90, "TritonExperts"): Evidence(
         "On an H100 bf16 is measured to take 0.63 to 0.93 of TritonExperts' time (docs/performance.md).", hopper=True
     ),
+    (Target.SM90, "HummingGroupedExperts"): Evidence(
+        "On an H100 w8a16 is measured to take 0.55 to 0.92 of HummingGroupedExperts' time (docs/performance.md).",
+        hopper=True,
+    ),
     (Target.GFX942, "Mxfp8EmulationTritonExperts"): Evidence(
         "On MI300X w8a16 is predicted to take 0.55 to 0.83 of the time of vLLM's BF16 GEMMs (docs/mi300x.md)."
     ),
@@ -40,8 +44,8 @@ EVIDENCE: dict[tuple[Target, str], Evidence] = {
 """(target, class of the experts that would run otherwise) -> evidence.
 
 A row is added when a measurement on the target, or a prediction for it, says that epfuse wins at most token counts and
-clearly loses at none. Missing so far: gfx950, where nothing is measured or predicted; and humming's experts, which vLLM
-0.33 prefers on Hopper and which have not been timed beside ours in one run.
+clearly loses at none. Missing so far: gfx950, where nothing is measured or predicted; and HummingIndexedExperts, which
+vLLM prefers on Hopper without expert parallelism, where nothing is measured.
 """
 
 
