@@ -20,7 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from epfuse.stages.sm90_gemm import group_layout, powers, register_operand, tile_of, wait_for_previous_kernel
+from epfuse.stages.sm90_gemm import (
+    fragment_scale_pointers,
+    group_layout,
+    powers,
+    register_operand,
+    tile_of,
+    wait_for_previous_kernel,
+)
 
 PANEL = gl.constexpr(64)  # weight rows of a consumer
 CONSUMERS = gl.constexpr(3)
@@ -202,3 +209,89 @@ def multiply(
         mbarrier.arrive(empty.index(stage))
         done += 1
     return acc, more, done
+
+
+@gluon.jit
+def consume_tile(
+    s_ptrs, block_routes, first_row, panel, wide, narrow, panels, full, empty, done, steps, R,
+    consumer: gl.constexpr, store: gl.constexpr, store_args,
+    COLUMNS: gl.constexpr, MORE: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """One tile of one consumer, for its first COLUMNS routes, or for COLUMNS + MORE."""
+    acc, more, done = multiply(
+        s_ptrs, wide, narrow, panels, full, empty, done, steps, consumer, COLUMNS, MORE, BLOCK_K, STAGES, PARTS
+    )  # fmt: skip
+    store(acc, block_routes, first_row, panel, R, store_args)
+    if MORE > 0:
+        store(more, block_routes + COLUMNS, first_row + COLUMNS, panel, R, store_args)
+    return done
+
+
+@gluon.jit
+def consume(
+    args, consumer: gl.constexpr, store: gl.constexpr, store_args,
+    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """Multiply and store this consumer's panel of every tile of this program."""
+    (
+        w_scale, sorted_routes, block_expert, block_row, m_blocks, n_blocks, wide, narrow, panels, full, empty,
+        R, K_PADDED, PANELS,
+    ) = args  # fmt: skip
+    FEW: gl.constexpr = few_columns(BLOCK_M)
+    WIDE: gl.constexpr = wide_part(BLOCK_M)
+    steps = K_PADDED // BLOCK_K
+    done = 0
+    for tile in range(gl.program_id(0), m_blocks * n_blocks, gl.num_programs(0)):
+        m, n = tile_of(tile, m_blocks, n_blocks, GROUP_M)
+        expert = gl.load(block_expert + m)
+        panel = n * CONSUMERS + consumer
+        s_ptrs = fragment_scale_pointers(
+            w_scale, expert * PANELS + panel, expert * PANELS + PANELS - 1, K_PADDED, PANEL, BLOCK_K // PARTS
+        )  # fmt: skip
+        block_routes = sorted_routes + m * BLOCK_M
+        first_row = gl.load(block_row + m)
+        # padding comes last in a block: if it begins at FEW or before, so many columns are enough
+        if gl.load(block_routes + FEW) >= R:
+            done = consume_tile(
+                s_ptrs, block_routes, first_row, panel, wide, narrow, panels, full, empty, done, steps, R,
+                consumer, store, store_args, FEW, 0, BLOCK_K, STAGES, PARTS,
+            )  # fmt: skip
+        else:
+            done = consume_tile(
+                s_ptrs, block_routes, first_row, panel, wide, narrow, panels, full, empty, done, steps, R,
+                consumer, store, store_args, WIDE, BLOCK_M - WIDE, BLOCK_K, STAGES, PARTS,
+            )  # fmt: skip
+
+
+@gluon.jit
+def run_tiles(
+    x_wide, x_narrow, w_lines, w_scale, sorted_routes, block_expert, block_row, m_blocks, n_blocks,
+    R, K_PADDED, PANELS, store: gl.constexpr, store_args,
+    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """All tiles of this program.
+
+    Args:
+        x_wide, x_narrow, w_lines: descriptors, as `produce` takes them.
+        w_scale: as `fragment_scale_pointers` takes it.
+        store: function of (accumulators [64, columns], pointer to the columns' routes, packed row of the first one, the
+            panel, R, store_args).
+    """
+    wide, narrow, panels = make_rings(BLOCK_M, BLOCK_K, STAGES)
+    full, empty = make_barriers(STAGES)
+    args = (
+        w_scale, sorted_routes, block_expert, block_row, m_blocks, n_blocks, wide, narrow, panels, full, empty,
+        R, K_PADDED, PANELS,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (consume, (args, 0, store, store_args, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
+            (consume, (args, 1, store, store_args, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
+            (consume, (args, 2, store, store_args, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
+            (produce, (x_wide, x_narrow, w_lines, sorted_routes, block_expert, block_row, m_blocks, n_blocks,
+                       wide, narrow, panels, full, empty, R, K_PADDED, PANELS, BLOCK_M, BLOCK_K, GROUP_M, STAGES)),
+        ],
+        [4, 4, 1],
+        [160, 160, 32],  # registers of the partitions but the first, which gets the rest
+    )  # fmt: skip

@@ -4,85 +4,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from epfuse.stages.gate_up.kernel_sm90 import store_swiglu
-from epfuse.stages.sm90_gemm import (
-    fragment_scale_pointers,
-    let_next_kernel_start,
-    tile_of,
-    wait_for_previous_kernel,
-)
-from epfuse.stages.sm90_persistent import (
-    CONSUMERS,
-    PANEL,
-    few_columns,
-    make_barriers,
-    make_rings,
-    multiply,
-    produce,
-    wide_part,
-)
+from epfuse.stages.sm90_gemm import let_next_kernel_start, wait_for_previous_kernel
+from epfuse.stages.sm90_persistent import CONSUMERS, PANEL, run_tiles
 
 
 @gluon.jit
-def consume_tile(
-    s_ptrs, out, block_routes, first_row, first_output, wide, narrow, panels, full, empty, done,
-    R, I, H_PADDED, alpha, beta, limit, consumer: gl.constexpr,
-    COLUMNS: gl.constexpr, MORE: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-):  # fmt: skip
-    """One tile of one consumer, for its first COLUMNS routes, or for COLUMNS + MORE."""
-    acc, more, done = multiply(
-        s_ptrs, wide, narrow, panels, full, empty, done, H_PADDED // BLOCK_K, consumer,
-        COLUMNS, MORE, BLOCK_K, STAGES, PARTS,
-    )  # fmt: skip
-    store_swiglu(acc, out, block_routes, first_row, first_output, R, I, alpha, beta, limit)
-    if MORE > 0:
-        next_row = first_row + COLUMNS
-        store_swiglu(more, out, block_routes + COLUMNS, next_row, first_output, R, I, alpha, beta, limit)
-    return done
-
-
-@gluon.jit
-def consume(
-    args, consumer: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr,
-):  # fmt: skip
-    """Multiply, activate and store this consumer's panel of every tile of this program."""
-    (
-        w13_scale, out, sorted_routes, block_expert, block_row, m_blocks, n_blocks, wide, narrow, panels, full, empty,
-        R, I, H_PADDED, PANELS, alpha, beta, limit,
-    ) = args  # fmt: skip
-    FEW: gl.constexpr = few_columns(BLOCK_M)
-    WIDE: gl.constexpr = wide_part(BLOCK_M)
-    done = 0
-    for tile in range(gl.program_id(0), m_blocks * n_blocks, gl.num_programs(0)):
-        m, n = tile_of(tile, m_blocks, n_blocks, GROUP_M)
-        expert = gl.load(block_expert + m)
-        s_ptrs = fragment_scale_pointers(
-            w13_scale, expert * PANELS + n * CONSUMERS + consumer,
-            expert * PANELS + PANELS - 1, H_PADDED, PANEL, BLOCK_K // PARTS,
-        )  # fmt: skip
-        block_routes = sorted_routes + m * BLOCK_M
-        first_row = gl.load(block_row + m)
-        first_output = (n * CONSUMERS + consumer) * (PANEL // 2)
-        # padding comes last in a block: if it begins at FEW or before, so many columns are enough
-        if gl.load(block_routes + FEW) >= R:
-            done = consume_tile(
-                s_ptrs, out, block_routes, first_row, first_output, wide, narrow, panels, full, empty, done,
-                R, I, H_PADDED, alpha, beta, limit, consumer, FEW, 0, BLOCK_K, STAGES, PARTS,
-            )  # fmt: skip
-        else:
-            done = consume_tile(
-                s_ptrs, out, block_routes, first_row, first_output, wide, narrow, panels, full, empty, done,
-                R, I, H_PADDED, alpha, beta, limit, consumer, WIDE, BLOCK_M - WIDE, BLOCK_K, STAGES, PARTS,
-            )  # fmt: skip
+def store_panel(acc, block_routes, first_row, panel, R, args):
+    """Activate and store, packed."""
+    out, I, alpha, beta, limit = args
+    store_swiglu(acc, out, block_routes, first_row, panel * (PANEL // 2), R, I, alpha, beta, limit)
 
 
 @gluon.jit(do_not_specialize=["R"])
 def gate_up_sm90_persistent_kernel(
     x_wide, x_narrow, w13_lines, w13_scale, out, sorted_routes, block_expert, block_row, num_padded,
     R, I, H_PADDED, PANELS, alpha, beta, limit,
-    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """As gate_up_sm90_kernel, for rows that lie packed in the table's order; so do the results.
 
@@ -95,20 +32,7 @@ def gate_up_sm90_persistent_kernel(
     if gl.program_id(0) >= m_blocks * n_blocks:
         wait_for_previous_kernel()
         return
-    wide, narrow, panels = make_rings(BLOCK_M, BLOCK_K, STAGES)
-    full, empty = make_barriers(STAGES)
-    args = (
-        w13_scale, out, sorted_routes, block_expert, block_row, m_blocks, n_blocks, wide, narrow, panels, full, empty,
-        R, I, H_PADDED, PANELS, alpha, beta, limit,
-    )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (consume, (args, 0, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
-            (consume, (args, 1, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
-            (consume, (args, 2, BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS)),
-            (produce, (x_wide, x_narrow, w13_lines, sorted_routes, block_expert, block_row, m_blocks, n_blocks,
-                       wide, narrow, panels, full, empty, R, H_PADDED, PANELS, BLOCK_M, BLOCK_K, GROUP_M, STAGES)),
-        ],
-        [4, 4, 1],
-        [160, 160, 32],  # registers of the partitions but the first, which gets the rest
+    run_tiles(
+        x_wide, x_narrow, w13_lines, w13_scale, sorted_routes, block_expert, block_row, m_blocks, n_blocks,
+        R, H_PADDED, PANELS, store_panel, (out, I, alpha, beta, limit), BLOCK_M, BLOCK_K, GROUP_M, STAGES, PARTS,
     )  # fmt: skip
