@@ -39,6 +39,23 @@ def test_the_nearest_row_in_rows_per_expert_is_used(tables: FilePath) -> None:
         assert answer[2] == pytest.approx(max(tokens / used, used / tokens))
 
 
+def test_a_row_whose_block_is_too_small_for_the_call_gives_way_to_the_next(tables: FilePath) -> None:
+    write(tables, measurement(row(256, block_m=16), row(1024, block_m=64)))
+    # a block of 16 holds 12.5 expected rows with their scatter, which is T = 400; from 512 on the next is near
+    for tokens, used in {128: 256, 399: 256, 512: 1024, 520: 1024, 2048: 1024}.items():
+        answer = found(tokens)
+        assert answer is not None
+        assert answer[1] == used
+    assert found(420) is None
+
+
+def test_a_row_whose_block_was_too_small_when_it_was_measured_stays(tables: FilePath) -> None:
+    write(tables, measurement(row(1024, block_m=16)))
+    answer = found(1500)
+    assert answer is not None
+    assert answer[1] == 1024
+
+
 @pytest.mark.parametrize("tokens", [7, 129, 511, 2049])
 def test_a_far_row_is_not_used(tables: FilePath, tokens: int) -> None:
     write(tables, measurement(row(16), row(64), row(1024)))

@@ -3,6 +3,9 @@
 Distance is counted in rows per expert, T*K/E, which is what tiles follow. A row is *near* up to a factor of two; a
 farther one is not used. A row is *foreign* if it was measured on another product of the same target, or for a layer
 with another L, E or K; its tile is used and its time is not. A layer with another H or I has nothing to say.
+
+Rows scatter over the experts by about their square root. Where a row's block held that much when it was measured, it
+does not serve calls whose experts would need a second block for a few rows more.
 """
 
 from __future__ import annotations
@@ -41,6 +44,15 @@ class Point:
         """How far a call with ``rows`` rows per expert is from this point: 1 is exact, 2 is twice or half."""
         return max(rows / self.rows, self.rows / rows)
 
+    def fits(self, rows: float) -> bool:
+        """Whether a block holds the rows of most experts, or did not when the point was measured."""
+        return rows <= self.held or self.rows > self.held
+
+    @property
+    def held(self) -> float:
+        """Expected rows per expert that a block holds with their scatter: n + sqrt(n) = block_m."""
+        return ((math.sqrt(1 + 4 * self.tiles.block_m) - 1) / 2) ** 2
+
 
 @dataclass(frozen=True)
 class Source:
@@ -67,8 +79,9 @@ class Source:
         return not (self.same_device and self.same_shape)
 
     def nearest(self, rows: float) -> Point:
-        """The point with the smallest factor; of two the smaller one."""
-        return min(self.points, key=lambda point: (point.factor(rows), point.tokens))
+        """The point with the smallest factor, of two the smaller one, among those that fit if any does."""
+        fitting = [point for point in self.points if point.fits(rows)]
+        return min(fitting or self.points, key=lambda point: (point.factor(rows), point.tokens))
 
 
 @dataclass(frozen=True)
@@ -132,7 +145,8 @@ def change_points(choices: tuple[Source, ...], shape: LayerShape) -> set[int]:
     for source in choices:
         rows = [point.rows for point in source.points]
         bounds = [row / NEAR for row in rows] + [row * NEAR for row in rows]
-        bounds += [math.sqrt(first * second) for first, second in itertools.pairwise(rows)]
+        bounds += [math.sqrt(first * second) for first, second in itertools.combinations(rows, 2)]
+        bounds += [point.held for point in source.points]
         for bound in bounds:
             tokens = math.floor(bound * shape.experts / shape.top_k)
             found |= {tokens, tokens + 1}  # on both sides of a bound that rounding may have moved
