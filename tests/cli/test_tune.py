@@ -98,3 +98,23 @@ def test_hopper_paths_have_nothing_for_vllm(tmp_path: Path) -> None:
     result = tune("--path", "w8a16", "--tokens", "1", "--out", str(tmp_path), "--to-vllm", str(tmp_path))
     assert result.exit_code == 2
     assert "none was tuned" in result.stderr
+
+
+@pytest.mark.usefixtures("_mi300x")
+def test_trials_are_timed_and_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_command, "describe_device", lambda device: {"name": "AMD Instinct MI300X"})
+    tile = {"kind": "portable", "block_n": 64, "block_k": 128, "group_m": 0, "num_warps": 4, "num_stages": 2}
+    trials = tmp_path / "trials.json"
+    trials.write_text(json.dumps([{"path": "bf16", "tokens": 64, "block_m": 16, "gate_up": tile, "down": tile}]))
+    arguments = ("--trials", str(trials), "--out", str(tmp_path / "tables"))
+    result = tune(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "fastest" in result.stdout
+    record = json.loads(tune(*arguments, "--json").stdout)
+    assert [trial["layer_us"] for trial in record["trials"]] == [128.0]
+    assert record["device"] == {"name": "AMD Instinct MI300X"}
+    assert not (tmp_path / "tables").exists()
+    monkeypatch.setattr(Bench, "layer", lambda *_: Timed(1.0, "wrong: 3.0 dB from the oracle"))
+    assert tune(*arguments).exit_code == 1
+    trials.write_text("{}")
+    assert tune(*arguments).exit_code == 2

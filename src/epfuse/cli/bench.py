@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from epfuse.bench.record import Record
     from epfuse.bench.run import Plan
 
-SHAPE_NAMES = ["minimax-m3-ep8", "minimax-m3-ep4", "minimax-m3-tp8", "gpt-oss-120b", "qwen3-235b", "small", "custom"]
+SHAPE_NAMES = [
+    "minimax-m3-ep8", "minimax-m3-ep4", "minimax-m3-ep16", "minimax-m3-tp8",
+    "gpt-oss-120b", "gpt-oss-20b", "qwen3-235b", "small", "custom",
+]  # fmt: skip
 PEER_NAMES = ("vllm", "transformers", "torch")
 PATH_NAMES = ("auto", "all", "reference", "bf16", "w8a16", "w8a8", "block_fp8")
 GPU_TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 8192)

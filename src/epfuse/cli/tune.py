@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -16,6 +18,7 @@ import triton
 from rich.console import Console
 
 from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, Layer, make_layer
+from epfuse.bench.machine import describe_device, read_clocks
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, DeviceError
 from epfuse.policy import READABLE
@@ -23,6 +26,7 @@ from epfuse.target import Target, device_name, target_of
 from epfuse.tuning import console, store, vllm_files
 from epfuse.tuning.run import Device, Request, pending, plan_of, run
 from epfuse.tuning.search import Outcome, Plan, without
+from epfuse.tuning.trials import Trial, plans_of, read_trials, run_trials
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 PATHS = tuple(path.value for path in READABLE[Target.GFX942])
@@ -48,7 +52,20 @@ def _part(context: click.Context, parameter: click.Parameter, value: str) -> tup
     return int(found[1]), int(found[2])
 
 
-@click.command()
+EPILOG = """\b
+Examples:
+  epfuse tune --shape minimax-m3-ep8 --tokens 64,1024 --budget 300
+  epfuse tune --shape gpt-oss-120b --path bf16 --to-vllm tiles
+  epfuse tune --trials trials.json --json > record.json
+
+A file of trials is a JSON list of {"path": "w8a16", "tokens": 64, "block_m": 16,
+"gate_up": TILE, "down": TILE}, with tiles as epfuse's tables have them.
+
+Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage.
+"""
+
+
+@click.command(epilog=EPILOG)
 @click.option("--shape", type=click.Choice([*LAYERS, CUSTOM]), default="minimax-m3-ep8", show_default=True)
 @click.option("--hidden", type=int, metavar="H", help="Model dimension.")
 @click.option("--intermediate", type=int, metavar="I", help="Width of an expert on this rank.")
@@ -65,6 +82,7 @@ def _part(context: click.Context, parameter: click.Parameter, value: str) -> tup
 @click.option("--workers", type=click.IntRange(min=1), help="Compiling processes.  [default: the CPUs]")
 @click.option("--from-vllm", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Tiles to try as well.")
 @click.option("--to-vllm", type=click.Path(file_okay=False, path_type=Path), help="Folder for a tile file of vLLM's.")
+@click.option("--trials", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Time these tiles only.")
 @click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N (CUDA and ROCm).")
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON instead of a table.")
@@ -85,6 +103,7 @@ def tune(
     workers: int | None,
     from_vllm: Path | None,
     to_vllm: Path | None,
+    trials: Path | None,
     device: str,
     seed: int,
     as_json: bool,
@@ -95,6 +114,8 @@ def tune(
     stage by stage in CUDA or HIP graphs, and the best as whole calls. What a tile computes is compared in every timing,
     so a wrong one can't win. Each token count is written to the tables when it is done; a run that was stopped goes on
     where it ended. Several ranks may share a folder: give each its --part.
+
+    With --trials nothing is searched and no table is written: the tiles of the file are judged and timed.
     """
     sizes = {
         "hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size,
@@ -104,10 +125,22 @@ def tune(
     folder = store.TABLES if out is None else out
     extra = () if from_vllm is None else tuple(vllm_files.read(from_vllm, layer.shape).items())
     found = Device(target_of(gpu), device_name(gpu), torch.__version__, triton.__version__)
+    cpus = workers or len(os.sched_getaffinity(0))
+    if trials is not None:
+        _try(
+            read_trials(trials),
+            Request(found, layer.shape, (), (), folder, _command()),
+            layer,
+            gpu,
+            seed,
+            cpus,
+            as_json,
+        )
+        return
     request = Request(found, layer.shape, paths, tokens, folder, _command(), extra)
     points = request.points()[part[0] - 1 :: part[1]] if again else pending(request, part)
     plans = [plan_of(request, point) for point in points]
-    outcomes = _search(request, plans, layer, gpu, seed, budget, workers or len(os.sched_getaffinity(0)))
+    outcomes = _search(request, plans, layer, gpu, seed, budget, cpus)
     if as_json:
         click.echo(json.dumps([console.to_json(outcome) for outcome in outcomes], indent=2, allow_nan=False))
     else:
@@ -134,6 +167,40 @@ def _search(
         ]
         left = budget - (time.monotonic() - begun)
         return run(request, plans, DeviceBench(layer, gpu, seed=seed), watch, left, time.monotonic)
+
+
+def _try(
+    trials: tuple[Trial, ...], request: Request, layer: Layer, gpu: torch.device, seed: int, workers: int, as_json: bool
+) -> None:
+    from epfuse.tuning.bench import DeviceBench
+    from epfuse.tuning.prune import candidates_of, unfit
+
+    device = request.device
+    with console.progress() as progress:
+        watch = console.ProgressWatch(progress)
+        compiling = candidates_of(request, plans_of(trials, device.target))
+        unfit(
+            compiling, workers, watch.compiled
+        )  # side by side, for the cache; a tile that spills is timed all the same
+        task = progress.add_task("timing", total=len(trials))
+        bench = DeviceBench(layer, gpu, seed=seed)
+        results = run_trials(trials, device.target, bench, lambda result: progress.advance(task))
+    if as_json:
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "command": request.source,
+            "device": describe_device(gpu),
+            "clocks": read_clocks(gpu),
+            "torch": device.torch,
+            "triton": device.triton,
+            "shape": asdict(layer.shape),
+            "trials": [result.to_json() for result in results],
+        }
+        click.echo(json.dumps(record, indent=1, allow_nan=False))
+    else:
+        console.show_results(results, device, Console(width=None if sys.stdout.isatty() else 160))
+    if any(result.fault is not None for result in results):
+        sys.exit(1)
 
 
 def _gpu(name: str) -> torch.device:

@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from epfuse.tuning.run import Request
+from epfuse.tuning.run import Device, Request
+from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Outcome, Plan
+from epfuse.tuning.trials import Result
 
 
 def progress() -> Progress:
@@ -110,3 +112,30 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "dropped": outcome.dropped,
         "untried": outcome.untried,
     }
+
+
+def show_results(results: Sequence[Result], device: Device, console: Console) -> None:
+    """Print what came of the trials; the fastest right one of a path and token count is marked."""
+    console.print(
+        f"{device.name} ({device.target.value}), torch {device.torch}, triton {device.triton}", highlight=False
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("path", "T", "layer us", "gate_up us", "down us", "tiles", "verdict"):
+        table.add_column(column, overflow="fold")
+    best: dict[tuple[str, int], float] = {}
+    for result in results:
+        if result.fault is None and result.layer_us is not None:
+            key = (result.trial.path.value, result.trial.tokens)
+            best[key] = min(best.get(key, result.layer_us), result.layer_us)
+    for result in results:
+        key = (result.trial.path.value, result.trial.tokens)
+        times = (result.layer_us, *(result.stage_us.get(stage) for stage in Stage))
+        right = result.fault is None
+        table.add_row(
+            key[0],
+            str(key[1]),
+            *("-" if time is None or not right else f"{time:.1f}" for time in times),
+            result.trial.tiles().key,
+            ("fastest" if result.layer_us == best.get(key) else "right") if right else result.fault,
+        )
+    console.print(table)

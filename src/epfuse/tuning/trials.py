@@ -1,0 +1,158 @@
+"""Tiles that somebody names, timed and judged: the figures of a notebook, with a command that makes them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path as File
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from epfuse.config import Path, WeightFormat
+from epfuse.errors import ConfigError, UnsupportedTarget
+from epfuse.policy.kernels import READABLE
+from epfuse.stages.tiles import LayerTiles
+from epfuse.target import Target
+from epfuse.tuning.schema import Stage, TileEntry
+from epfuse.tuning.search import Bench, Plan, Point, Timed
+
+LARGEST_FILE = 1 << 20
+"""Bytes: some 4,000 trials."""
+
+
+class Trial(BaseModel):
+    """One pair of tiles at one token count, as it stands in a file.
+
+    Attributes:
+        path: what runs, on the weights that it reads best.
+        tokens: T.
+        block_m: rows of a block.
+        gate_up, down: the tiles.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path
+    tokens: Annotated[int, Field(ge=1, le=1 << 20)]
+    block_m: Annotated[int, Field(ge=8, le=1 << 12)]
+    gate_up: TileEntry
+    down: TileEntry
+
+    def tiles(self) -> LayerTiles:
+        """As a call takes them; ConfigError if no kernel does."""
+        return LayerTiles(self.block_m, self.gate_up.tile(), self.down.tile())
+
+    def point(self, target: Target) -> Point:
+        """Path, weights and T on ``target``; UnsupportedTarget if it has no kernel for the path."""
+        formats = READABLE.get(target, {}).get(self.path)
+        if not formats:
+            raise UnsupportedTarget(f"path {self.path.value!r} has no kernel for {target.value}")
+        return Point(self.path, formats[0], self.tokens)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a trial.
+
+    Attributes:
+        trial: as it was named.
+        weights: what the path read.
+        layer_us: of a whole call, median; None if it did not run.
+        stage_us: of each stage alone; empty unless the call was right.
+        fault: why it does not count; None if it does.
+    """
+
+    trial: Trial
+    weights: WeightFormat
+    layer_us: float | None
+    stage_us: dict[Stage, float]
+    fault: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return self.trial.model_dump(mode="json") | {
+            "tiles": self.trial.tiles().key,
+            "weights": self.weights.value,
+            "layer_us": self.layer_us,
+            **{f"{stage.value}_us": self.stage_us.get(stage) for stage in Stage},
+            "fault": self.fault,
+        }
+
+
+def read_trials(file: File) -> tuple[Trial, ...]:
+    """The trials of a JSON file, a list of `Trial`.
+
+    Raises:
+        ConfigError: the file is no such list, or a tile is none that a kernel takes; names the place.
+    """
+    if file.stat().st_size > LARGEST_FILE:
+        raise ConfigError(f"{file} has {file.stat().st_size} bytes; a list of trials has at most {LARGEST_FILE}")
+    try:
+        trials = TypeAdapter(tuple[Trial, ...]).validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"{file}: {place}: {first['msg']}") from None
+    if not trials:
+        raise ConfigError(f"{file} lists no trial")
+    for number, trial in enumerate(trials):
+        try:
+            trial.tiles()
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {number}: {error}") from None
+    return trials
+
+
+def plans_of(trials: Iterable[Trial], target: Target) -> list[Plan]:
+    """The trials as plans, for the compiler."""
+    plans = []
+    for trial in trials:
+        tiles = trial.tiles()
+        tries = {tiles.block_m: {Stage.GATE_UP: [tiles.gate_up], Stage.DOWN: [tiles.down]}}
+        plans.append(Plan(trial.point(target), tiles, tries))
+    return plans
+
+
+def run_trials(
+    trials: Sequence[Trial], target: Target, bench: Bench, done: Callable[[Result], None] = lambda result: None
+) -> list[Result]:
+    """Time every trial: the whole call, and if that is right each stage alone.
+
+    Trials of one path and token count run one after another, wherever they stand in the list; the first of them whose
+    call is right makes what the stages are held against.
+    """
+    order = sorted(trials, key=lambda trial: (trial.path.value, trial.tokens))
+    results = []
+    for _, group in groupby(order, key=lambda trial: (trial.path, trial.tokens)):
+        for trial in group:
+            result = _run(trial, trial.point(target), bench)
+            results.append(result)
+            done(result)
+    return results
+
+
+def _run(trial: Trial, point: Point, bench: Bench) -> Result:
+    tiles = trial.tiles()
+    whole = _timed(partial(bench.layer, point, tiles))
+    if isinstance(whole, str):
+        return Result(trial, point.weights, None, {}, whole)
+    alone: dict[Stage, float] = {}
+    fault = whole.fault
+    for stage, tile in ((Stage.GATE_UP, tiles.gate_up), (Stage.DOWN, tiles.down)):
+        if fault is None:
+            timed = _timed(partial(bench.stage, point, stage, tiles.block_m, tile))
+            fault = timed if isinstance(timed, str) else timed.fault
+            if isinstance(timed, Timed):
+                alone[stage] = timed.microseconds
+    return Result(trial, point.weights, whole.microseconds, alone, fault)
+
+
+def _timed(call: Callable[[], Timed]) -> Timed | str:
+    """The timing, or what was raised instead: a compiler's error and a driver's are results here."""
+    try:
+        return call()
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
