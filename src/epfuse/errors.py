@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class EpfuseError(ValueError):
     """Base class: catch this to catch everything that epfuse refuses."""
@@ -45,3 +50,9 @@ class TraceError(EpfuseError):
 
 class TuningError(EpfuseError):
     """A search for tiles can't be trusted or can't go on; the message says why."""
+
+
+def first_fault(error: ValidationError, whole: str) -> tuple[str, str]:
+    """Where and what the first thing is that pydantic complains of; ``whole`` where it is the input as such."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(str(part) for part in first["loc"]) or whole, first["msg"]

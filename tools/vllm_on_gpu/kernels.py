@@ -8,27 +8,26 @@ from typing import Any
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
-    FusedMoEParallelConfig,
     FusedMoEQuantConfig,
-    RoutingMethodType,
     fp8_w8a16_moe_quant_config,
 )
 from vllm.model_executor.layers.fused_moe.experts import marlin_moe
 from vllm.model_executor.layers.fused_moe.experts.mxfp8_emulation_moe import Mxfp8EmulationTritonExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
-from vllm.model_executor.layers.quantization.utils import marlin_utils_fp8
 
 from epfuse.bench.contender import PEER_TOLERANCE, Contender, Kind
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Call, Method
+from epfuse.bench.peers import vllm_experts
 from epfuse.bench.roofline import Operand
 from epfuse.bench.weights import LayerWeights
-from epfuse.config import Policy, SwiGLUOAI, WeightFormat
+from epfuse.config import Policy, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.integrations.vllm.experts import EpfuseExperts
 from epfuse.policy import Checkpoint, LayerRequest, Storage, plan_layer
@@ -114,20 +113,11 @@ class Candidate:
 
 def moe_config(layer: Layer, device: torch.device) -> FusedMoEConfig:
     """What vLLM knows of the layer on one of its expert-parallel ranks."""
-    shape, gate = layer.shape, layer.activation
-    parallel = replace(FusedMoEParallelConfig.make_no_parallel(), ep_size=layer.ep_size, use_ep=layer.ep_size > 1)
-    return FusedMoEConfig(
-        num_experts=shape.experts,
-        experts_per_token=shape.top_k,
-        hidden_dim=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_local_experts=shape.local_experts,
-        num_logical_experts=shape.experts,
-        activation=ACTIVATION,
-        device=str(device),
-        routing_method=RoutingMethodType.Renormalize,
+    config, gate = vllm_experts.moe_config(fused_moe, layer, device, ACTIVATION), layer.activation
+    parallel = replace(config.moe_parallel_config, ep_size=layer.ep_size, use_ep=layer.ep_size > 1)
+    return replace(
+        config,
         moe_parallel_config=parallel,
-        in_dtype=torch.bfloat16,
         swiglu_limit=gate.limit,
         swiglu_alpha=gate.alpha,
         swiglu_beta=gate.beta,
@@ -153,7 +143,7 @@ class Builder:
         self._config = moe_config(self._layer, weights.device)
         shape = self._layer.shape
         self._map = ExpertMap.contiguous(shape.experts, self._layer.ep_size, 0, weights.device).on(weights.device)
-        self._gate = gate_parameters(self._layer.activation)
+        _, self._gate = vllm_experts.activation_of(fused_moe, self._layer, limit_name="gemm1_clamp_limit")
 
     def all(self) -> list[Candidate]:
         """Ours and vLLM's, those that read MXFP8 first."""
@@ -181,19 +171,7 @@ class Builder:
 
     def marlin(self) -> Candidate:
         """What vLLM 0.25.1 chooses for MXFP8 on Hopper."""
-        given = self._mxfp8()
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)  # as while vLLM loads a model: the scales become the default dtype
-        try:
-            w1, w2, w1_scale, w2_scale = marlin_utils_fp8.prepare_mxfp8_moe_layer_for_marlin(
-                torch.nn.Module(),
-                given["w13_weight"],
-                given["w2_weight"],
-                given["w13_weight_scale"],
-                given["w2_weight_scale"],
-            )
-        finally:
-            torch.set_default_dtype(before)
+        w1, w2, w1_scale, w2_scale = vllm_experts.marlin_weights(self._weights)
         quant = fp8_w8a16_moe_quant_config(w1_scale, w2_scale, block_shape=MXFP8_BLOCK, **self._gate)
         kernel = self._kernel(marlin_moe.MarlinExperts(self._config, quant), w1, w2)
         return _vllms(kernel, "mxfp8", WeightFormat.MXFP8, "what vLLM 0.25.1 runs for MXFP8 on Hopper")
@@ -258,11 +236,6 @@ class Builder:
         shape = self._layer.shape
         tolerance = dense_tolerance(torch.bfloat16, shape.hidden, shape.intermediate)
         return Candidate(EpfuseExperts.__name__, Kind.PATH, stored, form, kernel, tolerance, f"path {path}")
-
-
-def gate_parameters(gate: SwiGLUOAI) -> dict[str, float]:
-    """The activation's parameters as vLLM's quantisation configuration names them."""
-    return {"gemm1_alpha": gate.alpha, "gemm1_beta": gate.beta, "gemm1_clamp_limit": gate.limit}
 
 
 def _vllms(kernel: LayerKernel, stored: str, form: WeightFormat, note: str) -> Candidate:

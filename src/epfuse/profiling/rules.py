@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from epfuse.errors import ConfigError, MissingDependency
+from epfuse.errors import ConfigError, MissingDependency, first_fault
 from epfuse.profiling.phases import Phase
 
 try:
@@ -138,6 +138,5 @@ def _parse(text: str, where: str) -> _RulesFile:
     try:
         return _RulesFile.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ConfigError(f"rules {where}: {place}: {first['msg']}") from None
+        place, fault = first_fault(error, "the file")
+        raise ConfigError(f"rules {where}: {place}: {fault}") from None

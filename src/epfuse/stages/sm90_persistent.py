@@ -42,7 +42,7 @@ def wide_part(block_m):
 @gluon.constexpr_function
 def few_columns(block_m):
     """The smaller number of columns that a tile of BLOCK_M rows is multiplied with: no narrow part, or half."""
-    wide = 1 << (block_m.bit_length() - 1)
+    wide = wide_part(block_m)
     return wide if wide < block_m else wide // 2
 
 
@@ -60,9 +60,7 @@ def swizzled_fragments(block_k):
 
 
 @gluon.jit
-def make_rings(
-    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def make_rings(BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
     """Shared memory of the wide and the narrow part of the rows, and of the weights' panels.
 
     Without a narrow part its place is taken by the wide one, which nothing reads there.

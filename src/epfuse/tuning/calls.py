@@ -13,7 +13,7 @@ from epfuse.config import Combine, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.policy.kernels import FP8_PATHS
-from epfuse.stages.route.reference import local_experts
+from epfuse.stages.route.reference import local_experts, table_order
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.tuning.schema import Stage
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
@@ -97,8 +97,7 @@ class StageInputs:
     @cached_property
     def local_routes(self) -> torch.Tensor:
         """The local routes in the route table's order, which does not depend on how it is cut into blocks."""
-        slots = local_experts(self.topk_ids, self.slots)
-        return torch.argsort(torch.where(slots >= 0, slots, slots.max() + 1), stable=True)[: int((slots >= 0).sum())]
+        return table_order(local_experts(self.topk_ids, self.slots))
 
     def rows_of(self, output: torch.Tensor, stage: Stage, tile: GemmTile) -> torch.Tensor:
         """The rows of the local routes in a stage's output, in the order of `local_routes`."""

@@ -64,13 +64,19 @@ class Request:
         Raises:
             UnsupportedTarget: the target has no kernel for a path.
         """
-        found = []
-        for path in self.paths:
-            forms = READABLE[self.device.target].get(path, ())
-            if not forms:
-                raise UnsupportedTarget(f"path {path.value!r} has no kernel for {self.device.target.value}")
-            found += [Point(path, forms[0], tokens) for tokens in self.tokens]
-        return found
+        return [point_of(self.device.target, path, tokens) for path in self.paths for tokens in self.tokens]
+
+
+def point_of(target: Target, path: Path, tokens: int) -> Point:
+    """T on a path, with the weights that it reads best.
+
+    Raises:
+        UnsupportedTarget: the target has no kernel for the path.
+    """
+    forms = READABLE.get(target, {}).get(path, ())
+    if not forms:
+        raise UnsupportedTarget(f"path {path.value!r} has no kernel for {target.value}")
+    return Point(path, forms[0], tokens)
 
 
 class Watch(Protocol):

@@ -221,15 +221,21 @@ def _keep_faster(calls: dict[int, tuple[float, LayerTiles]], outcome: Outcome, b
 
 def _dropping(outcome: Outcome, name: str, time: Callable[[], Timed]) -> Timed | None:
     """A timing that counts; None where the tile does not run or is wrong, which is noted."""
-    try:
-        timed = time()
-    except Exception as error:  # whatever a tile raises, a compiler's error or the driver's, is why it does not count
-        outcome.dropped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    timed = attempt(time)
+    fault = timed if isinstance(timed, str) else timed.fault
+    if fault is not None:
+        outcome.dropped[name] = fault
         return None
-    if timed.fault is not None:
-        outcome.dropped[name] = timed.fault
-        return None
+    assert isinstance(timed, Timed)
     return timed
+
+
+def attempt(time: Callable[[], Timed]) -> Timed | str:
+    """The timing; or what was raised, a compiler's error or the driver's, which is why a tile does not count."""
+    try:
+        return time()
+    except Exception as error:
+        return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _calls(plan: Plan, best: dict[tuple[Stage, int], list[_Best]]) -> list[tuple[float, LayerTiles]]:

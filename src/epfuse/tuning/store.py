@@ -14,7 +14,7 @@ from textwrap import indent
 
 from pydantic import ValidationError
 
-from epfuse.errors import ConfigError
+from epfuse.errors import ConfigError, first_fault
 from epfuse.target import Target
 from epfuse.tuning.schema import Measurement, Stage, Table
 
@@ -47,9 +47,8 @@ def read_table(folder: Path, target: Target, stage: Stage) -> Table:
     try:
         table = Table.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"tuned table {path} is wrong at {where or 'the top'}: {first['msg']}") from None
+        place, fault = first_fault(error, "the top")
+        raise ConfigError(f"tuned table {path} is wrong at {place}: {fault}") from None
     if (table.target, table.stage) != (target, stage):
         raise ConfigError(
             f"tuned table {path} is of {table.target.value}, {table.stage.value}; it must be of"

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path as File
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from epfuse.config import Path, WeightFormat
-from epfuse.errors import ConfigError, UnsupportedTarget
-from epfuse.policy.kernels import READABLE
+from epfuse.errors import ConfigError, first_fault
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
+from epfuse.tuning.run import point_of
 from epfuse.tuning.schema import Stage, TileEntry
-from epfuse.tuning.search import Bench, Plan, Point, Timed
+from epfuse.tuning.search import Bench, Plan, Point, Timed, attempt
 
 LARGEST_FILE = 1 << 20
 """Bytes: some 4,000 trials."""
@@ -44,13 +43,6 @@ class Trial(BaseModel):
     def tiles(self) -> LayerTiles:
         """As a call takes them; ConfigError if no kernel does."""
         return LayerTiles(self.block_m, self.gate_up.tile(), self.down.tile())
-
-    def point(self, target: Target) -> Point:
-        """Path, weights and T on ``target``; UnsupportedTarget if it has no kernel for the path."""
-        formats = READABLE.get(target, {}).get(self.path)
-        if not formats:
-            raise UnsupportedTarget(f"path {self.path.value!r} has no kernel for {target.value}")
-        return Point(self.path, formats[0], self.tokens)
 
 
 @dataclass(frozen=True)
@@ -93,9 +85,8 @@ def read_trials(file: File) -> tuple[Trial, ...]:
     try:
         trials = TypeAdapter(tuple[Trial, ...]).validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ConfigError(f"{file}: {place}: {first['msg']}") from None
+        place, fault = first_fault(error, "the file")
+        raise ConfigError(f"{file}: {place}: {fault}") from None
     if not trials:
         raise ConfigError(f"{file} lists no trial")
     for number, trial in enumerate(trials):
@@ -112,7 +103,7 @@ def plans_of(trials: Iterable[Trial], target: Target) -> list[Plan]:
     for trial in trials:
         tiles = trial.tiles()
         tries = {tiles.block_m: {Stage.GATE_UP: [tiles.gate_up], Stage.DOWN: [tiles.down]}}
-        plans.append(Plan(trial.point(target), tiles, tries))
+        plans.append(Plan(point_of(target, trial.path, trial.tokens), tiles, tries))
     return plans
 
 
@@ -124,35 +115,25 @@ def run_trials(
     Trials of one path and token count run one after another, wherever they stand in the list; the first of them whose
     call is right makes what the stages are held against.
     """
-    order = sorted(trials, key=lambda trial: (trial.path.value, trial.tokens))
     results = []
-    for _, group in groupby(order, key=lambda trial: (trial.path, trial.tokens)):
-        for trial in group:
-            result = _run(trial, trial.point(target), bench)
-            results.append(result)
-            done(result)
+    for trial in sorted(trials, key=lambda trial: (trial.path.value, trial.tokens)):
+        result = _run(trial, point_of(target, trial.path, trial.tokens), bench)
+        results.append(result)
+        done(result)
     return results
 
 
 def _run(trial: Trial, point: Point, bench: Bench) -> Result:
     tiles = trial.tiles()
-    whole = _timed(partial(bench.layer, point, tiles))
+    whole = attempt(partial(bench.layer, point, tiles))
     if isinstance(whole, str):
         return Result(trial, point.weights, None, {}, whole)
     alone: dict[Stage, float] = {}
     fault = whole.fault
     for stage, tile in ((Stage.GATE_UP, tiles.gate_up), (Stage.DOWN, tiles.down)):
         if fault is None:
-            timed = _timed(partial(bench.stage, point, stage, tiles.block_m, tile))
+            timed = attempt(partial(bench.stage, point, stage, tiles.block_m, tile))
             fault = timed if isinstance(timed, str) else timed.fault
             if isinstance(timed, Timed):
                 alone[stage] = timed.microseconds
     return Result(trial, point.weights, whole.microseconds, alone, fault)
-
-
-def _timed(call: Callable[[], Timed]) -> Timed | str:
-    """The timing, or what was raised instead: a compiler's error and a driver's are results here."""
-    try:
-        return call()
-    except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -33,22 +33,9 @@ def make_triton(weights: LayerWeights) -> Contender:
     layer, shape = weights.layer, weights.layer.shape
     dense = weights.in_format(WeightFormat.DENSE).dense_experts
     assert dense is not None
-    activation, gate = _activation(vllm, layer, limit_name="gemm1_clamp_limit")
+    activation, gate = activation_of(vllm, layer, limit_name="gemm1_clamp_limit")
     quant = vllm.FusedMoEQuantConfig.make(**gate)
-    config = vllm.FusedMoEConfig(
-        num_experts=shape.experts,
-        experts_per_token=shape.top_k,
-        hidden_dim=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_local_experts=shape.local_experts,
-        num_logical_experts=shape.experts,
-        activation=activation,
-        device=str(weights.device),
-        routing_method=vllm.RoutingMethodType.Renormalize,
-        moe_parallel_config=vllm.FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=torch.bfloat16,
-    )
-    experts = TritonExperts(config, quant)
+    experts = TritonExperts(moe_config(vllm, layer, weights.device, activation), quant)
 
     def bind(inputs: Inputs) -> Call:
         sizes = experts.workspace_shapes(
@@ -99,22 +86,11 @@ def make_marlin(weights: LayerWeights) -> Contender:
     vllm = _vllm(weights)
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
-    from vllm.model_executor.layers.quantization.utils.marlin_utils_fp8 import prepare_mxfp8_moe_layer_for_marlin
     from vllm.scalar_type import scalar_types
 
     layer, shape = weights.layer, weights.layer.shape
-    packed = weights.source.mxfp8_experts
-    assert packed is not None
-    activation, gate = _activation(vllm, layer, limit_name="clamp_limit")
-    module = torch.nn.Module()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # the scales are permuted in the default dtype
-    try:
-        w13, w2, w13_scale, w2_scale = prepare_mxfp8_moe_layer_for_marlin(
-            module, packed.w13.values.clone(), packed.w2.values.clone(), packed.w13.scales, packed.w2.scales
-        )
-    finally:
-        torch.set_default_dtype(before)
+    activation, gate = activation_of(vllm, layer, limit_name="clamp_limit")
+    w13, w2, w13_scale, w2_scale = marlin_weights(weights)
 
     def add_routes(routed: torch.Tensor, out: torch.Tensor, *_: object) -> torch.Tensor:
         ops.moe_sum(routed, out)
@@ -164,7 +140,49 @@ def _vllm(weights: LayerWeights) -> Any:
     return fused_moe
 
 
-def _activation(vllm: Any, layer: Layer, limit_name: str) -> tuple[Any, dict[str, float]]:
+def moe_config(vllm: Any, layer: Layer, device: torch.device, activation: Any) -> Any:
+    """What vLLM knows of a layer, as a FusedMoEConfig without parallelism.
+
+    Args:
+        vllm: its fused_moe package.
+        layer: sizes.
+        device: where the experts run.
+        activation: from `activation_of`.
+    """
+    shape = layer.shape
+    return vllm.FusedMoEConfig(
+        num_experts=shape.experts,
+        experts_per_token=shape.top_k,
+        hidden_dim=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_local_experts=shape.local_experts,
+        num_logical_experts=shape.experts,
+        activation=activation,
+        device=str(device),
+        routing_method=vllm.RoutingMethodType.Renormalize,
+        moe_parallel_config=vllm.FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=torch.bfloat16,
+    )
+
+
+def marlin_weights(weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """w13, w2 and their scales as vLLM repacks MXFP8 weights for Marlin when it loads them, in new memory."""
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_fp8 import prepare_mxfp8_moe_layer_for_marlin
+
+    packed = weights.source.mxfp8_experts
+    assert packed is not None
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as while vLLM loads a model: the scales become the default dtype
+    try:
+        w13, w2, w13_scale, w2_scale = prepare_mxfp8_moe_layer_for_marlin(
+            torch.nn.Module(), packed.w13.values.clone(), packed.w2.values.clone(), packed.w13.scales, packed.w2.scales
+        )
+    finally:
+        torch.set_default_dtype(before)
+    return w13, w2, w13_scale, w2_scale
+
+
+def activation_of(vllm: Any, layer: Layer, limit_name: str) -> tuple[Any, dict[str, float]]:
     """The activation as vLLM names it, and the parameters to hand over."""
     gate = layer.activation
     if gate == silu_gate():

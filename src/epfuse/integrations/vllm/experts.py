@@ -39,9 +39,8 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_current_device() -> bool:
-        return bool(
-            current_platform.is_cuda_alike() or current_platform.is_cpu()
-        )  # which GPU it is, `refusals.py` asks
+        # which GPU it is, `refusals.py` asks
+        return bool(current_platform.is_cuda_alike() or current_platform.is_cpu())
 
     @staticmethod
     def _supports_no_act_and_mul() -> bool:

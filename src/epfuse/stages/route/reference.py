@@ -15,6 +15,11 @@ def local_experts(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Ten
     return torch.where(known, slots, -1)
 
 
+def table_order(slots: torch.Tensor) -> torch.Tensor:
+    """``[n]`` int64: the local routes, grouped by expert, ascending within one; from `local_experts`' slots."""
+    return torch.argsort(slots, stable=True)[int((slots < 0).sum()) :]
+
+
 def route(topk_ids: torch.Tensor, expert_map: torch.Tensor, local: int, block_m: int) -> RouteTable:
     """Group the local routes by expert and pad each group to ``block_m``.
 
@@ -33,7 +38,7 @@ def route(topk_ids: torch.Tensor, expert_map: torch.Tensor, local: int, block_m:
     counts = torch.bincount(slots[slots >= 0], minlength=local)
     padded = (counts + block_m - 1) // block_m * block_m
     starts = torch.cumsum(padded, 0) - padded
-    order = torch.argsort(torch.where(slots >= 0, slots, local), stable=True)[: int(counts.sum())]
+    order = table_order(slots)
     owner = slots[order]
     rank = torch.arange(order.numel(), device=order.device) - (torch.cumsum(counts, 0) - counts)[owner]
     sorted_routes = torch.full((size,), routes, dtype=torch.int32, device=slots.device)
