@@ -102,11 +102,12 @@ def test_hopper_paths_have_nothing_for_vllm(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_mi300x")
 def test_trials_are_timed_and_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_command, "describe_device", lambda device: {"name": "AMD Instinct MI300X"})
+    monkeypatch.setattr(tune_command.machine, "describe_device", lambda device: {"name": "AMD Instinct MI300X"})
     tile = {"kind": "portable", "block_n": 64, "block_k": 128, "group_m": 0, "num_warps": 4, "num_stages": 2}
     trials = tmp_path / "trials.json"
     trials.write_text(json.dumps([{"path": "bf16", "tokens": 64, "block_m": 16, "gate_up": tile, "down": tile}]))
-    arguments = ("--trials", str(trials), "--out", str(tmp_path / "tables"))
+    arguments = ("--trials", str(trials))
+    monkeypatch.setattr(store, "TABLES", tmp_path / "tables")
     result = tune(*arguments)
     assert result.exit_code == 0, result.output
     assert "fastest" in result.stdout
@@ -118,3 +119,13 @@ def test_trials_are_timed_and_written_nowhere(tmp_path: Path, monkeypatch: pytes
     assert tune(*arguments).exit_code == 1
     trials.write_text("{}")
     assert tune(*arguments).exit_code == 2
+
+
+@pytest.mark.usefixtures("_mi300x")
+@pytest.mark.parametrize("option", [("--out", "tables"), ("--tokens", "64"), ("--again",), ("--to-vllm", "tiles")])
+def test_options_of_a_search_do_not_go_with_trials(tmp_path: Path, option: tuple[str, ...]) -> None:
+    trials = tmp_path / "trials.json"
+    trials.write_text("[]")
+    result = tune("--trials", str(trials), *option)
+    assert result.exit_code == 2
+    assert f"{option[0]} is for a search; with --trials the file says what is timed" in result.stderr

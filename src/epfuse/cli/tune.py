@@ -15,10 +15,11 @@ from pathlib import Path
 import click
 import torch
 import triton
+from click.core import ParameterSource
 from rich.console import Console
 
+from epfuse.bench import machine
 from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, Layer, make_layer
-from epfuse.bench.machine import describe_device, read_clocks
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, DeviceError
 from epfuse.policy import READABLE
@@ -29,6 +30,8 @@ from epfuse.tuning.search import Outcome, Plan, without
 from epfuse.tuning.trials import Trial, plans_of, read_trials, run_trials
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
+SEARCH_OPTIONS = ("paths", "tokens", "budget", "out", "part", "again", "from_vllm", "to_vllm")
+"""Parameters of `tune` that say what is searched and where it is written."""
 PATHS = tuple(path.value for path in READABLE[Target.GFX942])
 
 
@@ -127,15 +130,9 @@ def tune(
     found = Device(target_of(gpu), device_name(gpu), torch.__version__, triton.__version__)
     cpus = workers or len(os.sched_getaffinity(0))
     if trials is not None:
-        _try(
-            read_trials(trials),
-            Request(found, layer.shape, (), (), folder, _command()),
-            layer,
-            gpu,
-            seed,
-            cpus,
-            as_json,
-        )
+        _refuse_search_options()
+        request = Request(found, layer.shape, (), (), folder, _command())
+        _try(read_trials(trials), request, layer, gpu, seed, cpus, as_json)
         return
     request = Request(found, layer.shape, paths, tokens, folder, _command(), extra)
     points = request.points()[part[0] - 1 :: part[1]] if again else pending(request, part)
@@ -179,9 +176,7 @@ def _try(
     with console.progress() as progress:
         watch = console.ProgressWatch(progress)
         compiling = candidates_of(request, plans_of(trials, device.target))
-        unfit(
-            compiling, workers, watch.compiled
-        )  # side by side, for the cache; a tile that spills is timed all the same
+        unfit(compiling, workers, watch.compiled)  # for the cache: a tile that spills is timed all the same
         task = progress.add_task("timing", total=len(trials))
         bench = DeviceBench(layer, gpu, seed=seed)
         results = run_trials(trials, device.target, bench, lambda result: progress.advance(task))
@@ -189,10 +184,10 @@ def _try(
         record = {
             "date": datetime.date.today().isoformat(),
             "command": request.source,
-            "device": describe_device(gpu),
-            "clocks": read_clocks(gpu),
-            "torch": device.torch,
-            "triton": device.triton,
+            "device": machine.describe_device(gpu),
+            "clocks": machine.read_clocks(gpu),
+            "versions": machine.versions(),
+            "commit": machine.commit(),
             "shape": asdict(layer.shape),
             "trials": [result.to_json() for result in results],
         }
@@ -201,6 +196,15 @@ def _try(
         console.show_results(results, device, Console(width=None if sys.stdout.isatty() else 160))
     if any(result.fault is not None for result in results):
         sys.exit(1)
+
+
+def _refuse_search_options() -> None:
+    """Trials say what is timed; an option of the search beside them would be left out of account."""
+    context = click.get_current_context()
+    for name in SEARCH_OPTIONS:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = next(parameter for parameter in context.command.params if parameter.name == name)
+            raise click.UsageError(f"{option.opts[0]} is for a search; with --trials the file says what is timed")
 
 
 def _gpu(name: str) -> torch.device:
