@@ -27,7 +27,8 @@ EVIDENCE: dict[tuple[Target, str], Evidence] = {
         "On an H100 w8a16 is measured to take 0.44 to 0.91 of MarlinExperts' time (docs/performance.md).", hopper=True
     ),
     (Target.SM90, "TritonExperts"): Evidence(
-        "On an H100 bf16 is measured to take 0.63 to 0.94 of TritonExperts' time (docs/performance.md).", hopper=True
+        "On an H100 bf16 is measured to take 0.63 to 0.94 of TritonExperts' time (docs/performance.md, docs/vllm.md).",
+        hopper=True,
     ),
     (Target.SM90, "HummingGroupedExperts"): Evidence(
         "On an H100 w8a16 took 0.55 to 0.92 of HummingGroupedExperts' time, measured apart (docs/performance.md).",
