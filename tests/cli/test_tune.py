@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,22 @@ def test_a_run_writes_tables_prints_before_and_after_and_goes_on(tmp_path: Path)
     assert "--again measures anew" in tune(*RUN, "--out", str(tmp_path)).stdout
     again = json.loads(tune(*RUN, "--out", str(tmp_path), "--again", "--json").stdout)
     assert [outcome["tokens"] for outcome in again] == [1, 64]
+
+
+@pytest.mark.usefixtures("_mi300x")
+def test_known_tiles_only(tmp_path: Path) -> None:
+    result = tune(*RUN, "--out", str(tmp_path), "--space", "known", "--json")
+    assert result.exit_code == 0, result.output
+    assert [outcome["tokens"] for outcome in json.loads(result.stdout)] == [1, 64]
+
+
+@pytest.mark.usefixtures("_mi300x")
+def test_a_budget_that_compiling_took_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 23.0])
+    monkeypatch.setattr(tune_command, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    result = tune(*RUN, "--out", str(tmp_path), "--budget", "20")
+    assert result.exit_code == 2
+    assert "--budget is 20 s and compiling took 23 s" in result.stderr
 
 
 @pytest.mark.usefixtures("_mi300x")

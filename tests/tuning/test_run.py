@@ -16,6 +16,7 @@ from epfuse.tuning import store
 from epfuse.tuning.run import Device, Request, pending, plan_of, run
 from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Outcome, Plan, Point, Timed
+from epfuse.tuning.space import Space
 from tests.tuning.clock import Clock
 from tests.tuning.tables import H100, M3, reading
 
@@ -133,3 +134,20 @@ def test_hopper_is_planned_with_its_own_kernels(tmp_path: FilePath) -> None:
     for point in request.points():
         kinds = {type(t).__name__ for s in plan_of(request, point).tries.values() for ts in s.values() for t in ts}
         assert kinds <= {"Sm90Tile", "Sm90PersistentTile"}
+
+
+def test_known_tiles_are_those_of_defaults_and_tables_of_every_layer(tmp_path: FilePath) -> None:
+    device = Device(Target.SM90, H100, "2.11.0", "3.6.0")
+    other = replace(M3, hidden=4096, intermediate=1536)
+    request = Request(device, other, (Path.W8A16,), (2048,), tmp_path, "epfuse tune", space=Space.KNOWN)
+    (point,) = request.points()
+    plan = plan_of(request, point)
+    tried = {tile for stages in plan.tries.values() for tiles in stages.values() for tile in tiles}
+    measured = store.shipped(Target.SM90, Stage.GATE_UP).measurements
+    (of_m3,) = (
+        entry for entry in measured if (entry.device, entry.path, entry.shape.shape()) == (H100, Path.W8A16, M3)
+    )
+    rows = [row.tile.tile() for row in of_m3.rows if row.tokens == 2048]
+    assert rows
+    assert set(rows) <= tried
+    assert plan.steps < plan_of(replace(request, space=Space.FULL), point).steps / 2

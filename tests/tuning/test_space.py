@@ -9,9 +9,16 @@ import pytest
 from epfuse import Path, Target
 from epfuse.config import WeightFormat
 from epfuse.policy import READABLE
-from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.tuning.schema import Stage, entry_of
-from epfuse.tuning.space import LARGEST_BLOCK_M, block_ms, candidates, takes_hopper_tiles, two_part_block_ms
+from epfuse.tuning.space import (
+    LARGEST_BLOCK_M,
+    block_ms,
+    candidates,
+    known_candidates,
+    takes_hopper_tiles,
+    two_part_block_ms,
+)
 from tests.tuning.tables import M3
 
 GPUS = [target for target in Target if target.is_gpu]
@@ -58,3 +65,30 @@ def test_narrow_layers_get_narrow_tiles() -> None:
     narrow = replace(M3, hidden=64, intermediate=32)
     tiles = candidates(Target.GFX942, Path.BF16, form, narrow, Stage.GATE_UP, 16, 1.0)
     assert max(tile.block_n for tile in tiles) == 64
+
+
+SMALL = Sm90Tile(64, 128, 0, 4, 3, guess_bytes=512)
+LARGE = Sm90PersistentTile(192, 128, 4, 4, 3, parts=1)
+
+
+def test_known_tiles_run_at_every_block_that_takes_them() -> None:
+    def at(block_m: int) -> list[GemmTile]:
+        return known_candidates([SMALL, LARGE], WeightFormat.FRAGMENT, M3, Stage.DOWN, block_m)
+
+    alone = replace(SMALL, guess_bytes=0)
+    assert at(8) == [alone, replace(alone, num_stages=4), replace(alone, num_stages=2)]
+    assert at(144) == [LARGE, replace(LARGE, num_stages=2)]  # four stages of 144 rows do not fit
+    assert set(at(64)) == {
+        replace(tile, num_stages=tile.num_stages + more) for tile in (alone, LARGE) for more in (-1, 0, 1)
+    }
+    for block_m in (8, 64, 144):
+        for tile in at(block_m):
+            LayerTiles(block_m, tile, tile)
+
+
+def test_known_tiles_wider_than_the_layer_are_left_out() -> None:
+    wide = GemmTile(256, 64, 0, 4, 3)
+    narrow = replace(M3, hidden=128)
+    assert known_candidates([wide], WeightFormat.DENSE, M3, Stage.DOWN, 16)[0] == wide
+    assert known_candidates([wide], WeightFormat.DENSE, narrow, Stage.DOWN, 16) == []
+    assert known_candidates([wide], WeightFormat.DENSE, M3, Stage.DOWN, 144) == []

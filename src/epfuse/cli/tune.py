@@ -21,16 +21,17 @@ from rich.console import Console
 from epfuse.bench import machine
 from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, Layer, make_layer
 from epfuse.config import Path as LayerPath
-from epfuse.errors import ConfigError, DeviceError
+from epfuse.errors import ConfigError, DeviceError, TuningError
 from epfuse.policy import READABLE
 from epfuse.target import Target, device_name, target_of
 from epfuse.tuning import console, store, vllm_files
 from epfuse.tuning.run import Device, Request, pending, plan_of, run
 from epfuse.tuning.search import Outcome, Plan, without
+from epfuse.tuning.space import Space
 from epfuse.tuning.trials import Trial, plans_of, read_trials, run_trials
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
-SEARCH_OPTIONS = ("paths", "tokens", "budget", "out", "part", "again", "from_vllm", "to_vllm")
+SEARCH_OPTIONS = ("paths", "tokens", "space", "budget", "out", "part", "again", "from_vllm", "to_vllm")
 """Parameters of `tune` that say what is searched and where it is written."""
 PATHS = tuple(path.value for path in READABLE[Target.GFX942])
 
@@ -64,7 +65,7 @@ Examples:
 A file of trials is a JSON list of {"path": "w8a16", "tokens": 64, "block_m": 16,
 "gate_up": TILE, "down": TILE}, with tiles as epfuse's tables have them.
 
-Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage.
+Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling took the whole budget.
 """
 
 
@@ -78,7 +79,17 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage.
 @click.option("--activation", type=click.Choice(list(ACTIVATIONS)), help="[default: the shape's]")
 @click.option("--path", "paths", callback=_paths, default="w8a16,bf16", show_default=True, metavar="NAME,..")
 @click.option("--tokens", callback=_numbers, default=DEFAULT_TOKENS, show_default=True, metavar="T,..")
-@click.option("--budget", type=click.IntRange(min=1), default=600, show_default=True, help="Seconds of search.")
+@click.option(
+    "--space",
+    type=click.Choice([space.value for space in Space]),
+    default=Space.FULL.value,
+    show_default=True,
+    help="full: all tiles that the kernels take; known: those of the defaults and of any layer's tables, and with a"
+    " stage more or less.",
+)
+@click.option(
+    "--budget", type=click.IntRange(min=1), default=600, show_default=True, help="Seconds, compiling included."
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of tables.  [default: epfuse's]")
 @click.option("--part", callback=_part, default="1/1", show_default=True, metavar="I/N", help="Of N ranks' work.")
 @click.option("--again", is_flag=True, help="Also points that the tables have from this device and these versions.")
@@ -99,6 +110,7 @@ def tune(
     activation: str | None,
     paths: tuple[LayerPath, ...],
     tokens: tuple[int, ...],
+    space: str,
     budget: int,
     out: Path | None,
     part: tuple[int, int],
@@ -134,7 +146,7 @@ def tune(
         request = Request(found, layer.shape, (), (), folder, _command())
         _try(read_trials(trials), request, layer, gpu, seed, cpus, as_json)
         return
-    request = Request(found, layer.shape, paths, tokens, folder, _command(), extra)
+    request = Request(found, layer.shape, paths, tokens, folder, _command(), extra, Space(space))
     points = request.points()[part[0] - 1 :: part[1]] if again else pending(request, part)
     plans = [plan_of(request, point) for point in points]
     outcomes = _search(request, plans, layer, gpu, seed, budget, cpus)
@@ -162,7 +174,13 @@ def _search(
             without(plan, {(c.stage, c.block_m, c.tile) for c in dropped if c.path is plan.point.path})
             for plan in plans
         ]
-        left = budget - (time.monotonic() - begun)
+        compiled = time.monotonic() - begun
+        left = budget - compiled
+        if plans and left <= 0:
+            raise TuningError(
+                f"--budget is {budget} s and compiling took {compiled:.0f} s of it; Triton's cache has the tiles now:"
+                " run the command again, or give it more"
+            )
         return run(request, plans, DeviceBench(layer, gpu, seed=seed), watch, left, time.monotonic)
 
 

@@ -32,7 +32,7 @@ def tile_ranges(
         shape: the layer's sizes.
         dtype: of the activations; tables are measured in bfloat16 and serve nothing else.
     """
-    defaults = FP8[target] if path in FP8_PATHS else default_ranges(target, weights, shape, dtype)
+    defaults = path_defaults(target, path, weights, shape, dtype)
     measured = sources(target, device_name, path, weights, shape) if dtype == torch.bfloat16 else ()
     starts = sorted({1, *_default_starts(defaults, shape), *change_points(measured, shape)})
     answers = [
@@ -46,6 +46,13 @@ def tile_ranges(
         ranges.append((start, _choice(found, tiles, start, last, target, shape, measured)))
     _log(target, device_name, path, weights, shape, measured, ranges)
     return ranges
+
+
+def path_defaults(
+    target: Target, path: Path, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
+) -> tuple[TileRange, ...]:
+    """A path's default tiles, by expected rows per expert; arguments as of `tile_ranges`."""
+    return FP8[target] if path in FP8_PATHS else default_ranges(target, weights, shape, dtype)
 
 
 def _default_starts(defaults: tuple[TileRange, ...], shape: LayerShape) -> list[int]:

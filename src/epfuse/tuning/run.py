@@ -8,16 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path as Folder
 from typing import Protocol
 
+import torch
+
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.policy.call import decide
 from epfuse.policy.kernels import READABLE
+from epfuse.policy.tiles import path_defaults
 from epfuse.stages.tiles import GemmTile, LayerTiles, rows_per_expert
 from epfuse.target import Target
 from epfuse.tuning import store
 from epfuse.tuning.schema import Measurement, Row, ShapeEntry, Stage
 from epfuse.tuning.search import Bench, Outcome, Plan, Point, search
-from epfuse.tuning.space import block_ms, candidates, takes_hopper_tiles, two_part_block_ms
+from epfuse.tuning.space import (
+    Space,
+    block_ms,
+    candidates,
+    known_candidates,
+    takes_hopper_tiles,
+    two_part_block_ms,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Request:
         folder: of the tables that are written.
         source: the command, for the record.
         extra: further tiles to try, by token count.
+        space: how much is tried besides.
     """
 
     device: Device
@@ -57,6 +68,7 @@ class Request:
     folder: Folder
     source: str
     extra: tuple[tuple[int, LayerTiles], ...] = ()
+    space: Space = Space.FULL
 
     def points(self) -> list[Point]:
         """Every path at every token count.
@@ -116,6 +128,17 @@ def pending(request: Request, part: tuple[int, int] = (1, 1)) -> list[Point]:
     return [point for point in mine if (point.path, point.weights, point.tokens) not in done]
 
 
+def known_tiles(target: Target, path: Path, weights: WeightFormat, shape: LayerShape) -> list[GemmTile]:
+    """Tiles of either stage that the target's defaults and its tables hold for a path, of every layer and device."""
+    defaults = [entry.tiles for entry in path_defaults(target, path, weights, shape, torch.bfloat16)]
+    found = [tile for tiles in defaults for tile in (tiles.gate_up, tiles.down)]
+    for stage in Stage:
+        for measurement in store.shipped(target, stage).measurements:
+            if (measurement.path, measurement.weights) == (path, weights):
+                found += [row.tile.tile() for row in measurement.rows]
+    return list(dict.fromkeys(found))
+
+
 def plan_of(request: Request, point: Point) -> Plan:
     """What to try at a point: today's tiles, the extra ones, and the search space."""
     target, shape = request.device.target, request.shape
@@ -125,13 +148,17 @@ def plan_of(request: Request, point: Point) -> Plan:
     rows = rows_per_expert(point.tokens, shape)
     least = 8 if takes_hopper_tiles(target, point.weights, shape) else 16
     given = [before, *(tiles for tokens, tiles in request.extra if tokens == point.tokens)]
+    known = known_tiles(target, point.path, point.weights, shape) if request.space is Space.KNOWN else []
     tries: dict[int, dict[Stage, list[GemmTile]]] = {}
     two_parts = two_part_block_ms(rows) if point.weights is WeightFormat.FRAGMENT else []
     for block_m in sorted({*block_ms(rows, least), *two_parts, *(tiles.block_m for tiles in given)}):
         tries[block_m] = {}
         for stage in Stage:
             first = [getattr(tiles, stage.value) for tiles in given if tiles.block_m == block_m]
-            space = candidates(target, point.path, point.weights, shape, stage, block_m, rows)
+            if request.space is Space.KNOWN:
+                space = known_candidates(known, point.weights, shape, stage, block_m)
+            else:
+                space = candidates(target, point.path, point.weights, shape, stage, block_m, rows)
             tries[block_m][stage] = list(dict.fromkeys([*first, *space]))
     return Plan(point, before, tries)
 

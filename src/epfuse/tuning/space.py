@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.policy.kernels import FP8_PATHS
@@ -21,6 +23,15 @@ SPLIT_ROWS = 0.5
 """Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
 HOPPER_SHARED_BYTES = 232_448
 """Shared memory of a block on sm_90 (CUDA's programming guide, compute capability 9.0)."""
+
+
+class Space(enum.Enum):
+    """How much is tried."""
+
+    FULL = "full"
+    """Every tile that the kernels take, within bounds."""
+    KNOWN = "known"
+    """Tiles that are known to be good for some layer, and those with a stage more or less."""
 
 
 def takes_hopper_tiles(target: Target, weights: WeightFormat, shape: LayerShape) -> bool:
@@ -74,10 +85,61 @@ def candidates(
         found = list(_hopper(weights, block_m, rows))
     else:
         found = list(_portable(target, weights, shape, block_m))
-    columns = 2 * shape.intermediate if stage is Stage.GATE_UP else shape.hidden
-    fitting = [tile for tile in found if tile.block_n <= max(64, columns)]
+    fitting = [tile for tile in found if tile.block_n <= max(64, _columns(shape, stage))]
     random.Random(0).shuffle(fitting)
     return fitting
+
+
+def known_candidates(
+    known: Iterable[GemmTile], weights: WeightFormat, shape: LayerShape, stage: Stage, block_m: int
+) -> list[GemmTile]:
+    """Those of ``known`` that can run with block_m, then the same with a stage more or less.
+
+    Args:
+        known: tiles of any layer and block.
+        weights: the format that the kernels read.
+        shape: the layer's sizes.
+        stage: which GEMM.
+        block_m: rows of a block.
+    """
+    alike = [_alone(tile) for tile in known]
+    near = [replace(tile, num_stages=tile.num_stages + more) for more in (1, -1) for tile in alike]
+    columns = _columns(shape, stage)
+    return [
+        tile
+        for tile in dict.fromkeys([*alike, *near])
+        if tile.num_stages >= 2 and tile.block_n <= max(64, columns) and _runs(tile, weights, block_m)
+    ]
+
+
+def _alone(tile: GemmTile) -> GemmTile:
+    """As a stage alone is timed: without guesses, which are tried on whole calls."""
+    return replace(tile, guess_bytes=0) if isinstance(tile, Sm90Tile) else tile
+
+
+def _columns(shape: LayerShape, stage: Stage) -> int:
+    return 2 * shape.intermediate if stage is Stage.GATE_UP else shape.hidden
+
+
+def _runs(tile: GemmTile, weights: WeightFormat, block_m: int) -> bool:
+    """Whether a Hopper tile can be launched with block_m; of other tiles the compiler has the last word anyway."""
+    if isinstance(tile, Sm90PersistentTile):
+        return (block_m in TWO_PARTS or block_m >= 32) and _persistent_ring(tile.num_stages, block_m)
+    if isinstance(tile, Sm90Tile):
+        return block_m not in TWO_PARTS and _ring(tile, weights, block_m)
+    return block_m >= 16 and block_m not in TWO_PARTS
+
+
+def _ring(tile: Sm90Tile, weights: WeightFormat, block_m: int) -> bool:
+    """Whether the ring fits shared memory, and the tile is not wasted on few rows."""
+    bytes_of_weight = 1 if weights is WeightFormat.FRAGMENT else 2
+    ring = tile.num_stages * tile.block_k * (tile.block_n * bytes_of_weight + block_m * 2)
+    # a column of 256 weight rows leaves one program a multiprocessor, and too few of them for few rows
+    return ring <= HOPPER_SHARED_BYTES and not (tile.block_n == 256 and block_m < 32)
+
+
+def _persistent_ring(stages: int, block_m: int) -> bool:
+    return stages * 128 * (PERSISTENT_BLOCK_N + block_m * 2) <= HOPPER_SHARED_BYTES
 
 
 def _groups(block_m: int) -> tuple[int, ...]:
@@ -97,17 +159,16 @@ def _hopper(weights: WeightFormat, block_m: int, rows: float) -> Iterator[GemmTi
         (2, 3, 4, 5),
         (1, 2, 4, 8) if rows <= SPLIT_ROWS else (1,),
     ):
-        ring = stages * block_k * (block_n * (1 if packed else 2) + block_m * 2)
-        # a column of 256 weight rows leaves one program a multiprocessor, and too few of them for few rows
-        if ring <= HOPPER_SHARED_BYTES and not (block_n == 256 and block_m < 32):
-            yield Sm90Tile(block_n, block_k, group_m, warps, stages, split_k=split_k)
+        tile = Sm90Tile(block_n, block_k, group_m, warps, stages, split_k=split_k)
+        if _ring(tile, weights, block_m):
+            yield tile
     if packed and block_m >= 32:
         yield from _persistent(block_m)
 
 
 def _persistent(block_m: int) -> Iterator[GemmTile]:
     for group_m, stages, parts in itertools.product((0, 4, 8), (3, 4, 5), (1, 2)):
-        if stages * 128 * (PERSISTENT_BLOCK_N + block_m * 2) <= HOPPER_SHARED_BYTES:
+        if _persistent_ring(stages, block_m):
             yield Sm90PersistentTile(PERSISTENT_BLOCK_N, 128, group_m, 4, stages, parts=parts)
 
 
