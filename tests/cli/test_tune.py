@@ -31,6 +31,7 @@ def tune(*arguments: str) -> Result:
         (("--device", "warp"), "device is 'warp'"),
         (("--tokens", "0"), "'0' is no list of token counts"),
         (("--tokens", "1,,2"), "no list of token counts"),
+        (("--shape", "small,large"), "'large' is not one of minimax-m3-ep8"),
         (("--path", "w4a4"), "'w4a4' is not one of w8a16, bf16, w8a8, block_fp8"),
         (("--part", "3/2"), "'3/2' is no part"),
         (("--shape", "custom"), "shape 'custom' needs"),
@@ -82,6 +83,21 @@ def test_a_run_writes_tables_prints_before_and_after_and_goes_on(tmp_path: Path)
     assert "--again measures anew" in tune(*RUN, "--out", str(tmp_path)).stdout
     again = json.loads(tune(*RUN, "--out", str(tmp_path), "--again", "--json").stdout)
     assert [outcome["tokens"] for outcome in again] == [1, 64]
+
+
+@pytest.mark.usefixtures("_mi300x")
+def test_several_layers_in_one_run(tmp_path: Path) -> None:
+    arguments = (*RUN, "--out", str(tmp_path), "--shape", "minimax-m3-ep4,small")
+    found = json.loads(tune(*arguments, "--json").stdout)
+    assert [(one["shape"], one["tokens"]) for one in found] == [
+        ("minimax-m3-ep4", 1), ("minimax-m3-ep4", 64), ("small", 1), ("small", 64),
+    ]  # fmt: skip
+    measured = store.read_table(tmp_path, Target.GFX942, Stage.DOWN).measurements
+    assert {entry.shape.hidden for entry in measured} == {6144, 512}
+    assert tune(*arguments).stdout.count("--again measures anew") == 2
+    result = tune(*arguments, "--to-vllm", str(tmp_path))
+    assert result.exit_code == 2
+    assert "--to-vllm is for one shape; --shape names 2" in result.stderr
 
 
 @pytest.mark.usefixtures("_mi300x")

@@ -10,7 +10,7 @@ import pytest
 from epfuse import LayerShape, Path, Target
 from epfuse.config import WeightFormat
 from epfuse.stages.tiles import GemmTile
-from epfuse.tuning.prune import Candidate, candidates_of, unfit
+from epfuse.tuning.prune import Candidate, candidates_of, distinct, unfit
 from epfuse.tuning.run import Device, Request, plan_of
 from epfuse.tuning.schema import Stage
 from tests.tuning.tables import M3
@@ -41,6 +41,26 @@ def test_each_tile_is_compiled_once_for_all_token_counts(tmp_path: FilePath) -> 
     device = Device(Target.GFX942, "AMD Instinct MI300X", "2.11.0", "3.7.1")
     request = Request(device, M3, (Path.BF16,), (64, 128), tmp_path, "epfuse tune")
     plans = [plan_of(request, point) for point in request.points()]
-    found = candidates_of(request, plans)
+    tries = [candidate for plan in plans for candidate in candidates_of(request, plan)]
+    found = distinct(tries)
     what = [(c.stage, c.block_m, c.tile) for c in found]
-    assert len(what) == len(set(what)) < sum(plan.steps for plan in plans)
+    assert len(tries) == sum(plan.steps for plan in plans)
+    assert len(what) == len(set(what)) < len(tries)
+    assert set(what) == {(c.stage, c.block_m, c.tile) for c in tries}
+
+
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        ({"local_experts": 2}, True),
+        ({"hidden": 1024}, True),
+        ({"hidden": 512 + 64}, False),
+        ({"hidden": 512 + 128}, True),
+        ({"intermediate": 32}, False),
+        ({"top_k": 4}, False),
+    ],
+)
+def test_layers_share_code_if_the_same_steps_divide_them(change: dict[str, int], alike: bool) -> None:
+    other = replace(GOOD, shape=replace(GOOD.shape, **change))
+    assert (other.code == GOOD.code) is alike
+    assert len(distinct([GOOD, other, GOOD])) == (1 if alike else 2)

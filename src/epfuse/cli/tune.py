@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import click
@@ -42,6 +42,13 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     return tuple(sorted({int(number) for number in value.split(",")}))
 
 
+def _shapes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    for name in value.split(","):
+        if name not in (*LAYERS, CUSTOM):
+            raise click.BadParameter(f"{name!r} is not one of {', '.join((*LAYERS, CUSTOM))}")
+    return tuple(dict.fromkeys(value.split(",")))
+
+
 def _paths(context: click.Context, parameter: click.Parameter, value: str) -> tuple[LayerPath, ...]:
     for name in value.split(","):
         if name not in PATHS:
@@ -60,6 +67,7 @@ EPILOG = """\b
 Examples:
   epfuse tune --shape minimax-m3-ep8 --tokens 64,1024 --budget 300
   epfuse tune --shape gpt-oss-120b --path bf16 --to-vllm tiles
+  epfuse tune --shape minimax-m3-ep4,minimax-m3-tp8 --path w8a16 --space known
   epfuse tune --trials trials.json --json > record.json
 
 A file of trials is a JSON list of {"path": "w8a16", "tokens": 64, "block_m": 16,
@@ -70,7 +78,15 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling t
 
 
 @click.command(epilog=EPILOG)
-@click.option("--shape", type=click.Choice([*LAYERS, CUSTOM]), default="minimax-m3-ep8", show_default=True)
+@click.option(
+    "--shape",
+    "shapes",
+    callback=_shapes,
+    default="minimax-m3-ep8",
+    show_default=True,
+    metavar="NAME,..",
+    help=f"Layers: some of {', '.join(LAYERS)}; or {CUSTOM}. What they try alike is compiled once.",
+)
 @click.option("--hidden", type=int, metavar="H", help="Model dimension.")
 @click.option("--intermediate", type=int, metavar="I", help="Width of an expert on this rank.")
 @click.option("--experts", type=int, metavar="E", help="Experts over all ranks.")
@@ -101,7 +117,7 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling t
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON instead of a table.")
 def tune(
-    shape: str,
+    shapes: tuple[str, ...],
     hidden: int | None,
     intermediate: int | None,
     experts: int | None,
@@ -135,65 +151,90 @@ def tune(
     sizes = {
         "hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size,
     }  # fmt: skip
-    layer = make_layer(shape, sizes, activation)
+    layers = [make_layer(shape, sizes, activation) for shape in shapes]
+    for option, value in (("--trials", trials), ("--from-vllm", from_vllm), ("--to-vllm", to_vllm)):
+        if value is not None and len(layers) > 1:
+            raise click.UsageError(f"{option} is for one shape; --shape names {len(layers)}")
     gpu = _gpu(device)
     folder = store.TABLES if out is None else out
-    extra = () if from_vllm is None else tuple(vllm_files.read(from_vllm, layer.shape).items())
     found = Device(target_of(gpu), device_name(gpu), torch.__version__, triton.__version__)
     cpus = workers or len(os.sched_getaffinity(0))
     if trials is not None:
         _refuse_search_options()
-        request = Request(found, layer.shape, (), (), folder, _command())
-        _try(read_trials(trials), request, layer, gpu, seed, cpus, as_json)
+        request = Request(found, layers[0].shape, (), (), folder, _command())
+        _try(read_trials(trials), request, layers[0], gpu, seed, cpus, as_json)
         return
-    request = Request(found, layer.shape, paths, tokens, folder, _command(), extra, Space(space))
-    points = request.points()[part[0] - 1 :: part[1]] if again else pending(request, part)
-    plans = [plan_of(request, point) for point in points]
-    outcomes = _search(request, plans, layer, gpu, seed, budget, cpus)
+    jobs = []
+    for layer in layers:
+        extra = () if from_vllm is None else tuple(vllm_files.read(from_vllm, layer.shape).items())
+        request = Request(found, layer.shape, paths, tokens, folder, _command(), extra, Space(space))
+        points = request.points()[part[0] - 1 :: part[1]] if again else pending(request, part)
+        jobs.append(Job(layer, request, [plan_of(request, point) for point in points]))
+    _search(jobs, gpu, seed, budget, cpus)
     if as_json:
-        click.echo(json.dumps([console.to_json(outcome) for outcome in outcomes], indent=2, allow_nan=False))
+        values = [{"shape": job.layer.name} | console.to_json(outcome) for job in jobs for outcome in job.outcomes]
+        click.echo(json.dumps(values, indent=2, allow_nan=False))
     else:
-        console.show(request, outcomes, len(plans), Console(width=None if sys.stdout.isatty() else 160))
+        for job in jobs:
+            width = None if sys.stdout.isatty() else 160
+            console.show(job.request, job.outcomes, len(job.plans), Console(width=width))
     if to_vllm is not None:
-        _write_vllm(to_vllm, request, outcomes)
+        _write_vllm(to_vllm, jobs[0].request, jobs[0].outcomes)
 
 
-def _search(
-    request: Request, plans: list[Plan], layer: Layer, gpu: torch.device, seed: int, budget: int, workers: int
-) -> list[Outcome]:
+@dataclass
+class Job:
+    """One layer's part of a run."""
+
+    layer: Layer
+    request: Request
+    plans: list[Plan]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+def _search(jobs: list[Job], gpu: torch.device, seed: int, budget: int, workers: int) -> None:
+    """Compile what all layers try, then search them one after another, each with its points' part of the time."""
     from epfuse.tuning.bench import DeviceBench
-    from epfuse.tuning.prune import candidates_of, unfit
+    from epfuse.tuning.prune import candidates_of, distinct, unfit
 
     begun = time.monotonic()
     with console.progress() as progress:
         watch = console.ProgressWatch(progress)
-        compiling = candidates_of(request, plans)
-        dropped = unfit(compiling, workers, watch.compiled) if compiling else {}
-        watch.pruned(len(dropped), len(compiling))
-        plans = [
-            without(plan, {(c.stage, c.block_m, c.tile) for c in dropped if c.path is plan.point.path})
-            for plan in plans
-        ]
+        tries = [[candidates_of(job.request, plan) for plan in job.plans] for job in jobs]
+        compiling = distinct(candidate for plans in tries for plan in plans for candidate in plan)
+        found = unfit(compiling, workers, watch.compiled) if compiling else {}
+        watch.pruned(len(found), len(compiling))
+        dropped = {candidate.code for candidate in found}
         compiled = time.monotonic() - begun
-        left = budget - compiled
-        if plans and left <= 0:
+        if compiling and compiled >= budget:
             raise TuningError(
                 f"--budget is {budget} s and compiling took {compiled:.0f} s of it; Triton's cache has the tiles now:"
                 " run the command again, or give it more"
             )
-        return run(request, plans, DeviceBench(layer, gpu, seed=seed), watch, left, time.monotonic)
+        to_do = sum(len(job.plans) for job in jobs)
+        for job, candidates in zip(jobs, tries, strict=True):
+            plans = [
+                without(plan, {(c.stage, c.block_m, c.tile) for c in tried if c.code in dropped})
+                for plan, tried in zip(job.plans, candidates, strict=True)
+            ]
+            left = budget - (time.monotonic() - begun)
+            share = left * len(plans) / max(to_do, 1)
+            job.outcomes = run(job.request, plans, DeviceBench(job.layer, gpu, seed=seed), watch, share, time.monotonic)
+            to_do -= len(plans)
+            torch.cuda.empty_cache()  # the next layer's weights may need it
 
 
 def _try(
     trials: tuple[Trial, ...], request: Request, layer: Layer, gpu: torch.device, seed: int, workers: int, as_json: bool
 ) -> None:
     from epfuse.tuning.bench import DeviceBench
-    from epfuse.tuning.prune import candidates_of, unfit
+    from epfuse.tuning.prune import candidates_of, distinct, unfit
 
     device = request.device
     with console.progress() as progress:
         watch = console.ProgressWatch(progress)
-        compiling = candidates_of(request, plans_of(trials, device.target))
+        plans = plans_of(trials, device.target)
+        compiling = distinct(candidate for plan in plans for candidate in candidates_of(request, plan))
         unfit(compiling, workers, watch.compiled)  # for the cache: a tile that spills is timed all the same
         task = progress.add_task("timing", total=len(trials))
         bench = DeviceBench(layer, gpu, seed=seed)

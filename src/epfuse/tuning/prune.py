@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -43,29 +44,28 @@ class Candidate:
     block_m: int
     tile: GemmTile
 
+    @property
+    def code(self) -> tuple[object, ...]:
+        """What its code depends on: not on T, on K, and on H and I as far as steps of the reduction divide them."""
+        sizes = (self.shape.hidden, self.shape.intermediate)
+        steps = tuple(math.gcd(size, self.tile.block_k) for size in sizes)
+        return (self.target, self.path, self.weights, steps, self.shape.top_k, self.stage, self.block_m, self.tile)
 
-def candidates_of(request: Request, plans: Iterable[Plan]) -> list[Candidate]:
-    """What the plans try, each once: a tile's code does not depend on T."""
-    found: dict[tuple[Path, Stage, int, GemmTile], Candidate] = {}
-    for plan in plans:
-        point = plan.point
-        for block_m, stages in plan.tries.items():
-            for stage, tiles in stages.items():
-                for tile in tiles:
-                    found.setdefault(
-                        (point.path, stage, block_m, tile),
-                        Candidate(
-                            request.device.target,
-                            point.path,
-                            point.weights,
-                            request.shape,
-                            point.tokens,
-                            stage,
-                            block_m,
-                            tile,
-                        ),
-                    )
-    return list(found.values())
+
+def candidates_of(request: Request, plan: Plan) -> list[Candidate]:
+    """What a plan tries."""
+    point = plan.point
+    return [
+        Candidate(request.device.target, point.path, point.weights, request.shape, point.tokens, stage, block_m, tile)
+        for block_m, stages in plan.tries.items()
+        for stage, tiles in stages.items()
+        for tile in tiles
+    ]
+
+
+def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """One candidate for each code."""
+    return list({candidate.code: candidate for candidate in candidates}.values())
 
 
 def unfit(candidates: Sequence[Candidate], workers: int, progress: Callable[[int, int], None]) -> dict[Candidate, str]:

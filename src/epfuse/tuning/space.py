@@ -31,7 +31,7 @@ class Space(enum.Enum):
     FULL = "full"
     """Every tile that the kernels take, within bounds."""
     KNOWN = "known"
-    """Tiles that are known to be good for some layer, and those with a stage more or less."""
+    """Tiles that are known to be good for some layer."""
 
 
 def takes_hopper_tiles(target: Target, weights: WeightFormat, shape: LayerShape) -> bool:
@@ -93,7 +93,7 @@ def candidates(
 def known_candidates(
     known: Iterable[GemmTile], weights: WeightFormat, shape: LayerShape, stage: Stage, block_m: int
 ) -> list[GemmTile]:
-    """Those of ``known`` that can run with block_m, then the same with a stage more or less.
+    """Those of ``known`` that can run with block_m.
 
     Args:
         known: tiles of any layer and block.
@@ -102,13 +102,11 @@ def known_candidates(
         stage: which GEMM.
         block_m: rows of a block.
     """
-    alike = [_alone(tile) for tile in known]
-    near = [replace(tile, num_stages=tile.num_stages + more) for more in (1, -1) for tile in alike]
     columns = _columns(shape, stage)
     return [
         tile
-        for tile in dict.fromkeys([*alike, *near])
-        if tile.num_stages >= 2 and tile.block_n <= max(64, columns) and _runs(tile, weights, block_m)
+        for tile in dict.fromkeys(_alone(tile) for tile in known)
+        if tile.block_n <= max(64, columns) and _runs(tile, weights, block_m)
     ]
 
 
