@@ -81,6 +81,9 @@ def test_known_tiles_run_at_every_block_that_takes_them() -> None:
     assert at(144) == [LARGE]
     assert at(160) == [LARGE]
     assert known_candidates([replace(LARGE, num_stages=4)], WeightFormat.FRAGMENT, M3, Stage.DOWN, 160) == []
+    shared = replace(alone, split_k=4)
+    assert known_candidates([shared], WeightFormat.FRAGMENT, M3, Stage.DOWN, 8) == [shared]
+    assert known_candidates([shared], WeightFormat.FRAGMENT, M3, Stage.DOWN, 64) == []
     for block_m in (8, 64, 144):
         for tile in at(block_m):
             LayerTiles(block_m, tile, tile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from epfuse.bench.contender import Kind
@@ -136,8 +137,8 @@ def charts_of(record: Record) -> list[CurveChart]:
                 f"Time of one call, {routing} routing",
                 "µs",
                 curves,
-                _tokens_axis(rows),
-                _time_axis([value for c in curves for p in c.points for value in (p.low, p.high) if value > 0]),
+                tokens_axis(row.tokens for row in rows),
+                time_axis([value for c in curves for p in c.points for value in (p.low, p.high) if value > 0]),
             )
         )
         reached = _fraction_curves(timed)
@@ -147,7 +148,7 @@ def charts_of(record: Record) -> list[CurveChart]:
                 f"Part of the floor that is reached, {routing} routing: 100 % is as fast as the roofs allow",
                 "%",
                 reached,
-                _tokens_axis(rows),
+                tokens_axis(row.tokens for row in rows),
                 _percent_axis(max(p.high for curve in reached for p in curve.points)),
             )
         )
@@ -210,8 +211,9 @@ def _ascending(rows: list[Row], label: str) -> list[Row]:
     return sorted((row for row in rows if row.label == label), key=lambda row: row.tokens)
 
 
-def _tokens_axis(rows: list[Row]) -> Axis:
-    counts = sorted({float(row.tokens) for row in rows})
+def tokens_axis(tokens: Iterable[int]) -> Axis:
+    """From below the least to above the largest token count, with a tick at each that has room for its label."""
+    counts = sorted({float(count) for count in tokens})
     low, high = counts[0] / 1.3, counts[-1] * 1.3  # room for the first and the last mark
     ticks: list[float] = []
     for count in counts:  # labels that are closer than 36 pixels would touch
@@ -220,7 +222,7 @@ def _tokens_axis(rows: list[Row]) -> Axis:
     return Axis(low, high, LEFT, RIGHT, ticks)
 
 
-def _time_axis(values: list[float]) -> Axis:
+def time_axis(values: list[float]) -> Axis:
     """From below the least to above the largest value, with ticks at 1, 2 and 5 times powers of ten."""
     low, high = min(values) / 1.15, max(values) * 1.15
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

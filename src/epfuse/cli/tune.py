@@ -289,4 +289,4 @@ def _write_vllm(folder: Path, request: Request, outcomes: list[Outcome]) -> None
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["epfuse", *sys.argv[1:]])

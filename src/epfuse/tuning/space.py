@@ -124,7 +124,8 @@ def _runs(tile: GemmTile, weights: WeightFormat, block_m: int) -> bool:
     if isinstance(tile, Sm90PersistentTile):
         return (block_m in TWO_PARTS or block_m >= 32) and _persistent_ring(tile.num_stages, block_m)
     if isinstance(tile, Sm90Tile):
-        return block_m not in TWO_PARTS and _ring(tile, weights, block_m)
+        shared = tile.split_k > 1 and block_m > 16  # where there are rows, there are tiles enough
+        return block_m not in TWO_PARTS and not shared and _ring(tile, weights, block_m)
     return block_m >= 16 and block_m not in TWO_PARTS
 
 

@@ -136,8 +136,9 @@ def gate_up_sm90_kernel(
     m, n = tile_of(tile, m_blocks, n_blocks, GROUP_M)
     expert = gl.load(block_expert + m)
     block_routes = sorted_routes + m * BLOCK_M
-    # padding comes last in a block: if its second half begins with padding, half the columns are enough
-    if BLOCK_M >= 64:
+    # padding comes last in a block: if its second half begins with padding, half the columns are enough; not where
+    # programs share a tile, because the shares of all tiles lie one after another and must have one size
+    if BLOCK_M >= 64 and SPLIT_K == 1:
         if gl.load(block_routes + BLOCK_M // 2) >= R:
             gate_up_tile(
                 x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
