@@ -87,6 +87,19 @@ def test_a_run_that_ended_early_goes_on_where_it_stopped(request_: Request) -> N
     assert pending(request_) == []
 
 
+def test_time_goes_where_there_is_most_to_try(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_second(self: Bench, *_: object) -> Timed:
+        self.clock.now += 1.0
+        return Timed(10.0)
+
+    monkeypatch.setattr(Bench, "stage", one_second)
+    plans = [plan_of(request_, point) for point in request_.points()]
+    steps = [plan.steps for plan in plans]
+    assert max(steps) > 2 * min(steps)
+    tried = [step - outcome.untried for step, outcome in zip(steps, go(request_, seconds=sum(steps)), strict=True)]
+    assert all(0.4 * step <= one <= 0.9 * step for step, one in zip(steps, tried, strict=True))  # the rest is for calls
+
+
 def test_other_versions_and_devices_are_measured_anew(request_: Request) -> None:
     go(request_)
     for device in (replace(DEVICE, triton="3.8.0"), replace(DEVICE, name="AMD Instinct MI325X")):

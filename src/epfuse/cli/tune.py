@@ -193,7 +193,7 @@ class Job:
 
 
 def _search(jobs: list[Job], gpu: torch.device, seed: int, budget: int, workers: int) -> None:
-    """Compile what all layers try, then search them one after another, each with its points' part of the time."""
+    """Compile what all layers try, then search them one after another; the time goes by how much each has to try."""
     from epfuse.tuning.bench import DeviceBench
     from epfuse.tuning.prune import candidates_of, distinct, unfit
 
@@ -211,16 +211,17 @@ def _search(jobs: list[Job], gpu: torch.device, seed: int, budget: int, workers:
                 f"--budget is {budget} s and compiling took {compiled:.0f} s of it; Triton's cache has the tiles now:"
                 " run the command again, or give it more"
             )
-        to_do = sum(len(job.plans) for job in jobs)
+        to_do = sum(plan.steps for job in jobs for plan in job.plans)
         for job, candidates in zip(jobs, tries, strict=True):
             plans = [
                 without(plan, {(c.stage, c.block_m, c.tile) for c in tried if c.code in dropped})
                 for plan, tried in zip(job.plans, candidates, strict=True)
             ]
             left = budget - (time.monotonic() - begun)
-            share = left * len(plans) / max(to_do, 1)
+            steps = sum(plan.steps for plan in job.plans)
+            share = left * steps / max(to_do, 1)
             job.outcomes = run(job.request, plans, DeviceBench(job.layer, gpu, seed=seed), watch, share, time.monotonic)
-            to_do -= len(plans)
+            to_do -= steps
             torch.cuda.empty_cache()  # the next layer's weights may need it
 
 

@@ -173,8 +173,8 @@ def run(
         plans: of the points, in order.
         bench: times and judges.
         watch: is told of the progress.
-        seconds: for the whole run; each point gets an equal part of what is left. Points that are not begun in time
-            are left for the next run.
+        seconds: for the whole run; of what is left each point gets a part in proportion to what it has to try. Points
+            that are not begun in time are left for the next run.
         clock: seconds.
     """
     end = clock() + seconds
@@ -184,7 +184,8 @@ def run(
         if left <= 0:
             break
         watch.begin(plan, index, len(plans))
-        outcome = search(plan, bench, clock() + left / (len(plans) - index), clock, watch.advance)
+        share = plan.steps / max(1, sum(later.steps for later in plans[index:]))
+        outcome = search(plan, bench, clock() + left * share, clock, watch.advance)
         point = plan.point
         store.merge(
             request.folder,

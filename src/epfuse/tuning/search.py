@@ -151,9 +151,13 @@ def search(
     outcome = Outcome(point, before.microseconds, before.microseconds, plan.before, {stage: [] for stage in Stage})
     lists = [(stage, block_m) for block_m, stages in plan.tries.items() for stage in stages]
     best: dict[tuple[Stage, int], list[_Best]] = {}
-    for index, where in enumerate(lists):
+    left = plan.steps
+    for where in lists:
+        stage, block_m = where
+        mine = len(plan.tries[block_m][stage])
         now = clock()
-        until = now + (stages_until - now) / (len(lists) - index)  # each an equal part of what is left
+        until = now + (stages_until - now) * mine / max(1, left)  # of what is left a part by how much there is to try
+        left -= mine
         best[where] = _stage(outcome, plan, bench, where, until, clock, advance)
     calls = {plan.before.block_m: (before.microseconds, plan.before)}
     for _, tiles in sorted(_calls(plan, best), key=lambda call: call[0]):
