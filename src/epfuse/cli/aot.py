@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from epfuse.aot.calls import DTYPES, SHAPES
 from epfuse.cli.main import EXIT_CHECK_FAILED
+from epfuse.cli.names import comma_names
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, MissingDependency
 from epfuse.policy import READABLE
@@ -31,15 +32,10 @@ Command = Callable[..., Any]
 def names_option(option: str, variable: str, known: Iterable[str]) -> Callable[[Command], Command]:
     """``option`` takes some of ``known`` with commas between them; all of them by default."""
     names = tuple(known)
+    some = comma_names(names)
 
     def split(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-        if value is None:
-            return names
-        chosen = tuple(dict.fromkeys(value.split(",")))
-        for name in chosen:
-            if name not in names:
-                raise click.BadParameter(f"{name!r} is not one of {', '.join(names)}")
-        return chosen
+        return some(context, parameter, value) or names
 
     text = f"Some of {', '.join(names)}.  [default: all]"
     return click.option(option, variable, callback=split, metavar="NAME,..", help=text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as jsonlib
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from epfuse.cli.main import EXIT_CHECK_FAILED
+from epfuse.cli.names import comma_names
 
 if TYPE_CHECKING:
     from epfuse.bench.compare import Comparison
@@ -45,21 +45,6 @@ Exit status: 0 good; 1 a result was wrong, a path failed, or with --fail-on-slow
 """
 
 
-def _names(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str | None], tuple[str, ...] | None]:
-    """A callback for names with commas between them."""
-
-    def split(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-        if value is None:
-            return None
-        chosen = tuple(dict.fromkeys(value.split(",")))
-        for name in chosen:
-            if name not in known:
-                raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}")
-        return chosen
-
-    return split
-
-
 def _counts(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
     """Token counts: the option several times, or commas, or both."""
     found: list[int] = []
@@ -89,7 +74,7 @@ def _counts(context: click.Context, parameter: click.Parameter, values: tuple[st
 )
 @click.option(
     "--paths",
-    callback=_names(PATH_NAMES),
+    callback=comma_names(PATH_NAMES),
     metavar="NAME,..",
     help=f"Some of {', '.join(PATH_NAMES)}. auto: what the policy chooses; all: every weight format and way to sum,"
     " too.  [default: each path that has kernels, on its best weights; the reference on a CPU]",
@@ -103,7 +88,7 @@ def _counts(context: click.Context, parameter: click.Parameter, values: tuple[st
 )
 @click.option(
     "--peers",
-    callback=_names((*PEER_NAMES, "none")),
+    callback=comma_names((*PEER_NAMES, "none")),
     metavar="NAME,..",
     help=f"Some of {', '.join(PEER_NAMES)}, or none.  [default: all that are installed]",
 )

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from epfuse.bench import machine
 from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, Layer, make_layer
+from epfuse.cli.names import comma_names
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, DeviceError, TuningError
 from epfuse.policy import READABLE
@@ -40,20 +41,6 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
         raise click.BadParameter(f"{value!r} is no list of token counts such as 1,16,256")
     return tuple(sorted({int(number) for number in value.split(",")}))
-
-
-def _shapes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    for name in value.split(","):
-        if name not in (*LAYERS, CUSTOM):
-            raise click.BadParameter(f"{name!r} is not one of {', '.join((*LAYERS, CUSTOM))}")
-    return tuple(dict.fromkeys(value.split(",")))
-
-
-def _paths(context: click.Context, parameter: click.Parameter, value: str) -> tuple[LayerPath, ...]:
-    for name in value.split(","):
-        if name not in PATHS:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(PATHS)}")
-    return tuple(LayerPath(name) for name in dict.fromkeys(value.split(",")))
 
 
 def _part(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
@@ -81,7 +68,7 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling t
 @click.option(
     "--shape",
     "shapes",
-    callback=_shapes,
+    callback=comma_names((*LAYERS, CUSTOM)),
     default="minimax-m3-ep8",
     show_default=True,
     metavar="NAME,..",
@@ -93,15 +80,16 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling t
 @click.option("--top-k", type=int, metavar="K", help="Routes per token.")
 @click.option("--ep-size", type=int, metavar="P", help="Ranks that share the experts.")
 @click.option("--activation", type=click.Choice(list(ACTIVATIONS)), help="[default: the shape's]")
-@click.option("--path", "paths", callback=_paths, default="w8a16,bf16", show_default=True, metavar="NAME,..")
+@click.option(
+    "--path", "paths", callback=comma_names(PATHS), default="w8a16,bf16", show_default=True, metavar="NAME,.."
+)
 @click.option("--tokens", callback=_numbers, default=DEFAULT_TOKENS, show_default=True, metavar="T,..")
 @click.option(
     "--space",
     type=click.Choice([space.value for space in Space]),
     default=Space.FULL.value,
     show_default=True,
-    help="full: all tiles that the kernels take; known: those of the defaults and of any layer's tables, and with a"
-    " stage more or less.",
+    help="full: all tiles that the kernels take; known: those of the defaults and of any layer's tables.",
 )
 @click.option(
     "--budget", type=click.IntRange(min=1), default=600, show_default=True, help="Seconds, compiling included."
@@ -124,7 +112,7 @@ def tune(
     top_k: int | None,
     ep_size: int | None,
     activation: str | None,
-    paths: tuple[LayerPath, ...],
+    paths: tuple[str, ...],
     tokens: tuple[int, ...],
     space: str,
     budget: int,
@@ -164,10 +152,11 @@ def tune(
         request = Request(found, layers[0].shape, (), (), folder, _command())
         _try(read_trials(trials), request, layers[0], gpu, seed, cpus, as_json)
         return
+    layer_paths = tuple(LayerPath(name) for name in paths)
     jobs = []
     for layer in layers:
         extra = () if from_vllm is None else tuple(vllm_files.read(from_vllm, layer.shape).items())
-        request = Request(found, layer.shape, paths, tokens, folder, _command(), extra, Space(space))
+        request = Request(found, layer.shape, layer_paths, tokens, folder, _command(), extra, Space(space))
         points = request.points()[part[0] - 1 :: part[1]] if again else pending(request, part)
         jobs.append(Job(layer, request, [plan_of(request, point) for point in points]))
     _search(jobs, gpu, seed, budget, cpus)
@@ -175,9 +164,9 @@ def tune(
         values = [{"shape": job.layer.name} | console.to_json(outcome) for job in jobs for outcome in job.outcomes]
         click.echo(json.dumps(values, indent=2, allow_nan=False))
     else:
+        screen = _screen()
         for job in jobs:
-            width = None if sys.stdout.isatty() else 160
-            console.show(job.request, job.outcomes, len(job.plans), Console(width=width))
+            console.show(job.request, job.outcomes, len(job.plans), screen)
     if to_vllm is not None:
         _write_vllm(to_vllm, jobs[0].request, jobs[0].outcomes)
 
@@ -253,9 +242,14 @@ def _try(
         }
         click.echo(json.dumps(record, indent=1, allow_nan=False))
     else:
-        console.show_results(results, device, Console(width=None if sys.stdout.isatty() else 160))
+        console.show_results(results, device, _screen())
     if any(result.fault is not None for result in results):
         sys.exit(1)
+
+
+def _screen() -> Console:
+    """Standard output, with room for a table where no terminal says how many columns there are."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _refuse_search_options() -> None:

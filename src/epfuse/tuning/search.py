@@ -15,7 +15,7 @@ from epfuse.config import Path, WeightFormat
 from epfuse.errors import TuningError
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.tuning.schema import Row, Stage, entry_of
-from epfuse.tuning.space import GUESSES
+from epfuse.tuning.space import GUESSES, guessing
 
 BEST_OF_STAGE = 3
 """Tiles of a stage that go into whole calls."""
@@ -168,7 +168,7 @@ def search(
     for _, (microseconds, tiles) in sorted(calls.items()):
         for stage, tile in ((Stage.GATE_UP, tiles.gate_up), (Stage.DOWN, tiles.down)):
             alone = {entry.tile: entry.microseconds for entry in best.get((stage, tiles.block_m), ())}
-            bare = _guessing(tile, 0)
+            bare = guessing(tile, 0)
             stage_us = alone[bare] if bare in alone else bench.stage(point, stage, tiles.block_m, bare).microseconds
             floor_us = bench.floor_us(point, stage)
             outcome.rows[stage].append(
@@ -257,14 +257,9 @@ def _calls(plan: Plan, best: dict[tuple[Stage, int], list[_Best]]) -> list[tuple
         chosen = sorted(pairs, key=lambda pair: pair[0])[:CALLS]
         if chosen and isinstance(chosen[0][1].gate_up, Sm90Tile):
             total, tiles = chosen[0]
-            chosen += [(total, replace(tiles, gate_up=_guessing(tiles.gate_up, guess))) for guess in GUESSES]
+            chosen += [(total, replace(tiles, gate_up=guessing(tiles.gate_up, guess))) for guess in GUESSES]
         found += chosen
     return found
-
-
-def _guessing(tile: GemmTile, guess_bytes: int) -> GemmTile:
-    """The tile with another guess, where its kernel makes any; stages are timed alone without."""
-    return replace(tile, guess_bytes=guess_bytes) if isinstance(tile, Sm90Tile) else tile
 
 
 def without(plan: Plan, unfit: Collection[tuple[Stage, int, GemmTile]]) -> Plan:

@@ -105,14 +105,14 @@ def known_candidates(
     columns = _columns(shape, stage)
     return [
         tile
-        for tile in dict.fromkeys(_alone(tile) for tile in known)
+        for tile in dict.fromkeys(guessing(tile, 0) for tile in known)
         if tile.block_n <= max(64, columns) and _runs(tile, weights, block_m)
     ]
 
 
-def _alone(tile: GemmTile) -> GemmTile:
-    """As a stage alone is timed: without guesses, which are tried on whole calls."""
-    return replace(tile, guess_bytes=0) if isinstance(tile, Sm90Tile) else tile
+def guessing(tile: GemmTile, guess_bytes: int) -> GemmTile:
+    """The tile with another guess, where its kernel makes any; stages are timed alone without."""
+    return replace(tile, guess_bytes=guess_bytes) if isinstance(tile, Sm90Tile) else tile
 
 
 def _columns(shape: LayerShape, stage: Stage) -> int:
@@ -122,7 +122,7 @@ def _columns(shape: LayerShape, stage: Stage) -> int:
 def _runs(tile: GemmTile, weights: WeightFormat, block_m: int) -> bool:
     """Whether a Hopper tile can be launched with block_m; of other tiles the compiler has the last word anyway."""
     if isinstance(tile, Sm90PersistentTile):
-        return (block_m in TWO_PARTS or block_m >= 32) and _persistent_ring(tile.num_stages, block_m)
+        return block_m >= 32 and _persistent_ring(tile.num_stages, block_m)
     if isinstance(tile, Sm90Tile):
         shared = tile.split_k > 1 and block_m > 16  # where there are rows, there are tiles enough
         return block_m not in TWO_PARTS and not shared and _ring(tile, weights, block_m)

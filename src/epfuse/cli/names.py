@@ -1,0 +1,25 @@
+"""Options that take names with commas between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import click
+
+
+def comma_names(
+    known: Iterable[str],
+) -> Callable[[click.Context, click.Parameter, str | None], tuple[str, ...] | None]:
+    """A callback for an option that takes some of ``known``: each once, in the order given; None if it is not given."""
+    names = tuple(known)
+
+    def split(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        chosen = tuple(dict.fromkeys(value.split(",")))
+        for name in chosen:
+            if name not in names:
+                raise click.BadParameter(f"{name!r} is not one of {', '.join(names)}")
+        return chosen
+
+    return split
