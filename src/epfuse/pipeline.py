@@ -12,9 +12,10 @@ from epfuse.stages.combine import reference as combine_reference
 from epfuse.stages.down import reference as down_reference
 from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.route import reference as route_reference
-from epfuse.stages.tiles import LayerTiles
+from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
 from epfuse.weights.block_fp8 import BlockFP8
 from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.fragment import FragmentMXFP8
 
 
 def run_reference(
@@ -59,6 +60,7 @@ def run_kernels(
     from epfuse.stages.combine.launch import launch_combine
     from epfuse.stages.down.launch import launch_down
     from epfuse.stages.gate_up.launch import launch_gate_up
+    from epfuse.stages.gate_up_down.launch import launch_gate_up_down
     from epfuse.stages.gather.launch import launch_gather
     from epfuse.stages.route.launch import launch_route
 
@@ -74,13 +76,22 @@ def run_kernels(
     rows = hidden
     if tiles.packed:
         with record_function("epfuse::gather"):
-            # where down's results will be: they are written when the gathered rows are dead
+            # where down's results will be: a block's are written when its gathered rows are dead
             if routed_rows is None:
                 routed_rows = hidden.new_empty(topk_ids.numel(), weights.hidden)
             rows = launch_gather(hidden, routes, topk_ids.shape[1], routed_rows)
-    with record_function("epfuse::gate_up"):
-        y = launch_gate_up(rows, w13, routes, topk_ids.shape[1], activation, tiles.gate_up, y_rows)
-    with record_function("epfuse::down"):
-        routed = launch_down(y, w2, routes, topk_weights, tiles.down, routed_rows)
+    if isinstance(tiles.gate_up, Sm90PersistentTile) and tiles.one_launch:
+        assert isinstance(w13, FragmentMXFP8)
+        assert isinstance(w2, FragmentMXFP8)
+        with record_function("epfuse::gate_up_down"):
+            routed = launch_gate_up_down(
+                rows, w13, w2, routes, topk_weights, activation, tiles.gate_up, y_rows, routed_rows
+            )
+    else:
+        with record_function("epfuse::gate_up"):
+            y = launch_gate_up(rows, w13, routes, topk_ids.shape[1], activation, tiles.gate_up, y_rows)
+        with record_function("epfuse::down"):
+            routed = launch_down(y, w2, routes, topk_weights, tiles.down, routed_rows)
     with record_function("epfuse::combine"):
-        return launch_combine(routed, topk_ids, slots, local, None, out)
+        packed = routes.route_row if tiles.packed else None
+        return launch_combine(routed, topk_ids, slots, local, None, out, packed)

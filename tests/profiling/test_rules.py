@@ -94,6 +94,7 @@ STAGES = {
     "gather": Phase.PREPARE,
     "quantize": Phase.PREPARE,
     "gate_up": Phase.GEMM1,
+    "gate_up_down": Phase.GEMM1,
     "activate": Phase.ACTIVATION,
     "down": Phase.GEMM2,
     "combine": Phase.COMBINE,

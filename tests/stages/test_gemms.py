@@ -93,9 +93,10 @@ def test_down(device, routing, weighted):
     check_rows(out, want, rows, SNR_FLOOR[torch.bfloat16])
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_combine_is_bitwise_the_reference(device, routing, weighted):
+def test_combine_is_bitwise_the_reference(device, routing, weighted, packed):
     case = make_case(device, routing=routing, hidden=72)
     rows = local_rows(case)
     routed = poisoned(case.topk_ids.numel(), 72, case.hidden)
@@ -103,7 +104,13 @@ def test_combine_is_bitwise_the_reference(device, routing, weighted):
     slots = case.expert_map.on(device)
     weights = case.topk_weights if weighted else None
     out = poisoned(case.hidden.shape[0], 72, case.hidden)
-    launch_combine(routed, case.topk_ids, slots, case.weights.local_experts, weights, out)
+    given, route_row = routed, None
+    if packed:
+        table = routes_of(case)
+        order = torch.cat([found for _, found in table.groups()] or [rows[:0]])
+        given, route_row = poisoned(case.topk_ids.numel(), 72, case.hidden), table.route_row
+        given[: order.numel()] = routed[order]
+    launch_combine(given, case.topk_ids, slots, case.weights.local_experts, weights, out, route_row)
     want = combine_reference.combine(routed, case.topk_ids, slots, weights, out.dtype)
     if weighted and device.type == "cuda":  # a GPU contracts the multiply and the add
         assert snr_db(out, want) > SNR_FLOOR[torch.bfloat16] or not rows.numel()

@@ -11,6 +11,7 @@ from epfuse.stages.down import reference as down_reference
 from epfuse.stages.down.launch import launch_down
 from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.gate_up.launch import launch_gate_up
+from epfuse.stages.gate_up_down.launch import launch_gate_up_down
 from epfuse.stages.gather.launch import launch_gather
 from epfuse.stages.route.launch import launch_route
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile, Sm90Tile
@@ -114,7 +115,40 @@ def launch(out, stage, rows, weights, routes, tile, topk_weights=None):
         y = torch.full_like(rows, float("nan")) if packed else rows
         if packed:
             y[: order.numel()] = rows[order]
-        launch_down(y, weights, routes, topk_weights, tile, out)
+        routed = torch.full_like(out, float("nan")) if packed else out
+        launch_down(y, weights, routes, topk_weights, tile, routed)
+        if packed:
+            assert routed[order.numel() :].isnan().all()
+            out[order] = routed[: order.numel()]
+
+
+@pytest.mark.parametrize("name", [name for name in TILES if "persistent" in name])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(37, 256, 384), (300, 512, 256), (2000, 640, 320)])
+def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing, name):
+    """Bit for bit the two launches', twice, in the memory of the gathered rows."""
+    block_m, tile = TILES[name]
+    ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    x = torch.randn(tokens, hidden, device=device).bfloat16()
+    topk_weights = torch.rand(tokens, TOP_K, device=device)
+    w13 = pack(random_mxfp8(device, 2 * intermediate, hidden, 1), RowOrder.GATE_UP)
+    w2 = pack(random_mxfp8(device, hidden, intermediate, 2), RowOrder.PLAIN)
+    found = []
+    for _ in range(3):
+        per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
+        routes = launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
+        rows = launch_gather(x, routes, TOP_K, poisoned(tokens * TOP_K, hidden, device))
+        y = poisoned(tokens * TOP_K, intermediate, device)
+        if not found:
+            launch_gate_up(rows, w13, routes, TOP_K, ACTIVATION, tile, y)
+            found.append(launch_down(y, w2, routes, topk_weights, tile, poisoned(tokens * TOP_K, hidden, device)))
+        else:
+            found.append(launch_gate_up_down(rows, w13, w2, routes, topk_weights, ACTIVATION, tile, y, rows))
+    count = sum(group.numel() for _, group in routes.groups())
+    for other in found[1:]:
+        torch.testing.assert_close(other[:count], found[0][:count], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["16x128", "48x192_persistent"])

@@ -131,12 +131,23 @@ class LayerTiles:
         return isinstance(self.gate_up, Sm90PersistentTile)
 
     @property
+    def one_launch(self) -> bool:
+        """Whether both GEMMs run in one launch: persistent tiles that are the same."""
+        return self.packed and self.gate_up == self.down
+
+    @property
     def key(self) -> str:
         """The tiles in one word: ``block_m/gate_up/down``."""
         return f"{self.block_m}/{self.gate_up.key}/{self.down.key}"
 
     def arrivals(self, hidden: int, intermediate: int) -> int:
-        """Counters that the kernels need for each row block: one for each tile whose reduction is shared."""
+        """Counters that the kernels need for each row block.
+
+        One for each tile whose reduction is shared. Two where both GEMMs run in one launch, which needs one for itself
+        and one for each block.
+        """
+        if self.one_launch:
+            return 2
         outputs = ((self.gate_up, 2 * intermediate), (self.down, hidden))
         return sum(
             -(-(-(-rows // 64) * 64) // tile.block_n)

@@ -108,7 +108,7 @@ class DeviceBench:
         results, expected = [], []
         for inputs, output in zip(self._stages, measured.outputs, strict=True):
             right = inputs.gate_up if stage is Stage.GATE_UP else inputs.down
-            results.append(inputs.rows_of(output, stage, tile))
+            results.append(inputs.rows_of(output, tile))
             expected.append(right[inputs.local_routes].double())
         tolerance = dense_tolerance(torch.bfloat16, shape.hidden, shape.intermediate)
         return Timed(measured.timing.median_us, _fault(results, expected, tolerance, "tiles that are right"))

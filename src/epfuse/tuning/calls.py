@@ -88,10 +88,11 @@ class StageInputs:
         bare = cls(path, form, weights, hidden, topk_weights, topk_ids, slots, activation, nothing, nothing)
         gate_up = bare.bind(Stage.GATE_UP, tiles.block_m, tiles.gate_up)()
         if tiles.packed:
-            packed, gate_up = gate_up, torch.empty_like(gate_up)
-            gate_up[bare.local_routes] = packed[: bare.local_routes.numel()]
+            gate_up = bare._by_route(gate_up)
         half = cls(path, form, weights, hidden, topk_weights, topk_ids, slots, activation, gate_up, nothing)
         down = half.bind(Stage.DOWN, tiles.block_m, tiles.down)()
+        if tiles.packed:
+            down = bare._by_route(down)
         return cls(path, form, weights, hidden, topk_weights, topk_ids, slots, activation, gate_up, down)
 
     @cached_property
@@ -99,9 +100,14 @@ class StageInputs:
         """The local routes in the route table's order, which does not depend on how it is cut into blocks."""
         return table_order(local_experts(self.topk_ids, self.slots))
 
-    def rows_of(self, output: torch.Tensor, stage: Stage, tile: GemmTile) -> torch.Tensor:
+    def _by_route(self, packed: torch.Tensor) -> torch.Tensor:
+        rows = torch.empty_like(packed)
+        rows[self.local_routes] = packed[: self.local_routes.numel()]
+        return rows
+
+    def rows_of(self, output: torch.Tensor, tile: GemmTile) -> torch.Tensor:
         """The rows of the local routes in a stage's output, in the order of `local_routes`."""
-        if stage is Stage.GATE_UP and isinstance(tile, Sm90PersistentTile):
+        if isinstance(tile, Sm90PersistentTile):
             return output[: self.local_routes.numel()]
         return output[self.local_routes]
 

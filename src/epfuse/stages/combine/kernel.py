@@ -9,12 +9,13 @@ from epfuse.stages.route.kernel import local_slots
 
 @triton.jit(do_not_specialize=["R"])
 def combine_kernel(
-    routed, topk_ids, topk_weights, expert_map, out,
+    routed, topk_ids, topk_weights, expert_map, route_row, out,
     R, E, H,
     L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over k, in order, of the local rows routed[t*K + k], in FP32, rounded once.
 
+    With route_row the rows lie packed, that of t*K + k at routed[route_row[t*K + k]].
     K_LANES is a power of two, at least K.
     """
     token = tl.program_id(0)
@@ -28,7 +29,10 @@ def combine_kernel(
     for k in tl.static_range(K):
         route = token * K + k
         live = tl.sum(tl.where(ks == k, local.to(tl.int32), 0), 0) > 0
-        row = tl.load(routed + route.to(tl.int64) * H + columns, mask=inside & live, other=0.0).to(tl.float32)
+        place = route
+        if route_row is not None:
+            place = tl.load(route_row + route, mask=live, other=0)
+        row = tl.load(routed + place.to(tl.int64) * H + columns, mask=inside & live, other=0.0).to(tl.float32)
         if topk_weights is not None:
             row *= tl.load(topk_weights + route, mask=live, other=0.0)
         acc += row

@@ -16,6 +16,7 @@ def launch_combine(
     local: int,
     topk_weights: torch.Tensor | None,
     out: torch.Tensor,
+    route_row: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum a token's local routes in route order, in FP32; remote rows are never read.
 
@@ -27,6 +28,7 @@ def launch_combine(
         local: L.
         topk_weights: ``[T, K]`` float32 contiguous to weight here; None if the rows are weighted already.
         out: ``[T, H]``; every element is written, zero for a token without a local route.
+        route_row: ``[R]`` int32 of the call's RouteTable, where the rows lie packed; None if row r is of route r.
 
     Returns:
         ``out``.
@@ -42,6 +44,7 @@ def launch_combine(
         topk_ids,
         topk_weights,
         expert_map,
+        route_row,
         out,
         topk_ids.numel(),
         expert_map.numel(),

@@ -19,8 +19,11 @@ from epfuse.stages.sm90_gemm import (
 
 
 @gluon.jit
-def store_weighted(acc, topk_weights, out, block_routes, first_column, R, H):
-    """Multiply accumulators [rows, columns] with the router weights of their columns and store [columns, rows]."""
+def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column, R, H):
+    """Multiply accumulators [rows, columns] with the router weights of their columns and store [columns, rows].
+
+    A column's row of out is its route, or with first_row the columns take rows from there on.
+    """
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
     if topk_weights is not None:
@@ -30,7 +33,10 @@ def store_weighted(acc, topk_weights, out, block_routes, first_column, R, H):
     result = gl.convert_layout(acc.to(gl.bfloat16), layout)
     columns = first_column + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     routes = gl.load(block_routes + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)))
-    where = routes.to(gl.int64)[None, :] * H + columns[:, None]
+    rows = routes
+    if first_row is not None:
+        rows = first_row + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    where = rows.to(gl.int64)[None, :] * H + columns[:, None]
     gl.store(out + where, result, mask=(routes < R)[None, :] & (columns < H)[:, None])
 
 
@@ -65,7 +71,7 @@ def down_tile(
     if SPLIT_K > 1:
         acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
     if last:
-        store_weighted(acc, topk_weights, out, block_routes, n * BLOCK_N, R, H)
+        store_weighted(acc, topk_weights, out, block_routes, None, n * BLOCK_N, R, H)
 
 
 @gluon.jit(do_not_specialize=["R"])

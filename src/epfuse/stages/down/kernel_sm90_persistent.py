@@ -10,9 +10,9 @@ from epfuse.stages.sm90_persistent import CONSUMERS, PANEL, run_tiles
 
 @gluon.jit
 def store_panel(acc, block_routes, first_row, panel, R, args):
-    """Weight and store, by route."""
+    """Weight and store, packed."""
     topk_weights, out, H = args
-    store_weighted(acc, topk_weights, out, block_routes, panel * PANEL, R, H)
+    store_weighted(acc, topk_weights, out, block_routes, first_row, panel * PANEL, R, H)
 
 
 @gluon.jit(do_not_specialize=["R"])
@@ -21,7 +21,7 @@ def down_sm90_persistent_kernel(
     R, H, I_PADDED, PANELS,
     BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As down_sm90_kernel, for rows that lie packed in the table's order; the results lie by route."""
+    """As down_sm90_kernel, for rows that lie packed in the table's order; so do the results."""
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_blocks = (PANELS + CONSUMERS - 1) // CONSUMERS

@@ -1,4 +1,4 @@
-"""Both GEMMs of a layer in one launch: a program goes on from gate_up's tiles to down's without the gap between kernels.
+"""Both GEMMs in one launch for Hopper: a program goes on from gate_up's tiles to down's, without a gap between kernels.
 
 Tiles are claimed from a counter, all of gate_up's before the first of down's, so a program that waits for rows waits
 for programs that are running: none depends on how many of them the GPU holds at a time.
@@ -83,7 +83,9 @@ def produce_both(
                 for step in range(0, I_PADDED // BLOCK_K):
                     stage = done % STAGES
                     mbarrier.wait(empty.index(stage), (done // STAGES + 1) & 1)
-                    fetch_weights(w2, panels, full, stage, expert * DOWN_PANELS + n * CONSUMERS, step, I_PADDED, BLOCK_K)
+                    fetch_weights(
+                        w2, panels, full, stage, expert * DOWN_PANELS + n * CONSUMERS, step, I_PADDED, BLOCK_K
+                    )
                     if step == 0:
                         wait_until(arrivals + 1 + m, n_up * CONSUMERS * WARPS)
                     fetch_rows(y_wide, y_narrow, wide, narrow, full, stage, row, has_narrow, step, BLOCK_M, BLOCK_K)
@@ -171,13 +173,20 @@ def consume_both(
 
 
 @gluon.jit(do_not_specialize=["R"])
-def both_sm90_persistent_kernel(
+def gate_up_down_sm90_kernel(
     x_wide, x_narrow, w13_lines, w13_scale, y, y_wide, y_narrow, w2_lines, w2_scale, topk_weights, out,
     sorted_routes, block_expert, block_row, num_padded, arrivals,
     R, H, I, H_PADDED, I_PADDED, UP_PANELS, DOWN_PANELS, alpha, beta, limit,
     BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """gate_up_sm90_persistent_kernel, then down_sm90_persistent_kernel."""
+    """gate_up_sm90_persistent_kernel, then down_sm90_persistent_kernel.
+
+    out may be the memory of x: the rows of a block are read for the last time before they are written. What a copy
+    finds past a tile's last row may be written meanwhile; it is multiplied for columns that are not stored.
+
+    Args:
+        arrivals: int32 zeros: tiles claimed, then for each row block the warps that are through with gate_up's panels.
+    """
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_up = (UP_PANELS + CONSUMERS - 1) // CONSUMERS

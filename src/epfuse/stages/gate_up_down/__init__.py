@@ -1,0 +1,1 @@
+"""Both GEMMs in one launch: gate_up, then down."""
