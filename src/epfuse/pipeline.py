@@ -61,7 +61,7 @@ def run_kernels(
     from epfuse.stages.down.launch import launch_down
     from epfuse.stages.gate_up.launch import launch_gate_up
     from epfuse.stages.gate_up_down.launch import launch_gate_up_down
-    from epfuse.stages.gather.launch import launch_gather
+    from epfuse.stages.gather.launch import LoneTokens, launch_gather
     from epfuse.stages.route.launch import launch_route
 
     w13, w2, local = weights.kept[form].w13, weights.kept[form].w2, weights.local_experts
@@ -73,25 +73,26 @@ def run_kernels(
     with record_function("epfuse::route"):
         arrivals = tiles.arrivals(weights.hidden, weights.intermediate)
         routes = launch_route(topk_ids, slots, local, tiles.block_m, arrivals_per_block=arrivals)
-    rows = hidden
-    if tiles.packed:
-        with record_function("epfuse::gather"):
-            # where down's results will be: a block's are written when its gathered rows are dead
-            if routed_rows is None:
-                routed_rows = hidden.new_empty(topk_ids.numel(), weights.hidden)
-            rows = launch_gather(hidden, routes, topk_ids.shape[1], routed_rows)
-    if isinstance(tiles.gate_up, Sm90PersistentTile) and tiles.one_launch:
+    if isinstance(tiles.gate_up, Sm90PersistentTile):
         assert isinstance(w13, FragmentMXFP8)
         assert isinstance(w2, FragmentMXFP8)
+        if y_rows is None:
+            y_rows = hidden.new_empty(topk_ids.numel(), weights.intermediate)
+        if routed_rows is None:
+            routed_rows = hidden.new_empty(topk_ids.numel(), weights.hidden)
+        lone = LoneTokens(topk_ids, slots, local, slots.new_empty(topk_ids.numel()))
+        with record_function("epfuse::gather"):
+            # where down's results will be: a block's are written when its gathered rows are dead
+            rows = launch_gather(hidden, routes, topk_ids.shape[1], routed_rows, lone)
         with record_function("epfuse::gate_up_down"):
-            routed = launch_gate_up_down(
-                rows, w13, w2, routes, topk_weights, activation, tiles.gate_up, y_rows, routed_rows
+            launch_gate_up_down(
+                rows, w13, w2, routes, topk_weights, activation, tiles.gate_up, y_rows, routed_rows, lone, out
             )
-    else:
-        with record_function("epfuse::gate_up"):
-            y = launch_gate_up(rows, w13, routes, topk_ids.shape[1], activation, tiles.gate_up, y_rows)
-        with record_function("epfuse::down"):
-            routed = launch_down(y, w2, routes, topk_weights, tiles.down, routed_rows)
+        with record_function("epfuse::combine"):
+            return launch_combine(routed_rows, topk_ids, slots, local, None, out, routes.route_row, lone_stored=True)
+    with record_function("epfuse::gate_up"):
+        y = launch_gate_up(hidden, w13, routes, topk_ids.shape[1], activation, tiles.gate_up, y_rows)
+    with record_function("epfuse::down"):
+        routed = launch_down(y, w2, routes, topk_weights, tiles.down, routed_rows)
     with record_function("epfuse::combine"):
-        packed = routes.route_row if tiles.packed else None
-        return launch_combine(routed, topk_ids, slots, local, None, out, packed)
+        return launch_combine(routed, topk_ids, slots, local, None, out)

@@ -50,11 +50,10 @@ BACKENDS = {
             "count_kernel",
             "place_kernel",
             "gather_kernel",
-            "gate_up_sm90_persistent_kernel",
-            "down_sm90_persistent_kernel",
+            "gate_up_down_sm90_kernel",
             "combine_kernel",
         ],
-        "pppgdc",
+        "pppgc",
     ),
     "epfuse, FP8": (["quantize_kernel", "gate_up_fp8_kernel", "activate_kernel", "down_fp8_kernel"], "pgad"),
 }

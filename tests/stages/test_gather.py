@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epfuse.stages.gather.launch import launch_gather
+from epfuse.stages.gather.launch import LoneTokens, launch_gather
 from epfuse.stages.route.launch import launch_route
 from tests.cases import ROUTINGS, topk_ids_for
 
@@ -20,7 +20,14 @@ def test_gather(device, tokens, hidden, routing):
     slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
     routes = launch_route(ids, slots, LOCAL, 48)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
-    got = launch_gather(x, routes, TOP_K, torch.full((tokens * TOP_K, hidden), float("nan"), device=device).bfloat16())
+    lone = LoneTokens(ids, slots, LOCAL, torch.full((tokens * TOP_K,), -7, dtype=torch.int32, device=device))
+    memory = torch.full((tokens * TOP_K, hidden), float("nan"), device=device).bfloat16()
+    got = launch_gather(x, routes, TOP_K, memory, lone)
     order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
     torch.testing.assert_close(got[: order.numel()], x[order // TOP_K], rtol=0, atol=0)
     assert got[order.numel() :].isnan().all()
+    token = order // TOP_K
+    routes_of_token = torch.bincount(token, minlength=tokens)
+    want = torch.where(routes_of_token[token] == 1, token, -1).int()
+    torch.testing.assert_close(lone.of_row[: order.numel()], want, rtol=0, atol=0)
+    assert (lone.of_row[order.numel() :] == -7).all()

@@ -12,7 +12,7 @@ from epfuse.stages.down.launch import launch_down
 from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.gate_up.launch import launch_gate_up
 from epfuse.stages.gate_up_down.launch import launch_gate_up_down
-from epfuse.stages.gather.launch import launch_gather
+from epfuse.stages.gather.launch import LoneTokens, launch_gather
 from epfuse.stages.route.launch import launch_route
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.weights.fragment import RowOrder, pack
@@ -36,6 +36,9 @@ TILES = {
     "48x192_persistent": (48, Sm90PersistentTile(192, 128, 0, 4, 3, parts=1)),
     "64x192_persistent": (64, Sm90PersistentTile(192, 128, 0, 4, 2)),
     "144x192_persistent": (144, Sm90PersistentTile(192, 128, 2, 4, 2, parts=4)),
+    "80x128_persistent": (80, Sm90PersistentTile(128, 64, 0, 4, 5, parts=4)),
+    "288x128_persistent": (288, Sm90PersistentTile(128, 64, 2, 4, 5)),
+    "320x128_persistent": (320, Sm90PersistentTile(128, 64, 1, 4, 4)),
 }
 
 # persistent tiles read MXFP8 only, and have blocks of their own: the same sum comes from this
@@ -102,31 +105,33 @@ def launch(out, stage, rows, weights, routes, tile, topk_weights=None):
     """One stage, with rows and results by route; persistent tiles have theirs packed in the table's order."""
     if routes.arrivals is not None:
         routes.arrivals.zero_()
+    if not isinstance(tile, Sm90PersistentTile):
+        if stage == "gate_up":
+            launch_gate_up(rows, weights, routes, TOP_K, ACTIVATION, tile, out)
+        else:
+            launch_down(rows, weights, routes, topk_weights, tile, out)
+        return
     order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=rows.device)])
-    packed = isinstance(tile, Sm90PersistentTile)
+    result = torch.full_like(out, float("nan"))
     if stage == "gate_up":
-        x = launch_gather(rows, routes, TOP_K, torch.full_like(rows, float("nan")).repeat(TOP_K, 1)) if packed else rows
-        y = torch.full_like(out, float("nan")) if packed else out
-        launch_gate_up(x, weights, routes, TOP_K, ACTIVATION, tile, y)
-        if packed:
-            assert y[order.numel() :].isnan().all()  # what is past the rows is not written
-            out[order] = y[: order.numel()]
+        x = launch_gather(rows, routes, TOP_K, torch.full_like(rows, float("nan")).repeat(TOP_K, 1))
+        nothing = torch.full_like(x, float("nan"))
+        launch_gate_up_down(x, weights, None, routes, topk_weights, ACTIVATION, tile, result, nothing)
     else:
-        y = torch.full_like(rows, float("nan")) if packed else rows
-        if packed:
-            y[: order.numel()] = rows[order]
-        routed = torch.full_like(out, float("nan")) if packed else out
-        launch_down(y, weights, routes, topk_weights, tile, routed)
-        if packed:
-            assert routed[order.numel() :].isnan().all()
-            out[order] = routed[: order.numel()]
+        y = torch.full_like(rows, float("nan"))
+        y[: order.numel()] = rows[order]
+        nothing = torch.full_like(out, float("nan"))
+        launch_gate_up_down(nothing, None, weights, routes, topk_weights, ACTIVATION, tile, y, result)
+    assert nothing.isnan().all()
+    assert result[order.numel() :].isnan().all()  # what is past the rows is not written
+    out[order] = result[: order.numel()]
 
 
 @pytest.mark.parametrize("name", [name for name in TILES if "persistent" in name])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(37, 256, 384), (300, 512, 256), (2000, 640, 320)])
 def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing, name):
-    """Bit for bit the two launches', twice, in the memory of the gathered rows."""
+    """Bit for bit one stage after the other, twice, in the memory of the gathered rows; lone rows where they belong."""
     block_m, tile = TILES[name]
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
     slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
@@ -139,16 +144,54 @@ def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing,
     for _ in range(3):
         per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
         routes = launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
-        rows = launch_gather(x, routes, TOP_K, poisoned(tokens * TOP_K, hidden, device))
+        lone = LoneTokens(ids, slots, LOCAL, torch.empty(tokens * TOP_K, dtype=torch.int32, device=device))
+        rows = launch_gather(x, routes, TOP_K, poisoned(tokens * TOP_K, hidden, device), lone)
         y = poisoned(tokens * TOP_K, intermediate, device)
         if not found:
-            launch_gate_up(rows, w13, routes, TOP_K, ACTIVATION, tile, y)
-            found.append(launch_down(y, w2, routes, topk_weights, tile, poisoned(tokens * TOP_K, hidden, device)))
+            found.append(poisoned(tokens * TOP_K, hidden, device))
+            launch_gate_up_down(rows, w13, None, routes, topk_weights, ACTIVATION, tile, y, found[0])
+            assert found[0].isnan().all()
+            routes.arrivals.zero_()
+            launch_gate_up_down(rows, None, w2, routes, topk_weights, ACTIVATION, tile, y, found[0])
         else:
-            found.append(launch_gate_up_down(rows, w13, w2, routes, topk_weights, ACTIVATION, tile, y, rows))
+            final = poisoned(tokens, hidden, device)
+            launch_gate_up_down(rows, w13, w2, routes, topk_weights, ACTIVATION, tile, y, rows, lone, final)
+            found.append(rows)
+            of_row = lone.of_row[: sum(group.numel() for _, group in routes.groups())].long()
+            alone = (of_row >= 0).nonzero().squeeze(1)
+            found[-1][alone] = final[of_row[alone]]
+            final[of_row[alone]] = float("nan")
+            assert final.isnan().all()
     count = sum(group.numel() for _, group in routes.groups())
     for other in found[1:]:
         torch.testing.assert_close(other[:count], found[0][:count], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["288x128_persistent", "320x128_persistent"])
+@pytest.mark.parametrize("counts", [(1, 32, 33, 64, 65), (256, 257, 272, 273, 288), (0, 289, 305, 321, 545)])
+def test_every_number_of_columns(device, counts, name):
+    """The rows of an expert fill a large block to any degree: bit for bit what blocks of 48 make."""
+    hidden, intermediate = 512, 384
+    flat = torch.repeat_interleave(torch.arange(LOCAL), torch.tensor(counts))
+    tokens = flat.numel() // 2 + 1
+    ids = torch.full((tokens * TOP_K,), EXPERTS - 1)
+    ids[torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(1))[: flat.numel()]] = flat
+    ids = ids.view(tokens, TOP_K).int().to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    x = torch.randn(tokens, hidden, device=device).bfloat16()
+    topk_weights = torch.rand(tokens, TOP_K, device=device)
+    w13 = pack(random_mxfp8(device, 2 * intermediate, hidden, 1), RowOrder.GATE_UP)
+    w2 = pack(random_mxfp8(device, hidden, intermediate, 2), RowOrder.PLAIN)
+    found = []
+    for block_m, tile in (TILES["48x192_persistent"], TILES[name]):
+        per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
+        routes = launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
+        rows = launch_gather(x, routes, TOP_K, poisoned(tokens * TOP_K, hidden, device))
+        y = poisoned(tokens * TOP_K, intermediate, device)
+        launch_gate_up_down(rows, w13, w2, routes, topk_weights, ACTIVATION, tile, y, rows)
+        found.append(rows)
+    torch.testing.assert_close(found[1][: sum(counts)], found[0][: sum(counts)], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["16x128", "48x192_persistent"])
@@ -159,7 +202,9 @@ def test_sizes_that_are_no_whole_tiles(device, hidden, intermediate, name):
     ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
     slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
     slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
-    routes = launch_route(ids, slots, LOCAL, block_m)
+    routes = launch_route(
+        ids, slots, LOCAL, block_m, arrivals_per_block=LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
+    )
     rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     w13, w2 = random_mxfp8(device, 2 * intermediate, hidden, 1), random_mxfp8(device, hidden, intermediate, 2)

@@ -10,6 +10,7 @@ from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Ti
 PORTABLE = GemmTile(64, 128, 0, 4, 2)
 HOPPER = Sm90Tile(64, 128, 0, 4, 4)
 PERSISTENT = Sm90PersistentTile(192, 128, 4, 4, 3)
+WIDE = Sm90PersistentTile(128, 64, 1, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -36,12 +37,27 @@ def test_other_row_blocks_are_refused(block_m: int, tile: GemmTile, message: str
         LayerTiles(block_m, tile, tile)
 
 
-@pytest.mark.parametrize("tiles", [(PERSISTENT, HOPPER), (HOPPER, PERSISTENT)])
-def test_persistent_tiles_come_in_pairs(tiles: tuple[GemmTile, GemmTile]) -> None:
-    with pytest.raises(ConfigError, match="both stages take a persistent tile, or neither"):
+@pytest.mark.parametrize("tiles", [(PERSISTENT, HOPPER), (HOPPER, PERSISTENT), (PERSISTENT, WIDE)])
+def test_a_persistent_tile_is_both_stages(tiles: tuple[GemmTile, GemmTile]) -> None:
+    with pytest.raises(ConfigError, match="a persistent tile must be both stages'"):
         LayerTiles(64, *tiles)
 
 
-def test_persistent_tiles_have_one_width() -> None:
-    with pytest.raises(ConfigError, match=r"down\.block_n is 256; a persistent tile's is 192"):
-        LayerTiles(64, PERSISTENT, Sm90PersistentTile(256, 128, 4, 4, 3))
+def test_three_consumers_have_no_registers_for_many_rows() -> None:
+    assert LayerTiles(288, WIDE, WIDE).block_m == 288
+    with pytest.raises(ConfigError, match="block_m is 288; with three consumers it must be below 256"):
+        LayerTiles(288, PERSISTENT, PERSISTENT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((256, 128, 4, 4, 3), "block_n is 256; a persistent tile's is 128 or 192"),
+        ((192, 32, 4, 4, 3), "block_k is 32 and parts 2"),
+        ((192, 64, 4, 4, 3, 1), "block_k is 64 and parts 1"),
+        ((192, 128, 4, 4, 3, 3), "block_k is 128 and parts 3"),
+    ],
+)
+def test_persistent_tiles_that_do_not_exist(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sm90PersistentTile(*arguments)

@@ -41,7 +41,7 @@ def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form:
                 if path in (Path.W8A8, Path.BLOCK_FP8):
                     assert tile.block_k % 128 == 0
                 if isinstance(tile, Sm90PersistentTile):
-                    assert (tile.block_n, tile.num_warps) == (192, 4)
+                    assert (tile.block_n, tile.num_warps) == (128 if block_m >= 256 else 192, 4)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,8 @@ def test_row_blocks_are_around_the_rows_of_an_expert(rows: float, least: int, ex
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(8.0, []), (32.0, [48]), (64.0, [80, 96]), (128.0, [144, 160]), (1000.0, [144, 160])]
+    ("rows", "expected"),
+    [(8.0, []), (32.0, [48]), (64.0, [80, 96]), (128.0, [144, 160]), (256.0, [272, 288, 320]), (1e9, [272, 288, 320])],
 )
 def test_blocks_of_two_parts_are_a_little_larger_than_the_rows(rows: float, expected: list[int]) -> None:
     assert two_part_block_ms(rows) == expected

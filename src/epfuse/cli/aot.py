@@ -24,7 +24,7 @@ from epfuse.policy import READABLE
 from epfuse.target import Target
 
 TARGETS = tuple(target.value for target in Target if target.is_gpu)
-STAGES = ("route", "quantize", "gate_up", "activate", "down", "combine")
+STAGES = ("route", "gather", "quantize", "gate_up", "activate", "down", "gate_up_down", "combine")
 PATHS = tuple(path.value for path in READABLE[Target.GFX942])
 Command = Callable[..., Any]
 

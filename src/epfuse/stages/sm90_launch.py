@@ -40,7 +40,7 @@ def operand_of(stack: torch.Tensor | FragmentMXFP8, rows: int) -> Operand:
     return Operand(stack, None, stack.shape[2], triton.cdiv(rows, PANEL_ROWS))
 
 
-def row_tiles(operand: Operand, routes: RouteTable, tile: Sm90Tile | Sm90PersistentTile) -> int:
+def row_tiles(operand: Operand, routes: RouteTable, tile: Sm90Tile) -> int:
     """The most tiles that a call can have."""
     return routes.max_blocks * int(triton.cdiv(operand.panels * PANEL_ROWS, tile.block_n))
 

@@ -73,21 +73,33 @@ class Sm90Tile(GemmTile):
     guess_bytes: int = 0
 
 
-PERSISTENT_BLOCK_N = 192
-
-
 @dataclass(frozen=True)
 class Sm90PersistentTile(GemmTile):
     """A tile of the Hopper kernels with specialised warps, one program per multiprocessor.
 
-    MXFP8 weights only. block_n is 192, a panel of 64 rows for each of three consumers; block_k is 128; num_warps counts
-    one consumer's (4); num_stages counts K steps in the ring.
+    MXFP8 weights only, and both GEMMs in one launch. block_n is a panel of 64 rows for each of two or three consumers;
+    block_k is 64 or 128; num_warps counts one consumer's (4); num_stages counts K steps in the ring.
 
     Args:
-        parts: parts of a K step that weights are dequantised in.
+        parts: parts of 128 k that weights are dequantised in; at least two if block_k is 64.
     """
 
     parts: int = 2
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply, a panel of 64 weight rows each."""
+        return self.block_n // 64
+
+    def __post_init__(self) -> None:
+        if self.block_n not in (128, 192):
+            raise ConfigError(f"block_n is {self.block_n}; a persistent tile's is 128 or 192")
+        parts = {64: (2, 4), 128: (1, 2, 4)}
+        if self.parts not in parts.get(self.block_k, ()):
+            raise ConfigError(
+                f"block_k is {self.block_k} and parts {self.parts}; of a persistent tile 64 goes with 2 or 4 parts, "
+                "and 128 with 1, 2 or 4"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class LayerTiles:
         block_m: rows of a block, a power of two, at least 16; with Hopper tiles at least 8. With persistent tiles also
             the sum of two powers of two, the smaller one at least 8.
         gate_up: tile of the first GEMM.
-        down: tile of the second GEMM; persistent if the first one is, because their rows lie packed.
+        down: tile of the second GEMM; of persistent tiles the same one, because there is one launch for both.
     """
 
     block_m: int
@@ -109,31 +121,27 @@ class LayerTiles:
         hopper = (Sm90Tile, Sm90PersistentTile)
         both = (self.gate_up, self.down)
         least = 8 if all(isinstance(tile, hopper) for tile in both) else 16
-        if len({isinstance(tile, Sm90PersistentTile) for tile in both}) > 1:
-            raise ConfigError(f"tiles {self.key}: both stages take a persistent tile, or neither")
+        if any(isinstance(tile, Sm90PersistentTile) for tile in both) and self.gate_up != self.down:
+            raise ConfigError(f"tiles {self.key}: a persistent tile must be both stages'")
         allowed, what = (2, "the sum of at most two powers of two") if self.packed else (1, "a power of two")
         lowest = self.block_m & -self.block_m
         if lowest < least or self.block_m.bit_count() > allowed:
             raise ConfigError(f"block_m is {self.block_m}; it must be {what}, none below {least}")
+        if isinstance(self.gate_up, Sm90PersistentTile):
+            if self.gate_up.consumers > 2 and self.block_m >= 256:
+                raise ConfigError(f"block_m is {self.block_m}; with three consumers it must be below 256")
+            return
         for name in ("gate_up", "down"):
             tile: GemmTile = getattr(self, name)
             for size in ("block_n", "block_k"):
                 value = getattr(tile, size)
-                if size == "block_n" and isinstance(tile, Sm90PersistentTile):
-                    if value != PERSISTENT_BLOCK_N:
-                        raise ConfigError(f"{name}.{size} is {value}; a persistent tile's is {PERSISTENT_BLOCK_N}")
-                elif value < 16 or value & (value - 1):
+                if value < 16 or value & (value - 1):
                     raise ConfigError(f"{name}.{size} is {value}; it must be a power of two, at least 16")
 
     @property
     def packed(self) -> bool:
-        """Whether the routed rows are gathered first and lie packed until down."""
+        """Whether the routed rows are gathered first, and both GEMMs run in one launch on packed rows."""
         return isinstance(self.gate_up, Sm90PersistentTile)
-
-    @property
-    def one_launch(self) -> bool:
-        """Whether both GEMMs run in one launch: persistent tiles that are the same."""
-        return self.packed and self.gate_up == self.down
 
     @property
     def key(self) -> str:
@@ -143,10 +151,10 @@ class LayerTiles:
     def arrivals(self, hidden: int, intermediate: int) -> int:
         """Counters that the kernels need for each row block.
 
-        One for each tile whose reduction is shared. Two where both GEMMs run in one launch, which needs one for itself
-        and one for each block.
+        One for each tile whose reduction is shared. Two where the rows lie packed: that launch needs one for itself and
+        one for each block.
         """
-        if self.one_launch:
+        if self.packed:
             return 2
         outputs = ((self.gate_up, 2 * intermediate), (self.down, hidden))
         return sum(
@@ -203,7 +211,9 @@ SM90_FRAGMENT = (
     TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
     TileRange(72, LayerTiles(80, Sm90PersistentTile(192, 128, 2, 4, 4, 1), Sm90PersistentTile(192, 128, 2, 4, 4, 1))),
-    TileRange(ANY, LayerTiles(144, Sm90PersistentTile(192, 128, 4, 4, 3, 1), Sm90PersistentTile(192, 128, 4, 4, 3, 1))),
+    TileRange(160, LayerTiles(144, Sm90PersistentTile(192, 128, 2, 4, 3, 1), Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
+    TileRange(288, LayerTiles(320, Sm90PersistentTile(128, 64, 1, 4, 4), Sm90PersistentTile(128, 64, 1, 4, 4))),
+    TileRange(ANY, LayerTiles(288, Sm90PersistentTile(128, 64, 1, 4, 5), Sm90PersistentTile(128, 64, 1, 4, 5))),
 )
 SM90_DENSE = (
     TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),

@@ -14,10 +14,12 @@ from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.policy.kernels import FP8_PATHS
 from epfuse.stages.route.reference import local_experts, table_order
+from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.tuning.schema import Stage
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
 from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.fragment import FragmentMXFP8
 
 
 def call_layer(
@@ -130,13 +132,7 @@ class StageInputs:
         top_k = self.topk_ids.shape[1]
         x, y = self.hidden, self.gate_up
         if isinstance(tile, Sm90PersistentTile):
-            from epfuse.stages.gather.launch import launch_gather
-
-            if stage is Stage.GATE_UP:
-                x = launch_gather(self.hidden, routes, top_k)
-            else:
-                y = torch.empty_like(self.gate_up)
-                y[: self.local_routes.numel()] = self.gate_up[self.local_routes]
+            return self._bind_persistent(stage, routes, tile)
 
         def gate_up() -> torch.Tensor:
             _clear(routes.arrivals, tile)
@@ -148,14 +144,38 @@ class StageInputs:
 
         return gate_up if stage is Stage.GATE_UP else down
 
-    def _bind_fp8(self, stage: Stage, routes: object, tile: GemmTile) -> Callable[[], torch.Tensor]:
+    def _bind_persistent(
+        self, stage: Stage, routes: RouteTable, tile: Sm90PersistentTile
+    ) -> Callable[[], torch.Tensor]:
+        """One of the two GEMMs, by the kernel that runs both in a call."""
+        from epfuse.stages.gate_up_down.launch import launch_gate_up_down
+        from epfuse.stages.gather.launch import LoneTokens, launch_gather
+
+        experts, arrivals = self.weights.kept[self.form], routes.arrivals
+        w13 = experts.w13 if stage is Stage.GATE_UP else None
+        w2 = experts.w2 if stage is Stage.DOWN else None
+        assert isinstance(w13, FragmentMXFP8 | None)
+        assert isinstance(w2, FragmentMXFP8 | None)
+        assert arrivals is not None
+        x = launch_gather(self.hidden, routes, self.topk_ids.shape[1])
+        y, out, final = x.new_empty(x.shape[0], self.weights.intermediate), torch.empty_like(x), self.hidden.clone()
+        nobody = LoneTokens(self.topk_ids, self.slots, self.weights.local_experts, self.slots.new_full(x.shape[:1], -1))
+        if stage is Stage.DOWN:
+            y[: self.local_routes.numel()] = self.gate_up[self.local_routes]
+
+        def run() -> torch.Tensor:
+            arrivals.zero_()
+            launch_gate_up_down(x, w13, w2, routes, self.topk_weights, self.activation, tile, y, out, nobody, final)
+            return y if stage is Stage.GATE_UP else out
+
+        return run
+
+    def _bind_fp8(self, stage: Stage, routes: RouteTable, tile: GemmTile) -> Callable[[], torch.Tensor]:
         from epfuse.stages.activate.launch import launch_activate
         from epfuse.stages.down.launch_fp8 import launch_down_fp8
         from epfuse.stages.gate_up.launch_fp8 import launch_gate_up_fp8
         from epfuse.stages.quantize.launch import launch_quantize
-        from epfuse.stages.route.table import RouteTable
 
-        assert isinstance(routes, RouteTable)
         experts = self.weights.kept[self.form]
         w13, w2 = experts.w13, experts.w2
         assert isinstance(w13, MXFP8 | BlockFP8)

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 
 from epfuse.aot.tasks import start
 from epfuse.config import LayerShape, Path, WeightFormat
-from epfuse.stages.tiles import GemmTile
+from epfuse.stages.tiles import GemmTile, Sm90PersistentTile
 from epfuse.target import Target
 from epfuse.tuning.run import Request
 from epfuse.tuning.schema import Stage
@@ -18,6 +18,8 @@ from epfuse.tuning.search import Plan
 
 RESOURCE_GATES = ("no spills", "no scratch", "LDS fits", "no spills in the main loop", "shared memory fits")
 """Those of `epfuse.aot.gates` that no time can make up for. The others are rules for kernels that ship."""
+
+BOTH = "gate_up_down"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class Candidate:
         """What its code depends on: not on T, on K, and on H and I as far as steps of the reduction divide them."""
         sizes = (self.shape.hidden, self.shape.intermediate)
         steps = tuple(math.gcd(size, self.tile.block_k) for size in sizes)
-        return (self.target, self.path, self.weights, steps, self.shape.top_k, self.stage, self.block_m, self.tile)
+        return (self.target, self.path, self.weights, steps, self.shape.top_k, self.kernel, self.block_m, self.tile)
+
+    @property
+    def kernel(self) -> str:
+        """The package of ``epfuse.stages`` whose kernel runs the stage: of a persistent tile that of both stages."""
+        return BOTH if isinstance(self.tile, Sm90PersistentTile) else self.stage.value
 
 
 def candidates_of(request: Request, plan: Plan) -> list[Candidate]:
@@ -117,7 +124,8 @@ def shortfall(candidate: Candidate) -> str | None:
 
     use = Use((candidate.path.value,), ("bf16",), ("tuned",), (tokens, tokens))
     try:
-        launches = [launch for launch in launches_of(candidate.target, call) if launch.stage == candidate.stage.value]
+        launches = [launch for launch in launches_of(candidate.target, call) if launch.stage == candidate.kernel]
+        assert launches, f"no launch of {candidate.kernel}"
         kernels = [build(launch, use) for launch in launches]
     except Exception as error:  # whatever the compiler raises
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -198,7 +198,7 @@ def _stage(
     clock: Callable[[], float],
     advance: Callable[[int], None],
 ) -> list[_Best]:
-    """The best tiles of one stage with one block_m, fastest first; the first tile is timed whatever the clock says."""
+    """The right tiles of one stage with one block_m, fastest first; the first tile is timed whatever the clock says."""
     stage, block_m = where
     tiles = plan.tries[block_m][stage]
     found: list[_Best] = []
@@ -212,7 +212,7 @@ def _stage(
         if timed is not None:
             found.append(_Best(timed.microseconds, tile))
         advance(1)
-    return sorted(found, key=lambda entry: entry.microseconds)[:BEST_OF_STAGE]
+    return sorted(found, key=lambda entry: entry.microseconds)
 
 
 def _keep_faster(calls: dict[int, tuple[float, LayerTiles]], outcome: Outcome, bench: Bench, tiles: LayerTiles) -> None:
@@ -245,14 +245,20 @@ def attempt(time: Callable[[], Timed]) -> Timed | str:
 def _calls(plan: Plan, best: dict[tuple[Stage, int], list[_Best]]) -> list[tuple[float, LayerTiles]]:
     """Whole calls to time, each with the sum of its stages' microseconds.
 
-    Of every block_m the pairs with the smallest sums, and the first of them with guesses.
+    Of every block_m the pairs with the smallest sums, and the first of them with guesses. A pair is of the best tiles
+    of either stage, or one persistent tile for both.
     """
     found = []
     for block_m in plan.tries:
+        up, down = best[Stage.GATE_UP, block_m], best[Stage.DOWN, block_m]
         pairs = [
             (first.microseconds + second.microseconds, LayerTiles(block_m, first.tile, second.tile))
-            for first, second in product(best[Stage.GATE_UP, block_m], best[Stage.DOWN, block_m])
-            if isinstance(first.tile, Sm90PersistentTile) == isinstance(second.tile, Sm90PersistentTile)
+            for first, second in product(_apart(up), _apart(down))
+        ]
+        pairs += [
+            (first.microseconds + second.microseconds, LayerTiles(block_m, first.tile, first.tile))
+            for first, second in product(up, down)
+            if isinstance(first.tile, Sm90PersistentTile) and first.tile == second.tile
         ]
         chosen = sorted(pairs, key=lambda pair: pair[0])[:CALLS]
         if chosen and isinstance(chosen[0][1].gate_up, Sm90Tile):
@@ -260,6 +266,10 @@ def _calls(plan: Plan, best: dict[tuple[Stage, int], list[_Best]]) -> list[tuple
             chosen += [(total, replace(tiles, gate_up=guessing(tiles.gate_up, guess))) for guess in GUESSES]
         found += chosen
     return found
+
+
+def _apart(entries: list[_Best]) -> list[_Best]:
+    return [entry for entry in entries if not isinstance(entry.tile, Sm90PersistentTile)][:BEST_OF_STAGE]
 
 
 def without(plan: Plan, unfit: Collection[tuple[Stage, int, GemmTile]]) -> Plan:

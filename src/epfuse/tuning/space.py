@@ -10,13 +10,15 @@ from dataclasses import replace
 
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.policy.kernels import FP8_PATHS
-from epfuse.stages.tiles import PERSISTENT_BLOCK_N, GemmTile, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
 from epfuse.target import Target
 from epfuse.tuning.schema import Stage
 
 LARGEST_BLOCK_M = 128
-TWO_PARTS = (48, 80, 96, 144, 160)
+TWO_PARTS = (48, 80, 96, 144, 160, 272, 288, 320)
 """Row blocks of two powers of two, which persistent tiles take."""
+LARGEST_TWO_PARTS = 272
+"""From here on the rows of an expert take several blocks, of this size or larger."""
 GUESSES = (512, 1024)
 """Values of guess_bytes besides 0: worth nothing to a stage alone, so they are tried on whole calls."""
 SPLIT_ROWS = 0.5
@@ -58,9 +60,7 @@ def two_part_block_ms(rows: float) -> list[int]:
 
     Rows over the largest take several blocks; below the smallest, persistent tiles are not worth trying.
     """
-    if rows > TWO_PARTS[-1]:
-        return [144, 160]
-    return [size for size in TWO_PARTS if rows <= size < 2 * rows]
+    return [size for size in TWO_PARTS if min(rows, LARGEST_TWO_PARTS) <= size < 2 * rows]
 
 
 def candidates(
@@ -122,7 +122,7 @@ def _columns(shape: LayerShape, stage: Stage) -> int:
 def _runs(tile: GemmTile, weights: WeightFormat, block_m: int) -> bool:
     """Whether a Hopper tile can be launched with block_m; of other tiles the compiler has the last word anyway."""
     if isinstance(tile, Sm90PersistentTile):
-        return block_m >= 32 and _persistent_ring(tile.num_stages, block_m)
+        return block_m >= 32 and _persistent_ring(tile, block_m)
     if isinstance(tile, Sm90Tile):
         shared = tile.split_k > 1 and block_m > 16  # where there are rows, there are tiles enough
         return block_m not in TWO_PARTS and not shared and _ring(tile, weights, block_m)
@@ -137,8 +137,10 @@ def _ring(tile: Sm90Tile, weights: WeightFormat, block_m: int) -> bool:
     return ring <= HOPPER_SHARED_BYTES and not (tile.block_n == 256 and block_m < 32)
 
 
-def _persistent_ring(stages: int, block_m: int) -> bool:
-    return stages * 128 * (PERSISTENT_BLOCK_N + block_m * 2) <= HOPPER_SHARED_BYTES
+def _persistent_ring(tile: Sm90PersistentTile, block_m: int) -> bool:
+    """Whether the ring fits shared memory, and the accumulators the registers."""
+    ring = tile.num_stages * tile.block_k * (tile.block_n + block_m * 2)
+    return ring <= HOPPER_SHARED_BYTES and not (tile.consumers > 2 and block_m >= 256)
 
 
 def _groups(block_m: int) -> tuple[int, ...]:
@@ -166,9 +168,13 @@ def _hopper(weights: WeightFormat, block_m: int, rows: float) -> Iterator[GemmTi
 
 
 def _persistent(block_m: int) -> Iterator[GemmTile]:
-    for group_m, stages, parts in itertools.product((0, 4, 8), (3, 4, 5), (1, 2)):
-        if _persistent_ring(stages, block_m):
-            yield Sm90PersistentTile(PERSISTENT_BLOCK_N, 128, group_m, 4, stages, parts=parts)
+    for group_m, stages, parts in itertools.product((0, 1, 2, 4, 8), (3, 4, 5), (1, 2)):
+        # three consumers and whole stages, or two and half stages, which leave room for many rows
+        block_n, block_k = (128, 64) if block_m >= 256 else (192, 128)
+        if block_k == 128 or parts > 1:
+            tile = Sm90PersistentTile(block_n, block_k, group_m, 4, stages, parts=parts)
+            if _persistent_ring(tile, block_m):
+                yield tile
 
 
 def _portable(target: Target, weights: WeightFormat, shape: LayerShape, block_m: int) -> Iterator[GemmTile]:

@@ -11,29 +11,35 @@ from epfuse.stages.route.kernel import local_slots
 def combine_kernel(
     routed, topk_ids, topk_weights, expert_map, route_row, out,
     R, E, H,
-    L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+    L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_H: tl.constexpr, LONE_STORED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over k, in order, of the local rows routed[t*K + k], in FP32, rounded once.
 
     With route_row the rows lie packed, that of t*K + k at routed[route_row[t*K + k]].
-    K_LANES is a power of two, at least K.
+    LONE_STORED: out[t] is there already if only one of its routes is local. K_LANES is a power of two, at least K.
     """
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = columns < H
+    results = out + token.to(tl.int64) * H + columns
     ks = tl.arange(0, K_LANES)
     local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)
+    count = tl.sum(local.to(tl.int32), 0)
+    if count == 0:
+        tl.store(results, tl.zeros((BLOCK_H,), out.dtype.element_ty), mask=inside)
     if PDL:
         gdc_wait()  # for the rows; the ids are older than the kernel before
-    acc = tl.zeros((BLOCK_H,), tl.float32)
-    for k in tl.static_range(K):
-        route = token * K + k
-        live = tl.sum(tl.where(ks == k, local.to(tl.int32), 0), 0) > 0
-        place = route
-        if route_row is not None:
-            place = tl.load(route_row + route, mask=live, other=0)
-        row = tl.load(routed + place.to(tl.int64) * H + columns, mask=inside & live, other=0.0).to(tl.float32)
-        if topk_weights is not None:
-            row *= tl.load(topk_weights + route, mask=live, other=0.0)
-        acc += row
-    tl.store(out + token.to(tl.int64) * H + columns, acc.to(out.dtype.element_ty), mask=inside)
+    if count > (1 if LONE_STORED else 0):
+        acc = tl.zeros((BLOCK_H,), tl.float32)
+        for k in tl.static_range(K):
+            route = token * K + k
+            live = tl.sum(tl.where(ks == k, local.to(tl.int32), 0), 0) > 0
+            place = route
+            if route_row is not None:
+                place = tl.load(route_row + route, mask=live, other=0)
+            row = tl.load(routed + place.to(tl.int64) * H + columns, mask=inside & live, other=0.0).to(tl.float32)
+            if topk_weights is not None:
+                row *= tl.load(topk_weights + route, mask=live, other=0.0)
+            acc += row
+        tl.store(results, acc.to(out.dtype.element_ty), mask=inside)

@@ -17,6 +17,7 @@ def launch_combine(
     topk_weights: torch.Tensor | None,
     out: torch.Tensor,
     route_row: torch.Tensor | None = None,
+    lone_stored: bool = False,
 ) -> torch.Tensor:
     """Sum a token's local routes in route order, in FP32; remote rows are never read.
 
@@ -29,6 +30,7 @@ def launch_combine(
         topk_weights: ``[T, K]`` float32 contiguous to weight here; None if the rows are weighted already.
         out: ``[T, H]``; every element is written, zero for a token without a local route.
         route_row: ``[R]`` int32 of the call's RouteTable, where the rows lie packed; None if row r is of route r.
+        lone_stored: whether ``out`` has the rows of tokens with a single local route already (`LoneTokens`).
 
     Returns:
         ``out``.
@@ -53,6 +55,7 @@ def launch_combine(
         K=top_k,
         K_LANES=triton.next_power_of_2(top_k),
         BLOCK_H=block,
+        LONE_STORED=lone_stored,
         num_warps=4,
         **overlap_previous(target_of(out.device)),
     )

@@ -19,10 +19,11 @@ from epfuse.stages.sm90_gemm import (
 
 
 @gluon.jit
-def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column, R, H):
+def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column, R, H, lone_token=None, final=None):
     """Multiply accumulators [rows, columns] with the router weights of their columns and store [columns, rows].
 
-    A column's row of out is its route, or with first_row the columns take rows from there on.
+    A column's row of out is its route, or with first_row the columns take rows from there on. Those that lone_token
+    has a token for go to that row of final instead.
     """
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
@@ -36,8 +37,11 @@ def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column
     rows = routes
     if first_row is not None:
         rows = first_row + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    where = rows.to(gl.int64)[None, :] * H + columns[:, None]
-    gl.store(out + where, result, mask=(routes < R)[None, :] & (columns < H)[:, None])
+    starts = out + rows.to(gl.int64) * H
+    if lone_token is not None:
+        token = gl.load(lone_token + rows, mask=routes < R, other=-1)
+        starts = gl.where(token >= 0, final + token.to(gl.int64) * H, starts)
+    gl.store(starts[None, :] + columns[:, None], result, mask=(routes < R)[None, :] & (columns < H)[:, None])
 
 
 @gluon.jit

@@ -8,8 +8,7 @@ import triton
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel import down_kernel
 from epfuse.stages.route.table import RouteTable
-from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
-from epfuse.target import compute_units
+from epfuse.stages.tiles import GemmTile, Sm90Tile
 from epfuse.weights.experts import stack_rows
 from epfuse.weights.fragment import FragmentMXFP8
 
@@ -25,15 +24,14 @@ def launch_down(
     """Apply the down weights, then the router weight in FP32, then round once.
 
     Args:
-        y: ``[R, I]`` contiguous, from `launch_gate_up`; only rows of local routes count; bf16 with MXFP8 weights. Row r
-            is of route r; for a persistent tile the rows lie packed.
+        y: ``[R, I]`` contiguous, from `launch_gate_up`; only rows of local routes count; bf16 with MXFP8 weights.
         w2: ``[L, H, I]``: dense in y's dtype, MXFP8 (dequantised in registers; scales in ROWS layout), or MXFP8 in
             fragment order with rows in order PLAIN (Hopper).
         routes: RouteTable of this call.
         topk_weights: ``[T, K]`` float32 contiguous; None leaves the weighting to combine.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
-        out: ``[R, H]``, dtype of y; only rows of local routes are written: row r is of route r, or, from a persistent
-            tile, the rows lie packed as those of y do. Allocated if None.
+        out: ``[R, H]``, dtype of y; only rows of local routes are written: row r is of route r. Allocated if
+            None.
 
     Returns:
         ``out``.
@@ -44,7 +42,7 @@ def launch_down(
     hidden = stack_rows(w2)
     if out is None:
         out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
-    if isinstance(tile, (Sm90Tile, Sm90PersistentTile)):
+    if isinstance(tile, Sm90Tile):
         assert not isinstance(w2, MXFP8)
         launch_sm90(y, w2, out, routes, topk_weights, tile)
         return out
@@ -80,37 +78,16 @@ def launch_sm90(
     out: torch.Tensor,
     routes: RouteTable,
     topk_weights: torch.Tensor | None,
-    tile: Sm90Tile | Sm90PersistentTile,
+    tile: Sm90Tile,
 ) -> None:
     """`launch_down` with a Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
     from epfuse.stages.down.kernel_sm90 import down_sm90_kernel
-    from epfuse.stages.down.kernel_sm90_persistent import down_sm90_persistent_kernel
-    from epfuse.stages.sm90_launch import constants, operand_of, row_parts, row_tiles, shared_sums, weight_lines
+    from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums
 
     hidden, intermediate = out.shape[1], y.shape[1]
     w = operand_of(w2, hidden)
     tiles = row_tiles(w, routes, tile)
     options = constants(routes, tile)
-    if isinstance(tile, Sm90PersistentTile):
-        assert isinstance(w2, FragmentMXFP8)
-        down_sm90_persistent_kernel[(min(tiles, compute_units(y.device)),)](
-            *row_parts(y, routes, tile.block_k),
-            weight_lines(w2, tile.block_k),
-            w.scales,
-            topk_weights,
-            out,
-            routes.sorted_routes,
-            routes.block_expert,
-            routes.block_row,
-            routes.num_padded,
-            routes.num_routes,
-            hidden,
-            w.columns,
-            w.panels,
-            PARTS=tile.parts,
-            **options,
-        )
-        return
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
     sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels)
     options |= {"BLOCK_N": tile.block_n, "EVEN_K": intermediate == w.columns}

@@ -9,7 +9,7 @@ from epfuse.config import SwiGLUOAI
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.gate_up.kernel import gate_up_kernel
 from epfuse.stages.route.table import RouteTable
-from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import GemmTile, Sm90Tile
 from epfuse.target import compute_units
 from epfuse.weights.experts import stack_rows
 from epfuse.weights.fragment import FragmentMXFP8
@@ -27,16 +27,15 @@ def launch_gate_up(
     """Gather routed rows, apply gate and up weights, then SwiGLU-OAI.
 
     Args:
-        x: ``[T, H]``, contiguous; bf16, fp16 or fp32; bf16 with MXFP8 weights. For a persistent tile ``[R, H]`` from
-            `launch_gather`.
+        x: ``[T, H]``, contiguous; bf16, fp16 or fp32; bf16 with MXFP8 weights.
         w13: ``[L, 2I, H]``: dense in x's dtype, MXFP8 (dequantised in registers; scales in ROWS layout), or MXFP8 in
             fragment order with rows in order GATE_UP (Hopper).
         routes: RouteTable of this call; row r reads token ``r // K``.
         top_k: K.
         activation: its parameters.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
-        out: ``[R, I]``, dtype of x; only rows of local routes are written: row r is of route r, or, from a persistent
-            tile, the rows lie packed as those of x do. Allocated if None.
+        out: ``[R, I]``, dtype of x; only rows of local routes are written: row r is of route r. Allocated
+            if None.
 
     Returns:
         ``out``.
@@ -47,7 +46,7 @@ def launch_gate_up(
     intermediate = stack_rows(w13) // 2
     if out is None:
         out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
-    if isinstance(tile, (Sm90Tile, Sm90PersistentTile)):
+    if isinstance(tile, Sm90Tile):
         assert not isinstance(w13, MXFP8)
         launch_sm90(x, w13, out, routes, top_k, activation, tile)
         return out
@@ -87,38 +86,17 @@ def launch_sm90(
     routes: RouteTable,
     top_k: int,
     activation: SwiGLUOAI,
-    tile: Sm90Tile | Sm90PersistentTile,
+    tile: Sm90Tile,
 ) -> None:
     """`launch_gate_up` with a Hopper kernel: dense weights as they are, MXFP8 ones in fragment order."""
     from epfuse.stages.gate_up.kernel_sm90 import gate_up_sm90_kernel
-    from epfuse.stages.gate_up.kernel_sm90_persistent import gate_up_sm90_persistent_kernel
-    from epfuse.stages.sm90_launch import constants, operand_of, row_parts, row_tiles, shared_sums, weight_lines
+    from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums
 
     hidden, intermediate = x.shape[1], out.shape[1]
     w = operand_of(w13, 2 * intermediate)
     tiles, programs = row_tiles(w, routes, tile), compute_units(x.device)
     scalars = (activation.alpha, activation.beta, activation.limit)
     options = constants(routes, tile)
-    if isinstance(tile, Sm90PersistentTile):
-        assert isinstance(w13, FragmentMXFP8)
-        gate_up_sm90_persistent_kernel[(min(tiles, programs),)](
-            *row_parts(x, routes, tile.block_k),
-            weight_lines(w13, tile.block_k),
-            w.scales,
-            out,
-            routes.sorted_routes,
-            routes.block_expert,
-            routes.block_row,
-            routes.num_padded,
-            routes.num_routes,
-            intermediate,
-            w.columns,
-            w.panels,
-            *scalars,
-            PARTS=tile.parts,
-            **options,
-        )
-        return
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
     sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, w.weights.shape[0], 2 * programs)
     options |= {

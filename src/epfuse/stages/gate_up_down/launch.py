@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from epfuse.config import SwiGLUOAI
+from epfuse.stages.gather.launch import LoneTokens
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
@@ -13,30 +14,34 @@ from epfuse.weights.fragment import FragmentMXFP8
 
 def launch_gate_up_down(
     x: torch.Tensor,
-    w13: FragmentMXFP8,
-    w2: FragmentMXFP8,
+    w13: FragmentMXFP8 | None,
+    w2: FragmentMXFP8 | None,
     routes: RouteTable,
     topk_weights: torch.Tensor | None,
     activation: SwiGLUOAI,
     tile: Sm90PersistentTile,
-    y: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    y: torch.Tensor,
+    out: torch.Tensor,
+    lone: LoneTokens | None = None,
+    final: torch.Tensor | None = None,
+) -> None:
     """`launch_gate_up`, then `launch_down`, both in one tile and without the gap between two kernels.
+
+    All rows lie packed in the route table's order; only as many as there are local routes are written, the first ones.
+    The same compiled kernel also runs one of the two alone.
 
     Args:
         x: ``[R, H]`` BF16 from `launch_gather`.
-        w13: ``[L, 2I, H]`` with rows in order GATE_UP.
-        w2: ``[L, H, I]`` with rows in order PLAIN.
-        routes: RouteTable of this call, with arrivals: two or more a block.
+        w13: ``[L, 2I, H]`` with rows in order GATE_UP; None to have only down run, on the rows that y has.
+        w2: ``[L, H, I]`` with rows in order PLAIN; None to have only gate_up run.
+        routes: RouteTable of this call, with arrivals, zeros: two or more a block.
         topk_weights: ``[T, K]`` float32 contiguous; None leaves the weighting to combine.
         activation: its parameters.
         tile: of both GEMMs.
-        y: ``[R, I]`` for the rows between the two. Allocated if None.
-        out: ``[R, H]``; the rows lie packed as those of x do. May be x. Allocated if None.
-
-    Returns:
-        ``out``.
+        y: ``[R, I]`` BF16, written: the rows between the two.
+        out: ``[R, H]`` BF16, written; may be x.
+        lone: from `launch_gather`: the rows of its tokens go to ``final`` instead.
+        final: ``[T, H]`` BF16, with ``lone``; other rows of it are left as they are.
 
     Host syncs: none; graph-capturable.
     """
@@ -44,38 +49,39 @@ def launch_gate_up_down(
     from epfuse.stages.sm90_launch import constants, operand_of, row_parts, weight_lines
 
     assert routes.arrivals is not None
-    intermediate, hidden = w13.rows // 2, w2.rows
-    if y is None:
-        y = x.new_empty(routes.num_routes, intermediate)
-    if out is None:
-        out = x.new_empty(routes.num_routes, hidden)
-    up, down = operand_of(w13, w13.rows), operand_of(w2, hidden)
+    up_weights = w2 if w13 is None else w13
+    down_weights = w13 if w2 is None else w2
+    assert up_weights is not None
+    assert down_weights is not None
+    up, down = operand_of(up_weights, up_weights.rows), operand_of(down_weights, down_weights.rows)
     gate_up_down_sm90_kernel[(compute_units(x.device),)](
         *row_parts(x, routes, tile.block_k),
-        weight_lines(w13, tile.block_k),
+        weight_lines(up_weights, tile.block_k),
         up.scales,
         y,
         *row_parts(y, routes, tile.block_k),
-        weight_lines(w2, tile.block_k),
+        weight_lines(down_weights, tile.block_k),
         down.scales,
         topk_weights,
         out,
+        None if lone is None else lone.of_row,
+        final,
         routes.sorted_routes,
         routes.block_expert,
         routes.block_row,
         routes.num_padded,
         routes.arrivals,
         routes.num_routes,
-        hidden,
-        intermediate,
+        out.shape[1],
+        y.shape[1],
         up.columns,
         down.columns,
-        up.panels,
-        down.panels,
+        0 if w13 is None else up.panels,
+        0 if w2 is None else down.panels,
         activation.alpha,
         activation.beta,
         activation.limit,
+        CONSUMERS=tile.consumers,
         PARTS=tile.parts,
         **constants(routes, tile),
     )
-    return out

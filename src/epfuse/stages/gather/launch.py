@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 
@@ -12,7 +14,30 @@ from epfuse.target import compute_units, overlap_previous, target_of
 PROGRAMS_PER_UNIT = 16
 
 
-def launch_gather(x: torch.Tensor, routes: RouteTable, top_k: int, out: torch.Tensor | None = None) -> torch.Tensor:
+@dataclass(frozen=True)
+class LoneTokens:
+    """Which gathered rows are all that their token gets from this rank: what down makes of them is the result.
+
+    Args:
+        topk_ids: ``[T, K]`` int32 or int64, contiguous.
+        expert_map: ``[E]`` int32.
+        local: L.
+        of_row: ``[R]`` int32, written by the launch: the token of a row, or -1 if it has another local route.
+    """
+
+    topk_ids: torch.Tensor
+    expert_map: torch.Tensor
+    local: int
+    of_row: torch.Tensor
+
+
+def launch_gather(
+    x: torch.Tensor,
+    routes: RouteTable,
+    top_k: int,
+    out: torch.Tensor | None = None,
+    lone: LoneTokens | None = None,
+) -> torch.Tensor:
     """Copy the row of each local route, so that the rows of an expert are adjacent.
 
     Args:
@@ -21,6 +46,7 @@ def launch_gather(x: torch.Tensor, routes: RouteTable, top_k: int, out: torch.Te
         top_k: K.
         out: ``[R, H]``, dtype of x; only as many rows as there are local routes are written, the first ones. Allocated
             if None.
+        lone: to have its ``of_row`` written, as far as ``out`` is.
 
     Returns:
         ``out``.
@@ -34,12 +60,18 @@ def launch_gather(x: torch.Tensor, routes: RouteTable, top_k: int, out: torch.Te
     gather_kernel[(programs,)](
         x,
         out,
+        None if lone is None else lone.of_row,
+        None if lone is None else lone.topk_ids,
+        None if lone is None else lone.expert_map,
         routes.sorted_routes,
         routes.block_row,
         routes.num_padded,
         routes.num_routes,
+        0 if lone is None else lone.expert_map.numel(),
         hidden,
+        L=0 if lone is None else lone.local,
         K=top_k,
+        K_LANES=triton.next_power_of_2(top_k),
         BLOCK_M=routes.block_m,
         BLOCK_H=triton.next_power_of_2(hidden),
         num_warps=8,

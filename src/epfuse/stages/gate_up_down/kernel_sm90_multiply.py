@@ -1,0 +1,249 @@
+"""How a tile of either GEMM is multiplied where there are many rows: one program per multiprocessor, warps specialised.
+
+MXFP8 weights in fragment order only. A producer (one warp) has the tensor copy engine fill a ring in shared memory and
+runs ahead, into the next tile too. Two or three consumers (a warpgroup each) multiply: each has one panel of the tile's
+weight rows and all of its routed rows, and none waits for another, so that one dequantises while the wgmma of the
+others runs. Three have more instructions in flight; two have registers for twice the routed rows.
+
+The copy engine copies adjacent rows: the routed rows lie packed in the route table's order. What a tile copies past its
+last row are rows of the next expert, for columns that are not stored.
+
+The routed rows of a tile are one power of two, the wide part, or that and a smaller one, the narrow part: 144 are
+128 + 16. Tiles are often of 1.1 times a power of two, because the rows of an expert scatter about their mean.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from epfuse.stages.sm90_gemm import (
+    fragment_scale_pointers,
+    group_layout,
+    powers,
+    register_operand,
+)
+
+PANEL = gl.constexpr(64)  # weight rows of a consumer
+WORD_K = gl.constexpr(128)  # k that a scale word is for; a stage of the ring has all of it or half
+
+
+@gluon.constexpr_function
+def wide_part(block_m):
+    """The largest power of two in BLOCK_M."""
+    return 1 << (block_m.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def column_steps(block_m):
+    """What a tile can be multiplied with, ascending: (columns of the wide part, of the narrow part).
+
+    Each costs a copy of the main loop. Large tiles are bound by the tensor cores, so theirs are finer.
+    """
+    wide = wide_part(block_m)
+    narrow = block_m - wide
+    if narrow == 0:
+        return [(wide // 2, 0), (wide, 0)]
+    if wide < 256 or narrow < 32:
+        return [(wide, 0), (wide, narrow)]
+    return [(narrow, 0), (wide, 0)] + [(wide, more) for more in powers(16, narrow + 1)]
+
+
+@gluon.constexpr_function
+def number_of_steps(block_m):
+    """How many column_steps there are."""
+    return len(column_steps(block_m))
+
+
+@gluon.constexpr_function
+def wide_columns(block_m, step):
+    """Columns of the wide part in one of column_steps."""
+    return column_steps(block_m)[step][0]
+
+
+@gluon.constexpr_function
+def narrow_columns(block_m, step):
+    """Columns of the narrow part in one of column_steps."""
+    return column_steps(block_m)[step][1]
+
+
+@gluon.constexpr_function
+def swizzled_fragments(block_k):
+    """Shared memory offset -> (row, k) of a panel of one stage, behind the copy engine's 128-byte swizzle.
+
+    As fragment_shared; the swizzle adds address bits 7 to 9 to bits 4 to 6, so what a bit of the first three stands
+    for also holds what the second three do.
+    """
+    bases = [[0, 1], [8, 0], [0, 8], [0, 16]]  # the 16 bytes of a thread
+    bases += [[0, 2], [0, 4], [1, 0], [2, 2], [4, 4], [17, 0], [32, 0]]  # the 128 threads
+    bases += [[0, k] for k in powers(32, block_k)]
+    return gl.SharedLinearLayout(bases)
+
+
+@gluon.jit
+def make_rings(BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory of the wide and the narrow part of the rows, and of the weights' panels.
+
+    Without a narrow part its place is taken by the wide one, which nothing reads there.
+    """
+    WIDE: gl.constexpr = wide_part(BLOCK_M)
+    NARROW: gl.constexpr = BLOCK_M - WIDE
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    wide = gl.allocate_shared_memory(gl.bfloat16, [STAGES, WIDE, BLOCK_K], layout)
+    narrow = wide
+    if NARROW > 0:
+        narrow = gl.allocate_shared_memory(gl.bfloat16, [STAGES, NARROW, BLOCK_K], layout)
+    panels = gl.allocate_shared_memory(
+        gl.uint8, [STAGES * CONSUMERS, PANEL * BLOCK_K // 128, 128], gl.NVMMASharedLayout(128, 8, 2)
+    )
+    return wide, narrow, panels
+
+
+@gluon.jit
+def make_barriers(CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    """Per stage: weights and rows have arrived; all consumers are through with it."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    return full, empty
+
+
+@gluon.jit
+def fetch_weights(w, panels, full, stage, panel, step, K_PADDED, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Start the copies of one stage of weights, a panel each."""
+    LINES: gl.constexpr = PANEL * BLOCK_K // 128  # lines of 128 bytes that a panel has in a stage
+    mbarrier.expect(full.index(stage), CONSUMERS * PANEL * BLOCK_K)
+    for i in gl.static_range(CONSUMERS):
+        line = (panel + i) * (K_PADDED // 2) + step * LINES
+        tma.async_copy_global_to_shared(w, [line, 0], full.index(stage), panels.index(stage * CONSUMERS + i))
+
+
+@gluon.jit
+def fetch_rows(
+    x_wide, x_narrow, wide, narrow, full, stage, row, has_narrow, step, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr
+):
+    """Start the copies of one stage of rows; the narrow part only if it has a row."""
+    WIDE: gl.constexpr = wide_part(BLOCK_M)
+    if has_narrow:
+        mbarrier.expect(full.index(stage), BLOCK_M * BLOCK_K * 2)
+        tma.async_copy_global_to_shared(x_narrow, [row + WIDE, step * BLOCK_K], full.index(stage), narrow.index(stage))
+    else:
+        mbarrier.expect(full.index(stage), WIDE * BLOCK_K * 2)
+    tma.async_copy_global_to_shared(x_wide, [row, step * BLOCK_K], full.index(stage), wide.index(stage))
+
+
+@gluon.jit
+def multiply(
+    s_ptrs, wide, narrow, panels, full, empty, done, words_of_row, consumer: gl.constexpr,
+    COLUMNS: gl.constexpr, MORE: gl.constexpr,
+    BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """FP32 [64, COLUMNS] and [64, MORE]: this consumer's weight rows times wide and narrow rows of each stage.
+
+    The first COLUMNS of the wide rows and the MORE narrow ones; without the second result if MORE is 0.
+    """
+    PART_K: gl.constexpr = WORD_K // PARTS
+    STAGE_PARTS: gl.constexpr = BLOCK_K // PART_K
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    groups_layout: gl.constexpr = group_layout(PANEL, PART_K, 4)
+    fragments = panels._reinterpret(gl.uint8, [STAGES * CONSUMERS, PANEL, BLOCK_K], swizzled_fragments(BLOCK_K))
+    acc = gl.zeros([PANEL, COLUMNS], gl.float32, layout=acc_layout)
+    more = acc
+    if MORE > 0:
+        more_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MORE, 16])
+        more_operand: gl.constexpr = gl.DotOperandLayout(0, more_layout, 2)
+        more = gl.zeros([PANEL, MORE], gl.float32, layout=more_layout)
+    next_words = gl.load(s_ptrs)
+    second_words = gl.load(s_ptrs + gl.minimum(1, words_of_row - 1) * PANEL)
+    for word in range(0, words_of_row):
+        words = next_words
+        next_words = second_words
+        second_words = gl.load(s_ptrs + gl.minimum(word + 2, words_of_row - 1) * PANEL)
+        for part in gl.static_range(PARTS):
+            stage = (done + part // STAGE_PARTS) % STAGES
+            if part % STAGE_PARTS == 0:
+                mbarrier.wait(full.index(stage), ((done + part // STAGE_PARTS) // STAGES) & 1)
+            panel = fragments.index(stage * CONSUMERS + consumer).slice(part % STAGE_PARTS * PART_K, PART_K, dim=1)
+            a = register_operand(panel.load(a_layout), words, part, a_layout, groups_layout)
+            rows = wide.index(stage).slice(0, COLUMNS, dim=0).slice(part % STAGE_PARTS * PART_K, PART_K, dim=1)
+            if MORE > 0:
+                b = gl.convert_layout(a, more_operand, assert_trivial=True)
+                more_rows = narrow.index(stage).slice(0, MORE, dim=0).slice(part % STAGE_PARTS * PART_K, PART_K, dim=1)
+                if part > 0:
+                    # the operand is named so that it is made before the wait, not after it
+                    acc, more, a, b = warpgroup_mma_wait(0, deps=[acc, more, a, b])
+            elif part > 0:
+                acc, a = warpgroup_mma_wait(0, deps=[acc, a])
+            if part > 0 and part % STAGE_PARTS == 0:
+                mbarrier.arrive(empty.index((done + part // STAGE_PARTS - 1) % STAGES))
+            acc = warpgroup_mma(a, rows.permute((1, 0)), acc, is_async=True)
+            if MORE > 0:
+                more = warpgroup_mma(b, more_rows.permute((1, 0)), more, is_async=True)
+        # to the end: the assembler would serialise register operands that outlive a step; the other consumers keep the
+        # tensor cores busy meanwhile
+        if MORE > 0:
+            acc, more = warpgroup_mma_wait(0, deps=[acc, more])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        done += PARTS // STAGE_PARTS
+        mbarrier.arrive(empty.index((done - 1) % STAGES))
+    return acc, more, done
+
+
+@gluon.jit
+def consume_columns(
+    s_ptrs, block_routes, first_row, panel, wide, narrow, panels, full, empty, done, words_of_row, R,
+    consumer: gl.constexpr, store: gl.constexpr, store_args,
+    COLUMNS: gl.constexpr, MORE: gl.constexpr,
+    BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """One tile of one consumer, for its first COLUMNS routes, or for COLUMNS + MORE."""
+    acc, more, done = multiply(
+        s_ptrs, wide, narrow, panels, full, empty, done, words_of_row, consumer, COLUMNS, MORE,
+        BLOCK_K, CONSUMERS, STAGES, PARTS,
+    )  # fmt: skip
+    store(acc, block_routes, first_row, panel, R, store_args)
+    if MORE > 0:
+        store(more, block_routes + COLUMNS, first_row + COLUMNS, panel, R, store_args)
+    return done
+
+
+@gluon.jit
+def consume_tile(
+    w_scale, K_PADDED, PANELS, m, n, sorted_routes, block_expert, block_row, wide, narrow, panels, full, empty, done, R,
+    consumer: gl.constexpr, store: gl.constexpr, store_args,
+    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """Multiply and store this consumer's panel of tile (m, n); done counts the ring's stages since the launch.
+
+    store is a function of (accumulators [64, columns], pointer to the columns' routes, packed row of the first one, the
+    panel, R, store_args).
+    """
+    STEPS: gl.constexpr = number_of_steps(BLOCK_M)
+    expert = gl.load(block_expert + m)
+    panel = n * CONSUMERS + consumer
+    s_ptrs = fragment_scale_pointers(
+        w_scale, expert * PANELS + panel, expert * PANELS + PANELS - 1, K_PADDED, PANEL, WORD_K // PARTS
+    )  # fmt: skip
+    block_routes = sorted_routes + m * BLOCK_M
+    first_row = gl.load(block_row + m)
+    words_of_row = K_PADDED // WORD_K
+    # padding comes last in a block: columns past its beginning need not be multiplied
+    step = 0
+    for i in gl.static_range(STEPS - 1):
+        step += (gl.load(block_routes + wide_columns(BLOCK_M, i) + narrow_columns(BLOCK_M, i)) < R).to(gl.int32)
+    for i in gl.static_range(STEPS):
+        if step == i:
+            done = consume_columns(
+                s_ptrs, block_routes, first_row, panel, wide, narrow, panels, full, empty, done, words_of_row, R,
+                consumer, store, store_args, wide_columns(BLOCK_M, i), narrow_columns(BLOCK_M, i),
+                BLOCK_K, CONSUMERS, STAGES, PARTS,
+            )  # fmt: skip
+    return done
