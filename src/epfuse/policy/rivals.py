@@ -31,7 +31,7 @@ EVIDENCE: dict[tuple[Target, str], Evidence] = {
         hopper=True,
     ),
     (Target.SM90, "HummingGroupedExperts"): Evidence(
-        "On an H100 w8a16 is measured to take 0.54 to 0.95 of HummingGroupedExperts' time (docs/performance.md).",
+        "On an H100 w8a16 is measured to take 0.54 to 0.90 of HummingGroupedExperts' time (docs/performance.md).",
         hopper=True,
     ),
     (Target.GFX942, "Mxfp8EmulationTritonExperts"): Evidence(
