@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epfuse import Combine, ExpertMap, ExpertWeights, Path, SwiGLUOAI, fused_experts
+from epfuse import Combine, ExpertMap, ExpertWeights, Path, Scratch, SwiGLUOAI, fused_experts, scratch_size
 from epfuse.config import MINIMAX_M3_EP8 as M3
 from epfuse.config import WeightFormat
 from epfuse.pipeline import run_reference
@@ -81,6 +81,25 @@ def test_true_size(m3, tokens, scale):
         assert relative_error(out, oracle) <= LIMITS[name], name
     atomic = fused_experts(hidden, layers["w8a8"][1], weights, ids, slots, path=Path.W8A8, combine=Combine.ATOMIC)
     assert relative_error(atomic, oracle) <= 1.5 * relative_error(results["w8a8"], oracle)
+
+
+@pytest.mark.parametrize("name", ["bf16", "w8a16"])
+@pytest.mark.parametrize("tokens", [24, 300, 2000, 8192])
+def test_y_in_the_memory_of_out(m3, name, tokens):
+    """Nothing is written to out while down still reads y there."""
+    layers, slots = m3
+    path, experts = layers[name]
+    weights, ids = routing(torch.device("cuda", 0), tokens, tokens)
+    hidden = torch.randn(tokens, M3.hidden, device=ids.device).bfloat16()
+    expected = fused_experts(hidden, experts, weights, ids, slots, path=path)
+    size = scratch_size(path, tokens, M3.top_k, M3.hidden, M3.intermediate)
+    common = hidden.new_empty(max(size.y, hidden.numel()))
+    scratch = Scratch(common[: size.y], hidden.new_empty(size.routed))
+    for _ in range(5):
+        common.fill_(float("nan"))
+        out = common[: hidden.numel()].view_as(hidden)
+        fused_experts(hidden, experts, weights, ids, slots, path=path, out=out, scratch=scratch)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", LIMITS)

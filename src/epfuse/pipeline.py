@@ -7,7 +7,7 @@ from torch.profiler import record_function
 
 from epfuse.config import SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
-from epfuse.scratch import Scratch, rows_in
+from epfuse.scratch import Scratch, overlaps, rows_in
 from epfuse.stages.combine import reference as combine_reference
 from epfuse.stages.down import reference as down_reference
 from epfuse.stages.gate_up import reference as gate_up_reference
@@ -68,31 +68,38 @@ def run_kernels(
     assert not isinstance(w13, BlockFP8)
     assert not isinstance(w2, BlockFP8)
     slots = expert_map.on(hidden.device)
-    y_rows = None if scratch is None else rows_in(scratch.y, topk_ids.numel(), weights.intermediate)
-    routed_rows = None if scratch is None else rows_in(scratch.routed, topk_ids.numel(), weights.hidden)
+    num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
+    if scratch is None:
+        y = hidden.new_empty(num_routes, weights.intermediate)
+        routed = hidden.new_empty(num_routes, weights.hidden)
+    else:
+        y = rows_in(scratch.y, num_routes, weights.intermediate)
+        routed = rows_in(scratch.routed, num_routes, weights.hidden)
+    # a caller's scratch may have out's memory for y, which is in use until down has finished
+    out_is_free = scratch is None or not overlaps(y, out)
     with record_function("epfuse::route"):
         arrivals = tiles.arrivals(weights.hidden, weights.intermediate)
         routes = launch_route(topk_ids, slots, local, tiles.block_m, arrivals_per_block=arrivals)
     if isinstance(tiles.gate_up, Sm90PersistentTile):
         assert isinstance(w13, FragmentMXFP8)
         assert isinstance(w2, FragmentMXFP8)
-        if y_rows is None:
-            y_rows = hidden.new_empty(topk_ids.numel(), weights.intermediate)
-        if routed_rows is None:
-            routed_rows = hidden.new_empty(topk_ids.numel(), weights.hidden)
-        lone = LoneTokens(topk_ids, slots, local, slots.new_empty(topk_ids.numel()))
+        lone = LoneTokens(topk_ids, slots, local, slots.new_empty(num_routes)) if out_is_free else None
         with record_function("epfuse::gather"):
             # where down's results will be: a block's are written when its gathered rows are dead
-            rows = launch_gather(hidden, routes, topk_ids.shape[1], routed_rows, lone)
+            launch_gather(hidden, routes, top_k, routed, lone)
         with record_function("epfuse::gate_up_down"):
+            final = out if out_is_free else None
             launch_gate_up_down(
-                rows, w13, w2, routes, topk_weights, activation, tiles.gate_up, y_rows, routed_rows, lone, out
+                routed, w13, w2, routes, topk_weights, activation, tiles.gate_up, y, routed, lone, final
             )
         with record_function("epfuse::combine"):
-            return launch_combine(routed_rows, topk_ids, slots, local, None, out, routes.route_row, lone_stored=True)
+            return launch_combine(
+                routed, topk_ids, slots, local, None, out, routes.route_row,
+                lone_stored=out_is_free, zeros_early=out_is_free,
+            )  # fmt: skip
     with record_function("epfuse::gate_up"):
-        y = launch_gate_up(hidden, w13, routes, topk_ids.shape[1], activation, tiles.gate_up, y_rows)
+        launch_gate_up(hidden, w13, routes, top_k, activation, tiles.gate_up, y)
     with record_function("epfuse::down"):
-        routed = launch_down(y, w2, routes, topk_weights, tiles.down, routed_rows)
+        launch_down(y, w2, routes, topk_weights, tiles.down, routed)
     with record_function("epfuse::combine"):
-        return launch_combine(routed, topk_ids, slots, local, None, out)
+        return launch_combine(routed, topk_ids, slots, local, None, out, zeros_early=out_is_free)

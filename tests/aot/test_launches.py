@@ -10,7 +10,7 @@ import torch
 
 from epfuse.aot.calls import SHAPES, WEIGHTS, calls, token_counts
 from epfuse.aot.tasks import Job, list_jobs, start
-from epfuse.config import Combine, Path, WeightFormat
+from epfuse.config import Combine, Path, SwiGLUOAI, WeightFormat
 from epfuse.policy import READABLE, decide
 from epfuse.target import COMPUTE_UNITS, Target, compute_units, planning_for, target_of
 
@@ -95,3 +95,51 @@ def test_the_meta_device_is_a_target_only_inside() -> None:
         assert target_of(META) is Target.GFX942
     with pytest.raises(ValueError, match="'meta'"):
         target_of(META)
+
+
+def _combines(scratch: bool) -> list[dict[str, object]]:
+    """Constants of the combine launches of a Hopper call with many rows, and of one with few."""
+    from epfuse import pipeline
+    from epfuse.aot.launches import launches_of
+    from epfuse.expert_map import ExpertMap
+    from epfuse.scratch import Scratch
+
+    shape, form, found = SHAPES["minimax-m3"], WeightFormat.FRAGMENT, []
+    weights = WEIGHTS[form](shape, torch.bfloat16)
+    for tokens in (64, 4096):
+        tiles = decide(Path.W8A16, Target.SM90, shape, tokens, frozenset({form})).tiles
+        assert tiles is not None
+        hidden = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device=META)
+        ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device=META)
+        rows = Scratch(torch.empty_like(hidden).repeat(4, 1), torch.empty_like(hidden).repeat(4, 1))
+        found += [
+            launch
+            for launch in launches_of(
+                Target.SM90,
+                lambda hidden=hidden, ids=ids, tiles=tiles, rows=rows: pipeline.run_kernels(  # type: ignore[misc]
+                    hidden,
+                    weights,
+                    torch.empty(ids.shape, device=META),
+                    ids,
+                    ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0),
+                    SwiGLUOAI(),
+                    form,
+                    tiles,
+                    torch.empty_like(hidden),
+                    rows if scratch else None,
+                ),
+            )
+            if launch.stage in ("gate_up_down", "combine")
+        ]
+    return [{"stage": launch.stage} | dict(launch.constants) for launch in found]
+
+
+@pytest.mark.parametrize("scratch", [True, False])
+def test_nothing_is_stored_early_in_memory_that_y_may_have(scratch: bool) -> None:
+    """Every tensor without data begins at address 0, so y and out are one memory where scratch brings y."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
+        few, gemms, many = pool.submit(_combines, scratch).result()
+    assert [few["stage"], gemms["stage"], many["stage"]] == ["combine", "gate_up_down", "combine"]
+    assert (few["LONE_STORED"], few["ZEROS_EARLY"]) == (False, not scratch)
+    assert (many["LONE_STORED"], many["ZEROS_EARLY"]) == (not scratch, not scratch)
+    assert ("lone_token" in gemms) is scratch  # None is a constant, a pointer is not

@@ -111,7 +111,17 @@ def test_combine_is_bitwise_the_reference(device, routing, weighted, packed, lon
         order = torch.cat([found for _, found in table.groups()] or [rows[:0]])
         given, route_row = poisoned(case.topk_ids.numel(), 72, case.hidden), table.route_row
         given[: order.numel()] = routed[order]
-    launch_combine(given, case.topk_ids, slots, case.weights.local_experts, weights, out, route_row, lone_stored)
+    launch_combine(
+        given,
+        case.topk_ids,
+        slots,
+        case.weights.local_experts,
+        weights,
+        out,
+        route_row,
+        lone_stored,
+        zeros_early=lone_stored,
+    )
     want = combine_reference.combine(routed, case.topk_ids, slots, weights, out.dtype)
     if lone_stored:  # those rows are left as they are
         lone = torch.bincount(rows // case.topk_ids.shape[1], minlength=out.shape[0]) == 1

@@ -18,6 +18,7 @@ def launch_combine(
     out: torch.Tensor,
     route_row: torch.Tensor | None = None,
     lone_stored: bool = False,
+    zeros_early: bool = False,
 ) -> torch.Tensor:
     """Sum a token's local routes in route order, in FP32; remote rows are never read.
 
@@ -31,6 +32,8 @@ def launch_combine(
         out: ``[T, H]``; every element is written, zero for a token without a local route.
         route_row: ``[R]`` int32 of the call's RouteTable, where the rows lie packed; None if row r is of route r.
         lone_stored: whether ``out`` has the rows of tokens with a single local route already (`LoneTokens`).
+        zeros_early: whether nothing that runs before uses the memory of ``out`` for anything else, so that zeros may be
+            written while it still runs.
 
     Returns:
         ``out``.
@@ -56,6 +59,7 @@ def launch_combine(
         K_LANES=triton.next_power_of_2(top_k),
         BLOCK_H=block,
         LONE_STORED=lone_stored,
+        ZEROS_EARLY=zeros_early,
         num_warps=4,
         **overlap_previous(target_of(out.device)),
     )
