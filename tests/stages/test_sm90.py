@@ -60,6 +60,13 @@ def clone(weights: MXFP8) -> MXFP8:
     return MXFP8(weights.values.clone(), weights.scales.clone())
 
 
+def slots_on(device) -> torch.Tensor:
+    """An expert map whose first experts are the local ones."""
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    return slots
+
+
 def poisoned(rows: int, columns: int, device) -> torch.Tensor:
     return torch.full((rows, columns), float("nan"), dtype=torch.bfloat16, device=device)
 
@@ -70,8 +77,7 @@ def poisoned(rows: int, columns: int, device) -> torch.Tensor:
 def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     block_m, tile = TILES[name]
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = slots_on(device)
     per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
     routes = launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
     routes_in_memory, tile_in_memory = routes, tile
@@ -134,8 +140,7 @@ def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing,
     """Bit for bit one stage after the other, twice, in the memory of the gathered rows; lone rows where they belong."""
     block_m, tile = TILES[name]
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = slots_on(device)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     topk_weights = torch.rand(tokens, TOP_K, device=device)
     w13 = pack(random_mxfp8(device, 2 * intermediate, hidden, 1), RowOrder.GATE_UP)
@@ -177,8 +182,7 @@ def test_every_number_of_columns(device, counts, name):
     ids = torch.full((tokens * TOP_K,), EXPERTS - 1)
     ids[torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(1))[: flat.numel()]] = flat
     ids = ids.view(tokens, TOP_K).int().to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = slots_on(device)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     topk_weights = torch.rand(tokens, TOP_K, device=device)
     w13 = pack(random_mxfp8(device, 2 * intermediate, hidden, 1), RowOrder.GATE_UP)
@@ -200,8 +204,7 @@ def test_sizes_that_are_no_whole_tiles(device, hidden, intermediate, name):
     """Rows that are no multiple of 64 and columns that are no multiple of 128: padded when packed."""
     tokens, (block_m, tile) = 20, TILES[name]
     ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = slots_on(device)
     routes = launch_route(
         ids, slots, LOCAL, block_m, arrivals_per_block=LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
     )
