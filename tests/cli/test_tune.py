@@ -148,6 +148,11 @@ def test_trials_are_timed_and_written_nowhere(tmp_path: Path, monkeypatch: pytes
     assert [trial["layer_us"] for trial in record["trials"]] == [128.0]
     assert record["device"] == {"name": "AMD Instinct MI300X"}
     assert not (tmp_path / "tables").exists()
+    kept = tune(*arguments, "--keep", "--out", str(tmp_path / "mine"))
+    assert kept.exit_code == 0, kept.output
+    assert "1 of 1 trials written to" in kept.stderr
+    (written,) = store.read_table(tmp_path / "mine", Target.GFX942, Stage.GATE_UP).measurements
+    assert [row.layer_microseconds for row in written.rows] == [128.0]
     monkeypatch.setattr(Bench, "layer", lambda *_: Timed(1.0, "wrong: 3.0 dB from the oracle"))
     assert tune(*arguments).exit_code == 1
     trials.write_text("{}")
@@ -155,10 +160,23 @@ def test_trials_are_timed_and_written_nowhere(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("_mi300x")
-@pytest.mark.parametrize("option", [("--out", "tables"), ("--tokens", "64"), ("--again",), ("--to-vllm", "tiles")])
+@pytest.mark.parametrize("option", [("--part", "1/2"), ("--tokens", "64"), ("--again",), ("--to-vllm", "tiles")])
 def test_options_of_a_search_do_not_go_with_trials(tmp_path: Path, option: tuple[str, ...]) -> None:
     trials = tmp_path / "trials.json"
     trials.write_text("[]")
     result = tune("--trials", str(trials), *option)
     assert result.exit_code == 2
     assert f"{option[0]} is for a search; with --trials the file says what is timed" in result.stderr
+
+
+@pytest.mark.usefixtures("_mi300x")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--keep",), "--keep goes with --trials"), (("--trials", "FILE", "--out", "tables"), "that takes --keep")],
+)
+def test_what_is_kept_and_where(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+    trials = tmp_path / "trials.json"
+    trials.write_text("[]")
+    result = tune(*(str(trials) if option == "FILE" else option for option in options))
+    assert result.exit_code == 2
+    assert words in result.stderr

@@ -12,9 +12,12 @@ from epfuse import Path, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.stages.tiles import GemmTile, LayerTiles
+from epfuse.tuning import store
+from epfuse.tuning.run import Device, Request
 from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Point, Timed
-from epfuse.tuning.trials import Result, plans_of, read_trials, run_trials
+from epfuse.tuning.trials import Result, fastest, keep_fastest, plans_of, read_trials, run_trials
+from tests.tuning.tables import M3
 
 SHIPPED = FilePath(__file__).parents[2] / "benchmarks" / "trials" / "minimax-m3-ep8-h100.json"
 
@@ -52,7 +55,7 @@ class Bench:
         return Timed(1.0, "wrong: a stage" if tile.block_n == 256 else None)
 
     def floor_us(self, point: Point, stage: Stage) -> float:
-        raise NotImplementedError
+        return 0.25
 
 
 def results_of(folder: FilePath, *trials: object) -> list[Result]:
@@ -65,6 +68,7 @@ def test_a_right_trial_has_three_times(tmp_path: FilePath) -> None:
     assert result.weights is WeightFormat.DENSE
     values = json.loads(json.dumps(result.to_json()))
     assert (values["layer_us"], values["gate_up_us"], values["down_us"]) == (64.0, 1.0, 1.0)
+    assert values["gate_up_floor_us"] == 0.25
     assert values["tiles"] == "16/64x128.g0.4w.2s/128x128.g0.4w.2s"
 
 
@@ -83,6 +87,20 @@ def test_a_tile_that_does_not_run_is_a_fault_and_the_next_is_timed(tmp_path: Fil
     assert first.layer_us is None
     assert first.fault == "RuntimeError: out of resource: shared memory"
     assert second.fault is None
+
+
+def test_the_fastest_right_ones_are_kept(tmp_path: FilePath) -> None:
+    device = Device(Target.GFX942, "AMD Instinct MI300X", "2.13.0", "3.7.1")
+    request = Request(device, M3, (), (), tmp_path / "tables", "epfuse tune --trials trials.json --keep")
+    trials = [trial(), trial(gate_up=tile(128)), trial(gate_up=tile(32)), trial(tokens=1, down=tile(256))]
+    results = results_of(tmp_path, *trials)
+    assert [result.trial.gate_up.block_n for result in fastest(results)] == [64]
+    assert keep_fastest(request, results) == 1
+    (measurement,) = store.read_table(tmp_path / "tables", Target.GFX942, Stage.DOWN).measurements
+    assert (measurement.path, measurement.device, measurement.source) == (Path.BF16, device.name, request.source)
+    (row,) = measurement.rows
+    assert (row.tokens, row.block_m, row.tile.block_n) == (64, 16, 128)
+    assert (row.microseconds, row.roofline, row.layer_microseconds) == (1.0, 0.25, 64.0)
 
 
 def test_trials_of_a_point_run_one_after_another(tmp_path: FilePath) -> None:

@@ -29,11 +29,11 @@ from epfuse.tuning import console, store, vllm_files
 from epfuse.tuning.run import Device, Request, pending, plan_of, run
 from epfuse.tuning.search import Outcome, Plan, without
 from epfuse.tuning.space import Space
-from epfuse.tuning.trials import Trial, plans_of, read_trials, run_trials
+from epfuse.tuning.trials import Trial, keep_fastest, plans_of, read_trials, run_trials
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
-SEARCH_OPTIONS = ("paths", "tokens", "space", "budget", "out", "part", "again", "from_vllm", "to_vllm")
-"""Parameters of `tune` that say what is searched and where it is written."""
+SEARCH_OPTIONS = ("paths", "tokens", "space", "budget", "part", "again", "from_vllm", "to_vllm")
+"""Parameters of `tune` that say what is searched."""
 PATHS = tuple(path.value for path in READABLE[Target.GFX942])
 
 
@@ -56,6 +56,7 @@ Examples:
   epfuse tune --shape gpt-oss-120b --path bf16 --to-vllm tiles
   epfuse tune --shape minimax-m3-ep4,minimax-m3-tp8 --path w8a16 --space known
   epfuse tune --trials trials.json --json > record.json
+  epfuse tune --trials trials.json --keep --out my-tables
 
 A file of trials is a JSON list of {"path": "w8a16", "tokens": 64, "block_m": 16,
 "gate_up": TILE, "down": TILE}, with tiles as epfuse's tables have them.
@@ -101,6 +102,7 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling t
 @click.option("--from-vllm", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Tiles to try as well.")
 @click.option("--to-vllm", type=click.Path(file_okay=False, path_type=Path), help="Folder for a tile file of vLLM's.")
 @click.option("--trials", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Time these tiles only.")
+@click.option("--keep", is_flag=True, help="With --trials: write the fastest of each path and T to the tables.")
 @click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N (CUDA and ROCm).")
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON instead of a table.")
@@ -123,6 +125,7 @@ def tune(
     from_vllm: Path | None,
     to_vllm: Path | None,
     trials: Path | None,
+    keep: bool,
     device: str,
     seed: int,
     as_json: bool,
@@ -134,7 +137,8 @@ def tune(
     so a wrong one can't win. Each token count is written to the tables when it is done; a run that was stopped goes on
     where it ended. Several ranks may share a folder: give each its --part.
 
-    With --trials nothing is searched and no table is written: the tiles of the file are judged and timed.
+    With --trials nothing is searched: the tiles of the file are judged and timed, and with --keep the fastest right
+    ones are written to the tables.
     """
     sizes = {
         "hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size,
@@ -145,12 +149,16 @@ def tune(
             raise click.UsageError(f"{option} is for one shape; --shape names {len(layers)}")
     gpu = _gpu(device)
     folder = store.TABLES if out is None else out
+    if keep and trials is None:
+        raise click.UsageError("--keep goes with --trials; a search writes its tables anyway")
+    if out is not None and trials is not None and not keep:
+        raise click.UsageError("--out says where tables are written; with --trials that takes --keep")
     found = Device(target_of(gpu), device_name(gpu), torch.__version__, triton.__version__)
     cpus = workers or len(os.sched_getaffinity(0))
     if trials is not None:
         _refuse_search_options()
         request = Request(found, layers[0].shape, (), (), folder, _command())
-        _try(read_trials(trials), request, layers[0], gpu, seed, cpus, as_json)
+        _try(read_trials(trials), request, layers[0], gpu, seed, cpus, as_json, keep)
         return
     layer_paths = tuple(LayerPath(name) for name in paths)
     jobs = []
@@ -215,7 +223,14 @@ def _search(jobs: list[Job], gpu: torch.device, seed: int, budget: int, workers:
 
 
 def _try(
-    trials: tuple[Trial, ...], request: Request, layer: Layer, gpu: torch.device, seed: int, workers: int, as_json: bool
+    trials: tuple[Trial, ...],
+    request: Request,
+    layer: Layer,
+    gpu: torch.device,
+    seed: int,
+    workers: int,
+    as_json: bool,
+    keep: bool,
 ) -> None:
     from epfuse.tuning.bench import DeviceBench
     from epfuse.tuning.prune import candidates_of, distinct, unfit
@@ -229,6 +244,9 @@ def _try(
         task = progress.add_task("timing", total=len(trials))
         bench = DeviceBench(layer, gpu, seed=seed)
         results = run_trials(trials, device.target, bench, lambda result: progress.advance(task))
+    if keep:
+        kept = keep_fastest(request, results)
+        click.echo(f"{kept} of {len(results)} trials written to {request.folder / device.target.value}", err=True)
     if as_json:
         record = {
             "date": datetime.date.today().isoformat(),

@@ -13,7 +13,7 @@ from rich.table import Table
 from epfuse.tuning.run import Device, Request
 from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Outcome, Plan
-from epfuse.tuning.trials import Result
+from epfuse.tuning.trials import Result, fastest
 
 
 def progress() -> Progress:
@@ -122,20 +122,15 @@ def show_results(results: Sequence[Result], device: Device, console: Console) ->
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("path", "T", "layer us", "gate_up us", "down us", "tiles", "verdict"):
         table.add_column(column, overflow="fold")
-    best: dict[tuple[str, int], float] = {}
+    best = fastest(results)
     for result in results:
-        if result.fault is None and result.layer_us is not None:
-            key = (result.trial.path.value, result.trial.tokens)
-            best[key] = min(best.get(key, result.layer_us), result.layer_us)
-    for result in results:
-        key = (result.trial.path.value, result.trial.tokens)
         times = (result.layer_us, *(result.stage_us.get(stage) for stage in Stage))
         right = result.fault is None
         table.add_row(
-            key[0],
-            str(key[1]),
+            result.trial.path.value,
+            str(result.trial.tokens),
             *("-" if time is None or not right else f"{time:.1f}" for time in times),
             result.trial.tiles().key,
-            ("fastest" if result.layer_us == best.get(key) else "right") if right else result.fault,
+            ("fastest" if result in best else "right") if right else result.fault,
         )
     console.print(table)

@@ -121,7 +121,7 @@ def pending(request: Request, part: tuple[int, int] = (1, 1)) -> list[Point]:
     done = {
         (measurement.path, measurement.weights, row.tokens)
         for measurement in store.read_table(request.folder, request.device.target, Stage.DOWN).measurements
-        if measurement.key == _measurement(request, measurement.path, measurement.weights, ()).key
+        if measurement.key == measurement_of(request, measurement.path, measurement.weights, ()).key
         and (measurement.torch, measurement.triton) == (request.device.torch, request.device.triton)
         for row in measurement.rows
     }
@@ -190,14 +190,15 @@ def run(
         store.merge(
             request.folder,
             request.device.target,
-            {stage: _measurement(request, point.path, point.weights, outcome.rows[stage]) for stage in Stage},
+            {stage: measurement_of(request, point.path, point.weights, outcome.rows[stage]) for stage in Stage},
         )
         watch.end(outcome)
         found.append(outcome)
     return found
 
 
-def _measurement(request: Request, path: Path, weights: WeightFormat, rows: Iterable[Row]) -> Measurement:
+def measurement_of(request: Request, path: Path, weights: WeightFormat, rows: Iterable[Row]) -> Measurement:
+    """Rows of one stage as a table takes them, with where and when they were measured."""
     return Measurement(
         device=request.device.name,
         path=path,

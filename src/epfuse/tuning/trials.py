@@ -14,9 +14,10 @@ from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, first_fault
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
-from epfuse.tuning.run import point_of
+from epfuse.tuning import store
+from epfuse.tuning.run import Request, measurement_of, point_of
 from epfuse.tuning.schema import Stage, TileEntry
-from epfuse.tuning.search import Bench, Plan, Point, Timed, attempt
+from epfuse.tuning.search import Bench, Plan, Point, Timed, attempt, row_of
 
 LARGEST_FILE = 1 << 20
 """Bytes: some 4,000 trials."""
@@ -54,6 +55,7 @@ class Result:
         weights: what the path read.
         layer_us: of a whole call, median; None if it did not run.
         stage_us: of each stage alone; empty unless the call was right.
+        floor_us: of each stage, at the device's measured rates; empty unless both stages were right.
         fault: why it does not count; None if it does.
     """
 
@@ -61,7 +63,14 @@ class Result:
     weights: WeightFormat
     layer_us: float | None
     stage_us: dict[Stage, float]
+    floor_us: dict[Stage, float]
     fault: str | None
+
+    @property
+    def microseconds(self) -> float:
+        """Of a whole call that was right."""
+        assert self.layer_us is not None
+        return self.layer_us
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -70,6 +79,7 @@ class Result:
             "weights": self.weights.value,
             "layer_us": self.layer_us,
             **{f"{stage.value}_us": self.stage_us.get(stage) for stage in Stage},
+            **{f"{stage.value}_floor_us": self.floor_us.get(stage) for stage in Stage},
             "fault": self.fault,
         }
 
@@ -127,7 +137,7 @@ def _run(trial: Trial, point: Point, bench: Bench) -> Result:
     tiles = trial.tiles()
     whole = attempt(partial(bench.layer, point, tiles))
     if isinstance(whole, str):
-        return Result(trial, point.weights, None, {}, whole)
+        return Result(trial, point.weights, None, {}, {}, whole)
     alone: dict[Stage, float] = {}
     fault = whole.fault
     for stage, tile in ((Stage.GATE_UP, tiles.gate_up), (Stage.DOWN, tiles.down)):
@@ -136,4 +146,51 @@ def _run(trial: Trial, point: Point, bench: Bench) -> Result:
             fault = timed if isinstance(timed, str) else timed.fault
             if isinstance(timed, Timed):
                 alone[stage] = timed.microseconds
-    return Result(trial, point.weights, whole.microseconds, alone, fault)
+    floors = {stage: bench.floor_us(point, stage) for stage in Stage} if fault is None else {}
+    return Result(trial, point.weights, whole.microseconds, alone, floors, fault)
+
+
+def fastest(results: Iterable[Result]) -> list[Result]:
+    """Of each path and token count the right trial whose call is the fastest."""
+    best: dict[tuple[Path, int], Result] = {}
+    for result in results:
+        key = (result.trial.path, result.trial.tokens)
+        if result.fault is None and (key not in best or result.microseconds < best[key].microseconds):
+            best[key] = result
+    return list(best.values())
+
+
+def keep_fastest(request: Request, results: Iterable[Result]) -> int:
+    """Write the fastest trials to the tables; how many there were.
+
+    Args:
+        request: device, shape, folder and command; its paths and token counts are not looked at.
+        results: of all trials.
+    """
+    chosen = fastest(results)
+    for result in chosen:
+        trial, point = result.trial, Point(result.trial.path, result.weights, result.trial.tokens)
+        tiles = trial.tiles()
+        store.merge(
+            request.folder,
+            request.device.target,
+            {
+                stage: measurement_of(
+                    request,
+                    point.path,
+                    point.weights,
+                    [
+                        row_of(
+                            point,
+                            tiles.block_m,
+                            getattr(tiles, stage.value),
+                            result.stage_us[stage],
+                            result.floor_us[stage],
+                            result.microseconds,
+                        )
+                    ],
+                )
+                for stage in Stage
+            },
+        )
+    return len(chosen)
