@@ -71,3 +71,26 @@ def nvidia_gemm(*, loads: dict[int, int] | None = None, private: int = 0, shared
     )
     use = Use(("bf16",), ("bf16",), ("minimax-m3",), (65, 256))
     return Kernel(launch, use, taken, sass.occupancy(taken), loop, loop)
+
+
+def nvidia_specialised(*, products: int = 8, copies: int = 5) -> Kernel:
+    """gate_up_down in a tile of 144 x 192 x 128: three consumers of four warps, and a producer."""
+    launch = Launch(
+        target=Target.SM90,
+        module="epfuse.stages.gate_up_down.kernel_sm90",
+        kernel="gate_up_down_sm90_kernel",
+        signature=(),
+        constants=(("BLOCK_M", 144), ("BLOCK_K", 128), ("CONSUMERS", 3), ("STAGES", 3)),
+        attributes=(),
+        options=(("num_warps", 4), ("num_stages", 3)),
+    )
+    taken = sass.Resources(128, 0, 0, 192632, 16)
+    loop = Counts(
+        matrix=Counter({"HGMMA.64x128x16.F32.BF16": products, "HGMMA.64x16x16.F32.BF16": products}),
+        matrix_macs=products * 64 * 144 * 16,
+        matrix_warps=4,
+        load_widths=Counter({4: 2}),
+        bulk_copies=copies,
+    )
+    use = Use(("w8a16",), ("bf16",), ("minimax-m3",), (2290, 4239))
+    return Kernel(launch, use, taken, sass.occupancy(taken), loop, loop)

@@ -7,7 +7,7 @@ import pytest
 from epfuse.aot.gates import check
 from epfuse.aot.kernels import Kernel
 from epfuse.target import Target
-from tests.aot.kernels import FP8_MFMA, amd_gemm, nvidia_gemm
+from tests.aot.kernels import FP8_MFMA, amd_gemm, nvidia_gemm, nvidia_specialised
 
 
 def failures(target: Target, kernel: Kernel) -> dict[str, str]:
@@ -17,6 +17,7 @@ def failures(target: Target, kernel: Kernel) -> dict[str, str]:
 def test_good_kernels_pass() -> None:
     assert failures(Target.GFX942, amd_gemm()) == {}
     assert failures(Target.SM90, nvidia_gemm()) == {}
+    assert failures(Target.SM90, nvidia_specialised()) == {}
     fnuz = amd_gemm(rows="*fp8e4b8", weights="*fp8e4b8", matrix=FP8_MFMA, products=4, loads={16: 2, 8: 1})
     assert failures(Target.GFX942, fnuz) == {}
 
@@ -67,6 +68,14 @@ def test_a_short_nvidia_kernel_is_named(gate: str, numbers: str, kernel: Kernel)
     detail = failures(Target.SM90, kernel)[gate]
     assert detail.startswith("gate_up bf16 16x128x128 4w 3s: ")
     assert numbers in detail
+
+
+def test_a_kernel_with_a_producer_has_a_tile() -> None:
+    assert nvidia_specialised().name == "gate_up_down w8a16 144x192x128 4w 3s"
+    detail = failures(Target.SM90, nvidia_specialised(products=6))
+    assert "multiplies 0.75 K steps" in detail["wgmma or mma in the main loop"]
+    detail = failures(Target.SM90, nvidia_specialised(copies=0))
+    assert "no 16-byte copies at all" in detail["16-byte weight copies"]
 
 
 def test_names() -> None:

@@ -12,6 +12,7 @@ from epfuse.aot import amdgcn, sass
 from epfuse.aot.assembly import Counts
 from epfuse.aot.calls import Call
 from epfuse.aot.launches import Launch
+from epfuse.weights.fragment import PANEL_ROWS
 
 ROWS = ("x", "y")
 WEIGHTS = ("w13", "w2")
@@ -84,6 +85,8 @@ class Kernel:
     def tile(self) -> Tile | None:
         """The tile of a GEMM; None for the other stages."""
         constants = dict(self.launch.constants)
+        if "CONSUMERS" in constants:
+            constants["BLOCK_N"] = constants["CONSUMERS"] * PANEL_ROWS
         sizes = [constants.get(f"BLOCK_{letter}") for letter in "MNK"]
         return None if None in sizes else Tile(*sizes)  # type: ignore[arg-type]
 
