@@ -29,8 +29,11 @@ NAMES = {
 
 def main(record: str, picture: str) -> None:
     """Write ``picture`` from ``record``."""
-    values = json.loads(Path(record).read_text())
-    write_atomic(Path(picture), chart_svg(chart_of(values)))
+    try:
+        drawn = chart_svg(chart_of(json.loads(Path(record).read_text())))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{record} is no record of the peers' harness: {type(error).__name__}: {error}")
+    write_atomic(Path(picture), drawn)
 
 
 def chart_of(record: dict[str, Any]) -> CurveChart:

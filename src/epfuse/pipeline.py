@@ -83,20 +83,17 @@ def run_kernels(
     if isinstance(tiles.gate_up, Sm90PersistentTile):
         assert isinstance(w13, FragmentMXFP8)
         assert isinstance(w2, FragmentMXFP8)
-        lone = LoneTokens(topk_ids, slots, local, slots.new_empty(num_routes)) if out_is_free else None
+        route_row = slots.new_empty(num_routes)
+        lone = LoneTokens(topk_ids, slots, local, slots.new_empty(num_routes), out) if out_is_free else None
         with record_function("epfuse::gather"):
             # where down's results will be: a block's are written when its gathered rows are dead
-            launch_gather(hidden, routes, top_k, routed, lone)
+            launch_gather(hidden, routes, top_k, routed, route_row, lone)
         with record_function("epfuse::gate_up_down"):
-            final = out if out_is_free else None
-            launch_gate_up_down(
-                routed, w13, w2, routes, topk_weights, activation, tiles.gate_up, y, routed, lone, final
-            )
+            launch_gate_up_down(routed, w13, w2, routes, topk_weights, activation, tiles.gate_up, y, routed, lone)
         with record_function("epfuse::combine"):
             return launch_combine(
-                routed, topk_ids, slots, local, None, out, routes.route_row,
-                lone_stored=out_is_free, zeros_early=out_is_free,
-            )  # fmt: skip
+                routed, topk_ids, slots, local, None, out, route_row, lone_stored=out_is_free, zeros_early=out_is_free
+            )
     with record_function("epfuse::gate_up"):
         launch_gate_up(hidden, w13, routes, top_k, activation, tiles.gate_up, y)
     with record_function("epfuse::down"):

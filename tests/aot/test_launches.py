@@ -97,40 +97,28 @@ def test_the_meta_device_is_a_target_only_inside() -> None:
         target_of(META)
 
 
-def _combines(scratch: bool) -> list[dict[str, object]]:
-    """Constants of the combine launches of a Hopper call with many rows, and of one with few."""
+def _constants(scratch: bool) -> list[dict[str, object]]:
+    """Of Hopper calls with few and with many rows: the constants of combine's launches and of both GEMMs' one."""
     from epfuse import pipeline
     from epfuse.aot.launches import launches_of
     from epfuse.expert_map import ExpertMap
     from epfuse.scratch import Scratch
 
-    shape, form, found = SHAPES["minimax-m3"], WeightFormat.FRAGMENT, []
+    shape, form = SHAPES["minimax-m3"], WeightFormat.FRAGMENT
     weights = WEIGHTS[form](shape, torch.bfloat16)
-    for tokens in (64, 4096):
-        tiles = decide(Path.W8A16, Target.SM90, shape, tokens, frozenset({form})).tiles
-        assert tiles is not None
-        hidden = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device=META)
-        ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device=META)
-        rows = Scratch(torch.empty_like(hidden).repeat(4, 1), torch.empty_like(hidden).repeat(4, 1))
-        found += [
-            launch
-            for launch in launches_of(
-                Target.SM90,
-                lambda hidden=hidden, ids=ids, tiles=tiles, rows=rows: pipeline.run_kernels(  # type: ignore[misc]
-                    hidden,
-                    weights,
-                    torch.empty(ids.shape, device=META),
-                    ids,
-                    ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0),
-                    SwiGLUOAI(),
-                    form,
-                    tiles,
-                    torch.empty_like(hidden),
-                    rows if scratch else None,
-                ),
-            )
-            if launch.stage in ("gate_up_down", "combine")
-        ]
+    slots = ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0)
+
+    def call() -> None:
+        for tokens in (64, 4096):
+            tiles = decide(Path.W8A16, Target.SM90, shape, tokens, frozenset({form})).tiles
+            assert tiles is not None
+            hidden, out = (torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device=META) for _ in range(2))
+            ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device=META)
+            rows = Scratch(hidden.repeat(shape.top_k, 1), hidden.repeat(shape.top_k, 1)) if scratch else None
+            router = torch.empty(ids.shape, device=META)
+            pipeline.run_kernels(hidden, weights, router, ids, slots, SwiGLUOAI(), form, tiles, out, rows)
+
+    found = [launch for launch in launches_of(Target.SM90, call) if launch.stage in ("gate_up_down", "combine")]
     return [{"stage": launch.stage} | dict(launch.constants) for launch in found]
 
 
@@ -138,7 +126,7 @@ def _combines(scratch: bool) -> list[dict[str, object]]:
 def test_nothing_is_stored_early_in_memory_that_y_may_have(scratch: bool) -> None:
     """Every tensor without data begins at address 0, so y and out are one memory where scratch brings y."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
-        few, gemms, many = pool.submit(_combines, scratch).result()
+        few, gemms, many = pool.submit(_constants, scratch).result()
     assert [few["stage"], gemms["stage"], many["stage"]] == ["combine", "gate_up_down", "combine"]
     assert (few["LONE_STORED"], few["ZEROS_EARLY"]) == (False, not scratch)
     assert (many["LONE_STORED"], many["ZEROS_EARLY"]) == (not scratch, not scratch)

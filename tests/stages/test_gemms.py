@@ -107,9 +107,10 @@ def test_combine_is_bitwise_the_reference(device, routing, weighted, packed, lon
     out = poisoned(case.hidden.shape[0], 72, case.hidden)
     given, route_row = routed, None
     if packed:
-        table = routes_of(case)
-        order = torch.cat([found for _, found in table.groups()] or [rows[:0]])
-        given, route_row = poisoned(case.topk_ids.numel(), 72, case.hidden), table.route_row
+        order = torch.cat([found for _, found in routes_of(case).groups()] or [rows[:0]])
+        route_row = torch.full((case.topk_ids.numel(),), -1, dtype=torch.int32, device=device)
+        route_row[order] = torch.arange(order.numel(), dtype=torch.int32, device=device)
+        given = poisoned(case.topk_ids.numel(), 72, case.hidden)
         given[: order.numel()] = routed[order]
     launch_combine(
         given,

@@ -14,6 +14,7 @@ from epfuse.stages.gate_up.launch import launch_gate_up
 from epfuse.stages.gate_up_down.launch import launch_gate_up_down
 from epfuse.stages.gather.launch import LoneTokens, launch_gather
 from epfuse.stages.route.launch import launch_route
+from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.weights.fragment import RowOrder, pack
 from tests.cases import ROUTINGS, topk_ids_for
@@ -67,6 +68,12 @@ def slots_on(device) -> torch.Tensor:
     return slots
 
 
+def table_of(ids, slots, block_m: int, tile, hidden: int, intermediate: int) -> RouteTable:
+    """The routes cut for a tile of both stages, with the counters that it needs."""
+    per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
+    return launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
+
+
 def poisoned(rows: int, columns: int, device) -> torch.Tensor:
     return torch.full((rows, columns), float("nan"), dtype=torch.bfloat16, device=device)
 
@@ -78,8 +85,7 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     block_m, tile = TILES[name]
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
     slots = slots_on(device)
-    per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
-    routes = launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
+    routes = table_of(ids, slots, block_m, tile, hidden, intermediate)
     routes_in_memory, tile_in_memory = routes, tile
     if isinstance(tile, Sm90PersistentTile):
         routes_in_memory, tile_in_memory = launch_route(ids, slots, LOCAL, IN_MEMORY[0]), IN_MEMORY[1]
@@ -147,10 +153,10 @@ def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing,
     w2 = pack(random_mxfp8(device, hidden, intermediate, 2), RowOrder.PLAIN)
     found = []
     for _ in range(3):
-        per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
-        routes = launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
-        lone = LoneTokens(ids, slots, LOCAL, torch.empty(tokens * TOP_K, dtype=torch.int32, device=device))
-        rows = launch_gather(x, routes, TOP_K, poisoned(tokens * TOP_K, hidden, device), lone)
+        routes = table_of(ids, slots, block_m, tile, hidden, intermediate)
+        final = poisoned(tokens, hidden, device)
+        lone = LoneTokens(ids, slots, LOCAL, slots.new_empty(tokens * TOP_K), final)
+        rows = launch_gather(x, routes, TOP_K, poisoned(tokens * TOP_K, hidden, device), lone=lone)
         y = poisoned(tokens * TOP_K, intermediate, device)
         if not found:
             found.append(poisoned(tokens * TOP_K, hidden, device))
@@ -159,8 +165,7 @@ def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing,
             routes.arrivals.zero_()
             launch_gate_up_down(rows, None, w2, routes, topk_weights, ACTIVATION, tile, y, found[0])
         else:
-            final = poisoned(tokens, hidden, device)
-            launch_gate_up_down(rows, w13, w2, routes, topk_weights, ACTIVATION, tile, y, rows, lone, final)
+            launch_gate_up_down(rows, w13, w2, routes, topk_weights, ACTIVATION, tile, y, rows, lone)
             found.append(rows)
             of_row = lone.of_row[: sum(group.numel() for _, group in routes.groups())].long()
             alone = (of_row >= 0).nonzero().squeeze(1)
@@ -189,8 +194,7 @@ def test_every_number_of_columns(device, counts, name):
     w2 = pack(random_mxfp8(device, hidden, intermediate, 2), RowOrder.PLAIN)
     found = []
     for block_m, tile in (TILES["48x192_persistent"], TILES[name]):
-        per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
-        routes = launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
+        routes = table_of(ids, slots, block_m, tile, hidden, intermediate)
         rows = launch_gather(x, routes, TOP_K, poisoned(tokens * TOP_K, hidden, device))
         y = poisoned(tokens * TOP_K, intermediate, device)
         launch_gate_up_down(rows, w13, w2, routes, topk_weights, ACTIVATION, tile, y, rows)
@@ -205,9 +209,7 @@ def test_sizes_that_are_no_whole_tiles(device, hidden, intermediate, name):
     tokens, (block_m, tile) = 20, TILES[name]
     ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
     slots = slots_on(device)
-    routes = launch_route(
-        ids, slots, LOCAL, block_m, arrivals_per_block=LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
-    )
+    routes = table_of(ids, slots, block_m, tile, hidden, intermediate)
     rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     w13, w2 = random_mxfp8(device, 2 * intermediate, hidden, 1), random_mxfp8(device, hidden, intermediate, 2)

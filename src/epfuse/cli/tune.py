@@ -147,12 +147,12 @@ def tune(
     for option, value in (("--trials", trials), ("--from-vllm", from_vllm), ("--to-vllm", to_vllm)):
         if value is not None and len(layers) > 1:
             raise click.UsageError(f"{option} is for one shape; --shape names {len(layers)}")
-    gpu = _gpu(device)
-    folder = store.TABLES if out is None else out
     if keep and trials is None:
         raise click.UsageError("--keep goes with --trials; a search writes its tables anyway")
     if out is not None and trials is not None and not keep:
         raise click.UsageError("--out says where tables are written; with --trials that takes --keep")
+    gpu = _gpu(device)
+    folder = store.TABLES if out is None else out
     found = Device(target_of(gpu), device_name(gpu), torch.__version__, triton.__version__)
     cpus = workers or len(os.sched_getaffinity(0))
     if trials is not None:

@@ -157,15 +157,19 @@ class StageInputs:
         assert isinstance(w13, FragmentMXFP8 | None)
         assert isinstance(w2, FragmentMXFP8 | None)
         assert arrivals is not None
-        x = launch_gather(self.hidden, routes, self.topk_ids.shape[1])
-        y, out, final = x.new_empty(x.shape[0], self.weights.intermediate), torch.empty_like(x), self.hidden.clone()
-        nobody = LoneTokens(self.topk_ids, self.slots, self.weights.local_experts, self.slots.new_full(x.shape[:1], -1))
-        if stage is Stage.DOWN:
+        x, y = (self.hidden.new_empty(routes.num_routes, n) for n in (self.weights.hidden, self.weights.intermediate))
+        out, of_row = torch.empty_like(x), self.slots.new_full((routes.num_routes,), -1)
+        nobody = LoneTokens(
+            self.topk_ids, self.slots, self.weights.local_experts, of_row, torch.empty_like(self.hidden)
+        )
+        if stage is Stage.GATE_UP:
+            launch_gather(self.hidden, routes, self.topk_ids.shape[1], x)
+        else:
             y[: self.local_routes.numel()] = self.gate_up[self.local_routes]
 
         def run() -> torch.Tensor:
             arrivals.zero_()
-            launch_gate_up_down(x, w13, w2, routes, self.topk_weights, self.activation, tile, y, out, nobody, final)
+            launch_gate_up_down(x, w13, w2, routes, self.topk_weights, self.activation, tile, y, out, nobody)
             return y if stage is Stage.GATE_UP else out
 
         return run

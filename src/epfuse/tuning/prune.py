@@ -19,8 +19,6 @@ from epfuse.tuning.search import Plan
 RESOURCE_GATES = ("no spills", "no scratch", "LDS fits", "no spills in the main loop", "shared memory fits")
 """Those of `epfuse.aot.gates` that no time can make up for. The others are rules for kernels that ship."""
 
-BOTH = "gate_up_down"
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -56,7 +54,7 @@ class Candidate:
     @property
     def kernel(self) -> str:
         """The package of ``epfuse.stages`` whose kernel runs the stage: of a persistent tile that of both stages."""
-        return BOTH if isinstance(self.tile, Sm90PersistentTile) else self.stage.value
+        return "gate_up_down" if isinstance(self.tile, Sm90PersistentTile) else self.stage.value
 
 
 def candidates_of(request: Request, plan: Plan) -> list[Candidate]:

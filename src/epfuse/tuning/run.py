@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as Folder
 from typing import Protocol
@@ -121,7 +121,7 @@ def pending(request: Request, part: tuple[int, int] = (1, 1)) -> list[Point]:
     done = {
         (measurement.path, measurement.weights, row.tokens)
         for measurement in store.read_table(request.folder, request.device.target, Stage.DOWN).measurements
-        if measurement.key == measurement_of(request, measurement.path, measurement.weights, ()).key
+        if measurement.key == _measurement(request, measurement.path, measurement.weights, ()).key
         and (measurement.torch, measurement.triton) == (request.device.torch, request.device.triton)
         for row in measurement.rows
     }
@@ -186,19 +186,19 @@ def run(
         watch.begin(plan, index, len(plans))
         share = plan.steps / max(1, sum(later.steps for later in plans[index:]))
         outcome = search(plan, bench, clock() + left * share, clock, watch.advance)
-        point = plan.point
-        store.merge(
-            request.folder,
-            request.device.target,
-            {stage: measurement_of(request, point.path, point.weights, outcome.rows[stage]) for stage in Stage},
-        )
+        write_rows(request, plan.point.path, plan.point.weights, outcome.rows)
         watch.end(outcome)
         found.append(outcome)
     return found
 
 
-def measurement_of(request: Request, path: Path, weights: WeightFormat, rows: Iterable[Row]) -> Measurement:
-    """Rows of one stage as a table takes them, with where and when they were measured."""
+def write_rows(request: Request, path: Path, weights: WeightFormat, rows: Mapping[Stage, Iterable[Row]]) -> None:
+    """Merge rows of both stages into the tables of the request's folder."""
+    found = {stage: _measurement(request, path, weights, rows[stage]) for stage in Stage}
+    store.merge(request.folder, request.device.target, found)
+
+
+def _measurement(request: Request, path: Path, weights: WeightFormat, rows: Iterable[Row]) -> Measurement:
     return Measurement(
         device=request.device.name,
         path=path,

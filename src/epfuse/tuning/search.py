@@ -171,14 +171,14 @@ def search(
             bare = guessing(tile, 0)
             stage_us = alone[bare] if bare in alone else bench.stage(point, stage, tiles.block_m, bare).microseconds
             floor_us = bench.floor_us(point, stage)
-            outcome.rows[stage].append(row_of(point, tiles.block_m, tile, stage_us, floor_us, microseconds))
+            outcome.rows[stage].append(row_of(point.tokens, tiles.block_m, tile, stage_us, floor_us, microseconds))
     return outcome
 
 
-def row_of(point: Point, block_m: int, tile: GemmTile, stage_us: float, floor_us: float, layer_us: float) -> Row:
+def row_of(tokens: int, block_m: int, tile: GemmTile, stage_us: float, floor_us: float, layer_us: float) -> Row:
     """A row of a table, in microseconds: of the stage alone, of its floor, and of the whole call."""
     return Row(
-        tokens=point.tokens,
+        tokens=tokens,
         block_m=block_m,
         tile=entry_of(tile),
         microseconds=_rounded(stage_us),

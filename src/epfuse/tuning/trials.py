@@ -14,8 +14,7 @@ from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, first_fault
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
-from epfuse.tuning import store
-from epfuse.tuning.run import Request, measurement_of, point_of
+from epfuse.tuning.run import Request, point_of, write_rows
 from epfuse.tuning.schema import Stage, TileEntry
 from epfuse.tuning.search import Bench, Plan, Point, Timed, attempt, row_of
 
@@ -169,28 +168,10 @@ def keep_fastest(request: Request, results: Iterable[Result]) -> int:
     """
     chosen = fastest(results)
     for result in chosen:
-        trial, point = result.trial, Point(result.trial.path, result.weights, result.trial.tokens)
-        tiles = trial.tiles()
-        store.merge(
-            request.folder,
-            request.device.target,
-            {
-                stage: measurement_of(
-                    request,
-                    point.path,
-                    point.weights,
-                    [
-                        row_of(
-                            point,
-                            tiles.block_m,
-                            getattr(tiles, stage.value),
-                            result.stage_us[stage],
-                            result.floor_us[stage],
-                            result.microseconds,
-                        )
-                    ],
-                )
-                for stage in Stage
-            },
-        )
+        trial, tiles, us = result.trial, result.trial.tiles(), result.microseconds
+        rows = {
+            stage: [row_of(trial.tokens, tiles.block_m, tile, result.stage_us[stage], result.floor_us[stage], us)]
+            for stage, tile in ((Stage.GATE_UP, tiles.gate_up), (Stage.DOWN, tiles.down))
+        }
+        write_rows(request, trial.path, result.weights, rows)
     return len(chosen)

@@ -30,8 +30,7 @@ def launch_down(
         routes: RouteTable of this call.
         topk_weights: ``[T, K]`` float32 contiguous; None leaves the weighting to combine.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
-        out: ``[R, H]``, dtype of y; only rows of local routes are written: row r is of route r. Allocated if
-            None.
+        out: ``[R, H]``, dtype of y; only rows of local routes are written, row r for route r. Allocated if None.
 
     Returns:
         ``out``.

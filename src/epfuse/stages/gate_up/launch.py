@@ -34,8 +34,7 @@ def launch_gate_up(
         top_k: K.
         activation: its parameters.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
-        out: ``[R, I]``, dtype of x; only rows of local routes are written: row r is of route r. Allocated
-            if None.
+        out: ``[R, I]``, dtype of x; only rows of local routes are written, row r for route r. Allocated if None.
 
     Returns:
         ``out``.

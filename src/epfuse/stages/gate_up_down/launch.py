@@ -23,7 +23,6 @@ def launch_gate_up_down(
     y: torch.Tensor,
     out: torch.Tensor,
     lone: LoneTokens | None = None,
-    final: torch.Tensor | None = None,
 ) -> None:
     """`launch_gate_up`, then `launch_down`, both in one tile and without the gap between two kernels.
 
@@ -40,8 +39,7 @@ def launch_gate_up_down(
         tile: of both GEMMs.
         y: ``[R, I]`` BF16, written: the rows between the two.
         out: ``[R, H]`` BF16, written; may be x.
-        lone: from `launch_gather`: the rows of its tokens go to ``final`` instead.
-        final: ``[T, H]`` BF16, with ``lone``; other rows of it are left as they are.
+        lone: from `launch_gather`: the rows of its tokens go to its ``out`` instead.
 
     Host syncs: none; graph-capturable.
     """
@@ -65,7 +63,7 @@ def launch_gate_up_down(
         topk_weights,
         out,
         None if lone is None else lone.of_row,
-        final,
+        None if lone is None else lone.out,
         routes.sorted_routes,
         routes.block_expert,
         routes.block_row,

@@ -9,13 +9,14 @@ from epfuse.stages.route.kernel import local_slots
 
 @triton.jit(do_not_specialize=["R"])
 def gather_kernel(
-    x, out, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded, R, E, H,
+    x, out, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded, R, E, H,
     L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row of a route] = x[route // K], a row at a time; each program takes every num_programs-th slot.
 
-    If asked for, lone_token[row] = the route's token where it has no other local route, or -1.
+    If asked for, route_row[route] = that row, and lone_token[row] = the route's token where it has no other local
+    route, or -1.
     """
     if PDL:
         gdc_wait()
@@ -28,6 +29,8 @@ def gather_kernel(
             row = tl.load(block_row + slot // BLOCK_M) + slot % BLOCK_M
             token = route // K
             values = tl.load(x + token.to(tl.int64) * H + columns, mask=inside)
+            if route_row is not None:
+                tl.store(route_row + route, row)
             if lone_token is not None:
                 ks = tl.arange(0, K_LANES)
                 local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)

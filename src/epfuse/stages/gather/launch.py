@@ -22,13 +22,15 @@ class LoneTokens:
         topk_ids: ``[T, K]`` int32 or int64, contiguous.
         expert_map: ``[E]`` int32.
         local: L.
-        of_row: ``[R]`` int32, written by the launch: the token of a row, or -1 if it has another local route.
+        of_row: ``[R]`` int32, written by `launch_gather`: the token of a row, or -1 if it has another local route.
+        out: ``[T, H]``, dtype of the rows: where down leaves the result of such a token; other rows stay as they are.
     """
 
     topk_ids: torch.Tensor
     expert_map: torch.Tensor
     local: int
     of_row: torch.Tensor
+    out: torch.Tensor
 
 
 def launch_gather(
@@ -36,6 +38,7 @@ def launch_gather(
     routes: RouteTable,
     top_k: int,
     out: torch.Tensor | None = None,
+    route_row: torch.Tensor | None = None,
     lone: LoneTokens | None = None,
 ) -> torch.Tensor:
     """Copy the row of each local route, so that the rows of an expert are adjacent.
@@ -46,6 +49,7 @@ def launch_gather(
         top_k: K.
         out: ``[R, H]``, dtype of x; only as many rows as there are local routes are written, the first ones. Allocated
             if None.
+        route_row: ``[R]`` int32, written for local routes: the row of each; None if nobody asks.
         lone: to have its ``of_row`` written, as far as ``out`` is.
 
     Returns:
@@ -54,20 +58,22 @@ def launch_gather(
     Host syncs: none; graph-capturable.
     """
     hidden = x.shape[1]
+    of_row, topk_ids, expert_map = (None,) * 3 if lone is None else (lone.of_row, lone.topk_ids, lone.expert_map)
     if out is None:
         out = torch.empty(routes.num_routes, hidden, dtype=x.dtype, device=x.device)
     programs = min(routes.max_padded, PROGRAMS_PER_UNIT * compute_units(x.device))
     gather_kernel[(programs,)](
         x,
         out,
-        None if lone is None else lone.of_row,
-        None if lone is None else lone.topk_ids,
-        None if lone is None else lone.expert_map,
+        route_row,
+        of_row,
+        topk_ids,
+        expert_map,
         routes.sorted_routes,
         routes.block_row,
         routes.num_padded,
         routes.num_routes,
-        0 if lone is None else lone.expert_map.numel(),
+        0 if expert_map is None else expert_map.numel(),
         hidden,
         L=0 if lone is None else lone.local,
         K=top_k,

@@ -32,7 +32,7 @@ def clear(arrivals, num_arrivals):
 @triton.jit
 def place(
     slots, routes, total, before,
-    sorted_routes, block_expert, block_row, route_row, num_padded, arrivals, R, num_arrivals,
+    sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Write this program's share of the table, from the global counts and those of the chunks before it."""
@@ -49,8 +49,6 @@ def place(
     rank = tl.cumsum(mine, 0) - 1
     where = tl.sum(mine * (rank + (starts + before)[None, :]), 1)
     tl.store(sorted_routes + where, routes, mask=slots < L)
-    row = tl.sum(mine * (rank + (tl.cumsum(total, 0) - total + before)[None, :]), 1)
-    tl.store(route_row + routes, row, mask=slots < L)
 
     # the padding of an expert's group: experts are dealt out over the programs
     pad = (starts + total)[:, None] + tl.arange(0, PADDING)[None, :]
@@ -74,8 +72,7 @@ def place(
 
 @triton.jit(do_not_specialize=["R"])
 def route_kernel(
-    topk_ids, expert_map, sorted_routes, block_expert, block_row, route_row, num_padded, arrivals,
-    R, E, num_arrivals,
+    topk_ids, expert_map, sorted_routes, block_expert, block_row, num_padded, arrivals, R, E, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, COUNT: tl.constexpr,
     BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +96,6 @@ def route_kernel(
         mine = local_slots(topk_ids, expert_map, routes, R, E, L) == expert
         rank = tl.cumsum(mine.to(tl.int32), 0) - 1
         tl.store(sorted_routes + place + rank, routes, mask=mine)
-        tl.store(route_row + routes, place - padding + rank, mask=mine)
         place += tl.sum(mine.to(tl.int32), 0)
     pad = place + tl.arange(0, PADDING)
     tl.store(sorted_routes + pad, tl.zeros_like(pad) + R, mask=pad < end)
@@ -129,8 +125,7 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def place_kernel(
-    topk_ids, expert_map, counts, sorted_routes, block_expert, block_row, route_row, num_padded, arrivals,
-    R, E, num_arrivals,
+    topk_ids, expert_map, counts, sorted_routes, block_expert, block_row, num_padded, arrivals, R, E, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +146,6 @@ def place_kernel(
         total += tl.sum(found, 0)
         before += tl.sum(tl.where((rows < pid)[:, None], found, 0), 0)
     place(
-        slots, routes, total, before,
-        sorted_routes, block_expert, block_row, route_row, num_padded, arrivals, R, num_arrivals,
+        slots, routes, total, before, sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
         L, BINS, BLOCK_M, PADDING, BLOCKS,
     )  # fmt: skip

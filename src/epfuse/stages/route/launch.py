@@ -41,13 +41,12 @@ def launch_route(
     sorted_routes = torch.empty(size, dtype=torch.int32, device=device)
     block_expert = torch.empty(size // block_m, dtype=torch.int32, device=device)
     block_row = torch.empty_like(block_expert)
-    route_row = torch.empty(routes, dtype=torch.int32, device=device)
     num_padded = torch.empty(1, dtype=torch.int32, device=device)
     counters = block_expert.numel() * arrivals_per_block
     arrivals = torch.empty(counters, dtype=torch.int32, device=device) if counters else None
     shape = {"L": local, "BINS": triton.next_power_of_2(local + 1)}
     blocks = {"BLOCK_M": block_m, "PADDING": triton.next_power_of_2(block_m), "BLOCKS": 16}
-    table = (sorted_routes, block_expert, block_row, route_row, num_padded, arrivals)
+    table = (sorted_routes, block_expert, block_row, num_padded, arrivals)
     sizes = (routes, expert_map.numel(), counters)
     overlap = overlap_previous(target_of(device))
     if routes <= tiles.one_launch_routes:
@@ -60,4 +59,4 @@ def launch_route(
         counts = torch.empty((grid[0], shape["BINS"]), dtype=torch.int32, device=device)
         count_kernel[grid](topk_ids, expert_map, counts, routes, expert_map.numel(), **shape, **overlap)
         place_kernel[grid](topk_ids, expert_map, counts, *table, *sizes, **shape, **blocks, ROWS=32, **overlap)
-    return RouteTable(sorted_routes, block_expert, block_row, route_row, num_padded, routes, block_m, arrivals)
+    return RouteTable(sorted_routes, block_expert, block_row, num_padded, routes, block_m, arrivals)

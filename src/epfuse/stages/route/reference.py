@@ -50,7 +50,5 @@ def route(topk_ids: torch.Tensor, expert_map: torch.Tensor, local: int, block_m:
     before = (starts // block_m)[blocks]  # blocks of the experts before
     inside = (torch.arange(blocks.numel(), device=slots.device) - before) * block_m
     block_row[: blocks.numel()] = ((torch.cumsum(counts, 0) - counts)[blocks] + inside).int()
-    route_row = torch.full((routes,), -1, dtype=torch.int32, device=slots.device)
-    route_row[order] = torch.arange(order.numel(), dtype=torch.int32, device=slots.device)
     used = padded.sum().to(torch.int32).reshape(1)
-    return RouteTable(sorted_routes, block_expert, block_row, route_row, used, routes, block_m)
+    return RouteTable(sorted_routes, block_expert, block_row, used, routes, block_m)

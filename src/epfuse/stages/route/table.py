@@ -18,7 +18,6 @@ class RouteTable:
         block_expert: ``[max_padded / block_m]`` int32; the local expert of each block; undefined past the last one.
         block_row: ``[max_padded / block_m]`` int32; how many local routes come before each block, padding not counted:
             the row of its first route where rows lie packed in the table's order; undefined past the last block.
-        route_row: ``[R]`` int32; the row of each local route where rows lie packed; undefined for the others.
         num_padded: ``[1]`` int32 on the device: slots in use, a multiple of block_m; 0 when no route is local. The
             authority on how much there is to do: a program past it returns at once.
         num_routes: R = T*K.
@@ -29,7 +28,6 @@ class RouteTable:
     sorted_routes: torch.Tensor
     block_expert: torch.Tensor
     block_row: torch.Tensor
-    route_row: torch.Tensor
     num_padded: torch.Tensor
     num_routes: int
     block_m: int
