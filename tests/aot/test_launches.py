@@ -131,3 +131,26 @@ def test_nothing_is_stored_early_in_memory_that_y_may_have(scratch: bool) -> Non
     assert (few["LONE_STORED"], few["ZEROS_EARLY"]) == (False, not scratch)
     assert (many["LONE_STORED"], many["ZEROS_EARLY"]) == (not scratch, not scratch)
     assert ("lone_token" in gemms) is scratch  # None is a constant, a pointer is not
+
+
+def _largest_routing_code(target: Target) -> int:
+    """Lines of intermediate code of the largest routing kernel of 128 local experts."""
+    from epfuse.aot.launches import launches_of
+    from epfuse.stages.route.launch import launch_route
+
+    def call() -> None:
+        slots = torch.empty(128, dtype=torch.int32, device=META)
+        for tokens in (64, 8192):
+            for block_m in (128, 320):
+                launch_route(torch.empty(tokens, 8, dtype=torch.int32, device=META), slots, 128, block_m)
+
+    launches = launches_of(target, call)
+    assert {launch.kernel for launch in launches} == {"route_kernel", "count_kernel", "place_kernel"}
+    return max(len(launch.compile().asm["llir"].splitlines()) for launch in launches)
+
+
+@pytest.mark.parametrize("target", [Target.SM90, Target.GFX942, Target.GFX950])
+def test_many_local_experts_take_no_minutes_to_compile(target: Target) -> None:
+    """A tensor of experts by padding slots in place_kernel did: it had not ended after five."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
+        assert pool.submit(_largest_routing_code, target).result() < 20_000

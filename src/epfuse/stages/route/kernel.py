@@ -33,9 +33,13 @@ def clear(arrivals, num_arrivals):
 def place(
     slots, routes, total, before,
     sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
-    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, BLOCKS: tl.constexpr,
+    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Write this program's share of the table, from the global counts and those of the chunks before it."""
+    """Write this program's share of the table, from the global counts and those of the chunks before it.
+
+    No tensor is as large as BINS times PADDING or CHUNK: with 128 local experts its code would take minutes to compile.
+    """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     bins = tl.arange(0, BINS)
@@ -45,18 +49,16 @@ def place(
     starts = ends - padded
     used = tl.sum(padded, 0)
 
-    mine = (slots[:, None] == bins[None, :]).to(tl.int32)
-    rank = tl.cumsum(mine, 0) - 1
-    where = tl.sum(mine * (rank + (starts + before)[None, :]), 1)
+    lanes = tl.arange(0, CHUNK)
+    earlier = (slots[:, None] == slots[None, :]) & (lanes[:, None] > lanes[None, :])
+    where = tl.gather(starts + before, slots, 0) + tl.sum(earlier.to(tl.int32), 1)
     tl.store(sorted_routes + where, routes, mask=slots < L)
 
     # the padding of an expert's group: experts are dealt out over the programs
-    pad = (starts + total)[:, None] + tl.arange(0, PADDING)[None, :]
-    tl.store(
-        sorted_routes + pad,
-        tl.zeros_like(pad) + R,
-        mask=(pad < ends[:, None]) & (bins % programs == pid)[:, None],
-    )
+    for expert in range(pid, L, programs):
+        pad = tl.sum(tl.where(bins == expert, starts + total, 0), 0) + tl.arange(0, PADDING)
+        end = tl.sum(tl.where(bins == expert, ends, 0), 0)
+        tl.store(sorted_routes + pad, tl.zeros_like(pad) + R, mask=pad < end)
 
     for first in range(pid * BLOCKS, used // BLOCK_M, programs * BLOCKS):
         blocks = first + tl.arange(0, BLOCKS)
@@ -147,5 +149,5 @@ def place_kernel(
         before += tl.sum(tl.where((rows < pid)[:, None], found, 0), 0)
     place(
         slots, routes, total, before, sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
-        L, BINS, BLOCK_M, PADDING, BLOCKS,
+        L, BINS, BLOCK_M, PADDING, CHUNK, BLOCKS,
     )  # fmt: skip
