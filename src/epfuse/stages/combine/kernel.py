@@ -20,6 +20,7 @@ def combine_kernel(
     LONE_STORED: out[t] is there already if only one of its routes is local. ZEROS_EARLY: the kernel before does not use
     out's memory for anything else. K_LANES is a power of two, at least K.
     """
+    EVICT: tl.constexpr = "" if route_row is None else "evict_first"  # what has been kept in L2 has been read
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = columns < H
@@ -41,7 +42,8 @@ def combine_kernel(
             place = route
             if route_row is not None:
                 place = tl.load(route_row + route, mask=live, other=0)
-            row = tl.load(routed + place.to(tl.int64) * H + columns, mask=inside & live, other=0.0).to(tl.float32)
+            rows = routed + place.to(tl.int64) * H + columns
+            row = tl.load(rows, mask=inside & live, other=0.0, eviction_policy=EVICT).to(tl.float32)
             if topk_weights is not None:
                 row *= tl.load(topk_weights + route, mask=live, other=0.0)
             acc += row

@@ -22,11 +22,12 @@ from epfuse.stages.sm90_gemm import (
 def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column, R, H, lone_token=None, final=None):
     """Multiply accumulators [rows, columns] with the router weights of their columns and store [columns, rows].
 
-    A column's row of out is its route, or with first_row the columns take rows from there on. Those that lone_token
-    has a token for go to that row of final instead.
+    A column's row of out is its route, or with first_row the columns take rows from there on, and those are kept in L2.
+    Those that lone_token has a token for go to that row of final instead.
     """
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
+    EVICT: gl.constexpr = "" if first_row is None else "evict_last"
     if topk_weights is not None:
         weighted = gl.load(block_routes + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc.type.layout)))
         acc *= gl.load(topk_weights + weighted, mask=weighted < R, other=0.0)[None, :]
@@ -41,7 +42,8 @@ def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column
     if lone_token is not None:
         token = gl.load(lone_token + rows, mask=routes < R, other=-1)
         starts = gl.where(token >= 0, final + token.to(gl.int64) * H, starts)
-    gl.store(starts[None, :] + columns[:, None], result, mask=(routes < R)[None, :] & (columns < H)[:, None])
+    stored = (routes < R)[None, :] & (columns < H)[:, None]
+    gl.store(starts[None, :] + columns[:, None], result, mask=stored, eviction_policy=EVICT)
 
 
 @gluon.jit

@@ -54,10 +54,11 @@ def guess_weights(
 def store_swiglu(acc, out, block_routes, first_row, first_output, R, I, alpha, beta, limit):
     """Activate accumulators [rows, columns], 8 gate rows and their 8 up rows in turn, and store [columns, rows / 2].
 
-    A column's row of out is its route, or with first_row the columns take rows from there on.
+    A column's row of out is its route, or with first_row the columns take rows from there on, and those are kept in L2.
     """
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
+    EVICT: gl.constexpr = "" if first_row is None else "evict_last"
     # the rounding point of the unfused path: accumulators are stored in the activations' dtype
     rounded = acc.to(gl.bfloat16).to(gl.float32)
     gate, up = rounded.reshape([ROWS // 16, 2, 8, COLUMNS]).permute((0, 2, 3, 1)).split()
@@ -70,7 +71,8 @@ def store_swiglu(acc, out, block_routes, first_row, first_output, R, I, alpha, b
     if first_row is not None:
         rows = first_row + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     where = rows.to(gl.int64)[None, :] * I + outputs[:, None]
-    gl.store(out + where, result, mask=(routes < R)[None, :] & (outputs < I)[:, None])
+    stored = (routes < R)[None, :] & (outputs < I)[:, None]
+    gl.store(out + where, result, mask=stored, eviction_policy=EVICT)
 
 
 @gluon.jit

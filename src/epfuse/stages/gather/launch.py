@@ -11,7 +11,8 @@ from epfuse.stages.gather.kernel import gather_kernel
 from epfuse.stages.route.table import RouteTable
 from epfuse.target import compute_units, overlap_previous, target_of
 
-PROGRAMS_PER_UNIT = 16
+PROGRAMS_PER_UNIT = 4
+"""More of them find places only one after another, and a program starts in the time of a row."""
 
 
 @dataclass(frozen=True)
