@@ -16,6 +16,7 @@ RUNS = {
     (Target.SM90, "MarlinExperts"): Checkpoint.MXFP8,
     (Target.SM90, "TritonExperts"): Checkpoint.BF16,
     (Target.SM90, "HummingGroupedExperts"): Checkpoint.MXFP8,
+    (Target.SM90, "HummingIndexedExperts"): Checkpoint.MXFP8,
     (Target.GFX942, "Mxfp8EmulationTritonExperts"): Checkpoint.MXFP8,
     (Target.GFX942, "TritonExperts"): Checkpoint.BF16,
     (Target.CPU, "Mxfp8EmulationTritonExperts"): Checkpoint.MXFP8,
@@ -45,7 +46,7 @@ def test_a_layer_is_taken_where_there_is_evidence_and_the_reason_says_which(targ
     ("target", "rival"),
     [
         (Target.GFX950, "Mxfp8NativeTritonExperts"),
-        (Target.SM90, "HummingIndexedExperts"),
+        (Target.SM90, "DeepGemmExperts"),
         (Target.GFX942, "AiterMxfp8Experts"),
         (Target.CPU, "CPUExpertsFp8"),
     ],

@@ -24,6 +24,7 @@ NAMES = {
     "humming_w8a16_indexed": "humming, indexed",
     "humming_w8a16_grouped": "humming, grouped",
     "vllm_marlin_tuned": "vLLM Marlin, best tiles",
+    "triton_kernels_bf16": "triton_kernels, BF16",
 }
 
 

@@ -37,6 +37,13 @@ def test_explain_minimax_m3_on_h100():
     assert group["with_epfuse"]["reason"].endswith("of MarlinExperts' time (docs/performance.md).")
 
 
+def test_explain_without_expert_parallelism_on_hopper():
+    (group,) = groups("--policy", "auto", "--target", "sm_90", "--no-ep")
+    assert group["without_epfuse"]["experts"] == "HummingIndexedExperts"
+    assert group["with_epfuse"]["experts"] == "EpfuseExperts"
+    assert "HummingIndexedExperts' time on five layers" in group["with_epfuse"]["reason"]
+
+
 def test_explain_the_seed_at_short_context():
     (group,) = groups("--policy", "seed-1782", "--max-model-len", "2304")
     assert [part["path"] for part in group["with_epfuse"]["paths"]] == ["bf16", "w8a8", "bf16"]
@@ -55,7 +62,6 @@ def test_explain_groups_layers_that_differ():
         (("--policy", "seed-1782", "--tp", "4"), "The EP size is 4"),
         (("--policy", "auto", "--moe-backend", "marlin"), "--moe-backend marlin was asked for"),
         (("--policy", "auto", "--target", "gfx950"), "No measurement or prediction says"),
-        (("--policy", "auto", "--target", "sm_90", "--no-ep"), "No measurement or prediction says"),
     ],
 )
 def test_explain_says_why_not(args, reason):

@@ -1,54 +1,87 @@
-"""docs/performance.md against the record that its newest table and picture are from."""
+"""docs/performance.md against the records that its newest tables and pictures are from."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tools.draw_peers import chart_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-RECORD = json.loads((DOCS / "records/2026-11-25-h100-peers.json").read_text())
-ROWS = {
+OURS = "epfuse `w8a16`"
+PEERS = {
     "vLLM Marlin, MXFP8, best tiles": "vllm_marlin_tuned",
     "humming 0.1.19 `w8a16`, grouped": "humming_w8a16_grouped",
     "humming 0.1.19 `w8a16`, indexed": "humming_w8a16_indexed",
-    "epfuse `w8a16`": "impl",
 }
+RUNS = {
+    "h100": ("Beside the fastest peers, in one run", "2026-11-25-h100-peers.json", PEERS),
+    "h200": (
+        "The same on an H200",
+        "2026-11-26-h200-peers.json",
+        PEERS | {"triton_kernels, BF16 weights": "triton_kernels_bf16"},
+    ),
+}
+runs = pytest.mark.parametrize("run", RUNS)
 
 
-def cells(label: str) -> list[float]:
-    """The numbers of a row of the section's table."""
-    section = (DOCS / "performance.md").read_text().split("## Beside the fastest peers, in one run")[1]
+def record_of(run: str) -> dict[str, Any]:
+    return json.loads((DOCS / "records" / RUNS[run][1]).read_text())
+
+
+def cells(run: str, label: str) -> list[float]:
+    """The numbers of a row of the run's table."""
+    section = (DOCS / "performance.md").read_text().split(f"## {RUNS[run][0]}\n")[1]
     line = next(line for line in section.splitlines() if line.startswith(f"| {label} |"))
     return [float(cell) for cell in line.split("|")[2:-1]]
 
 
-def best(peer: str) -> list[float]:
+def best(run: str, peer: str) -> list[float]:
     """Microseconds of a peer's best configurations, by token count."""
-    return [
-        row["us"] for row in sorted(RECORD["rows"], key=lambda row: row["T"]) if row["peer"] == peer and row["best"]
-    ]
+    rows = sorted(record_of(run)["rows"], key=lambda row: row["T"])
+    return [row["us"] for row in rows if row["peer"] == peer and row["best"]]
 
 
-@pytest.mark.parametrize("label", ROWS)
-def test_the_table_has_the_record_s_times(label: str) -> None:
-    assert cells(label) == [round(us, 1) for us in best(ROWS[label])]
+@runs
+def test_the_table_has_the_record_s_times(run: str) -> None:
+    for label, peer in (RUNS[run][2] | {OURS: "impl"}).items():
+        assert cells(run, label) == [round(us, 1) for us in best(run, peer)], label
 
 
-def test_the_table_has_the_record_s_ratios() -> None:
-    ours = best("impl")
-    fastest = [min(times) for times in zip(*(best(peer) for peer in ROWS.values() if peer != "impl"), strict=True)]
-    for shown, us, peer in zip(cells("over the fastest peer"), ours, fastest, strict=True):
-        assert shown == pytest.approx(us / peer, abs=0.0051)
-    floors = {point.x: point.y for curve in chart_of(RECORD).curves if curve.is_floor for point in curve.points}
-    for shown, us, floor in zip(cells("over the floor of this run"), ours, floors.values(), strict=True):
+@runs
+def test_the_table_has_the_record_s_ratios(run: str) -> None:
+    ours, peers = best(run, "impl"), [best(run, peer) for peer in RUNS[run][2].values()]
+    assert {row["peer"] for row in record_of(run)["rows"]} == {"impl", *RUNS[run][2].values()}
+    for shown, us, times in zip(cells(run, "over the fastest peer"), ours, zip(*peers, strict=True), strict=True):
+        assert shown == pytest.approx(us / min(times), abs=0.0051)
+    curves = chart_of(record_of(run)).curves
+    floors = {point.x: point.y for curve in curves if curve.is_floor for point in curve.points}
+    for shown, us, floor in zip(cells(run, "over the floor of this run"), ours, floors.values(), strict=True):
         assert shown == pytest.approx(us / floor, abs=0.0051)
 
 
-def test_the_picture_is_the_record_s() -> None:
+@runs
+def test_the_picture_is_the_record_s(run: str) -> None:
     pytest.importorskip("jinja2")
     from epfuse.bench.page import chart_svg
 
-    assert (DOCS / "performance-h100.svg").read_text() == chart_svg(chart_of(RECORD))
+    assert (DOCS / f"performance-{run}.svg").read_text() == chart_svg(chart_of(record_of(run)))
+
+
+def test_the_other_layers_have_their_record_s_times() -> None:
+    """Each cell is our time and, in brackets, the ratio to the fastest peer."""
+    layers = json.loads((DOCS / "records/2026-11-26-h100-second-family.json").read_text())["layers"]
+    section = (DOCS / "performance.md").read_text().split("## Other layers, and skewed routing, beside peers\n")[1]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1 : 1 + len(layers)]
+    for line, layer in zip(lines, layers, strict=True):
+        assert layer["name"].split()[-1] in line
+        shown = [cell.strip(" *") for cell in line.split("|")[2:-1]]
+        for cell, tokens in zip(shown, (1, 16, 256, 2048), strict=True):
+            times = {row["peer"]: row["us"] for row in layer["rows"] if row["T"] == tokens}
+            ours = times.pop("impl", None)
+            assert cell == (f"{ours:.1f} ({ours / min(times.values()):.2f})" if ours else "none"), (
+                layer["name"],
+                tokens,
+            )

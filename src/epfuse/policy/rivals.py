@@ -34,6 +34,11 @@ EVIDENCE: dict[tuple[Target, str], Evidence] = {
         "On an H100 w8a16 is measured to take 0.54 to 0.90 of HummingGroupedExperts' time (docs/performance.md).",
         hopper=True,
     ),
+    (Target.SM90, "HummingIndexedExperts"): Evidence(
+        "On an H100 w8a16 is measured to take 0.70 to 1.00 of HummingIndexedExperts' time on five layers, on three of"
+        " them in another bench above 256 tokens (docs/performance.md).",
+        hopper=True,
+    ),
     (Target.GFX942, "Mxfp8EmulationTritonExperts"): Evidence(
         "On MI300X w8a16 is predicted to take 0.55 to 0.83 of the time of vLLM's BF16 GEMMs (docs/mi300x.md)."
     ),
@@ -45,8 +50,7 @@ EVIDENCE: dict[tuple[Target, str], Evidence] = {
 """(target, class of the experts that would run otherwise) -> evidence.
 
 A row is added when a measurement on the target, or a prediction for it, says that epfuse wins at most token counts and
-clearly loses at none. Missing so far: gfx950, where nothing is measured or predicted; and HummingIndexedExperts, which
-vLLM prefers on Hopper without expert parallelism: measured is only a layer with it (0.70 to 0.93 of their time).
+clearly loses at none. Missing so far: gfx950, where nothing is measured or predicted.
 """
 
 
