@@ -35,5 +35,5 @@ def gather_kernel(
                 ks = tl.arange(0, K_LANES)
                 local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)
                 tl.store(lone_token + row, tl.where(tl.sum(local.to(tl.int32), 0) == 1, token, -1))
-            # 1 GB of weights goes through L2 before the last of these rows is read
+            # the weights of the experts before go through L2 before this row is read
             tl.store(out + row.to(tl.int64) * H + columns, values, mask=inside, eviction_policy="evict_last")
