@@ -55,7 +55,7 @@ def test_by_default_each_path_runs_once_on_its_best_weights() -> None:
     assert [contender.operand.value for contender in found] == ["bf16", "bf16", "fp8", "fp8"]
     assert {contender.method for contender in found} == {Method.GRAPH}
     assert found[1].block_m(1) == 8
-    assert found[1].block_m(8192) == 288
+    assert found[1].block_m(8192) == 320
     assert found[1].tolerance.relative_error == TRUE_SIZE_LIMITS[Path.W8A16]
 
 

@@ -1,0 +1,132 @@
+"""tools/beside_peers.py with a harness that only says what it was asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tools.beside_peers import ROUTING_LINE, TOP_K_LINE, harness_for, main
+
+from epfuse.bench.layers import LAYERS
+from epfuse.bench.routing import Routing
+from epfuse.errors import EpfuseError
+
+HARNESS = (
+    """
+import json, os, sys
+TOPK = 4
+E, EL, DEV = 128, 16, "cpu"
+
+
+def draw(T, g):
+    import torch
+
+    for s in range(1):
+"""
+    + ROUTING_LINE
+    + """        return ids
+
+
+def main():
+    given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    with open(os.environ["ASKED"], "a") as asked:
+        asked.write(f"{given['--phase']} {given['--only']} {os.environ['PEER_H']} {TOPK}\\n")
+    if given["--phase"] == "time":
+        print("ceiling   A card: copy 2.44 TB/s (read + written), read 3.17 TB/s, bf16 8192^3 710 TFLOP/s")
+        rows = [
+            {"peer": peer, "T": T, "us": us * T, "tbs": 1.0, "tflops": 1.0, "best": best}
+            for T in (1, 16)
+            for peer, us in (("impl", 3.0), ("slow", 9.0), ("fast", 4.0))
+            if peer in given["--only"].split(",")
+            for best in (True, False)
+        ]
+        json.dump(rows, open(given["--out"], "w"))
+
+
+if __name__ == "__main__":
+    main()
+"""
+)
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    (tmp_path / "peers.py").write_text(HARNESS)
+    return tmp_path / "peers.py"
+
+
+def run(harness: Path, *options: str) -> tuple[int, str, Path]:
+    record = harness.with_name("record.json")
+    done = CliRunner().invoke(main, [str(harness), str(record), "--tokens", "1,16", *options])
+    return done.exit_code, done.output, record
+
+
+def test_ours_runs_first_and_all_is_one_record(harness: Path) -> None:
+    picture = harness.with_name("picture.svg")
+    code, output, path = run(harness, "--peers", "slow,fast", "--picture", str(picture))
+    assert code == 0, output
+    asked = harness.with_name("asked").read_text().splitlines()
+    assert asked == ["compile impl,slow,fast 6144 4", "time impl 6144 4", "time slow,fast 6144 4"]
+    record = json.loads(path.read_text())
+    assert (record["device"], record["read_tb_s"], record["bf16_tflop_s"]) == ("A card", 3.17, 710)
+    assert sorted((row["peer"], row["T"]) for row in record["rows"]) == [
+        (peer, T) for peer in ("fast", "impl", "slow") for T in (1, 16)
+    ]
+    assert "| over the fastest peer | 0.750 | 0.750 |" in output
+    assert picture.read_text().startswith("<svg")
+
+
+def test_sizes_and_top_k_go_to_the_harness(harness: Path) -> None:
+    code, output, path = run(harness, "--peers", "fast", "--layer", "qwen3-235b", "--routing", "zipf:1.2")
+    assert code == 0, output
+    assert harness.with_name("asked").read_text().splitlines()[0] == "compile impl,fast 4096 8"
+    assert json.loads(path.read_text())["routing"] == "zipf:1.2"
+
+
+def test_without_a_peer_s_time_the_exit_code_says_so(harness: Path) -> None:
+    code, output, path = run(harness, "--peers", "missing")
+    assert code == 1
+    assert "no time of any peer" in output
+    assert path.exists()
+
+
+@pytest.mark.parametrize("options", [("--routing", "zipf"), ("--routing", "all-to:17")])
+def test_a_routing_that_is_none(harness: Path, options: tuple[str, ...]) -> None:
+    code, output, path = run(harness, *options)
+    assert code == 1
+    assert options[1] in output or "17" in output
+    assert not path.exists()
+
+
+def test_a_harness_without_the_lines_is_refused() -> None:
+    with pytest.raises(EpfuseError, match="0 times the line 'TOPK = 4'"):
+        harness_for("nothing", LAYERS["qwen3-235b"], Routing.parse("uniform"))
+    assert harness_for("nothing", LAYERS["gpt-oss-20b"], Routing.parse("uniform")) == "nothing"
+
+
+@pytest.mark.parametrize("routing", ["zipf:1.2", "all-to:2"])
+def test_the_routings_draw_what_they_say(routing: str, tmp_path: Path) -> None:
+    """The replaced lines run: experts are distinct, and the popular ones or the first ones are taken."""
+    source = harness_for(HARNESS, LAYERS["minimax-m3-ep8"], Routing.parse(routing))
+    assert TOP_K_LINE in source
+    (tmp_path / "replaced.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("replaced", tmp_path / "replaced.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ids = module.draw(2000, torch.Generator().manual_seed(0))
+    assert all(len(set(row)) == 4 for row in ids.tolist())
+    counts = torch.bincount(ids.reshape(-1), minlength=128)
+    if routing == "all-to:2":
+        assert counts[:2].tolist() == [2000, 2000]
+        assert counts[2:16].sum() == 0
+    else:
+        first, second = counts.sort(descending=True).values[:2].tolist()
+        assert 1200 < first < 2000
+        assert second < first

@@ -1,0 +1,195 @@
+"""Time epfuse's w8a16 and other people's kernels on one layer, in the harness of the peers, into one record.
+
+    python -m tools.beside_peers HARNESS record.json --picture picture.svg
+    python -m tools.beside_peers HARNESS record.json --layer gpt-oss-120b --tokens 1,16,256,2048
+
+The harness is one file of its own (docs/performance.md, "Beside the fastest peers"), which checks every kernel against
+float64 before it times it. It times ours last, so that what its time limit leaves out is ours: here ours has a run of
+its own before the peers', on the same card. Sizes go to it by its environment. Where top-k or routing are not its own,
+it runs as a copy in which they are replaced.
+
+For tools/draw_peers.py and tests/docs/test_performance.py a record is what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from tools.draw_peers import chart_of
+
+from epfuse.bench.layers import LAYERS, Layer
+from epfuse.bench.machine import commit, versions
+from epfuse.bench.page import chart_svg
+from epfuse.bench.routing import Kind, Routing
+from epfuse.errors import EpfuseError
+from epfuse.report.write import write_atomic
+
+IMPLEMENTATION = "benchmarks/peer_layer.py:w8a16"
+PEERS = "humming_w8a16_indexed,vllm_marlin_tuned,humming_w8a16_grouped,triton_kernels_bf16"
+OURS = "impl"
+EXAMPLE = "Example: python -m tools.beside_peers peers.py record.json --layer qwen3-235b --tokens 1,2048"
+OWN_SECONDS = 60.0  # that ours may take at the most
+TOP_K_LINE = "TOPK = 4\n"
+ROUTING_LINE = "        w, ids = torch.topk(torch.sigmoid(torch.randn(T, E, generator=g, device=DEV)), TOPK, dim=-1)\n"
+# experts without replacement: the largest of log popularity plus Gumbel noise, ranks shuffled in each draw
+ZIPF_LINES = """\
+        ranks = torch.randperm(E, generator=g, device=DEV) + 1
+        noise = -torch.rand(T, E, generator=g, device=DEV).log().neg().log()
+        w, ids = torch.topk(torch.sigmoid(noise - {parameter} * ranks.log()), TOPK, dim=-1)
+"""
+# the first experts, which are local, and remote ones
+ALL_TO_LINES = """\
+        scores = 0.5 * torch.sigmoid(torch.randn(T, E, generator=g, device=DEV))
+        scores[:, :{parameter}] += 0.5
+        scores[:, {parameter}:EL] -= 1
+        w, ids = torch.topk(scores, TOPK, dim=-1)
+"""
+CEILING = re.compile(
+    r"^ceiling +(.+): copy ([\d.]+) TB/s \(read \+ written\), read ([\d.]+) TB/s, bf16 8192\^3 (\d+)", re.M
+)
+
+
+def harness_for(source: str, layer: Layer, routing: Routing) -> str:
+    """The harness' source with the layer's top-k and the routing in place of its own.
+
+    Raises:
+        EpfuseError: it has not the lines that say which those are.
+    """
+    lines = {Kind.ZIPF: ZIPF_LINES, Kind.ALL_TO: ALL_TO_LINES}
+    changes = {}
+    if layer.shape.top_k != 4:
+        changes[TOP_K_LINE] = f"TOPK = {layer.shape.top_k}\n"
+    if routing.kind in lines:
+        number = int(routing.parameter) if routing.kind is Kind.ALL_TO else routing.parameter
+        changes[ROUTING_LINE] = lines[routing.kind].format(parameter=number)
+    for line, other in changes.items():
+        if source.count(line) != 1:
+            raise EpfuseError(f"the harness has {source.count(line)} times the line {line.strip()!r}; needed is one")
+        source = source.replace(line, other)
+    return source
+
+
+def run_harness(harness: Path, layer: Layer, arguments: list[str], folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """What one run prints, and its rows."""
+    out = folder / "rows.json"
+    out.unlink(missing_ok=True)
+    shape = layer.shape
+    sizes = {"H": shape.hidden, "I": shape.intermediate, "E": shape.experts, "EL": shape.local_experts}
+    environment = os.environ | {f"PEER_{name}": str(size) for name, size in sizes.items()}
+    command = [sys.executable, str(harness), "--impl", IMPLEMENTATION, *arguments, "--out", str(out)]
+    lines = []
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            click.echo(line, nl=False, err=True)
+            lines.append(line)
+    return "".join(lines), json.loads(out.read_text()) if out.exists() else []
+
+
+def record_of(printed: str, rows: list[dict[str, Any]], layer: Layer, routing: Routing) -> dict[str, Any]:
+    """The record of a run: of every kernel the best of its configurations.
+
+    Raises:
+        EpfuseError: the harness has measured no roofs.
+    """
+    roofs = CEILING.search(printed)
+    if roofs is None:
+        raise EpfuseError("the harness printed no line of its ceiling: its first measurement did not end")
+    found, code = versions(), commit()
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": roofs[1],
+        "torch": found["torch"],
+        "triton": found["triton"],
+        "epfuse": None if code is None else code["hash"][:7] + (", changed" if code["changed"] else ""),
+        "layer": layer.name,
+        "routing": str(routing),
+        "copy_tb_s": float(roofs[2]),
+        "read_tb_s": float(roofs[3]),
+        "bf16_tflop_s": int(roofs[4]),
+        "note": "us: the best configuration, timed again for 9 times 20 ms; sweep: every configuration, 5 times 8 ms,"
+        " with its relative error. Ours ran first, in a run of its own.",
+        "rows": [row for row in rows if row["best"]],
+    }
+
+
+def table_of(record: dict[str, Any]) -> str:
+    """Microseconds by kernel and token count, and ours over the fastest peer, as Markdown."""
+    times: dict[str, dict[int, float]] = {}
+    for row in record["rows"]:
+        times.setdefault(row["peer"], {})[row["T"]] = row["us"]
+    counts = sorted({row["T"] for row in record["rows"]})
+    lines = [["tokens", *(str(count) for count in counts)], ["---"] * (len(counts) + 1)]
+    for peer, of_peer in sorted(times.items(), key=lambda item: item[0] == OURS):
+        lines.append([peer, *(f"{of_peer[count]:.1f}" if count in of_peer else "-" for count in counts)])
+    ratios = []
+    for count in counts:
+        ours = times.get(OURS, {}).get(count)
+        peers = [of_peer[count] for peer, of_peer in times.items() if peer != OURS and count in of_peer]
+        ratios.append(f"{ours / min(peers):.3f}" if ours and peers else "-")
+    lines.append(["over the fastest peer", *ratios])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLE)
+@click.argument("harness", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("record", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--layer", "name", type=click.Choice(list(LAYERS)), default="minimax-m3-ep8", show_default=True)
+@click.option("--routing", default="uniform", show_default=True, help="uniform, zipf:S or all-to:N.")
+@click.option("--tokens", default="1,16,64,256,512,1024,2048,8192", show_default=True)
+@click.option("--peers", default=PEERS, show_default=True, help="Names of the harness' own kernels.")
+@click.option("--seconds", type=float, default=300, show_default=True, help="For all of the timing.")
+@click.option("--jobs", type=int, default=8, show_default=True, help="Processes that compile.")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="An SVG of the record.")
+def main(
+    harness: Path, record: Path, name: str, routing: str, tokens: str, peers: str, seconds: float, jobs: int,
+    picture: Path | None,
+) -> None:  # fmt: skip
+    """Compile, time ours, time the peers, and write RECORD.
+
+    Exit code 1: no time of ours, or none of any peer.
+    """
+    layer = LAYERS[name]
+    try:
+        chosen = Routing.parse(routing)
+        chosen.check(layer.shape)
+        source = harness_for(harness.read_text(), layer, chosen)
+    except EpfuseError as error:
+        raise click.ClickException(str(error)) from error
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "harness.py"
+        copy.write_text(source)
+        common = ["--tokens", tokens, "--logs", folder]
+        compiling = ["--only", f"{OURS},{peers}", "--phase", "compile", "--jobs", str(jobs), "--budget", str(seconds)]
+        run_harness(copy, layer, common + compiling, Path(folder))
+        begin = time.monotonic()
+        own = min(OWN_SECONDS, seconds)
+        timing = [*common, "--phase", "time", "--budget"]
+        printed, rows = run_harness(copy, layer, [*timing, str(own), "--only", OURS], Path(folder))
+        left = max(seconds - (time.monotonic() - begin), 1)
+        more, others = run_harness(copy, layer, [*timing, str(left), "--only", peers], Path(folder))
+    try:
+        found = record_of(more if CEILING.search(more) else printed, rows + others, layer, chosen)
+    except EpfuseError as error:
+        raise click.ClickException(str(error)) from error
+    write_atomic(record, json.dumps(found, indent=1) + "\n")
+    click.echo(table_of(found))
+    if picture is not None:
+        write_atomic(picture, chart_svg(chart_of(found)))
+    timed = {row["peer"] == OURS for row in found["rows"]}
+    if timed != {True, False}:
+        raise click.ClickException("no time of ours" if True not in timed else "no time of any peer")
+
+
+if __name__ == "__main__":
+    main()
