@@ -9,6 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ZEROS = tl.constexpr(1024)  # arrival counters that a program clears at a time
+PIECE = tl.constexpr(32)  # routes compared with a chunk at a time: AMD's scalar registers hold the truth values
 
 
 @triton.jit
@@ -30,15 +31,27 @@ def clear(arrivals, num_arrivals):
 
 
 @triton.jit
+def rank_in_chunk(slots, topk_ids, expert_map, R, E, L: tl.constexpr, CHUNK: tl.constexpr):
+    """For each route of this program's chunk, how many before it have its slot."""
+    inside = tl.arange(0, CHUNK)
+    rank = tl.zeros((CHUNK,), tl.int32)
+    for first in tl.static_range(0, CHUNK, PIECE):
+        others = first + tl.arange(0, PIECE)
+        theirs = local_slots(topk_ids, expert_map, tl.program_id(0) * CHUNK + others, R, E, L)
+        same = (slots[:, None] == theirs[None, :]) & (others[None, :] < inside[:, None])
+        rank += tl.sum(same.to(tl.int32), 1)
+    return rank
+
+
+@triton.jit
 def place(
-    slots, routes, total, before,
+    slots, rank, routes, total, before,
     sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
-    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Write this program's share of the table, from the global counts and those of the chunks before it.
 
-    No tensor is as large as BINS times PADDING or CHUNK: with 128 local experts its code would take minutes to compile.
+    No tensor is as large as BINS times PADDING or a chunk: of 128 local experts it would take minutes to compile.
     """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -49,9 +62,7 @@ def place(
     starts = ends - padded
     used = tl.sum(padded, 0)
 
-    lanes = tl.arange(0, CHUNK)
-    earlier = (slots[:, None] == slots[None, :]) & (lanes[:, None] > lanes[None, :])
-    where = tl.gather(starts + before, slots, 0) + tl.sum(earlier.to(tl.int32), 1)
+    where = tl.gather(starts + before, slots, 0) + rank
     tl.store(sorted_routes + where, routes, mask=slots < L)
 
     # the padding of an expert's group: experts are dealt out over the programs
@@ -137,6 +148,7 @@ def place_kernel(
     bins = tl.arange(0, BINS)
     routes = pid * CHUNK + tl.arange(0, CHUNK)
     slots = local_slots(topk_ids, expert_map, routes, R, E, L)
+    rank = rank_in_chunk(slots, topk_ids, expert_map, R, E, L, CHUNK)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -148,6 +160,7 @@ def place_kernel(
         total += tl.sum(found, 0)
         before += tl.sum(tl.where((rows < pid)[:, None], found, 0), 0)
     place(
-        slots, routes, total, before, sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
-        L, BINS, BLOCK_M, PADDING, CHUNK, BLOCKS,
+        slots, rank, routes, total, before,
+        sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
+        L, BINS, BLOCK_M, PADDING, BLOCKS,
     )  # fmt: skip
