@@ -31,10 +31,11 @@ from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.machine import commit, versions
 from epfuse.bench.page import chart_svg
 from epfuse.bench.routing import Kind, Routing
-from epfuse.errors import EpfuseError
+from epfuse.cli.names import token_counts
+from epfuse.errors import ConfigError
 from epfuse.report.write import write_atomic
 
-IMPLEMENTATION = "benchmarks/peer_layer.py:w8a16"
+IMPLEMENTATION = f"{Path(__file__).resolve().parents[1]}/benchmarks/peer_layer.py:w8a16"
 PEERS = "humming_w8a16_indexed,vllm_marlin_tuned,humming_w8a16_grouped,triton_kernels_bf16"
 OURS = "impl"
 EXAMPLE = "Example: python -m tools.beside_peers peers.py record.json --layer qwen3-235b --tokens 1,2048"
@@ -63,7 +64,7 @@ def harness_for(source: str, layer: Layer, routing: Routing) -> str:
     """The harness' source with the layer's top-k and the routing in place of its own.
 
     Raises:
-        EpfuseError: it has not the lines that say which those are.
+        ConfigError: it has not the lines that say which those are.
     """
     lines = {Kind.ZIPF: ZIPF_LINES, Kind.ALL_TO: ALL_TO_LINES}
     changes = {}
@@ -74,13 +75,17 @@ def harness_for(source: str, layer: Layer, routing: Routing) -> str:
         changes[ROUTING_LINE] = lines[routing.kind].format(parameter=number)
     for line, other in changes.items():
         if source.count(line) != 1:
-            raise EpfuseError(f"the harness has {source.count(line)} times the line {line.strip()!r}; needed is one")
+            raise ConfigError(f"the harness has {source.count(line)} times the line {line.strip()!r}; needed is one")
         source = source.replace(line, other)
     return source
 
 
 def run_harness(harness: Path, layer: Layer, arguments: list[str], folder: Path) -> tuple[str, list[dict[str, Any]]]:
-    """What one run prints, and its rows."""
+    """What one run prints, and its rows.
+
+    Raises:
+        ConfigError: it did not accept its arguments; a kernel that fails is no reason for it to fail.
+    """
     out = folder / "rows.json"
     out.unlink(missing_ok=True)
     shape = layer.shape
@@ -93,6 +98,8 @@ def run_harness(harness: Path, layer: Layer, arguments: list[str], folder: Path)
         for line in process.stdout:
             click.echo(line, nl=False, err=True)
             lines.append(line)
+    if process.returncode:
+        raise ConfigError(f"the harness ended with exit code {process.returncode}; what it printed says why")
     return "".join(lines), json.loads(out.read_text()) if out.exists() else []
 
 
@@ -100,11 +107,11 @@ def record_of(printed: str, rows: list[dict[str, Any]], layer: Layer, routing: R
     """The record of a run: of every kernel the best of its configurations.
 
     Raises:
-        EpfuseError: the harness has measured no roofs.
+        ConfigError: the harness has measured no roofs.
     """
     roofs = CEILING.search(printed)
     if roofs is None:
-        raise EpfuseError("the harness printed no line of its ceiling: its first measurement did not end")
+        raise ConfigError("the harness printed no line of its ceiling: its first measurement did not end")
     found, code = versions(), commit()
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -141,51 +148,62 @@ def table_of(record: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def measure(
+    source: str, layer: Layer, routing: Routing, tokens: tuple[int, ...], peers: str, seconds: float, jobs: int
+) -> dict[str, Any]:
+    """Compile everything, time ours, then the peers in what is left of ``seconds``: the record.
+
+    Raises:
+        ConfigError: as `run_harness` and `record_of` say.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        harness = folder / "harness.py"
+        harness.write_text(source)
+        common = ["--tokens", ",".join(map(str, tokens)), "--logs", name]
+        compiling = ["--only", f"{OURS},{peers}", "--phase", "compile", "--jobs", str(jobs), "--budget", str(seconds)]
+        run_harness(harness, layer, common + compiling, folder)
+        begin = time.monotonic()
+        timing = [*common, "--phase", "time", "--budget"]
+        printed, rows = run_harness(harness, layer, [*timing, str(min(OWN_SECONDS, seconds)), "--only", OURS], folder)
+        left = max(seconds - (time.monotonic() - begin), 1)
+        more, others = run_harness(harness, layer, [*timing, str(left), "--only", peers], folder)
+    return record_of(more if CEILING.search(more) else printed, rows + others, layer, routing)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLE)
 @click.argument("harness", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("record", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--layer", "name", type=click.Choice(list(LAYERS)), default="minimax-m3-ep8", show_default=True)
 @click.option("--routing", default="uniform", show_default=True, help="uniform, zipf:S or all-to:N.")
-@click.option("--tokens", default="1,16,64,256,512,1024,2048,8192", show_default=True)
+@click.option("--tokens", callback=token_counts, default="1,16,64,256,512,1024,2048,8192", show_default=True)
 @click.option("--peers", default=PEERS, show_default=True, help="Names of the harness' own kernels.")
-@click.option("--seconds", type=float, default=300, show_default=True, help="For all of the timing.")
-@click.option("--jobs", type=int, default=8, show_default=True, help="Processes that compile.")
+@click.option("--seconds", type=click.FloatRange(min=1), default=300, show_default=True, help="For all of the timing.")
+@click.option("--jobs", type=click.IntRange(1), default=8, show_default=True, help="Processes that compile.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="An SVG of the record.")
 def main(
-    harness: Path, record: Path, name: str, routing: str, tokens: str, peers: str, seconds: float, jobs: int,
-    picture: Path | None,
+    harness: Path, record: Path, name: str, routing: str, tokens: tuple[int, ...], peers: str, seconds: float,
+    jobs: int, picture: Path | None,
 ) -> None:  # fmt: skip
     """Compile, time ours, time the peers, and write RECORD.
 
     Exit code 1: no time of ours, or none of any peer.
     """
     layer = LAYERS[name]
+    for path in (record, picture):  # before minutes on a GPU have gone into what can't be written
+        if path is not None and not path.absolute().parent.is_dir():
+            raise click.ClickException(f"the folder of {path} does not exist; make it first")
     try:
         chosen = Routing.parse(routing)
         chosen.check(layer.shape)
         source = harness_for(harness.read_text(), layer, chosen)
-    except EpfuseError as error:
+        found = measure(source, layer, chosen, tokens, peers, seconds, jobs)
+        write_atomic(record, json.dumps(found, indent=1) + "\n")
+        click.echo(table_of(found))
+        if picture is not None:
+            write_atomic(picture, chart_svg(chart_of(found)))
+    except (ValueError, OSError) as error:  # ours are among them
         raise click.ClickException(str(error)) from error
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "harness.py"
-        copy.write_text(source)
-        common = ["--tokens", tokens, "--logs", folder]
-        compiling = ["--only", f"{OURS},{peers}", "--phase", "compile", "--jobs", str(jobs), "--budget", str(seconds)]
-        run_harness(copy, layer, common + compiling, Path(folder))
-        begin = time.monotonic()
-        own = min(OWN_SECONDS, seconds)
-        timing = [*common, "--phase", "time", "--budget"]
-        printed, rows = run_harness(copy, layer, [*timing, str(own), "--only", OURS], Path(folder))
-        left = max(seconds - (time.monotonic() - begin), 1)
-        more, others = run_harness(copy, layer, [*timing, str(left), "--only", peers], Path(folder))
-    try:
-        found = record_of(more if CEILING.search(more) else printed, rows + others, layer, chosen)
-    except EpfuseError as error:
-        raise click.ClickException(str(error)) from error
-    write_atomic(record, json.dumps(found, indent=1) + "\n")
-    click.echo(table_of(found))
-    if picture is not None:
-        write_atomic(picture, chart_svg(chart_of(found)))
     timed = {row["peer"] == OURS for row in found["rows"]}
     if timed != {True, False}:
         raise click.ClickException("no time of ours" if True not in timed else "no time of any peer")

@@ -33,6 +33,8 @@ def draw(T, g):
 
 def main():
     given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    if "refused" in given["--only"]:
+        sys.exit(3)
     with open(os.environ["ASKED"], "a") as asked:
         asked.write(f"{given['--phase']} {given['--only']} {os.environ['PEER_H']} {TOPK}\\n")
     if given["--phase"] == "time":
@@ -101,6 +103,29 @@ def test_a_routing_that_is_none(harness: Path, options: tuple[str, ...]) -> None
     assert code == 1
     assert options[1] in output or "17" in output
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--tokens", "1,x"), "'1,x' is no list of token counts"),
+        (("--seconds", "0"), "0.0 is not in the range"),
+        (("--picture", "missing/picture.svg"), "the folder of missing/picture.svg does not exist"),
+        (("--peers", "refused"), "the harness ended with exit code 3"),
+    ],
+)
+def test_what_cannot_work_ends_in_an_error(harness: Path, options: tuple[str, ...], complaint: str) -> None:
+    code, output, path = run(harness, *options)
+    assert code
+    assert complaint in output
+    assert not path.exists()
+
+
+def test_a_harness_that_is_no_text(harness: Path) -> None:
+    harness.write_bytes(b"\xff\xfe\x00")
+    code, output, _ = run(harness)
+    assert code == 1
+    assert "can't decode" in output
 
 
 def test_a_harness_without_the_lines_is_refused() -> None:

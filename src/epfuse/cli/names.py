@@ -1,7 +1,8 @@
-"""Options that take names with commas between them."""
+"""Options that take names or token counts with commas between them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
 import click
@@ -23,3 +24,10 @@ def comma_names(
         return chosen
 
     return split
+
+
+def token_counts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """A callback for an option that takes token counts: each once, ascending."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
+        raise click.BadParameter(f"{value!r} is no list of token counts such as 1,16,256")
+    return tuple(sorted({int(number) for number in value.split(",")}))

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from epfuse.bench import machine
 from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, Layer, make_layer
-from epfuse.cli.names import comma_names
+from epfuse.cli.names import comma_names, token_counts
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, DeviceError, TuningError
 from epfuse.policy import READABLE
@@ -35,12 +35,6 @@ DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 SEARCH_OPTIONS = ("paths", "tokens", "space", "budget", "part", "again", "from_vllm", "to_vllm")
 """Parameters of `tune` that say what is searched."""
 PATHS = tuple(path.value for path in READABLE[Target.GFX942])
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
-        raise click.BadParameter(f"{value!r} is no list of token counts such as 1,16,256")
-    return tuple(sorted({int(number) for number in value.split(",")}))
 
 
 def _part(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
@@ -84,7 +78,7 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling t
 @click.option(
     "--path", "paths", callback=comma_names(PATHS), default="w8a16,bf16", show_default=True, metavar="NAME,.."
 )
-@click.option("--tokens", callback=_numbers, default=DEFAULT_TOKENS, show_default=True, metavar="T,..")
+@click.option("--tokens", callback=token_counts, default=DEFAULT_TOKENS, show_default=True, metavar="T,..")
 @click.option(
     "--space",
     type=click.Choice([space.value for space in Space]),

@@ -32,7 +32,10 @@ def clear(arrivals, num_arrivals):
 
 @triton.jit
 def rank_in_chunk(slots, topk_ids, expert_map, R, E, L: tl.constexpr, CHUNK: tl.constexpr):
-    """For each route of this program's chunk, how many before it have its slot."""
+    """For each route of this program's chunk, how many before it have its slot.
+
+    The others' slots are looked up again: a tensor has no slices.
+    """
     inside = tl.arange(0, CHUNK)
     rank = tl.zeros((CHUNK,), tl.int32)
     for first in tl.static_range(0, CHUNK, PIECE):
