@@ -37,6 +37,8 @@ TILES = {
     "48x192_persistent": (48, Sm90PersistentTile(192, 128, 0, 4, 3, parts=1)),
     "64x192_persistent": (64, Sm90PersistentTile(192, 128, 0, 4, 2)),
     "144x192_persistent": (144, Sm90PersistentTile(192, 128, 2, 4, 2, parts=4)),
+    "64x192_persistent_head": (64, Sm90PersistentTile(192, 128, 0, 4, 5, parts=1, head=32)),
+    "128x192_persistent_head": (128, Sm90PersistentTile(192, 128, 2, 4, 3, parts=1, head=64)),
     "80x128_persistent": (80, Sm90PersistentTile(128, 64, 0, 4, 5, parts=4)),
     "288x128_persistent": (288, Sm90PersistentTile(128, 64, 2, 4, 5)),
     "320x128_persistent": (320, Sm90PersistentTile(128, 64, 1, 4, 4)),
@@ -177,8 +179,10 @@ def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing,
         torch.testing.assert_close(other[:count], found[0][:count], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["288x128_persistent", "320x128_persistent"])
-@pytest.mark.parametrize("counts", [(1, 32, 33, 64, 65), (256, 257, 272, 273, 288), (0, 289, 305, 321, 545)])
+@pytest.mark.parametrize("name", ["128x192_persistent_head", "288x128_persistent", "320x128_persistent"])
+@pytest.mark.parametrize(
+    "counts", [(1, 32, 33, 64, 65), (80, 81, 96, 97, 129), (256, 257, 272, 273, 288), (0, 289, 305, 321, 545)]
+)
 def test_every_number_of_columns(device, counts, name):
     """The rows of an expert fill a large block to any degree: bit for bit what blocks of 48 make."""
     hidden, intermediate = 512, 384

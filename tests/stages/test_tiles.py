@@ -11,11 +11,16 @@ PORTABLE = GemmTile(64, 128, 0, 4, 2)
 HOPPER = Sm90Tile(64, 128, 0, 4, 4)
 PERSISTENT = Sm90PersistentTile(192, 128, 4, 4, 3)
 WIDE = Sm90PersistentTile(128, 64, 1, 4, 5)
+SPARE = Sm90PersistentTile(192, 128, 4, 4, 3, head=64)
 
 
 @pytest.mark.parametrize(
     ("block_m", "tile"),
-    [(16, PORTABLE), (8, HOPPER), (128, HOPPER), (64, PERSISTENT), (80, PERSISTENT), (40, PERSISTENT)],
+    [
+        *((16, PORTABLE), (8, HOPPER), (128, HOPPER)),
+        *((size, PERSISTENT) for size in (40, 64, 80)),
+        *((size, SPARE) for size in (64, 80, 128, 192)),
+    ],
 )
 def test_row_blocks_that_kernels_take(block_m: int, tile: GemmTile) -> None:
     assert LayerTiles(block_m, tile, tile).block_m == block_m
@@ -30,6 +35,9 @@ def test_row_blocks_that_kernels_take(block_m: int, tile: GemmTile) -> None:
         (4, HOPPER, "a power of two, none below 8"),
         (112, PERSISTENT, "the sum of at most two powers of two, none below 8"),
         (68, PERSISTENT, "the sum of at most two powers of two, none below 8"),
+        (48, SPARE, "the sum of 64 and one more, none below 8"),
+        (160, SPARE, "the sum of 64 and one more, none below 8"),
+        (68, SPARE, "the sum of 64 and one more, none below 8"),
     ],
 )
 def test_other_row_blocks_are_refused(block_m: int, tile: GemmTile, message: str) -> None:

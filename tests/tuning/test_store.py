@@ -20,6 +20,7 @@ TILES = [
     GemmTile(64, 128, 0, 4, 2),
     Sm90Tile(64, 128, 0, 4, 4, split_k=8, guess_bytes=512),
     Sm90PersistentTile(192, 128, 4, 4, 3, parts=4),
+    Sm90PersistentTile(192, 128, 4, 4, 3, head=64),
 ]
 
 

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epfuse.stages.route.table import RouteTable
-from epfuse.stages.tiles import Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import FEW_ROWS, Sm90PersistentTile, Sm90Tile
 from epfuse.weights.fragment import PANEL_ROWS, FragmentMXFP8
 
 LINE = 128
@@ -70,16 +70,14 @@ def shared_sums(
     return shares, routes.arrivals[arrivals]
 
 
-def row_parts(rows: torch.Tensor, routes: RouteTable, block_k: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """``rows [R, K]`` as the copy engine takes the wide and the narrow part of a block, ``block_k`` at a time.
+def row_parts(rows: torch.Tensor, head: int, rest: int, block_k: int) -> list[TensorDescriptor | None]:
+    """``rows [R, K]`` as the copy engine takes a block's head, a few of its rest and all of it, ``block_k`` at a time.
 
-    Without a narrow part its place is taken by the wide one, which is not used there.
+    None for what no block needs.
     """
-    wide = 1 << (routes.block_m.bit_length() - 1)
+    parts = (head, FEW_ROWS if rest > FEW_ROWS else 0, rest)
     layout = gl.NVMMASharedLayout(LINE, 16, 2)
-    parts = (wide, routes.block_m - wide or wide)
-    first, second = (TensorDescriptor.from_tensor(rows, [part, block_k], layout) for part in parts)
-    return first, second
+    return [TensorDescriptor.from_tensor(rows, [part, block_k], layout) if part else None for part in parts]
 
 
 def weight_lines(weights: FragmentMXFP8, block_k: int) -> TensorDescriptor:

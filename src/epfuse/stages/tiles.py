@@ -14,6 +14,9 @@ from epfuse.config import LayerShape, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.target import Target
 
+FEW_ROWS = 16
+"""Rows that a persistent tile copies of a block's rest if it has no more."""
+
 
 @dataclass(frozen=True)
 class RouteTiles:
@@ -82,14 +85,26 @@ class Sm90PersistentTile(GemmTile):
 
     Args:
         parts: parts of 128 k that weights are dequantised in; at least two if block_k is 64.
+        head: rows of a block that are always copied, a power of two; the rest, another one, only as far as it has rows.
+            0 for the largest power of two in the block.
     """
 
     parts: int = 2
+    head: int = 0
 
     @property
     def consumers(self) -> int:
         """Warpgroups that multiply, a panel of 64 weight rows each."""
         return self.block_n // 64
+
+    def rows_of(self, block_m: int) -> tuple[int, int]:
+        """The rows of a block's head, and those of its rest."""
+        head = self.head or 1 << (block_m.bit_length() - 1)
+        return head, block_m - head
+
+    def cuts(self, block_m: int) -> bool:
+        """Whether a block can be cut so: into one or two powers of two, none below 8."""
+        return all(part >= 0 and part.bit_count() <= 1 and part not in (1, 2, 4) for part in self.rows_of(block_m))
 
     def __post_init__(self) -> None:
         if self.block_n not in (128, 192):
@@ -108,7 +123,7 @@ class LayerTiles:
 
     Args:
         block_m: rows of a block, a power of two, at least 16; with Hopper tiles at least 8. With persistent tiles also
-            the sum of two powers of two, the smaller one at least 8.
+            the sum of two powers of two, each at least 8.
         gate_up: tile of the first GEMM.
         down: tile of the second GEMM; of persistent tiles the same one, because there is one launch for both.
     """
@@ -123,14 +138,15 @@ class LayerTiles:
         least = 8 if all(isinstance(tile, hopper) for tile in both) else 16
         if any(isinstance(tile, Sm90PersistentTile) for tile in both) and self.gate_up != self.down:
             raise ConfigError(f"tiles {self.key}: a persistent tile must be both stages'")
-        allowed, what = (2, "the sum of at most two powers of two") if self.packed else (1, "a power of two")
-        lowest = self.block_m & -self.block_m
-        if lowest < least or self.block_m.bit_count() > allowed:
-            raise ConfigError(f"block_m is {self.block_m}; it must be {what}, none below {least}")
         if isinstance(self.gate_up, Sm90PersistentTile):
+            if not self.gate_up.cuts(self.block_m):
+                head = f"{self.gate_up.head} and one more" if self.gate_up.head else "at most two powers of two"
+                raise ConfigError(f"block_m is {self.block_m}; it must be the sum of {head}, none below {least}")
             if self.gate_up.consumers > 2 and self.block_m >= 256:
                 raise ConfigError(f"block_m is {self.block_m}; with three consumers it must be below 256")
             return
+        if self.block_m < least or self.block_m.bit_count() > 1:
+            raise ConfigError(f"block_m is {self.block_m}; it must be a power of two, none below {least}")
         for name in ("gate_up", "down"):
             tile: GemmTile = getattr(self, name)
             for size in ("block_n", "block_k"):
@@ -201,6 +217,8 @@ def default_ranges(
 
 ANY = float("inf")
 
+# A block holds twice the rows that an expert can expect, and costs little where it has no more than those.
+_SPARE = Sm90PersistentTile(192, 128, 2, 4, 3, 1, head=64)
 # Hopper, measured on an H100 (docs/performance.md). From 6 rows on blocks of 32: 0.6 % slower than 16 where rows are
 # spread evenly, and 1.7 times as fast where all tokens are on two experts.
 SM90_FRAGMENT = (
@@ -211,7 +229,7 @@ SM90_FRAGMENT = (
     TileRange(6, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
-    TileRange(72, LayerTiles(80, Sm90PersistentTile(192, 128, 2, 4, 4, 1), Sm90PersistentTile(192, 128, 2, 4, 4, 1))),
+    TileRange(72, LayerTiles(128, _SPARE, _SPARE)),
     TileRange(160, LayerTiles(144, Sm90PersistentTile(192, 128, 2, 4, 3, 1), Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
     TileRange(288, LayerTiles(320, Sm90PersistentTile(128, 64, 1, 4, 4), Sm90PersistentTile(128, 64, 1, 4, 4))),
     TileRange(ANY, LayerTiles(288, Sm90PersistentTile(128, 64, 1, 4, 5), Sm90PersistentTile(128, 64, 1, 4, 5))),

@@ -57,6 +57,7 @@ class Sm90PersistentEntry(PortableEntry):
 
     kind: Literal["sm90_persistent"] = "sm90_persistent"  # type: ignore[assignment]
     parts: Annotated[int, Field(ge=1)] = 2
+    head: Annotated[int, Field(ge=0)] = 0
 
     def tile(self) -> GemmTile:
         return Sm90PersistentTile(**self.model_dump(exclude={"kind"}))

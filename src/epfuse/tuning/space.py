@@ -17,6 +17,8 @@ from epfuse.tuning.schema import Stage
 LARGEST_BLOCK_M = 128
 TWO_PARTS = (48, 80, 96, 144, 160, 272, 288, 320)
 """Row blocks of two powers of two, which persistent tiles take."""
+HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
+"""Heads of these row blocks in persistent tiles: with a small one they cost little where experts have few rows."""
 LARGEST_TWO_PARTS = 272
 """From here on the rows of an expert take several blocks, of this size or larger."""
 GUESSES = (512, 1024)
@@ -122,7 +124,7 @@ def _columns(shape: LayerShape, stage: Stage) -> int:
 def _runs(tile: GemmTile, weights: WeightFormat, block_m: int) -> bool:
     """Whether a Hopper tile can be launched with block_m; of other tiles the compiler has the last word anyway."""
     if isinstance(tile, Sm90PersistentTile):
-        return block_m >= 32 and _persistent_ring(tile, block_m)
+        return block_m >= 32 and tile.cuts(block_m) and _persistent_ring(tile, block_m)
     if isinstance(tile, Sm90Tile):
         shared = tile.split_k > 1 and block_m > 16  # where there are rows, there are tiles enough
         return block_m not in TWO_PARTS and not shared and _ring(tile, weights, block_m)
@@ -168,11 +170,11 @@ def _hopper(weights: WeightFormat, block_m: int, rows: float) -> Iterator[GemmTi
 
 
 def _persistent(block_m: int) -> Iterator[GemmTile]:
-    for group_m, stages, parts in itertools.product((0, 1, 2, 4, 8), (3, 4, 5), (1, 2)):
+    for group_m, stages, parts, head in itertools.product((0, 1, 2, 4, 8), (3, 4, 5), (1, 2), HEADS.get(block_m, (0,))):
         # three consumers and whole stages, or two and half stages, which leave room for many rows
         block_n, block_k = (128, 64) if block_m >= 256 else (192, 128)
         if block_k == 128 or parts > 1:
-            tile = Sm90PersistentTile(block_n, block_k, group_m, 4, stages, parts=parts)
+            tile = Sm90PersistentTile(block_n, block_k, group_m, 4, stages, parts=parts, head=head)
             if _persistent_ring(tile, block_m):
                 yield tile
 

@@ -18,7 +18,7 @@ from epfuse.stages.gate_up_down.kernel_sm90_multiply import (
     fetch_weights,
     make_barriers,
     make_rings,
-    wide_part,
+    rest_of,
 )
 from epfuse.stages.sm90_gemm import let_next_kernel_start, tile_of, wait_for_previous_kernel
 
@@ -52,9 +52,9 @@ def read_tile(tiles, tile_full, tile_empty, count):
 
 @gluon.jit
 def copy_tile(
-    w, x_wide, x_narrow, panel, row, has_narrow, K_PADDED, ready, target,
-    wide, narrow, panels, full, empty, done, waited,
-    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    w, x_head, x_few, x_rest, panel, row, rest, K_PADDED, ready, target,
+    heads, rests, panels, full, empty, done, waited,
+    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy every stage of one tile; of the first one the weights before the rows are there, which may take time.
 
@@ -69,7 +69,7 @@ def copy_tile(
                 wait_for_previous_kernel()
                 waited = 1
             wait_until(ready, target)
-        fetch_rows(x_wide, x_narrow, wide, narrow, full, stage, row, has_narrow, step, BLOCK_M, BLOCK_K)
+        fetch_rows(x_head, x_few, x_rest, heads, rests, full, stage, row, rest, step, BLOCK_M, HEAD, BLOCK_K)
         done += 1
     return done, waited
 
@@ -77,17 +77,16 @@ def copy_tile(
 @gluon.jit
 def produce_both(
     args, up_args, down_args,
-    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Claim tiles, say which, and copy every stage of them."""
     (
         sorted_routes, block_expert, block_row, arrivals, m_blocks, n_up, n_down,
-        tiles, tile_full, tile_empty, wide, narrow, panels, full, empty, R,
+        tiles, tile_full, tile_empty, heads, rests, panels, full, empty, R,
     ) = args  # fmt: skip
-    x_wide, x_narrow, w13, H_PADDED, UP_PANELS = up_args
-    y_wide, y_narrow, w2, I_PADDED, DOWN_PANELS = down_args
-    WIDE: gl.constexpr = wide_part(BLOCK_M)
+    x_head, x_few, x_rest, w13, H_PADDED, UP_PANELS = up_args
+    y_head, y_few, y_rest, w2, I_PADDED, DOWN_PANELS = down_args
     ups = m_blocks * n_up
     total = ups + m_blocks * n_down
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -110,20 +109,18 @@ def produce_both(
                 m, n = tile_of(tile - ups, m_blocks, n_down, GROUP_M)
             expert = gl.load(block_expert + m)
             row = gl.load(block_row + m)
-            has_narrow = False
-            if WIDE < BLOCK_M:
-                has_narrow = gl.load(sorted_routes + m * BLOCK_M + WIDE) < R
+            rest = rest_of(sorted_routes + m * BLOCK_M, R, BLOCK_M, HEAD)
             if down:
                 panel = expert * DOWN_PANELS + n * CONSUMERS
                 done, waited = copy_tile(
-                    w2, y_wide, y_narrow, panel, row, has_narrow, I_PADDED, arrivals + 1 + m, n_up * CONSUMERS * WARPS,
-                    wide, narrow, panels, full, empty, done, waited, BLOCK_M, BLOCK_K, CONSUMERS, STAGES,
+                    w2, y_head, y_few, y_rest, panel, row, rest, I_PADDED, arrivals + 1 + m, n_up * CONSUMERS * WARPS,
+                    heads, rests, panels, full, empty, done, waited, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES,
                 )  # fmt: skip
             else:
                 panel = expert * UP_PANELS + n * CONSUMERS
                 done, waited = copy_tile(
-                    w13, x_wide, x_narrow, panel, row, has_narrow, H_PADDED, arrivals, 0,
-                    wide, narrow, panels, full, empty, done, waited, BLOCK_M, BLOCK_K, CONSUMERS, STAGES,
+                    w13, x_head, x_few, x_rest, panel, row, rest, H_PADDED, arrivals, 0,
+                    heads, rests, panels, full, empty, done, waited, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES,
                 )  # fmt: skip
             tile = claim(arrivals)
     if waited == 0:  # even without a tile of its own: don't finish before the kernel before
@@ -133,13 +130,13 @@ def produce_both(
 @gluon.jit
 def consume_both(
     args, up_args, down_args, consumer: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Multiply and store this consumer's panel of every tile that the producer claims."""
     (
         sorted_routes, block_expert, block_row, arrivals, m_blocks, n_up, n_down,
-        tiles, tile_full, tile_empty, wide, narrow, panels, full, empty, R,
+        tiles, tile_full, tile_empty, heads, rests, panels, full, empty, R,
     ) = args  # fmt: skip
     w13_scale, H_PADDED, UP_PANELS, up_store = up_args
     w2_scale, I_PADDED, DOWN_PANELS, down_store = down_args
@@ -153,16 +150,16 @@ def consume_both(
             m, n = tile_of(tile, m_blocks, n_up, GROUP_M)
             done = consume_tile(
                 w13_scale, H_PADDED, UP_PANELS, m, n, sorted_routes, block_expert, block_row,
-                wide, narrow, panels, full, empty, done, R,
-                consumer, store_up, up_store, BLOCK_M, BLOCK_K, CONSUMERS, STAGES, PARTS,
+                heads, rests, panels, full, empty, done, R,
+                consumer, store_up, up_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
             )  # fmt: skip
             say_done(arrivals + 1 + m)
         else:
             m, n = tile_of(tile - ups, m_blocks, n_down, GROUP_M)
             done = consume_tile(
                 w2_scale, I_PADDED, DOWN_PANELS, m, n, sorted_routes, block_expert, block_row,
-                wide, narrow, panels, full, empty, done, R,
-                consumer, store_down, down_store, BLOCK_M, BLOCK_K, CONSUMERS, STAGES, PARTS,
+                heads, rests, panels, full, empty, done, R,
+                consumer, store_down, down_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
             )  # fmt: skip
         count += 1
         tile = read_tile(tiles, tile_full, tile_empty, count)
@@ -170,10 +167,10 @@ def consume_both(
 
 @gluon.jit(do_not_specialize=["R", "UP_PANELS", "DOWN_PANELS"])
 def gate_up_down_sm90_kernel(
-    x_wide, x_narrow, w13_lines, w13_scale, y, y_wide, y_narrow, w2_lines, w2_scale, topk_weights, out,
+    x_head, x_few, x_rest, w13_lines, w13_scale, y, y_head, y_few, y_rest, w2_lines, w2_scale, topk_weights, out,
     lone_token, final, sorted_routes, block_expert, block_row, num_padded, arrivals,
     R, H, I, H_PADDED, I_PADDED, UP_PANELS, DOWN_PANELS, alpha, beta, limit,
-    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """gate_up_sm90_kernel, then down_sm90_kernel, for rows that lie packed in the table's order; so do the results.
@@ -192,7 +189,7 @@ def gate_up_down_sm90_kernel(
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_up = (UP_PANELS + CONSUMERS - 1) // CONSUMERS
     n_down = (DOWN_PANELS + CONSUMERS - 1) // CONSUMERS
-    wide, narrow, panels = make_rings(BLOCK_M, BLOCK_K, CONSUMERS, STAGES)
+    heads, rests, panels = make_rings(BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES)
     full, empty = make_barriers(CONSUMERS, STAGES)
     tiles = gl.allocate_shared_memory(gl.int32, [TILE_SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     tile_full = gl.allocate_shared_memory(gl.int64, [TILE_SLOTS, 1], mbarrier.MBarrierLayout())
@@ -202,19 +199,23 @@ def gate_up_down_sm90_kernel(
         mbarrier.init(tile_empty.index(slot), count=CONSUMERS)
     args = (
         sorted_routes, block_expert, block_row, arrivals, m_blocks, n_up, n_down,
-        tiles, tile_full, tile_empty, wide, narrow, panels, full, empty, R,
+        tiles, tile_full, tile_empty, heads, rests, panels, full, empty, R,
     )  # fmt: skip
     up_args = (w13_scale, H_PADDED, UP_PANELS, (y, I, alpha, beta, limit))
     down_args = (w2_scale, I_PADDED, DOWN_PANELS, (topk_weights, out, H, lone_token, final))
-    up_copies = (x_wide, x_narrow, w13_lines, H_PADDED, UP_PANELS)
-    down_copies = (y_wide, y_narrow, w2_lines, I_PADDED, DOWN_PANELS)
+    up_copies = (x_head, x_few, x_rest, w13_lines, H_PADDED, UP_PANELS)
+    down_copies = (y_head, y_few, y_rest, w2_lines, I_PADDED, DOWN_PANELS)
     # the numbers of registers are those of the partitions but the first, which gets the rest
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume_both, (args, up_args, down_args, 0, BLOCK_M, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS)),
-                (consume_both, (args, up_args, down_args, 1, BLOCK_M, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS)),
-                (produce_both, (args, up_copies, down_copies, BLOCK_M, BLOCK_K, GROUP_M, CONSUMERS, STAGES)),
+                (consume_both, (
+                    args, up_args, down_args, 0, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                )),
+                (consume_both, (
+                    args, up_args, down_args, 1, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                )),
+                (produce_both, (args, up_copies, down_copies, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES)),
             ],
             [4, 1],
             [240, 24],
@@ -222,10 +223,16 @@ def gate_up_down_sm90_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume_both, (args, up_args, down_args, 0, BLOCK_M, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS)),
-                (consume_both, (args, up_args, down_args, 1, BLOCK_M, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS)),
-                (consume_both, (args, up_args, down_args, 2, BLOCK_M, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS)),
-                (produce_both, (args, up_copies, down_copies, BLOCK_M, BLOCK_K, GROUP_M, CONSUMERS, STAGES)),
+                (consume_both, (
+                    args, up_args, down_args, 0, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                )),
+                (consume_both, (
+                    args, up_args, down_args, 1, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                )),
+                (consume_both, (
+                    args, up_args, down_args, 2, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                )),
+                (produce_both, (args, up_copies, down_copies, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES)),
             ],
             [4, 4, 1],
             [160, 160, 32],

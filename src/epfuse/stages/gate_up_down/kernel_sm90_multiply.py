@@ -8,8 +8,9 @@ others runs. Three have more instructions in flight; two have registers for twic
 The copy engine copies adjacent rows: the routed rows lie packed in the route table's order. What a tile copies past its
 last row are rows of the next expert, for columns that are not stored.
 
-The routed rows of a tile are one power of two, the wide part, or that and a smaller one, the narrow part: 144 are
-128 + 16. Tiles are often of 1.1 times a power of two, because the rows of an expert scatter about their mean.
+The routed rows of a tile are one power of two, the head, or that and another one, the rest: 144 are 128 + 16, because
+the rows of an expert scatter about their mean; 128 as 64 + 64 cost little more than 64 where there are no more, and
+take half the blocks for an expert with many. The rest is copied and multiplied as far as it has rows, in a few steps.
 """
 
 from triton.experimental import gluon
@@ -27,48 +28,50 @@ from epfuse.stages.sm90_gemm import (
     powers,
     register_operand,
 )
+from epfuse.stages.tiles import FEW_ROWS
 
+FEW = gl.constexpr(FEW_ROWS)
 PANEL = gl.constexpr(64)  # weight rows of a consumer
 WORD_K = gl.constexpr(128)  # k that a scale word is for; a stage of the ring has all of it or half
 
 
 @gluon.constexpr_function
-def wide_part(block_m):
-    """The largest power of two in BLOCK_M."""
-    return 1 << (block_m.bit_length() - 1)
+def column_steps(block_m, head):
+    """What a tile can be multiplied with, ascending: (columns of the head, of the rest).
 
-
-@gluon.constexpr_function
-def column_steps(block_m):
-    """What a tile can be multiplied with, ascending: (columns of the wide part, of the narrow part).
-
-    Each costs a copy of the main loop. Large tiles are bound by the tensor cores, so theirs are finer.
+    Each costs a copy of the main loop. Large tiles are bound by the tensor cores, and a rest as large as the head is
+    seldom full: so theirs are finer.
     """
-    wide = wide_part(block_m)
-    narrow = block_m - wide
-    if narrow == 0:
-        return [(wide // 2, 0), (wide, 0)]
-    if wide < 256 or narrow < 32:
-        return [(wide, 0), (wide, narrow)]
-    return [(narrow, 0), (wide, 0)] + [(wide, more) for more in powers(16, narrow + 1)]
+    rest = block_m - head
+    if rest == 0:
+        return [(head // 2, 0), (head, 0)]
+    if head >= 256 and rest >= 32:
+        return [(rest, 0), (head, 0)] + [(head, more) for more in powers(16, rest + 1)]
+    return [(head, 0)] + [(head, more) for more in powers(min(rest, 16) if rest >= head else rest, rest + 1)]
 
 
 @gluon.constexpr_function
-def number_of_steps(block_m):
+def number_of_steps(block_m, head):
     """How many column_steps there are."""
-    return len(column_steps(block_m))
+    return len(column_steps(block_m, head))
 
 
 @gluon.constexpr_function
-def wide_columns(block_m, step):
-    """Columns of the wide part in one of column_steps."""
-    return column_steps(block_m)[step][0]
+def head_columns(block_m, head, step):
+    """Columns of the head in one of column_steps."""
+    return column_steps(block_m, head)[step][0]
 
 
 @gluon.constexpr_function
-def narrow_columns(block_m, step):
-    """Columns of the narrow part in one of column_steps."""
-    return column_steps(block_m)[step][1]
+def all_columns(block_m, head, step):
+    """Columns of one of column_steps."""
+    return sum(column_steps(block_m, head)[step])
+
+
+@gluon.constexpr_function
+def rest_columns(block_m, head, step):
+    """Columns of the rest in one of column_steps."""
+    return column_steps(block_m, head)[step][1]
 
 
 @gluon.constexpr_function
@@ -85,22 +88,23 @@ def swizzled_fragments(block_k):
 
 
 @gluon.jit
-def make_rings(BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory of the wide and the narrow part of the rows, and of the weights' panels.
+def make_rings(
+    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
+):
+    """Shared memory of the head and the rest of the rows, and of the weights' panels.
 
-    Without a narrow part its place is taken by the wide one, which nothing reads there.
+    Where there is no rest its place is taken by the head, which nothing reads there.
     """
-    WIDE: gl.constexpr = wide_part(BLOCK_M)
-    NARROW: gl.constexpr = BLOCK_M - WIDE
+    REST: gl.constexpr = BLOCK_M - HEAD
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    wide = gl.allocate_shared_memory(gl.bfloat16, [STAGES, WIDE, BLOCK_K], layout)
-    narrow = wide
-    if NARROW > 0:
-        narrow = gl.allocate_shared_memory(gl.bfloat16, [STAGES, NARROW, BLOCK_K], layout)
+    heads = gl.allocate_shared_memory(gl.bfloat16, [STAGES, HEAD, BLOCK_K], layout)
+    rests = heads
+    if REST > 0:
+        rests = gl.allocate_shared_memory(gl.bfloat16, [STAGES, REST, BLOCK_K], layout)
     panels = gl.allocate_shared_memory(
         gl.uint8, [STAGES * CONSUMERS, PANEL * BLOCK_K // 128, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
-    return wide, narrow, panels
+    return heads, rests, panels
 
 
 @gluon.jit
@@ -125,28 +129,46 @@ def fetch_weights(w, panels, full, stage, panel, step, K_PADDED, BLOCK_K: gl.con
 
 
 @gluon.jit
+def rest_of(block_routes, R, BLOCK_M: gl.constexpr, HEAD: gl.constexpr):
+    """How much of a block's rest has rows: 0 nothing, 1 no more than FEW, 2 more. Padding comes last in a block."""
+    rest = 0
+    if HEAD < BLOCK_M:
+        rest += (gl.load(block_routes + HEAD) < R).to(gl.int32)
+    if HEAD + FEW < BLOCK_M:
+        rest += (gl.load(block_routes + HEAD + FEW) < R).to(gl.int32)
+    return rest
+
+
+@gluon.jit
 def fetch_rows(
-    x_wide, x_narrow, wide, narrow, full, stage, row, has_narrow, step, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr
-):
-    """Start the copies of one stage of rows; the narrow part only if it has a row."""
-    WIDE: gl.constexpr = wide_part(BLOCK_M)
-    if has_narrow:
-        mbarrier.expect(full.index(stage), BLOCK_M * BLOCK_K * 2)
-        tma.async_copy_global_to_shared(x_narrow, [row + WIDE, step * BLOCK_K], full.index(stage), narrow.index(stage))
-    else:
-        mbarrier.expect(full.index(stage), WIDE * BLOCK_K * 2)
-    tma.async_copy_global_to_shared(x_wide, [row, step * BLOCK_K], full.index(stage), wide.index(stage))
+    x_head, x_few, x_rest, heads, rests, full, stage, row, rest, step,
+    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of one stage of rows; of the rest as much as has rows."""
+    ROW: gl.constexpr = BLOCK_K * 2
+    REST: gl.constexpr = BLOCK_M - HEAD
+    k = step * BLOCK_K
+    if rest == 0:
+        mbarrier.expect(full.index(stage), HEAD * ROW)
+    elif REST > FEW and rest == 1:
+        mbarrier.expect(full.index(stage), (HEAD + FEW) * ROW)
+        few = rests.index(stage).slice(0, FEW, dim=0)
+        tma.async_copy_global_to_shared(x_few, [row + HEAD, k], full.index(stage), few)
+    elif REST > 0:
+        mbarrier.expect(full.index(stage), BLOCK_M * ROW)
+        tma.async_copy_global_to_shared(x_rest, [row + HEAD, k], full.index(stage), rests.index(stage))
+    tma.async_copy_global_to_shared(x_head, [row, k], full.index(stage), heads.index(stage))
 
 
 @gluon.jit
 def multiply(
-    s_ptrs, wide, narrow, panels, full, empty, done, words_of_row, consumer: gl.constexpr,
+    s_ptrs, heads, rests, panels, full, empty, done, words_of_row, consumer: gl.constexpr,
     COLUMNS: gl.constexpr, MORE: gl.constexpr,
     BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """FP32 [64, COLUMNS] and [64, MORE]: this consumer's weight rows times wide and narrow rows of each stage.
+    """FP32 [64, COLUMNS] and [64, MORE]: this consumer's weight rows times rows of each stage.
 
-    The first COLUMNS of the wide rows and the MORE narrow ones; without the second result if MORE is 0.
+    The first COLUMNS of the head and the first MORE of the rest; without the second result if MORE is 0.
     """
     PART_K: gl.constexpr = WORD_K // PARTS
     STAGE_PARTS: gl.constexpr = BLOCK_K // PART_K
@@ -172,10 +194,10 @@ def multiply(
                 mbarrier.wait(full.index(stage), ((done + part // STAGE_PARTS) // STAGES) & 1)
             panel = fragments.index(stage * CONSUMERS + consumer).slice(part % STAGE_PARTS * PART_K, PART_K, dim=1)
             a = register_operand(panel.load(a_layout), words, part, a_layout, groups_layout)
-            rows = wide.index(stage).slice(0, COLUMNS, dim=0).slice(part % STAGE_PARTS * PART_K, PART_K, dim=1)
+            rows = heads.index(stage).slice(0, COLUMNS, dim=0).slice(part % STAGE_PARTS * PART_K, PART_K, dim=1)
             if MORE > 0:
                 b = gl.convert_layout(a, more_operand, assert_trivial=True)
-                more_rows = narrow.index(stage).slice(0, MORE, dim=0).slice(part % STAGE_PARTS * PART_K, PART_K, dim=1)
+                more_rows = rests.index(stage).slice(0, MORE, dim=0).slice(part % STAGE_PARTS * PART_K, PART_K, dim=1)
                 if part > 0:
                     # the operand is named so that it is made before the wait, not after it
                     acc, more, a, b = warpgroup_mma_wait(0, deps=[acc, more, a, b])
@@ -199,14 +221,14 @@ def multiply(
 
 @gluon.jit
 def consume_columns(
-    s_ptrs, block_routes, first_row, panel, wide, narrow, panels, full, empty, done, words_of_row, R,
+    s_ptrs, block_routes, first_row, panel, heads, rests, panels, full, empty, done, words_of_row, R,
     consumer: gl.constexpr, store: gl.constexpr, store_args,
     COLUMNS: gl.constexpr, MORE: gl.constexpr,
     BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """One tile of one consumer, for its first COLUMNS routes, or for COLUMNS + MORE."""
     acc, more, done = multiply(
-        s_ptrs, wide, narrow, panels, full, empty, done, words_of_row, consumer, COLUMNS, MORE,
+        s_ptrs, heads, rests, panels, full, empty, done, words_of_row, consumer, COLUMNS, MORE,
         BLOCK_K, CONSUMERS, STAGES, PARTS,
     )  # fmt: skip
     store(acc, block_routes, first_row, panel, R, store_args)
@@ -217,16 +239,17 @@ def consume_columns(
 
 @gluon.jit
 def consume_tile(
-    w_scale, K_PADDED, PANELS, m, n, sorted_routes, block_expert, block_row, wide, narrow, panels, full, empty, done, R,
+    w_scale, K_PADDED, PANELS, m, n, sorted_routes, block_expert, block_row, heads, rests, panels, full, empty, done, R,
     consumer: gl.constexpr, store: gl.constexpr, store_args,
-    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Multiply and store this consumer's panel of tile (m, n); done counts the ring's stages since the launch.
 
     store is a function of (accumulators [64, columns], pointer to the columns' routes, packed row of the first one, the
     panel, R, store_args).
     """
-    STEPS: gl.constexpr = number_of_steps(BLOCK_M)
+    STEPS: gl.constexpr = number_of_steps(BLOCK_M, HEAD)
     expert = gl.load(block_expert + m)
     panel = n * CONSUMERS + consumer
     s_ptrs = fragment_scale_pointers(
@@ -238,12 +261,13 @@ def consume_tile(
     # padding comes last in a block: columns past its beginning need not be multiplied
     step = 0
     for i in gl.static_range(STEPS - 1):
-        step += (gl.load(block_routes + wide_columns(BLOCK_M, i) + narrow_columns(BLOCK_M, i)) < R).to(gl.int32)
+        step += (gl.load(block_routes + all_columns(BLOCK_M, HEAD, i)) < R).to(gl.int32)
     for i in gl.static_range(STEPS):
         if step == i:
             done = consume_columns(
-                s_ptrs, block_routes, first_row, panel, wide, narrow, panels, full, empty, done, words_of_row, R,
-                consumer, store, store_args, wide_columns(BLOCK_M, i), narrow_columns(BLOCK_M, i),
+                s_ptrs, block_routes, first_row, panel, heads, rests, panels, full, empty, done, words_of_row, R,
+                consumer, store, store_args,
+                head_columns(BLOCK_M, HEAD, i), rest_columns(BLOCK_M, HEAD, i),
                 BLOCK_K, CONSUMERS, STAGES, PARTS,
             )  # fmt: skip
     return done
