@@ -42,6 +42,16 @@ def test_new_rows_replace_those_of_their_token_count_and_leave_the_others(tmp_pa
     assert [(r.tokens, r.block_m) for r in read.rows] == [(1, 64), (64, 16)]
 
 
+def test_older_rows_keep_their_command(tmp_path: FilePath) -> None:
+    """Once each, however often the new command has written."""
+    write(tmp_path, measurement(row(1), source="one"), *(measurement(row(n), source="two") for n in (16, 64)))
+    (read,) = store.read_table(tmp_path, Target.SM90, Stage.GATE_UP).measurements
+    assert read.source == "two; before: one"
+    write(tmp_path, measurement(row(1), row(16), row(64), source="three"))
+    (read,) = store.read_table(tmp_path, Target.SM90, Stage.GATE_UP).measurements
+    assert read.source == "three"
+
+
 def test_rows_of_other_versions_do_not_stay_under_the_new_ones(tmp_path: FilePath) -> None:
     write(tmp_path, measurement(row(64)), measurement(row(1), triton="3.7.1"))
     (read,) = store.read_table(tmp_path, Target.SM90, Stage.GATE_UP).measurements

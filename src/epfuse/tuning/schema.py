@@ -115,6 +115,10 @@ class Row(_Entry):
     layer_microseconds: Annotated[float, Field(gt=0)] | None = None
 
 
+BEFORE = "; before: "
+"""Between the commands of a measurement's rows, the newest first."""
+
+
 class Measurement(_Entry):
     """Rows that were measured on one device for one layer.
 
@@ -125,7 +129,7 @@ class Measurement(_Entry):
         shape: H, I, E, L, K of one rank.
         torch, triton: versions.
         date: of the measurement.
-        source: the command that measured.
+        source: the command that measured; behind BEFORE those of older rows, if there are any.
         rows: ascending in tokens, then block_m.
     """
 
@@ -174,14 +178,17 @@ class Table(_Entry):
 
         The rest of an older measurement of the same layer is kept only if it was made with the same versions.
         """
-        kept: Iterable[Row] = ()
+        kept: list[Row] = []
+        counts = {row.tokens for row in new.rows}
+        commands = [new.source]
         others = []
         for measurement in self.measurements:
             if measurement.key != new.key:
                 others.append(measurement)
             elif (measurement.torch, measurement.triton) == (new.torch, new.triton):
-                kept = measurement.rows
-        counts = {row.tokens for row in new.rows}
-        rows = [*(row for row in kept if row.tokens not in counts), *new.rows]
-        rows.sort(key=lambda row: (row.tokens, row.block_m))
-        return self.model_copy(update={"measurements": (*others, new.model_copy(update={"rows": tuple(rows)}))})
+                kept = [row for row in measurement.rows if row.tokens not in counts]
+                if kept:
+                    commands += measurement.source.split(BEFORE)
+        rows = sorted([*kept, *new.rows], key=lambda row: (row.tokens, row.block_m))
+        update = {"rows": tuple(rows), "source": BEFORE.join(dict.fromkeys(commands))}
+        return self.model_copy(update={"measurements": (*others, new.model_copy(update=update))})
