@@ -24,19 +24,20 @@ class Evidence:
 
 EVIDENCE: dict[tuple[Target, str], Evidence] = {
     (Target.SM90, "MarlinExperts"): Evidence(
-        "On an H100 w8a16 is measured to take 0.44 to 0.91 of MarlinExperts' time (docs/performance.md).", hopper=True
+        "On an H100 w8a16 is measured to take 0.41 to 0.97 of MarlinExperts' time (docs/performance.md).", hopper=True
     ),
     (Target.SM90, "TritonExperts"): Evidence(
         "On an H100 bf16 is measured to take 0.63 to 0.94 of TritonExperts' time (docs/performance.md, docs/vllm.md).",
         hopper=True,
     ),
     (Target.SM90, "HummingGroupedExperts"): Evidence(
-        "On an H100 w8a16 is measured to take 0.54 to 0.90 of HummingGroupedExperts' time (docs/performance.md).",
+        "On an H100 w8a16 is measured to take 0.54 to 0.97 of HummingGroupedExperts' time on five layers"
+        " (docs/performance.md).",
         hopper=True,
     ),
     (Target.SM90, "HummingIndexedExperts"): Evidence(
-        "On an H100 w8a16 is measured to take 0.70 to 1.00 of HummingIndexedExperts' time on five layers, on three of"
-        " them in another bench above 256 tokens (docs/performance.md).",
+        "On an H100 w8a16 is measured to take 0.70 to 1.00 of HummingIndexedExperts' time on five layers"
+        " (docs/performance.md).",
         hopper=True,
     ),
     (Target.GFX942, "Mxfp8EmulationTritonExperts"): Evidence(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import enum
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated, Literal
 
