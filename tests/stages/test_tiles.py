@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from epfuse.errors import ConfigError
+from epfuse.stages.gate_up_down.kernel_sm90_multiply import column_steps
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 
 PORTABLE = GemmTile(64, 128, 0, 4, 2)
@@ -69,3 +70,21 @@ def test_three_consumers_have_no_registers_for_many_rows() -> None:
 def test_persistent_tiles_that_do_not_exist(arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sm90PersistentTile(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("block_m", "head", "totals"),
+    [
+        (48, 32, [32, 48]),
+        (64, 64, [32, 64]),
+        (96, 64, [64, 96]),
+        (96, 32, [32, 48, 64, 96]),
+        (128, 64, [64, 80, 96, 128]),
+        (72, 64, [64, 72]),
+        (320, 256, [64, 256, 272, 288, 320]),
+    ],
+)
+def test_columns_go_up_to_the_block(block_m: int, head: int, totals: list[int]) -> None:
+    steps = column_steps(block_m, head)
+    assert [sum(step) for step in steps] == totals
+    assert all(first <= head and rest <= block_m - head for first, rest in steps)
