@@ -55,10 +55,22 @@ def test_row_blocks_are_around_the_rows_of_an_expert(rows: float, least: int, ex
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
-    [(8.0, []), (32.0, [48]), (64.0, [80, 96]), (128.0, [144, 160]), (256.0, [272, 288, 320]), (1e9, [272, 288, 320])],
+    [(8.0, []), (32.0, [96]), (64.0, [96]), (128.0, [144, 160]), (256.0, [272, 288, 320]), (1e9, [272, 288, 320])],
 )
 def test_blocks_of_two_parts_are_a_little_larger_than_the_rows(rows: float, expected: list[int]) -> None:
     assert two_part_block_ms(rows) == expected
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(32.0, {(64, 32), (96, 32)}), (64.0, {(96, 32), (128, 64)})])
+def test_blocks_with_room_for_skew_are_tried(rows: float, blocks: set[tuple[int, int]]) -> None:
+    found = {
+        (block_m, tile.head)
+        for block_m in {*block_ms(rows, 8), *two_part_block_ms(rows)}
+        for tile in candidates(Target.SM90, Path.W8A16, WeightFormat.FRAGMENT, M3, Stage.DOWN, block_m, rows)
+        if isinstance(tile, Sm90PersistentTile)
+    }
+    assert blocks <= found
+    assert not {48, 80} & {block_m for block_m, _ in found}
 
 
 def test_narrow_layers_get_narrow_tiles() -> None:

@@ -15,8 +15,9 @@ from epfuse.target import Target
 from epfuse.tuning.schema import Stage
 
 LARGEST_BLOCK_M = 128
-TWO_PARTS = (48, 80, 96, 144, 160, 272, 288, 320)
-"""Row blocks of two powers of two, which persistent tiles take."""
+TWO_PARTS = (96, 144, 160, 272, 288, 320)
+"""Row blocks of two powers of two, which persistent tiles take. Not 48 and 80: for 32 and 64 rows an expert they are 1 %
+faster than 96 and 128 if the router is even, and 12 to 40 % slower if it is not (docs/performance.md)."""
 HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
 """Heads of these row blocks in persistent tiles: with a small one they cost little where experts have few rows."""
 LARGEST_TWO_PARTS = 272
@@ -60,9 +61,14 @@ def block_ms(rows: float, least: int) -> list[int]:
 def two_part_block_ms(rows: float) -> list[int]:
     """Those of TWO_PARTS that hold ``rows`` expected rows in one block and are less than half padding, or the largest.
 
-    Rows over the largest take several blocks; below the smallest, persistent tiles are not worth trying.
+    With a small head padding costs little, so up to two thirds. Rows over the largest take several blocks; below the
+    smallest, persistent tiles are not worth trying.
     """
-    return [size for size in TWO_PARTS if min(rows, LARGEST_TWO_PARTS) <= size < 2 * rows]
+    return [
+        size
+        for size in TWO_PARTS
+        if min(rows, LARGEST_TWO_PARTS) <= size and (size < 2 * rows or (size in HEADS and size <= 3 * rows))
+    ]
 
 
 def candidates(
@@ -127,8 +133,8 @@ def _runs(tile: GemmTile, weights: WeightFormat, block_m: int) -> bool:
         return block_m >= 32 and tile.cuts(block_m) and _persistent_ring(tile, block_m)
     if isinstance(tile, Sm90Tile):
         shared = tile.split_k > 1 and block_m > 16  # where there are rows, there are tiles enough
-        return block_m not in TWO_PARTS and not shared and _ring(tile, weights, block_m)
-    return block_m >= 16 and block_m not in TWO_PARTS
+        return block_m.bit_count() == 1 and not shared and _ring(tile, weights, block_m)
+    return block_m >= 16 and block_m.bit_count() == 1
 
 
 def _ring(tile: Sm90Tile, weights: WeightFormat, block_m: int) -> bool:
@@ -152,7 +158,7 @@ def _groups(block_m: int) -> tuple[int, ...]:
 
 def _hopper(weights: WeightFormat, block_m: int, rows: float) -> Iterator[GemmTile]:
     packed = weights is WeightFormat.FRAGMENT
-    if block_m in TWO_PARTS:
+    if block_m.bit_count() > 1:
         yield from _persistent(block_m)
         return
     for block_k, (block_n, warps), group_m, stages, split_k in itertools.product(
