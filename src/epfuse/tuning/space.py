@@ -16,8 +16,8 @@ from epfuse.tuning.schema import Stage
 
 LARGEST_BLOCK_M = 128
 TWO_PARTS = (96, 144, 160, 272, 288, 320)
-"""Row blocks of two powers of two, which persistent tiles take. Not 48 and 80: for 32 and 64 rows an expert those are 1
-% faster than 96 and 128 if the router is even, and 12 to 40 % slower if it is not (docs/performance.md)."""
+"""Row blocks of two powers of two, which persistent tiles take. Not 48 and 80: for 32 and 64 rows an expert, 96 and 128
+are a hundredth slower than those if the router is even, and up to 40 % faster if it is not (docs/performance.md)."""
 HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
 """Heads of these row blocks in persistent tiles: with a small one they cost little where experts have few rows."""
 LARGEST_TWO_PARTS = 272
