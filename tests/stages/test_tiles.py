@@ -36,6 +36,8 @@ def test_row_blocks_that_kernels_take(block_m: int, tile: GemmTile) -> None:
         (4, HOPPER, "a power of two, none below 8"),
         (112, PERSISTENT, "the sum of at most two powers of two, none below 8"),
         (68, PERSISTENT, "the sum of at most two powers of two, none below 8"),
+        (0, PERSISTENT, "the sum of at most two powers of two, none below 8"),
+        (-64, PERSISTENT, "the sum of at most two powers of two, none below 8"),
         (48, SPARE, "the sum of 64 and one more, none below 8"),
         (160, SPARE, "the sum of 64 and one more, none below 8"),
         (68, SPARE, "the sum of 64 and one more, none below 8"),
@@ -65,6 +67,8 @@ def test_three_consumers_have_no_registers_for_many_rows() -> None:
         ((192, 32, 4, 4, 3), "block_k is 32 and parts 2"),
         ((192, 64, 4, 4, 3, 1), "block_k is 64 and parts 1"),
         ((192, 128, 4, 4, 3, 3), "block_k is 128 and parts 3"),
+        ((192, 128, 4, 4, 3, 1, 48), "head is 48; a persistent tile's is a power of two, at least 8, or 0"),
+        ((192, 128, 4, 4, 3, 1, -64), "head is -64"),
     ],
 )
 def test_persistent_tiles_that_do_not_exist(arguments: tuple[int, ...], message: str) -> None:

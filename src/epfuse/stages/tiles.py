@@ -99,12 +99,13 @@ class Sm90PersistentTile(GemmTile):
 
     def rows_of(self, block_m: int) -> tuple[int, int]:
         """The rows of a block's head, and those of its rest."""
-        head = self.head or 1 << (block_m.bit_length() - 1)
+        head = self.head or 1 << block_m.bit_length() >> 1
         return head, block_m - head
 
     def cuts(self, block_m: int) -> bool:
         """Whether a block can be cut so: into one or two powers of two, none below 8."""
-        return all(part >= 0 and part.bit_count() <= 1 and part not in (1, 2, 4) for part in self.rows_of(block_m))
+        head, rest = self.rows_of(block_m)
+        return _part(head) and (rest == 0 or _part(rest))
 
     def __post_init__(self) -> None:
         if self.block_n not in (128, 192):
@@ -115,6 +116,13 @@ class Sm90PersistentTile(GemmTile):
                 f"block_k is {self.block_k} and parts {self.parts}; of a persistent tile 64 goes with 2 or 4 parts, "
                 "and 128 with 1, 2 or 4"
             )
+        if self.head and not _part(self.head):
+            raise ConfigError(f"head is {self.head}; a persistent tile's is a power of two, at least 8, or 0")
+
+
+def _part(rows: int) -> bool:
+    """Whether a block of a persistent tile can have a part of so many rows."""
+    return rows >= 8 and rows.bit_count() == 1
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Measurement(_Entry):
         weights: the format that the kernels read.
         shape: H, I, E, L, K of one rank.
         torch, triton: versions.
-        date: of the measurement.
+        date: of the newest rows.
         source: the command that measured; behind BEFORE those of older rows, if there are any.
         rows: ascending in tokens, then block_m.
     """

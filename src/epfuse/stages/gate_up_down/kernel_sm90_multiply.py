@@ -45,9 +45,9 @@ def column_steps(block_m, head):
     rest = block_m - head
     if rest == 0:
         return [(head // 2, 0), (head, 0)]
-    if head >= 256 and rest >= 32:
-        return [(rest, 0), (head, 0)] + [(head, more) for more in powers(16, rest + 1)]
-    return [(head, 0)] + [(head, more) for more in powers(min(rest, 16) if rest >= head else rest, rest + 1)]
+    large = head >= 256 and rest >= 32
+    least = min(rest, FEW_ROWS) if large or rest >= head else rest
+    return [(rest, 0)] * large + [(head, 0)] + [(head, more) for more in powers(least, rest + 1)]
 
 
 @gluon.constexpr_function

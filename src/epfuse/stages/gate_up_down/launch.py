@@ -52,13 +52,13 @@ def launch_gate_up_down(
     assert up_weights is not None
     assert down_weights is not None
     up, down = operand_of(up_weights, up_weights.rows), operand_of(down_weights, down_weights.rows)
-    parts = tile.rows_of(routes.block_m)
+    head, rest = tile.rows_of(routes.block_m)
     gate_up_down_sm90_kernel[(compute_units(x.device),)](
-        *row_parts(x, *parts, tile.block_k),
+        *row_parts(x, head, rest, tile.block_k),
         weight_lines(up_weights, tile.block_k),
         up.scales,
         y,
-        *row_parts(y, *parts, tile.block_k),
+        *row_parts(y, head, rest, tile.block_k),
         weight_lines(down_weights, tile.block_k),
         down.scales,
         topk_weights,
@@ -80,7 +80,7 @@ def launch_gate_up_down(
         activation.alpha,
         activation.beta,
         activation.limit,
-        HEAD=parts[0],
+        HEAD=head,
         CONSUMERS=tile.consumers,
         PARTS=tile.parts,
         **constants(routes, tile),
