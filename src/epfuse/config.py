@@ -25,7 +25,8 @@ class Path(enum.Enum):
     W8A16 = "w8a16"
     """MXFP8 weights, dequantised to BF16 in registers, which is exact; BF16 activations."""
     W8A8 = "w8a8"
-    """MXFP8 weights and activations quantised to MXFP8, multiplied by native FP8 dots; loses accuracy."""
+    """MXFP8 weights and activations quantised to MXFP8, multiplied by native FP8 dots; loses accuracy. With weights in
+    ROW_FP8 the activations have one scale a row too."""
     BLOCK_FP8 = "block_fp8"
     """Block FP8 weights and activations quantised per 128 values, multiplied by native FP8 dots; loses accuracy."""
 
@@ -58,6 +59,8 @@ class WeightFormat(enum.Enum):
     """E4M3 values and E8M0 scale bytes, row-major, as checkpoints have them."""
     FRAGMENT = "fragment"
     """MXFP8 in the order in which Hopper's tensor cores take it."""
+    ROW_FP8 = "row_fp8"
+    """MXFP8's numbers with one scale a row, in the order in which Hopper's tensor cores multiply FP8 by FP8."""
     MXFP8_FNUZ = "mxfp8_fnuz"
     """MXFP8 with E4M3FNUZ values, the FP8 that gfx942 multiplies; scales are doubled to match."""
     BLOCK_FP8 = "block_fp8"

@@ -16,6 +16,7 @@ from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
 from epfuse.weights.block_fp8 import BlockFP8
 from epfuse.weights.experts import ExpertWeights
 from epfuse.weights.fragment import FragmentMXFP8
+from epfuse.weights.row_fp8 import RowFP8
 
 
 def run_reference(
@@ -65,8 +66,8 @@ def run_kernels(
     from epfuse.stages.route.launch import launch_route
 
     w13, w2, local = weights.kept[form].w13, weights.kept[form].w2, weights.local_experts
-    assert not isinstance(w13, BlockFP8)
-    assert not isinstance(w2, BlockFP8)
+    assert not isinstance(w13, BlockFP8 | RowFP8)
+    assert not isinstance(w2, BlockFP8 | RowFP8)
     slots = expert_map.on(hidden.device)
     num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
     if scratch is None:

@@ -50,7 +50,7 @@ def test_a_cpu_has_the_reference() -> None:
 @pytest.mark.usefixtures("hopper")
 def test_by_default_each_path_runs_once_on_its_best_weights() -> None:
     found = contenders(LAYERS["minimax-m3-ep8"])
-    expected = [("bf16", "dense"), ("w8a16", "fragment"), ("w8a8", "mxfp8"), ("block_fp8", "block_fp8")]
+    expected = [("bf16", "dense"), ("w8a16", "fragment"), ("w8a8", "row_fp8"), ("block_fp8", "block_fp8")]
     assert names(found) == expected
     assert [contender.operand.value for contender in found] == ["bf16", "bf16", "fp8", "fp8"]
     assert {contender.method for contender in found} == {Method.GRAPH}

@@ -230,3 +230,15 @@ def test_rules_that_can_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not UTF-8"):
         RuleSet.load(tmp_path / "binary.yaml")
+
+
+def test_the_kernel_that_quantises_before_both_gemms(classifier: Classifier) -> None:
+    names = [
+        "route_kernel",
+        "quantize_packed_kernel",
+        "gate_up_sm90_fp8_kernel",
+        "quantize_packed_kernel",
+        "down_sm90_fp8_kernel",
+    ]
+    found = classify(classifier, names, [""] * len(names))
+    assert found == [Phase.PREPARE, Phase.PREPARE, Phase.GEMM1, Phase.ACTIVATION, Phase.GEMM2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from epfuse.errors import ConfigError
-from epfuse.stages.gate_up_down.kernel_sm90_multiply import column_steps
+from epfuse.stages.sm90_persistent import column_steps
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 
 PORTABLE = GemmTile(64, 128, 0, 4, 2)

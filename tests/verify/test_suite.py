@@ -286,6 +286,7 @@ def test_subjects_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bf16", "dense", "deterministic"),
         ("w8a16", "fragment", "deterministic"),
         ("w8a16", "mxfp8", "deterministic"),
+        ("w8a8", "row_fp8", "deterministic"),
         ("w8a8", "mxfp8", "deterministic"),
         ("w8a8", "mxfp8", "atomic"),
         ("block_fp8", "block_fp8", "deterministic"),

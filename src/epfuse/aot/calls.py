@@ -13,11 +13,12 @@ from epfuse.api import fused_experts
 from epfuse.config import MINIMAX_M3_EP8, Combine, LayerShape, Path, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
-from epfuse.policy import FP8_PATHS, READABLE, decide
+from epfuse.policy import FP8_PATHS, READABLE, decide, readable_formats
 from epfuse.target import Target
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8
 from epfuse.weights.experts import ExpertWeights, Projections
 from epfuse.weights.fragment import PANEL_ROWS, STEP_K, FragmentMXFP8, RowOrder
+from epfuse.weights.row_fp8 import RowFP8
 
 MOST_TOKENS = 16384
 """Token counts go up to here; every tile that the tables have is reached long before."""
@@ -101,11 +102,23 @@ def fragment(shape: LayerShape, dtype: torch.dtype) -> ExpertWeights:
     return _experts(shape, fragment_experts=Projections(stacks[0], stacks[1]))
 
 
+def row_fp8(shape: LayerShape, dtype: torch.dtype) -> ExpertWeights:
+    """What `ExpertWeights.prepare` makes of MXFP8 weights for Hopper's W8A8."""
+    stacks = []
+    for (local, rows, columns), order in zip(_sizes(shape), (RowOrder.GATE_UP, RowOrder.PLAIN), strict=True):
+        panels, steps = -(-rows // PANEL_ROWS), -(-columns // STEP_K)
+        codes = _empty((local, panels, steps, PANEL_ROWS, STEP_K), torch.float8_e4m3fn)
+        scales = _empty((local, panels * PANEL_ROWS), torch.float32)
+        stacks.append(RowFP8(codes, scales, rows, columns, order))
+    return _experts(shape, row_fp8_experts=Projections(stacks[0], stacks[1]))
+
+
 WEIGHTS: dict[WeightFormat, Callable[[LayerShape, torch.dtype], ExpertWeights]] = {
     WeightFormat.DENSE: dense,
     WeightFormat.MXFP8: mxfp8,
     WeightFormat.MXFP8_FNUZ: partial(mxfp8, values=torch.float8_e4m3fnuz),
     WeightFormat.FRAGMENT: fragment,
+    WeightFormat.ROW_FP8: row_fp8,
     WeightFormat.BLOCK_FP8: block_fp8,
     WeightFormat.BLOCK_FP8_FNUZ: partial(block_fp8, values=torch.float8_e4m3fnuz),
 }
@@ -125,11 +138,12 @@ def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str
     for path in paths:
         ways = list(Combine) if path in FP8_PATHS else [Combine.DETERMINISTIC]
         for form in READABLE[target].get(path, ()):
+            ways_of_form = [way for way in ways if form in readable_formats(target, path, way)]
             for dtype in dtypes if form is WeightFormat.DENSE else ["bf16"]:
                 for shape in shapes:
                     counts = token_counts(target, path, form, SHAPES[shape], DTYPES[dtype])
                     found += [
-                        Call(target, path, form, dtype, shape, combine, tokens) for combine in ways for tokens in counts
+                        Call(target, path, form, dtype, shape, way, tokens) for way in ways_of_form for tokens in counts
                     ]
     return found
 

@@ -13,6 +13,7 @@ BYTES_PER_WEIGHT = {
     WeightFormat.MXFP8: 1 + 1 / 32,
     WeightFormat.MXFP8_FNUZ: 1 + 1 / 32,
     WeightFormat.FRAGMENT: 1 + 1 / 32,
+    WeightFormat.ROW_FP8: 1.0,
     WeightFormat.BLOCK_FP8: 1 + 4 / 128**2,
     WeightFormat.BLOCK_FP8_FNUZ: 1 + 4 / 128**2,
 }

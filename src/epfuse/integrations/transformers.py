@@ -66,7 +66,7 @@ class EPExperts(nn.Module):
 
         It happens in the parameters' own memory (`ExpertWeights.prepare`): don't save, load or move them afterwards.
         """
-        self._prepared = self.weights().prepare()
+        self._prepared = self.weights().prepare(path=self.path)
 
     def weights(self) -> ExpertWeights:
         """The prepared weights, else the parameters as they are now: .to() and checkpoint loading replace them."""

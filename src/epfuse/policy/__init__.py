@@ -6,7 +6,7 @@ Two questions, asked at two times. `plan_layer`, at load: what is stored, and wh
 
 from epfuse.policy.call import decide
 from epfuse.policy.decision import Considered, Decision, TileChoice, Verdict
-from epfuse.policy.kernels import FP8_PATHS, READABLE
+from epfuse.policy.kernels import FP8_PATHS, READABLE, readable_formats
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage, TokenRange
 from epfuse.policy.plan import plan_layer
 from epfuse.weights.checkpoint_format import Checkpoint
@@ -25,4 +25,5 @@ __all__ = [
     "Verdict",
     "decide",
     "plan_layer",
+    "readable_formats",
 ]

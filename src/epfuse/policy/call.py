@@ -12,7 +12,7 @@ import torch
 from epfuse.config import Combine, LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.policy.decision import Considered, Decision, Verdict
-from epfuse.policy.kernels import FP8_PATHS, READABLE
+from epfuse.policy.kernels import FP8_PATHS, READABLE, readable_formats
 from epfuse.policy.tiles import tile_ranges
 from epfuse.target import REFERENCE_DEVICE, Target
 
@@ -89,7 +89,7 @@ def call_table(
     considered = considered_paths(chosen, reason, refusals, passed_over)
     if chosen is Path.REFERENCE:
         return CallTable((1,), (Decision(chosen, considered=considered),))
-    weights = next(form for form in READABLE[target][chosen] if form in formats)
+    weights = next(form for form in readable_formats(target, chosen, combine) if form in formats)
     ranges = tile_ranges(target, device_name, chosen, weights, shape, dtype)
     return CallTable(
         tuple(first for first, _ in ranges),
@@ -132,7 +132,7 @@ def _refusal(
         return "It does not sum routes by atomics."
     if path is Path.REFERENCE:
         return None
-    readable = READABLE[target].get(path, ())
+    readable = readable_formats(target, path, combine)
     if not readable:
         return f"It has no kernel for {target.value}."
     if not formats.intersection(readable):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from epfuse.config import Path, WeightFormat
+from epfuse.config import Combine, Path, WeightFormat
 from epfuse.target import Target
 
 READABLE: dict[Target, dict[Path, tuple[WeightFormat, ...]]] = {
@@ -10,7 +10,7 @@ READABLE: dict[Target, dict[Path, tuple[WeightFormat, ...]]] = {
     Target.SM90: {
         Path.W8A16: (WeightFormat.FRAGMENT, WeightFormat.MXFP8),
         Path.BF16: (WeightFormat.DENSE,),
-        Path.W8A8: (WeightFormat.MXFP8,),
+        Path.W8A8: (WeightFormat.ROW_FP8, WeightFormat.MXFP8),
         Path.BLOCK_FP8: (WeightFormat.BLOCK_FP8,),
     },
     Target.GFX942: {
@@ -33,3 +33,11 @@ FP8 activations come last: AUTO gives up accuracy only where the weights leave n
 
 FP8_PATHS = frozenset({Path.W8A8, Path.BLOCK_FP8})
 """Paths that quantise the activations; the only ones that can sum routes by atomics."""
+
+
+def readable_formats(target: Target, path: Path, combine: Combine) -> tuple[WeightFormat, ...]:
+    """The weights that a path's kernels read and sum routes of so, best first; none where there is no kernel."""
+    formats = READABLE[target].get(path, ())
+    if combine is Combine.ATOMIC:  # rows of these weights' kernels lie packed, and are summed without atomics
+        return tuple(form for form in formats if form is not WeightFormat.ROW_FP8)
+    return formats

@@ -12,7 +12,7 @@ from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.policy.decision import TileChoice
 from epfuse.policy.kernels import FP8_PATHS
 from epfuse.stages.tiles import LayerTiles, TileRange, default_ranges, rows_per_expert
-from epfuse.stages.tiles_fp8 import FP8
+from epfuse.stages.tiles_fp8 import fp8_ranges
 from epfuse.target import Target
 from epfuse.tuning.lookup import Found, Source, change_points, find, sources
 
@@ -52,7 +52,7 @@ def path_defaults(
     target: Target, path: Path, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
 ) -> tuple[TileRange, ...]:
     """A path's default tiles, by expected rows per expert; arguments as of `tile_ranges`."""
-    return FP8[target] if path in FP8_PATHS else default_ranges(target, weights, shape, dtype)
+    return fp8_ranges(target, weights) if path in FP8_PATHS else default_ranges(target, weights, shape, dtype)
 
 
 def _default_starts(defaults: tuple[TileRange, ...], shape: LayerShape) -> list[int]:

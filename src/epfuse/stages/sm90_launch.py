@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import FEW_ROWS, Sm90PersistentTile, Sm90Tile
 from epfuse.weights.fragment import PANEL_ROWS, FragmentMXFP8
+from epfuse.weights.row_fp8 import RowFP8
 
 LINE = 128
 """Bytes of a line of weights: the tensor copy engine's widest swizzle."""
@@ -76,11 +77,11 @@ def row_parts(rows: torch.Tensor, head: int, rest: int, block_k: int) -> list[Te
     None for what no block needs.
     """
     parts = (head, FEW_ROWS if rest > FEW_ROWS else 0, rest)
-    layout = gl.NVMMASharedLayout(LINE, 16, 2)
+    layout = gl.NVMMASharedLayout(LINE, 8 * rows.element_size(), 2)
     return [TensorDescriptor.from_tensor(rows, [part, block_k], layout) if part else None for part in parts]
 
 
-def weight_lines(weights: FragmentMXFP8, block_k: int) -> TensorDescriptor:
+def weight_lines(weights: FragmentMXFP8 | RowFP8, block_k: int) -> TensorDescriptor:
     """The codes as lines of 128 bytes, copied a panel and ``block_k`` at a time."""
     box = [PANEL_ROWS * block_k // LINE, LINE]
     return TensorDescriptor.from_tensor(weights.codes.view(-1, LINE), box, gl.NVMMASharedLayout(LINE, 8, 2))

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, TileRange
+from epfuse.config import WeightFormat
+from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90PersistentTile, TileRange
 from epfuse.target import Target
+
+
+def fp8_ranges(target: Target, weights: WeightFormat) -> tuple[TileRange, ...]:
+    """A target's default tiles of the FP8 paths, by expected rows per expert, ascending; the last range has no end.
+
+    Args:
+        target: a GPU.
+        weights: the format that the kernels read.
+    """
+    return SM90_ROW_FP8 if weights is WeightFormat.ROW_FP8 else FP8[target]
 
 
 def _layer(block_m: int, tile: GemmTile) -> LayerTiles:
@@ -28,3 +39,12 @@ FP8: dict[Target, tuple[TileRange, ...]] = {
     Target.GFX942: _AMD,
     Target.GFX950: _AMD,
 }
+
+# Weights with one scale a row; measured on an H100 (docs/performance.md).
+SM90_ROW_FP8 = (
+    TileRange(12, _layer(16, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),
+    TileRange(24, _layer(32, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),
+    TileRange(44, _layer(96, Sm90PersistentTile(192, 128, 2, 4, 5, 1, head=32))),
+    TileRange(72, _layer(128, Sm90PersistentTile(192, 128, 2, 4, 4, 1, head=64))),
+    TileRange(ANY, _layer(144, Sm90PersistentTile(192, 128, 2, 4, 4, 1))),
+)

@@ -20,6 +20,7 @@ from epfuse.tuning.schema import Stage
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
 from epfuse.weights.experts import ExpertWeights
 from epfuse.weights.fragment import FragmentMXFP8
+from epfuse.weights.row_fp8 import RowFP8
 
 
 def call_layer(
@@ -121,14 +122,16 @@ class StageInputs:
         arrivals = LayerTiles(block_m, tile, tile).arrivals(self.weights.hidden, self.weights.intermediate)
         routes = launch_route(self.topk_ids, self.slots, local, block_m, arrivals_per_block=arrivals)
         if self.path in FP8_PATHS:
+            if isinstance(tile, Sm90PersistentTile):
+                return self._bind_packed_fp8(stage, routes, tile)
             return self._bind_fp8(stage, routes, tile)
         from epfuse.stages.down.launch import launch_down
         from epfuse.stages.gate_up.launch import launch_gate_up
 
         experts = self.weights.kept[self.form]
         w13, w2 = experts.w13, experts.w2
-        assert not isinstance(w13, BlockFP8)
-        assert not isinstance(w2, BlockFP8)
+        assert not isinstance(w13, BlockFP8 | RowFP8)
+        assert not isinstance(w2, BlockFP8 | RowFP8)
         top_k = self.topk_ids.shape[1]
         x, y = self.hidden, self.gate_up
         if isinstance(tile, Sm90PersistentTile):
@@ -171,6 +174,33 @@ class StageInputs:
             arrivals.zero_()
             launch_gate_up_down(x, w13, w2, routes, self.topk_weights, self.activation, tile, y, out, nobody)
             return y if stage is Stage.GATE_UP else out
+
+        return run
+
+    def _bind_packed_fp8(
+        self, stage: Stage, routes: RouteTable, tile: Sm90PersistentTile
+    ) -> Callable[[], torch.Tensor]:
+        from epfuse.stages.down.launch_sm90_fp8 import launch_down_sm90_fp8
+        from epfuse.stages.gate_up.launch_sm90_fp8 import launch_gate_up_sm90_fp8
+        from epfuse.stages.quantize.launch_packed import launch_quantize_packed
+
+        experts, arrivals = self.weights.kept[self.form], routes.arrivals
+        w13, w2 = experts.w13, experts.w2
+        assert isinstance(w13, RowFP8)
+        assert isinstance(w2, RowFP8)
+        assert arrivals is not None
+        if stage is Stage.GATE_UP:
+            x = launch_quantize_packed(self.hidden, routes, self.topk_ids.shape[1])
+        else:
+            packed = torch.empty_like(self.gate_up)
+            packed[: self.local_routes.numel()] = self.gate_up[self.local_routes]
+            y = launch_quantize_packed(packed, routes, None)
+
+        def run() -> torch.Tensor:
+            arrivals.zero_()
+            if stage is Stage.GATE_UP:
+                return launch_gate_up_sm90_fp8(x, w13, routes, self.activation, tile)
+            return launch_down_sm90_fp8(y, w2, routes, self.topk_weights, tile)
 
         return run
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from epfuse.config import WeightFormat
+from epfuse.config import Path, WeightFormat
 from epfuse.numerics.mxfp8 import BLOCK, MXFP8
 from epfuse.target import Target
 from epfuse.verify.problem import Problem
@@ -58,7 +58,8 @@ def in_format(weights: ExpertWeights, form: WeightFormat, target: Target) -> Exp
         converted = ExpertWeights.block_fp8(*parts)
     else:
         converted = ExpertWeights.mxfp8(*(part.clone() for part in parts))
-    return converted if form in converted.kept else converted.prepare(target)
+    path = Path.W8A8 if form is WeightFormat.ROW_FP8 else Path.AUTO
+    return converted if form in converted.kept else converted.prepare(target, path)
 
 
 def _shapes(problem: Problem) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -8,7 +8,7 @@ from typing import Generic, TypeAlias, TypeVar
 
 import torch
 
-from epfuse.config import WeightFormat
+from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, DeviceError, DtypeError, EpfuseError, LayoutError, ShapeError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.fnuz import double_scales, normalize_to_fnuz_
@@ -16,12 +16,13 @@ from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.target import Target, target_of
 from epfuse.weights.block_fp8 import BlockFP8, BlockScale
 from epfuse.weights.fragment import FragmentMXFP8, RowOrder, check_packable, pack, unpack
+from epfuse.weights.row_fp8 import RowFP8, pack_rows
 
 log = logging.getLogger(__name__)
 
-Stack: TypeAlias = torch.Tensor | MXFP8 | FragmentMXFP8 | BlockFP8
+Stack: TypeAlias = torch.Tensor | MXFP8 | FragmentMXFP8 | RowFP8 | BlockFP8
 """The matrices of all experts, ``[L, N, K]``."""
-W = TypeVar("W", torch.Tensor, MXFP8, FragmentMXFP8, BlockFP8)
+W = TypeVar("W", torch.Tensor, MXFP8, FragmentMXFP8, RowFP8, BlockFP8)
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -51,19 +52,23 @@ def expert_matrix(stack: Stack, expert: int, dtype: torch.dtype) -> torch.Tensor
     """
     if isinstance(stack, torch.Tensor):
         return stack[expert].to(dtype)
-    if isinstance(stack, BlockFP8):
+    if isinstance(stack, RowFP8 | BlockFP8):
         return stack.matrix(expert, dtype)
     return (unpack(stack, expert) if isinstance(stack, FragmentMXFP8) else stack[expert]).dequantize(dtype)
 
 
 AnyProjections: TypeAlias = (
-    Projections[torch.Tensor] | Projections[MXFP8] | Projections[FragmentMXFP8] | Projections[BlockFP8]
+    Projections[torch.Tensor]
+    | Projections[MXFP8]
+    | Projections[FragmentMXFP8]
+    | Projections[RowFP8]
+    | Projections[BlockFP8]
 )
 
 
 def stack_rows(stack: Stack) -> int:
     """N of a stack ``[L, N, K]``."""
-    return stack.rows if isinstance(stack, FragmentMXFP8) else stack.shape[1]
+    return stack.rows if isinstance(stack, FragmentMXFP8 | RowFP8) else stack.shape[1]
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class ExpertWeights:
         dense_experts: plain numbers, row-major.
         mxfp8_experts: MXFP8 as checkpoints have it, or with E4M3FNUZ values after `prepare` for gfx942.
         fragment_experts: MXFP8 rearranged by `prepare` for Hopper.
+        row_fp8_experts: the same with one scale a row, by `prepare` for Hopper's W8A8.
         block_fp8_experts: FP8 with a scale per 128x128 block.
     """
 
@@ -88,6 +94,7 @@ class ExpertWeights:
     dense_experts: Projections[torch.Tensor] | None = None
     mxfp8_experts: Projections[MXFP8] | None = None
     fragment_experts: Projections[FragmentMXFP8] | None = None
+    row_fp8_experts: Projections[RowFP8] | None = None
     block_fp8_experts: Projections[BlockFP8] | None = None
 
     @classmethod
@@ -202,7 +209,7 @@ class ExpertWeights:
         blocks = Projections(BlockFP8.quantize(stacks.w13, scale), BlockFP8.quantize(stacks.w2, scale))
         return replace(packed, mxfp8_experts=None, block_fp8_experts=blocks)
 
-    def prepare(self, target: Target | None = None) -> ExpertWeights:
+    def prepare(self, target: Target | None = None, path: Path = Path.AUTO) -> ExpertWeights:
         """Bring FP8 weights into the form that ``target`` reads fastest, **in their own memory**, expert by expert.
 
         The tensors given to `mxfp8` hold other bytes afterwards: on Hopper rearranged (new memory is taken only for a
@@ -212,6 +219,8 @@ class ExpertWeights:
 
         Args:
             target: None means the target of the device that the weights are on.
+            path: what will run. On Hopper W8A8 has an order of its own, with one scale a row (weights/row_fp8.py),
+                which no other path reads; anything else, and other targets, makes no difference.
 
         Raises:
             ConfigError: for gfx942, an MXFP8 scale byte is 254, whose double E8M0 can't hold; nothing is changed.
@@ -219,7 +228,9 @@ class ExpertWeights:
         target = target_of(self.device) if target is None else target
         if target is Target.GFX942:
             return self._prepare_fnuz()
-        return self._prepare_fragments() if target is Target.SM90 else self
+        if target is not Target.SM90:
+            return self
+        return self._prepare_row_fp8() if path is Path.W8A8 else self._prepare_fragments()
 
     def _prepare_fnuz(self) -> ExpertWeights:
         mxfp8, blocks = self.mxfp8_experts, self.block_fp8_experts
@@ -243,6 +254,13 @@ class ExpertWeights:
         fragments = Projections(pack(stacks.w13, RowOrder.GATE_UP), pack(stacks.w2, RowOrder.PLAIN))
         return replace(self, mxfp8_experts=None, fragment_experts=fragments)
 
+    def _prepare_row_fp8(self) -> ExpertWeights:
+        if self.mxfp8_experts is None:
+            return self
+        stacks = self.mxfp8_experts
+        packed = Projections(pack_rows(stacks.w13, RowOrder.GATE_UP), pack_rows(stacks.w2, RowOrder.PLAIN))
+        return replace(self, mxfp8_experts=None, row_fp8_experts=packed)
+
     @property
     def kept(self) -> dict[WeightFormat, AnyProjections]:
         """The weights in every format that is kept."""
@@ -252,6 +270,8 @@ class ExpertWeights:
             found[WeightFormat.MXFP8_FNUZ if fnuz else WeightFormat.MXFP8] = self.mxfp8_experts
         if self.fragment_experts is not None:
             found[WeightFormat.FRAGMENT] = self.fragment_experts
+        if self.row_fp8_experts is not None:
+            found[WeightFormat.ROW_FP8] = self.row_fp8_experts
         if self.block_fp8_experts is not None:
             fnuz = self.block_fp8_experts.w13.values.dtype == torch.float8_e4m3fnuz
             found[WeightFormat.BLOCK_FP8_FNUZ if fnuz else WeightFormat.BLOCK_FP8] = self.block_fp8_experts

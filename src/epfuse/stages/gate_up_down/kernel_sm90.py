@@ -10,19 +10,21 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from epfuse.stages.down.kernel_sm90 import store_weighted
 from epfuse.stages.gate_up.kernel_sm90 import store_swiglu
-from epfuse.stages.gate_up_down.kernel_sm90_counters import claim, say_done, wait_until
-from epfuse.stages.gate_up_down.kernel_sm90_multiply import (
-    PANEL,
-    consume_tile,
-    fetch_rows,
-    fetch_weights,
-    make_barriers,
-    make_rings,
-    rest_of,
-)
+from epfuse.stages.gate_up_down.kernel_sm90_counters import say_done, wait_until
+from epfuse.stages.gate_up_down.kernel_sm90_multiply import consume_tile, fetch_weights, make_panels
 from epfuse.stages.sm90_gemm import let_next_kernel_start, tile_of, wait_for_previous_kernel
+from epfuse.stages.sm90_persistent import (
+    PANEL,
+    claim,
+    fetch_rows,
+    make_barriers,
+    make_queue,
+    make_row_rings,
+    read_tile,
+    rest_of,
+    say_tile,
+)
 
-TILE_SLOTS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a consumer
 
 
@@ -38,16 +40,6 @@ def store_down(acc, block_routes, first_row, panel, R, args):
     """Weight and store, packed except for lone tokens."""
     topk_weights, out, H, lone_token, final = args
     store_weighted(acc, topk_weights, out, block_routes, first_row, panel * PANEL, R, H, lone_token, final)
-
-
-@gluon.jit
-def read_tile(tiles, tile_full, tile_empty, count):
-    """The count-th tile that the producer claimed."""
-    slot = count % TILE_SLOTS
-    mbarrier.wait(tile_full.index(slot), (count // TILE_SLOTS) & 1)
-    tile = gl.max(tiles.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
-    mbarrier.arrive(tile_empty.index(slot))
-    return tile
 
 
 @gluon.jit
@@ -89,16 +81,12 @@ def produce_both(
     y_head, y_few, y_rest, w2, I_PADDED, DOWN_PANELS = down_args
     ups = m_blocks * n_up
     total = ups + m_blocks * n_down
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     done = 0
     count = 0
     tile = claim(arrivals)
     waited = 0
     while count >= 0:
-        slot = count % TILE_SLOTS
-        mbarrier.wait(tile_empty.index(slot), (count // TILE_SLOTS + 1) & 1)
-        tiles.index(slot).store(gl.full([1], tile, gl.int32, layout))
-        mbarrier.arrive(tile_full.index(slot))
+        say_tile(tiles, tile_full, tile_empty, count, tile)
         if tile >= total:
             count = -1
         else:
@@ -189,14 +177,10 @@ def gate_up_down_sm90_kernel(
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_up = (UP_PANELS + CONSUMERS - 1) // CONSUMERS
     n_down = (DOWN_PANELS + CONSUMERS - 1) // CONSUMERS
-    heads, rests, panels = make_rings(BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES)
+    heads, rests = make_row_rings(BLOCK_M, HEAD, BLOCK_K, STAGES, gl.bfloat16)
+    panels = make_panels(BLOCK_K, CONSUMERS, STAGES)
     full, empty = make_barriers(CONSUMERS, STAGES)
-    tiles = gl.allocate_shared_memory(gl.int32, [TILE_SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    tile_full = gl.allocate_shared_memory(gl.int64, [TILE_SLOTS, 1], mbarrier.MBarrierLayout())
-    tile_empty = gl.allocate_shared_memory(gl.int64, [TILE_SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(TILE_SLOTS):
-        mbarrier.init(tile_full.index(slot), count=1)
-        mbarrier.init(tile_empty.index(slot), count=CONSUMERS)
+    tiles, tile_full, tile_empty = make_queue(CONSUMERS)
     args = (
         sorted_routes, block_expert, block_row, arrivals, m_blocks, n_up, n_down,
         tiles, tile_full, tile_empty, heads, rests, panels, full, empty, R,

@@ -5,23 +5,6 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def claim(counter):
-    """The next tile of all programs'. By one warp."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred first;
-        .reg .b32 lane, got;
-        mov.u32 lane, %laneid;
-        setp.eq.u32 first, lane, 0;
-        mov.u32 got, 0;
-        @first atom.relaxed.gpu.global.add.u32 got, [$1], 1;
-        shfl.sync.idx.b32 $0, got, 0, 31, 0xffffffff;
-        }""",
-        "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def say_done(counter):
     """Add 1 for each warp, once what it has stored is visible to the copy engines of all multiprocessors."""
     gl.inline_asm_elementwise(

@@ -1,16 +1,7 @@
-"""How a tile of either GEMM is multiplied where there are many rows: one program per multiprocessor, warps specialised.
+"""How a tile of either GEMM is multiplied where there are many rows: MXFP8 weights in fragment order, BF16 rows.
 
-MXFP8 weights in fragment order only. A producer (one warp) has the tensor copy engine fill a ring in shared memory and
-runs ahead, into the next tile too. Two or three consumers (a warpgroup each) multiply: each has one panel of the tile's
-weight rows and all of its routed rows, and none waits for another, so that one dequantises while the wgmma of the
-others runs. Three have more instructions in flight; two have registers for twice the routed rows.
-
-The copy engine copies adjacent rows: the routed rows lie packed in the route table's order. What a tile copies past its
-last row are rows of the next expert, for columns that are not stored.
-
-The routed rows of a tile are one power of two, the head, or that and another one, the rest: 144 are 128 + 16, because
-the rows of an expert scatter about their mean; 128 as 64 + 64 cost little more than 64 where there are no more, and
-take half the blocks for an expert with many. The rest is copied and multiplied as far as it has rows, in a few steps.
+A consumer dequantises while the wgmma of the others runs. Three have more instructions in flight; two have registers
+for twice the routed rows.
 """
 
 from triton.experimental import gluon
@@ -22,56 +13,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from epfuse.stages.sm90_gemm import (
-    fragment_scale_pointers,
-    group_layout,
-    powers,
-    register_operand,
-)
-from epfuse.stages.tiles import FEW_ROWS
+from epfuse.stages.sm90_gemm import fragment_scale_pointers, group_layout, powers, register_operand
+from epfuse.stages.sm90_persistent import PANEL, all_columns, head_columns, number_of_steps, rest_columns
 
-FEW = gl.constexpr(FEW_ROWS)
-PANEL = gl.constexpr(64)  # weight rows of a consumer
 WORD_K = gl.constexpr(128)  # k that a scale word is for; a stage of the ring has all of it or half
-
-
-@gluon.constexpr_function
-def column_steps(block_m, head):
-    """What a tile can be multiplied with, ascending: (columns of the head, of the rest).
-
-    Each costs a copy of the main loop. Large tiles are bound by the tensor cores, and a rest as large as the head is
-    seldom full: so theirs are finer.
-    """
-    rest = block_m - head
-    if rest == 0:
-        return [(head // 2, 0), (head, 0)]
-    large = head >= 256 and rest >= 32
-    least = min(rest, FEW_ROWS) if large or rest >= head else rest
-    return [(rest, 0)] * large + [(head, 0)] + [(head, more) for more in powers(least, rest + 1)]
-
-
-@gluon.constexpr_function
-def number_of_steps(block_m, head):
-    """How many column_steps there are."""
-    return len(column_steps(block_m, head))
-
-
-@gluon.constexpr_function
-def head_columns(block_m, head, step):
-    """Columns of the head in one of column_steps."""
-    return column_steps(block_m, head)[step][0]
-
-
-@gluon.constexpr_function
-def all_columns(block_m, head, step):
-    """Columns of one of column_steps."""
-    return sum(column_steps(block_m, head)[step])
-
-
-@gluon.constexpr_function
-def rest_columns(block_m, head, step):
-    """Columns of the rest in one of column_steps."""
-    return column_steps(block_m, head)[step][1]
 
 
 @gluon.constexpr_function
@@ -88,34 +33,11 @@ def swizzled_fragments(block_k):
 
 
 @gluon.jit
-def make_rings(
-    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
-):
-    """Shared memory of the head and the rest of the rows, and of the weights' panels.
-
-    Where there is no rest its place is taken by the head, which nothing reads there.
-    """
-    REST: gl.constexpr = BLOCK_M - HEAD
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    heads = gl.allocate_shared_memory(gl.bfloat16, [STAGES, HEAD, BLOCK_K], layout)
-    rests = heads
-    if REST > 0:
-        rests = gl.allocate_shared_memory(gl.bfloat16, [STAGES, REST, BLOCK_K], layout)
-    panels = gl.allocate_shared_memory(
+def make_panels(BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory of the weights' panels."""
+    return gl.allocate_shared_memory(
         gl.uint8, [STAGES * CONSUMERS, PANEL * BLOCK_K // 128, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
-    return heads, rests, panels
-
-
-@gluon.jit
-def make_barriers(CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
-    """Per stage: weights and rows have arrived; all consumers are through with it."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=2)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    return full, empty
 
 
 @gluon.jit
@@ -126,38 +48,6 @@ def fetch_weights(w, panels, full, stage, panel, step, K_PADDED, BLOCK_K: gl.con
     for i in gl.static_range(CONSUMERS):
         line = (panel + i) * (K_PADDED // 2) + step * LINES
         tma.async_copy_global_to_shared(w, [line, 0], full.index(stage), panels.index(stage * CONSUMERS + i))
-
-
-@gluon.jit
-def rest_of(block_routes, R, BLOCK_M: gl.constexpr, HEAD: gl.constexpr):
-    """How much of a block's rest has rows: 0 nothing, 1 no more than FEW, 2 more. Padding comes last in a block."""
-    rest = 0
-    if HEAD < BLOCK_M:
-        rest += (gl.load(block_routes + HEAD) < R).to(gl.int32)
-    if HEAD + FEW < BLOCK_M:
-        rest += (gl.load(block_routes + HEAD + FEW) < R).to(gl.int32)
-    return rest
-
-
-@gluon.jit
-def fetch_rows(
-    x_head, x_few, x_rest, heads, rests, full, stage, row, rest, step,
-    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of one stage of rows; of the rest as much as has rows."""
-    ROW: gl.constexpr = BLOCK_K * 2
-    REST: gl.constexpr = BLOCK_M - HEAD
-    k = step * BLOCK_K
-    if rest == 0:
-        mbarrier.expect(full.index(stage), HEAD * ROW)
-    elif REST > FEW and rest == 1:
-        mbarrier.expect(full.index(stage), (HEAD + FEW) * ROW)
-        few = rests.index(stage).slice(0, FEW, dim=0)
-        tma.async_copy_global_to_shared(x_few, [row + HEAD, k], full.index(stage), few)
-    elif REST > 0:
-        mbarrier.expect(full.index(stage), BLOCK_M * ROW)
-        tma.async_copy_global_to_shared(x_rest, [row + HEAD, k], full.index(stage), rests.index(stage))
-    tma.async_copy_global_to_shared(x_head, [row, k], full.index(stage), heads.index(stage))
 
 
 @gluon.jit

@@ -1,0 +1,70 @@
+"""Launch the down kernel of Hopper's FP8 rows."""
+
+from __future__ import annotations
+
+import torch
+
+from epfuse.stages.gather.launch import LoneTokens
+from epfuse.stages.quantize.rows import FP8Rows
+from epfuse.stages.route.table import RouteTable
+from epfuse.stages.tiles import Sm90PersistentTile
+from epfuse.target import compute_units
+from epfuse.weights.row_fp8 import RowFP8
+
+
+def launch_down_sm90_fp8(
+    y: FP8Rows,
+    w2: RowFP8,
+    routes: RouteTable,
+    topk_weights: torch.Tensor,
+    tile: Sm90PersistentTile,
+    out: torch.Tensor | None = None,
+    lone: LoneTokens | None = None,
+) -> torch.Tensor:
+    """Apply the down weights to packed FP8 rows by native FP8 products, then the router weight in FP32; round once.
+
+    Args:
+        y: ``[R, I]`` from `launch_quantize_packed`.
+        w2: ``[L, H, I]`` with rows in order PLAIN.
+        routes: RouteTable of this call, with arrivals, zeros: the second one is used.
+        topk_weights: ``[T, K]`` float32 contiguous.
+        tile: of the GEMM; block_k is 128.
+        out: ``[R, H]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
+            if None.
+        lone: from `launch_quantize_packed`: the rows of its tokens go to its ``out`` instead.
+
+    Returns:
+        ``out``.
+
+    Host syncs: none; graph-capturable.
+    """
+    from epfuse.stages.down.kernel_sm90_fp8 import down_sm90_fp8_kernel
+    from epfuse.stages.sm90_launch import constants, row_parts, weight_lines
+
+    assert routes.arrivals is not None
+    if out is None:
+        out = torch.empty(routes.num_routes, w2.rows, dtype=torch.bfloat16, device=y.values.device)
+    head, rest = tile.rows_of(routes.block_m)
+    down_sm90_fp8_kernel[(compute_units(out.device),)](
+        *row_parts(y.values, head, rest, tile.block_k),
+        y.scales,
+        weight_lines(w2, tile.block_k),
+        w2.scales,
+        topk_weights,
+        out,
+        None if lone is None else lone.of_row,
+        None if lone is None else lone.out,
+        routes.sorted_routes,
+        routes.block_expert,
+        routes.block_row,
+        routes.num_padded,
+        routes.arrivals[1:],
+        routes.num_routes,
+        w2.rows,
+        w2.steps,
+        w2.panels,
+        HEAD=head,
+        CONSUMERS=tile.consumers,
+        **constants(routes, tile),
+    )
+    return out

@@ -1,0 +1,32 @@
+"""Grouped GEMM1 for Hopper with FP8 rows and weights, one scale a row each; rows and results lie packed."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from epfuse.stages.gate_up.kernel_sm90 import store_swiglu
+from epfuse.stages.sm90_fp8_gemm import run_tiles
+from epfuse.stages.sm90_gemm import let_next_kernel_start
+from epfuse.stages.sm90_persistent import PANEL
+
+
+@gluon.jit
+def store_activated(acc, block_routes, first_row, panel, R, args):
+    """Activate and store."""
+    y, I, alpha, beta, limit = args
+    store_swiglu(acc, y, block_routes, first_row, panel * (PANEL // 2), R, I, alpha, beta, limit)
+
+
+@gluon.jit(do_not_specialize=["R", "PANELS"])
+def gate_up_sm90_fp8_kernel(
+    x_head, x_few, x_rest, x_scale, w13, w13_scale, y, sorted_routes, block_expert, block_row, num_padded, counter,
+    R, I, STEPS, PANELS, alpha, beta, limit,
+    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """y[packed row] = swiglu(w13[expert] @ x[packed row]); arguments as of run_tiles."""
+    let_next_kernel_start()
+    run_tiles(
+        w13, w13_scale, (x_head, x_few, x_rest), x_scale,
+        sorted_routes, block_expert, block_row, num_padded, counter, R, STEPS, PANELS,
+        store_activated, (y, I, alpha, beta, limit), BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES,
+    )  # fmt: skip

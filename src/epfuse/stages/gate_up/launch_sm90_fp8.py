@@ -1,0 +1,68 @@
+"""Launch the gate_up kernel of Hopper's FP8 rows."""
+
+from __future__ import annotations
+
+import torch
+
+from epfuse.config import SwiGLUOAI
+from epfuse.stages.quantize.rows import FP8Rows
+from epfuse.stages.route.table import RouteTable
+from epfuse.stages.tiles import Sm90PersistentTile
+from epfuse.target import compute_units
+from epfuse.weights.row_fp8 import RowFP8
+
+
+def launch_gate_up_sm90_fp8(
+    x: FP8Rows,
+    w13: RowFP8,
+    routes: RouteTable,
+    activation: SwiGLUOAI,
+    tile: Sm90PersistentTile,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply gate and up weights to packed FP8 rows by native FP8 products, and the activation in FP32; round once.
+
+    Args:
+        x: ``[R, H]`` from `launch_quantize_packed`.
+        w13: ``[L, 2I, H]`` with rows in order GATE_UP.
+        routes: RouteTable of this call, with arrivals, zeros: the first one is used.
+        activation: its parameters.
+        tile: of the GEMM; block_k is 128.
+        out: ``[R, I]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
+            if None.
+
+    Returns:
+        ``out``.
+
+    Host syncs: none; graph-capturable.
+    """
+    from epfuse.stages.gate_up.kernel_sm90_fp8 import gate_up_sm90_fp8_kernel
+    from epfuse.stages.sm90_launch import constants, row_parts, weight_lines
+
+    assert routes.arrivals is not None
+    if out is None:
+        out = torch.empty(routes.num_routes, w13.rows // 2, dtype=torch.bfloat16, device=x.values.device)
+    head, rest = tile.rows_of(routes.block_m)
+    gate_up_sm90_fp8_kernel[(compute_units(out.device),)](
+        *row_parts(x.values, head, rest, tile.block_k),
+        x.scales,
+        weight_lines(w13, tile.block_k),
+        w13.scales,
+        out,
+        routes.sorted_routes,
+        routes.block_expert,
+        routes.block_row,
+        routes.num_padded,
+        routes.arrivals,
+        routes.num_routes,
+        out.shape[1],
+        w13.steps,
+        w13.panels,
+        activation.alpha,
+        activation.beta,
+        activation.limit,
+        HEAD=head,
+        CONSUMERS=tile.consumers,
+        **constants(routes, tile),
+    )
+    return out

@@ -1,0 +1,123 @@
+"""FP8 weights with one scale a row, in the order in which Hopper's FP8 tensor cores take them from shared memory.
+
+MXFP8's scales are powers of two, so a code can take another one: the exponent moves, the mantissa stays. All of a row
+are brought to the smallest scale that holds its largest value, and then a product of FP8 rows needs no scale before it
+is complete. Exact for every value that is at least 2^-13 of its row's largest; below that E4M3 becomes subnormal, and
+rounds to a multiple of at most 2^-16 of it. (Weights of a normal distribution lose 1e-7 to 2e-6 of their norm.)
+
+A panel is 64 weight rows. Its codes lie as ``[K / 128][64 rows][128]``, so that what one step multiplies is adjacent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from epfuse.errors import LayoutError
+from epfuse.numerics.e8m0 import NAN_BYTE
+from epfuse.numerics.mxfp8 import BLOCK, E4M3_MAX, MXFP8, ScaleLayout
+from epfuse.weights.fragment import PANEL_ROWS, STEP_K, RowOrder, source_rows, take_rows
+
+_BIAS = 127
+_LEAST, _MOST = 1, 254
+"""Bytes of the row scales: float32 holds them as normal numbers."""
+
+
+@dataclass(frozen=True)
+class RowFP8:
+    """A stack of FP8 matrices with a scale for each row.
+
+    Attributes:
+        codes: ``[L, panels, K_padded / 128, 64, 128]`` float8_e4m3fn.
+        scales: ``[L, panels * 64]`` float32, powers of two.
+        rows: N, rows of a matrix before padding to whole panels.
+        columns: K before padding to whole steps of 128.
+        order: how the rows are ordered.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    rows: int
+    columns: int
+    order: RowOrder
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales live."""
+        return self.codes.device
+
+    @property
+    def panels(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def steps(self) -> int:
+        """Steps of 128 k."""
+        return self.codes.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's ``[N, K]`` in the checkpoint's order; float32 and float64 hold every value."""
+        source = source_rows(self.rows, self.order).to(self.device)
+        real = source >= 0
+        packed = self.codes[expert].transpose(1, 2).reshape(source.numel(), self.steps * STEP_K).to(dtype)
+        out = torch.empty(self.rows, self.columns, dtype=dtype, device=self.device)
+        out[source[real]] = (packed * self.scales[expert].to(dtype)[:, None])[real, : self.columns]
+        return out
+
+
+def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
+    """Repack, one matrix at a time, into the codes' memory where the sizes allow it.
+
+    Args:
+        weights: ``[L, N, K]`` E4M3FN with scales in ROWS layout. **Codes are overwritten** when N is a multiple of 64
+            and K of 128; otherwise left alone and new memory is taken.
+        order: GATE_UP for w13 ``[L, 2I, H]``, PLAIN for w2.
+
+    Raises:
+        LayoutError: scales are not in ROWS layout.
+    """
+    if weights.layout is not ScaleLayout.ROWS:
+        raise LayoutError("weights have packed scales; one scale a row is made from the ROWS layout")
+    local, rows, columns = weights.values.shape
+    steps = -(-columns // STEP_K)
+    source = source_rows(rows, order).to(weights.values.device)
+    size = (local, source.numel() // PANEL_ROWS, steps, PANEL_ROWS, STEP_K)
+    fits = source.numel() == rows and steps * STEP_K == columns
+    codes = weights.values.view(size) if fits else weights.values.new_empty(size)
+    scales = torch.empty(local, source.numel(), dtype=torch.float32, device=weights.values.device)
+    for expert in range(local):
+        moved, row_scales = one_scale_a_row(weights.values[expert], weights.scales[expert])
+        packed = take_rows(moved.view(torch.uint8), source, steps * STEP_K, 0)
+        codes[expert] = packed.view(moved.dtype).view(-1, PANEL_ROWS, steps, STEP_K).transpose(1, 2)
+        scales[expert] = torch.where(source >= 0, row_scales[source.clamp(min=0)], 1.0)
+    return RowFP8(codes, scales, rows, columns, order)
+
+
+def one_scale_a_row(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MXFP8 ``[N, K]`` -> the same numbers as E4M3FN codes ``[N, K]`` and float32 powers of two ``[N]``.
+
+    NaN stays NaN, and does not touch the rest of its row.
+
+    Args:
+        values: ``[N, K]`` float8_e4m3fn.
+        scales: ``[N, K / 32]`` E8M0 bytes.
+    """
+    rows, columns = values.shape
+    numbers = values.float().view(rows, columns // BLOCK, BLOCK)
+    exponents = scales.int()
+    largest = numbers.abs().nan_to_num(nan=0.0).amax(-1)
+    # the least power of two that holds a group: below E4M3's largest, 1.75 * 2^8
+    mantissa, exponent = torch.frexp(largest)
+    needed = exponents + exponent - 9 + (mantissa > E4M3_MAX / 512)
+    needed = needed.masked_fill((largest == 0) | (exponents == NAN_BYTE), _LEAST)
+    of_row = needed.amax(1, keepdim=True).clamp(_LEAST, _MOST)
+    # 0 for a group far below its row's largest, of which nothing is left; where it would be large all values are 0
+    factors = torch.exp2((exponents - of_row).clamp(max=32).float())
+    factors = factors.masked_fill(exponents == NAN_BYTE, float("nan"))
+    moved = (numbers * factors[..., None]).view(rows, columns).to(torch.float8_e4m3fn)
+    return moved, torch.exp2((of_row.squeeze(1) - _BIAS).float())

@@ -1,0 +1,71 @@
+"""Packed FP8 rows: bit for bit the reference's with one group a row, every local route's, and nothing past them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epfuse.stages.gather.launch import LoneTokens
+from epfuse.stages.quantize.launch_packed import launch_quantize_packed
+from epfuse.stages.quantize.reference import quantize
+from epfuse.stages.quantize.rows import FP8Rows
+from epfuse.stages.route.launch import launch_route
+from tests.cases import ROUTINGS, topk_ids_for
+
+LOCAL, EXPERTS, TOP_K = 5, 24, 4
+
+
+def hard_rows(rows: int, columns: int) -> torch.Tensor:
+    """Zeros, one huge value, subnormal numbers, NaN, infinity; the rest random at many magnitudes."""
+    g = torch.Generator().manual_seed(columns)
+    x = torch.randn(rows, columns, generator=g) * torch.logspace(-6, 6, rows)[torch.randperm(rows, generator=g), None]
+    x[0] = 0
+    x[1, 7] = 1e30
+    x[2] = 1e-39
+    x[3, columns - 1] = float("nan")
+    x[4, 0] = float("-inf")
+    x[5] = 448.0
+    return x.bfloat16()
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("tokens", "columns", "block_m"), [(37, 96, 16), (300, 2880, 48)])
+@pytest.mark.parametrize("packed_already", [False, True])
+def test_rows_are_those_of_the_reference(device, tokens, columns, block_m, routing, packed_already):
+    ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    routes = launch_route(ids, slots, LOCAL, block_m)
+    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
+    x = hard_rows(tokens * TOP_K if packed_already else tokens, columns).to(device)
+    source = x[: order.numel()] if packed_already else x[order // TOP_K]
+    out = FP8Rows.empty(tokens * TOP_K, columns, columns, torch.float8_e4m3fn, device)
+    out.values.view(torch.uint8).fill_(0x55)
+    out.scales.fill_(0x55)
+    got = launch_quantize_packed(x, routes, None if packed_already else TOP_K, out)
+    want = quantize(source.cpu(), group=columns)
+    codes = got.values.view(torch.uint8).cpu()
+    torch.testing.assert_close(codes[: order.numel()], want.values.view(torch.uint8), rtol=0, atol=0)
+    torch.testing.assert_close(got.scales[: order.numel()].cpu(), want.scales, rtol=0, atol=0)
+    assert (codes[order.numel() :] == 0x55).all()
+    assert (got.scales[order.numel() :] == 0x55).all()
+
+
+def test_where_each_row_is_and_which_are_their_tokens_only_one(device):
+    tokens, columns = 37, 96
+    ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    routes = launch_route(ids, slots, LOCAL, 16)
+    route_row, of_row = (torch.full((tokens * TOP_K,), -7, dtype=torch.int32, device=device) for _ in range(2))
+    x = hard_rows(tokens, columns).to(device)
+    lone = LoneTokens(ids, slots, LOCAL, of_row, torch.empty_like(x))
+    launch_quantize_packed(x, routes, TOP_K, None, route_row, lone)
+    order = torch.cat([found for _, found in routes.groups()])
+    want = torch.full_like(route_row, -7)
+    want[order] = torch.arange(order.numel(), dtype=torch.int32, device=device)
+    torch.testing.assert_close(route_row, want, rtol=0, atol=0)
+    token = order // TOP_K
+    alone = torch.bincount(token, minlength=tokens)[token] == 1
+    torch.testing.assert_close(of_row[: order.numel()], torch.where(alone, token, -1).int(), rtol=0, atol=0)
+    assert (of_row[order.numel() :] == -7).all()

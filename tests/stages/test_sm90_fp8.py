@@ -1,0 +1,110 @@
+"""Hopper's FP8 products against float64, on what the rows became when they were quantised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epfuse import ExpertMap, ExpertWeights, SwiGLUOAI
+from epfuse.config import Path, WeightFormat
+from epfuse.stages.down import reference as down_reference
+from epfuse.stages.gate_up import reference as gate_up_reference
+from epfuse.stages.quantize.launch_packed import launch_quantize_packed
+from epfuse.stages.quantize.reference import quantize
+from epfuse.stages.route.launch import launch_route
+from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
+from epfuse.tuning.calls import call_layer
+from epfuse.verify.suite import same_bits
+from epfuse.weights.fragment import RowOrder
+from epfuse.weights.row_fp8 import pack_rows
+from tests.cases import ROUTINGS, topk_ids_for
+from tests.stages.test_sm90 import LOCAL, clone, poisoned, random_mxfp8, slots_on
+
+pytestmark = pytest.mark.gpu
+
+EXPERTS, TOP_K = 24, 4
+ACTIVATION = SwiGLUOAI()
+SNR = 45.0
+"""dB, worst row: one rounding to BF16 is 52."""
+TILES = {
+    "16": (16, Sm90PersistentTile(192, 128, 0, 4, 5, parts=1)),
+    "32": (32, Sm90PersistentTile(192, 128, 0, 4, 3, parts=1)),
+    "96_head": (96, Sm90PersistentTile(192, 128, 2, 4, 5, parts=1, head=32)),
+    "128_head": (128, Sm90PersistentTile(192, 128, 2, 4, 4, parts=1, head=64)),
+    "144": (144, Sm90PersistentTile(192, 128, 2, 4, 4, parts=1)),
+    "256_two_consumers": (256, Sm90PersistentTile(128, 128, 1, 4, 4, parts=1)),
+}
+
+
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "intermediate"), [(37, 256, 384), (300, 512, 256), (1, 256, 256), (20, 288, 160)]
+)
+def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
+    from epfuse.stages.down.launch_sm90_fp8 import launch_down_sm90_fp8
+    from epfuse.stages.gate_up.launch_sm90_fp8 import launch_gate_up_sm90_fp8
+
+    block_m, tile = TILES[name]
+    ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    routes = launch_route(ids, slots_on(device), LOCAL, block_m, arrivals_per_block=2)
+    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
+    local, rows = order.numel(), tokens * TOP_K
+    g = torch.Generator().manual_seed(tokens)
+    x = (torch.randn(tokens, hidden, generator=g) * torch.rand(tokens, 1, generator=g) * 8).to(device, torch.bfloat16)
+    topk_weights = torch.rand(tokens, TOP_K, generator=g).to(device)
+
+    w13 = random_mxfp8(device, 2 * intermediate, hidden, 1)
+    y = poisoned(rows, intermediate, device)
+    launch_gate_up_sm90_fp8(
+        launch_quantize_packed(x, routes, TOP_K), pack_rows(clone(w13), RowOrder.GATE_UP), routes, ACTIVATION, tile, y
+    )
+    quantised = quantize(x, group=hidden).dequantize(torch.float64)
+    want = gate_up_reference.gate_up(quantised, w13, routes, TOP_K, ACTIVATION, torch.float64)
+    check(y[:local], want[order])
+    assert y[local:].isnan().all()
+
+    w2 = random_mxfp8(device, hidden, intermediate, 2)
+    out = poisoned(rows, hidden, device)
+    launch_down_sm90_fp8(
+        launch_quantize_packed(y, routes, None), pack_rows(clone(w2), RowOrder.PLAIN), routes, topk_weights, tile, out
+    )
+    by_route = torch.zeros(rows, intermediate, dtype=torch.float64, device=device)
+    by_route[order] = quantize(y[:local], group=intermediate).dequantize(torch.float64)
+    check(out[:local], down_reference.down(by_route, w2, routes, topk_weights, torch.float64)[order])
+    assert out[local:].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["96_head", "128_head", "144", "256_two_consumers"])
+@pytest.mark.parametrize(
+    "counts", [(1, 32, 33, 64, 65), (80, 81, 96, 97, 129), (127, 128, 129, 144, 145), (0, 257, 1, 0, 300)]
+)
+def test_every_number_of_columns(device, counts, name):
+    """The rows of an expert fill a block to any degree: bit for bit what blocks of 16 make."""
+    hidden, intermediate = 512, 384
+    flat = torch.repeat_interleave(torch.arange(LOCAL), torch.tensor(counts))
+    tokens = flat.numel() // 2 + 1
+    ids = torch.full((tokens * TOP_K,), EXPERTS - 1)
+    ids[torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(1))[: flat.numel()]] = flat
+    ids = ids.view(tokens, TOP_K).int().to(device)
+    w13, w2 = random_mxfp8(device, 2 * intermediate, hidden, 1), random_mxfp8(device, hidden, intermediate, 2)
+    weights = ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales).prepare(path=Path.W8A8)
+    x = torch.randn(tokens, hidden, device=device).bfloat16()
+    topk_weights = torch.rand(tokens, TOP_K, device=device)
+    found = []
+    for block_m, tile in (TILES["16"], TILES[name]):
+        tiles, experts = LayerTiles(block_m, tile, tile), ExpertMap(slots_on(device))
+        call = (Path.W8A8, WeightFormat.ROW_FP8, tiles, weights, x, topk_weights, ids, experts, ACTIVATION)
+        found.append(call_layer(*call, torch.full_like(x, float("nan"))))
+    assert same_bits(found[0], found[1])
+
+
+def check(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Every row on its own."""
+    if not want.numel():
+        return
+    noise = (got.double() - want).square().sum(1)
+    signal = want.double().square().sum(1)
+    assert not noise.isnan().any()
+    decibels = 10 * torch.log10(signal / noise.clamp(min=1e-300))
+    assert decibels[signal > 0].min() >= SNR
