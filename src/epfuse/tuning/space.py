@@ -87,7 +87,9 @@ def candidates(
         block_m: rows of a block.
         rows: expected rows per expert.
     """
-    if path in FP8_PATHS:
+    if weights is WeightFormat.ROW_FP8:
+        found = list(_row_fp8(block_m))
+    elif path in FP8_PATHS:
         found = list(_fp8(target, block_m))
     elif takes_hopper_tiles(target, weights, shape):
         found = list(_hopper(weights, block_m, rows))
@@ -130,6 +132,8 @@ def _columns(shape: LayerShape, stage: Stage) -> int:
 def _runs(tile: GemmTile, weights: WeightFormat, block_m: int) -> bool:
     """Whether a Hopper tile can be launched with block_m; of other tiles the compiler has the last word anyway."""
     if isinstance(tile, Sm90PersistentTile):
+        if weights is WeightFormat.ROW_FP8:
+            return tile.cuts(block_m) and _row_fp8_ring(tile, block_m)
         return block_m >= 32 and tile.cuts(block_m) and _persistent_ring(tile, block_m)
     if isinstance(tile, Sm90Tile):
         shared = tile.split_k > 1 and block_m > 16  # where there are rows, there are tiles enough
@@ -149,6 +153,12 @@ def _persistent_ring(tile: Sm90PersistentTile, block_m: int) -> bool:
     """Whether the ring fits shared memory, and the accumulators the registers."""
     ring = tile.num_stages * tile.block_k * (tile.block_n + block_m * 2)
     return ring <= HOPPER_SHARED_BYTES and not (tile.consumers > 2 and block_m >= 256)
+
+
+def _row_fp8_ring(tile: Sm90PersistentTile, block_m: int) -> bool:
+    """The same for FP8 rows, whose accumulators are two: the tensor cores' sums of a step, and the sum of those."""
+    ring = tile.num_stages * tile.block_k * (tile.block_n + block_m)
+    return tile.parts == 1 and ring <= HOPPER_SHARED_BYTES and block_m <= (144 if tile.consumers > 2 else 192)
 
 
 def _groups(block_m: int) -> tuple[int, ...]:
@@ -183,6 +193,15 @@ def _persistent(block_m: int) -> Iterator[GemmTile]:
             tile = Sm90PersistentTile(block_n, block_k, group_m, 4, stages, parts=parts, head=head)
             if _persistent_ring(tile, block_m):
                 yield tile
+
+
+def _row_fp8(block_m: int) -> Iterator[GemmTile]:
+    for block_n, group_m, stages, head in itertools.product(
+        (128, 192), (0, 1, 2, 4), (4, 5, 6), HEADS.get(block_m, (0,))
+    ):
+        tile = Sm90PersistentTile(block_n, 128, group_m, 4, stages, parts=1, head=head)
+        if tile.cuts(block_m) and _row_fp8_ring(tile, block_m):
+            yield tile
 
 
 def _portable(target: Target, weights: WeightFormat, shape: LayerShape, block_m: int) -> Iterator[GemmTile]:

@@ -7,6 +7,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from epfuse.stages.route.kernel import local_slots
 
 
+@triton.jit
+def route_at(sorted_routes, slot, slots, R):
+    """The route of a slot of the table; R past its end."""
+    return tl.load(sorted_routes + slot, mask=slot < slots, other=R)
+
+
+@triton.jit
+def row_of(x, source, H, inside, route, R):
+    """Row ``source`` of x; nothing is loaded where there is no route."""
+    return tl.load(x + source.to(tl.int64) * H + tl.arange(0, inside.shape[0]), mask=inside & (route < R), other=0.0)
+
+
 @triton.jit(do_not_specialize=["R"])
 def gather_kernel(
     x, out, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded, R, E, H,
@@ -23,12 +35,19 @@ def gather_kernel(
         gdc_launch_dependents()  # not before: the next kernel reads the route table at once
     columns = tl.arange(0, BLOCK_H)
     inside = columns < H
-    for slot in range(tl.program_id(0), tl.load(num_padded), tl.num_programs(0)):
-        route = tl.load(sorted_routes + slot)
+    slots = tl.load(num_padded)
+    programs = tl.num_programs(0)
+    first = tl.program_id(0)
+    route = route_at(sorted_routes, first, slots, R)
+    next_route = route_at(sorted_routes, first + programs, slots, R)
+    values = row_of(x, route // K, H, inside, route, R)
+    for slot in range(first, slots, programs):
+        # one row ahead, and its route two: a row waits for its route, and that is most of the time that a row takes
+        next_values = row_of(x, next_route // K, H, inside, next_route, R)
+        second_route = route_at(sorted_routes, slot + 2 * programs, slots, R)
         if route < R:
             row = tl.load(block_row + slot // BLOCK_M) + slot % BLOCK_M
             token = route // K
-            values = tl.load(x + token.to(tl.int64) * H + columns, mask=inside)
             if route_row is not None:
                 tl.store(route_row + route, row)
             if lone_token is not None:
@@ -37,3 +56,6 @@ def gather_kernel(
                 tl.store(lone_token + row, tl.where(tl.sum(local.to(tl.int32), 0) == 1, token, -1))
             # the weights of the experts before go through L2 before this row is read
             tl.store(out + row.to(tl.int64) * H + columns, values, mask=inside, eviction_policy="evict_last")
+        route = next_route
+        next_route = second_route
+        values = next_values

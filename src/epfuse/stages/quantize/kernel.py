@@ -22,6 +22,23 @@ def widen(x):
 
 
 @triton.jit
+def shared_scale(bits, CEIL: tl.constexpr):
+    """float32 bit patterns [.., G] -> (biased E8M0 exponent [..], whether all of the run is finite [..])."""
+    # bit patterns order as magnitudes do, with infinity and NaN on top: the maximum can't lose a NaN
+    amax = tl.minimum(tl.max(bits & 0x7FFFFFFF, axis=-1), 0x7F800000)
+    carried = amax
+    if CEIL:
+        carried += 0x1FFFFF  # carries into the exponent exactly if the mantissa is above 448's 1.75
+    return tl.maximum((carried >> 23) - 8, 0), amax < 0x7F800000
+
+
+@triton.jit
+def inverse_of(scale):
+    """2^(127 - scale)."""
+    return ((254 - scale) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def quantize_block(x, CEIL: tl.constexpr, FNUZ: tl.constexpr):
     """float32 [.., G] -> (uint8 E4M3 codes [.., G], uint8 E8M0 bytes [..]); one scale per run of the last axis.
 
@@ -30,16 +47,9 @@ def quantize_block(x, CEIL: tl.constexpr, FNUZ: tl.constexpr):
     """
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    # bit patterns order as magnitudes do, with infinity and NaN on top: the maximum can't lose a NaN
-    amax = tl.minimum(tl.max(magnitude, axis=-1), 0x7F800000)
-    finite = amax < 0x7F800000
-    carried = amax
-    if CEIL:
-        carried += 0x1FFFFF  # carries into the exponent exactly if the mantissa is above 448's 1.75
-    scale = tl.maximum((carried >> 23) - 8, 0)
+    scale, finite = shared_scale(bits, CEIL)
 
-    inverse = ((254 - scale) << 23).to(tl.float32, bitcast=True)
-    scaled = magnitude.to(tl.float32, bitcast=True) * tl.expand_dims(inverse, -1)
+    scaled = magnitude.to(tl.float32, bitcast=True) * tl.expand_dims(inverse_of(scale), -1)
     scaled = tl.minimum(scaled, 448.0)
     # E4M3 normals: drop 20 mantissa bits, to nearest even, and move the exponent's bias from 127 to 7
     pattern = scaled.to(tl.int32, bitcast=True)

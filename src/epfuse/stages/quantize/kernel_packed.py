@@ -4,15 +4,44 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from epfuse.stages.quantize.kernel import quantize_block, widen
+from epfuse.stages.gather.kernel import route_at, row_of
+from epfuse.stages.quantize.kernel import inverse_of, quantize_block, shared_scale, widen
 from epfuse.stages.route.kernel import local_slots
+
+
+@triton.jit
+def packed_row(block_row, slot, slots, BLOCK_M: tl.constexpr):
+    """Where the row of a slot of the table lies."""
+    return tl.load(block_row + slot // BLOCK_M, mask=slot < slots, other=0) + slot % BLOCK_M
+
+
+@triton.jit
+def source_of(route, row, K: tl.constexpr):
+    """The row of x that a route reads."""
+    source = row
+    if K > 0:
+        source = route // K
+    return source
+
+
+@triton.jit
+def quantize_row(x, HARDWARE: tl.constexpr):
+    """quantize_block of one run, rounded up; HARDWARE: by the GPU's conversion, which rounds alike."""
+    if HARDWARE:
+        scale, finite = shared_scale(x.to(tl.int32, bitcast=True), True)
+        codes = (x * tl.expand_dims(inverse_of(scale), -1)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        codes = tl.where(tl.expand_dims(finite, -1), codes, 0x7F)
+        scale = tl.where(finite, scale, 255).to(tl.uint8)
+    else:
+        codes, scale = quantize_block(x, True, False)
+    return codes, scale
 
 
 @triton.jit(do_not_specialize=["R"])
 def quantize_packed_kernel(
     x, codes, scales, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded, R, E, H,
     L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
-    PDL: tl.constexpr,
+    HARDWARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """codes[row of a route], scales[row] of x[route // K], or of x[row] if K is 0: then x lies packed already.
 
@@ -23,20 +52,32 @@ def quantize_packed_kernel(
         gdc_launch_dependents()  # not before: the next kernel reads the route table at once
     columns = tl.arange(0, BLOCK_H)
     inside = columns < H
-    for slot in range(tl.program_id(0), tl.load(num_padded), tl.num_programs(0)):
-        route = tl.load(sorted_routes + slot)
+    slots = tl.load(num_padded)
+    programs = tl.num_programs(0)
+    first = tl.program_id(0)
+    route = route_at(sorted_routes, first, slots, R)
+    row = packed_row(block_row, first, slots, BLOCK_M)
+    next_route = route_at(sorted_routes, first + programs, slots, R)
+    next_row = packed_row(block_row, first + programs, slots, BLOCK_M)
+    values = row_of(x, source_of(route, row, K), H, inside, route, R)
+    for slot in range(first, slots, programs):
+        # one row ahead, as gather_kernel
+        next_values = row_of(x, source_of(next_route, next_row, K), H, inside, next_route, R)
+        second_route = route_at(sorted_routes, slot + 2 * programs, slots, R)
+        second_row = packed_row(block_row, slot + 2 * programs, slots, BLOCK_M)
         if route < R:
-            row = tl.load(block_row + slot // BLOCK_M) + slot % BLOCK_M
-            source = row
-            if K > 0:
-                source = route // K
-            values = tl.load(x + source.to(tl.int64) * H + columns, mask=inside, other=0.0)
             if route_row is not None:
                 tl.store(route_row + route, row)
             if lone_token is not None:
+                token = source_of(route, row, K)
                 ks = tl.arange(0, K_LANES)
-                local = (ks < K) & (local_slots(topk_ids, expert_map, source * K + ks, R, E, L) < L)
-                tl.store(lone_token + row, tl.where(tl.sum(local.to(tl.int32), 0) == 1, source, -1))
-            code, scale = quantize_block(tl.reshape(widen(values), (1, BLOCK_H)), True, False)
+                local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)
+                tl.store(lone_token + row, tl.where(tl.sum(local.to(tl.int32), 0) == 1, token, -1))
+            code, scale = quantize_row(tl.reshape(widen(values), (1, BLOCK_H)), HARDWARE)
             tl.store(codes + row.to(tl.int64) * H + columns, tl.reshape(code, (BLOCK_H,)), mask=inside)
             tl.store(scales + row + tl.arange(0, 1), scale)
+        route = next_route
+        next_route = second_route
+        row = next_row
+        next_row = second_row
+        values = next_values

@@ -9,9 +9,9 @@ from epfuse.stages.gather.launch import LoneTokens
 from epfuse.stages.quantize.kernel_packed import quantize_packed_kernel
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import RouteTable
-from epfuse.target import compute_units, overlap_previous, target_of
+from epfuse.target import Target, compute_units, overlap_previous, target_of
 
-PROGRAMS_PER_UNIT = 16
+PROGRAMS_PER_UNIT = 6
 
 
 def launch_quantize_packed(
@@ -40,7 +40,7 @@ def launch_quantize_packed(
 
     Host syncs: none; graph-capturable; bitwise repeatable.
     """
-    size = x.shape[1]
+    size, target = x.shape[1], target_of(x.device)
     of_row, topk_ids, expert_map = (None,) * 3 if lone is None else (lone.of_row, lone.topk_ids, lone.expert_map)
     if out is None:
         out = FP8Rows.empty(routes.num_routes, size, size, torch.float8_e4m3fn, x.device)
@@ -64,7 +64,8 @@ def launch_quantize_packed(
         K_LANES=triton.next_power_of_2(top_k or 1),
         BLOCK_M=routes.block_m,
         BLOCK_H=triton.next_power_of_2(size),
+        HARDWARE=target is Target.SM90,  # the interpreter's conversion truncates
         num_warps=8,
-        **overlap_previous(target_of(x.device)),
+        **overlap_previous(target),
     )
     return out
