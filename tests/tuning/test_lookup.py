@@ -139,6 +139,26 @@ def test_the_own_device_comes_first_then_the_own_shape(tables: FilePath) -> None
     assert [used(tokens) for tokens in (64, 1024, 8192)] == [(H200, M3), (H200, ep4), (H100, M3)]
 
 
+def test_a_gap_between_the_own_rows_is_filled_by_close_rows_of_others(tables: FilePath) -> None:
+    write(tables, measurement(row(64), row(256), device=H200), measurement(row(64), row(128), row(256)))
+
+    def used(tokens: int) -> tuple[str, int]:
+        answer = found(tokens, H200)
+        assert answer is not None
+        return answer[0].device, answer[1]
+
+    assert [used(tokens) for tokens in (64, 96, 97, 128, 170, 171, 256)] == [
+        (H200, 64),
+        (H200, 64),
+        (H100, 128),
+        (H100, 128),
+        (H100, 128),
+        (H200, 256),
+        (H200, 256),
+    ]
+    assert used(33) == (H200, 64)  # nobody has a close one
+
+
 @pytest.mark.parametrize("shape", [replace(M3, hidden=4096), replace(M3, intermediate=1536)])
 def test_other_matrices_have_nothing_to_say(tables: FilePath, shape: LayerShape) -> None:
     write(tables, measurement(row(64)))

@@ -29,7 +29,7 @@ KINDS = [(target, path, form) for target in GPUS for path, forms in READABLE[tar
 @pytest.mark.parametrize("rows", [0.03, 2.0, 32.0, 256.0])
 def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form: object, rows: float) -> None:
     least = 8 if takes_hopper_tiles(target, form, M3) else 16
-    two_parts = two_part_block_ms(rows) if form is WeightFormat.FRAGMENT else []
+    two_parts = two_part_block_ms(rows, form)
     for block_m in [*block_ms(rows, least), *two_parts]:
         for stage in Stage:
             tiles = candidates(target, path, form, M3, stage, block_m, rows)
@@ -40,7 +40,9 @@ def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form:
                 assert entry_of(tile).tile() == tile
                 if path in (Path.W8A8, Path.BLOCK_FP8):
                     assert tile.block_k % 128 == 0
-                if isinstance(tile, Sm90PersistentTile):
+                if form is WeightFormat.ROW_FP8:
+                    assert (tile.block_k, tile.parts) == (128, 1)
+                elif isinstance(tile, Sm90PersistentTile):
                     assert (tile.block_n, tile.num_warps) == (128 if block_m >= 256 else 192, 4)
 
 
@@ -59,6 +61,12 @@ def test_row_blocks_are_around_the_rows_of_an_expert(rows: float, least: int, ex
 )
 def test_blocks_of_two_parts_are_a_little_larger_than_the_rows(rows: float, expected: list[int]) -> None:
     assert two_part_block_ms(rows) == expected
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(8.0, []), (64.0, [96]), (128.0, [144, 160]), (1e9, [144, 160])])
+def test_blocks_of_fp8_rows_leave_registers_for_two_sums(rows: float, expected: list[int]) -> None:
+    assert two_part_block_ms(rows, WeightFormat.ROW_FP8) == expected
+    assert two_part_block_ms(rows, WeightFormat.MXFP8) == []
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(32.0, {(64, 32), (96, 32)}), (64.0, {(96, 32), (128, 64)})])

@@ -1,7 +1,8 @@
 """Which measured rows a call may use, and how far it is from them.
 
 Distance is counted in rows per expert, T*K/E, which is what tiles follow. A row is *near* up to a factor of two; a
-farther one is not used. A row is *foreign* if it was measured on another product of the same target, or for a layer
+farther one is not used. Up to a factor of 1.5 it is *close*: any row that is close comes before any that is not, so
+that a gap in one product's rows is filled from another's. A row is *foreign* if it was measured on another product of the same target, or for a layer
 with another L, E or K; its tile is used and its time is not. A layer with another H or I has nothing to say.
 
 Rows scatter over the experts by about their square root. Where a row's block held that much when it was measured, it
@@ -22,6 +23,8 @@ from epfuse.tuning.store import shipped
 
 NEAR = 2.0
 """Rows per expert of a call, over those of a row or the other way round, up to which the row is used."""
+CLOSE = 1.5
+"""The same, up to which a row comes before all that are farther, whosever they are."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,13 @@ def sources(
 
 
 def find(choices: tuple[Source, ...], rows: float) -> Found | None:
-    """The first source's nearest point that is near, or the next one's; None if no point is near."""
-    for source in choices:
-        point = source.nearest(rows)
-        factor = point.factor(rows)
-        if factor <= NEAR * (1 + 1e-9):
-            return Found(source, point, factor)
+    """The first source's nearest point that is close, or the next one's; else that is near; None if no point is."""
+    for bound in (CLOSE, NEAR):
+        for source in choices:
+            point = source.nearest(rows)
+            factor = point.factor(rows)
+            if factor <= bound * (1 + 1e-9):
+                return Found(source, point, factor)
     return None
 
 
@@ -144,7 +148,7 @@ def change_points(choices: tuple[Source, ...], shape: LayerShape) -> set[int]:
     found: set[int] = set()
     for source in choices:
         rows = [point.rows for point in source.points]
-        bounds = [row / NEAR for row in rows] + [row * NEAR for row in rows]
+        bounds = [row * factor for row in rows for factor in (1 / NEAR, 1 / CLOSE, CLOSE, NEAR)]
         bounds += [math.sqrt(first * second) for first, second in itertools.combinations(rows, 2)]
         bounds += [point.held for point in source.points]
         for bound in bounds:

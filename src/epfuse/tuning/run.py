@@ -150,8 +150,7 @@ def plan_of(request: Request, point: Point) -> Plan:
     given = [before, *(tiles for tokens, tiles in request.extra if tokens == point.tokens)]
     known = known_tiles(target, point.path, point.weights, shape) if request.space is Space.KNOWN else []
     tries: dict[int, dict[Stage, list[GemmTile]]] = {}
-    packs = point.weights in (WeightFormat.FRAGMENT, WeightFormat.ROW_FP8)
-    two_parts = two_part_block_ms(rows) if packs else []
+    two_parts = two_part_block_ms(rows, point.weights)
     for block_m in sorted({*block_ms(rows, least), *two_parts, *(tiles.block_m for tiles in given)}):
         tries[block_m] = {}
         for stage in Stage:

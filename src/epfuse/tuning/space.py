@@ -20,8 +20,10 @@ TWO_PARTS = (96, 144, 160, 272, 288, 320)
 are a hundredth slower than those if the router is even, and up to 40 % faster if it is not (docs/performance.md)."""
 HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
 """Heads of these row blocks in persistent tiles: with a small one they cost little where experts have few rows."""
-LARGEST_TWO_PARTS = 272
+LARGEST_TWO_PARTS = {WeightFormat.FRAGMENT: 272, WeightFormat.ROW_FP8: 144}
 """From here on the rows of an expert take several blocks, of this size or larger."""
+MOST_FP8_ROWS = {128: 192, 192: 144}
+"""Rows of a block that the registers hold by block_n, for FP8 rows: a step's sums stand beside the sums of all."""
 GUESSES = (512, 1024)
 """Values of guess_bytes besides 0: worth nothing to a stage alone, so they are tried on whole calls."""
 SPLIT_ROWS = 0.5
@@ -58,16 +60,20 @@ def block_ms(rows: float, least: int) -> list[int]:
     return [size for size in (fitting // 2, fitting, fitting * 2) if least <= size <= LARGEST_BLOCK_M]
 
 
-def two_part_block_ms(rows: float) -> list[int]:
+def two_part_block_ms(rows: float, weights: WeightFormat = WeightFormat.FRAGMENT) -> list[int]:
     """Those of TWO_PARTS that hold ``rows`` expected rows in one block and are less than half padding, or the largest.
 
     With a small head padding costs little, so up to two thirds. Rows over the largest take several blocks; below the
-    smallest, persistent tiles are not worth trying.
+    smallest, persistent tiles are not worth trying. Weights that no persistent tile reads have none.
     """
+    if weights not in LARGEST_TWO_PARTS:
+        return []
+    most = max(MOST_FP8_ROWS.values()) if weights is WeightFormat.ROW_FP8 else max(TWO_PARTS)
     return [
         size
         for size in TWO_PARTS
-        if min(rows, LARGEST_TWO_PARTS) <= size and (size < 2 * rows or (size in HEADS and size <= 3 * rows))
+        if min(rows, LARGEST_TWO_PARTS[weights]) <= size <= most
+        and (size < 2 * rows or (size in HEADS and size <= 3 * rows))
     ]
 
 
@@ -156,9 +162,9 @@ def _persistent_ring(tile: Sm90PersistentTile, block_m: int) -> bool:
 
 
 def _row_fp8_ring(tile: Sm90PersistentTile, block_m: int) -> bool:
-    """The same for FP8 rows, whose accumulators are two: the tensor cores' sums of a step, and the sum of those."""
+    """The same for FP8 rows."""
     ring = tile.num_stages * tile.block_k * (tile.block_n + block_m)
-    return tile.parts == 1 and ring <= HOPPER_SHARED_BYTES and block_m <= (144 if tile.consumers > 2 else 192)
+    return tile.parts == 1 and ring <= HOPPER_SHARED_BYTES and block_m <= MOST_FP8_ROWS[tile.block_n]
 
 
 def _groups(block_m: int) -> tuple[int, ...]:
