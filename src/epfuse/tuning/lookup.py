@@ -2,8 +2,9 @@
 
 Distance is counted in rows per expert, T*K/E, which is what tiles follow. A row is *near* up to a factor of two; a
 farther one is not used. Up to a factor of 1.5 it is *close*: any row that is close comes before any that is not, so
-that a gap in one product's rows is filled from another's. A row is *foreign* if it was measured on another product of the same target, or for a layer
-with another L, E or K; its tile is used and its time is not. A layer with another H or I has nothing to say.
+that a gap in one product's rows is filled from another's. A row is *foreign* if it was measured on another product of
+the same target, or for a layer with another L, E or K; its tile is used and its time is not. A layer with another H or
+I has nothing to say.
 
 Rows scatter over the experts by about their square root. Where a row's block held that much when it was measured, it
 does not serve calls whose experts would need a second block for a few rows more.
