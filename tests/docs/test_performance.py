@@ -67,6 +67,28 @@ def test_the_picture_is_the_record_s(run: str) -> None:
     assert (DOCS / f"performance-{run}.svg").read_text() == chart_svg(chart_of(record_of(run)))
 
 
+@runs
+def test_fp8_products_have_their_record_s_times(run: str) -> None:
+    record = json.loads((DOCS / f"records/2026-11-26-{run}-w8a8.json").read_text())
+    assert record["ok"]
+    assert record["complete"]
+    section = (DOCS / "performance.md").read_text().split("## `w8a8`: FP8 products on Hopper\n")[1]
+    tables = [part for part in section.split("\n\n") if part.startswith("| tokens |")]
+    tokens, *lines = [line.split("|")[1:-1] for line in tables[list(RUNS).index(run)].splitlines() if "---" not in line]
+    shown = {line[0].strip(): [float(cell) for cell in line[1:]] for line in lines}
+    rows = {(row["contender"], row["tokens"]): row for row in record["rows"]}
+    for path in ("w8a16", "w8a8"):
+        times = [rows[path, int(count)]["time"]["median_us"] for count in tokens[1:]]
+        assert shown[f"`{path}`, us"] == [round(time, 1) for time in times]
+    ratios = [
+        rows["w8a16", int(count)]["time"]["median_us"] / rows["w8a8", int(count)]["time"]["median_us"]
+        for count in tokens[1:]
+    ]
+    assert shown["`w8a16` over `w8a8`"] == pytest.approx(ratios, abs=0.0051)
+    floors = [rows["w8a8", int(count)]["over_floor"] for count in tokens[1:]]
+    assert shown["`w8a8` over its floor"] == pytest.approx(floors, abs=0.0051)
+
+
 def test_the_other_layers_have_their_record_s_times() -> None:
     """Each cell is our time and, in brackets, the ratio to the fastest peer."""
     layers = json.loads((DOCS / "records/2026-11-26-h100-other-layers.json").read_text())["layers"]
