@@ -96,7 +96,7 @@ def _why_default(measured: tuple[Source, ...]) -> str:
     if not measured:
         return "nothing was measured for this H and I"
     counts = ", ".join(str(point.tokens) for point in measured[0].points)
-    return f"no measured row is within a factor of two (T={counts} on {measured[0].device})"
+    return f"no measured row is near (T={counts} on {measured[0].device})"
 
 
 def _log(

@@ -1,10 +1,10 @@
 """Which measured rows a call may use, and how far it is from them.
 
-Distance is counted in rows per expert, T*K/E, which is what tiles follow. A row is *near* up to a factor of two; a
-farther one is not used. Up to a factor of 1.5 it is *close*: any row that is close comes before any that is not, so
-that a gap in one product's rows is filled from another's. A row is *foreign* if it was measured on another product of
-the same target, or for a layer with another L, E or K; its tile is used and its time is not. A layer with another H or
-I has nothing to say.
+Distance is counted in rows per expert, T*K/E, which is what tiles follow. Up to a factor of 1.5 a row is *close*: any
+row that is close comes before any that is not, so that a gap in one product's rows is filled from another's. Up to two
+it is *near*: used if it is this product's own. A farther one is not used. A row is *foreign* if it was measured on
+another product of the same target, or for a layer with another L, E or K; its tile is used and its time is not. A layer
+with another H or I has nothing to say.
 
 Rows scatter over the experts by about their square root. Where a row's block held that much when it was measured, it
 does not serve calls whose experts would need a second block for a few rows more.
@@ -22,10 +22,10 @@ from epfuse.target import Target
 from epfuse.tuning.schema import Measurement, Row, Stage
 from epfuse.tuning.store import shipped
 
-NEAR = 2.0
-"""Rows per expert of a call, over those of a row or the other way round, up to which the row is used."""
 CLOSE = 1.5
-"""The same, up to which a row comes before all that are farther, whosever they are."""
+"""Rows per expert of a call, over those of a row or the other way round, up to which any product's row is used."""
+NEAR = 2.0
+"""The same, up to which this product's own row is used where none is close."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def sources(
 
 
 def find(choices: tuple[Source, ...], rows: float) -> Found | None:
-    """The first source's nearest point that is close, or the next one's; else that is near; None if no point is."""
-    for bound in (CLOSE, NEAR):
-        for source in choices:
+    """The first source's nearest point that is close, or the next one's; else this product's that is near; or None."""
+    for bound, sources_within in ((CLOSE, choices), (NEAR, [source for source in choices if source.same_device])):
+        for source in sources_within:
             point = source.nearest(rows)
             factor = point.factor(rows)
             if factor <= bound * (1 + 1e-9):
