@@ -37,10 +37,11 @@ class Scratch:
 
     Args:
         y: rows between the two GEMMs, ``[R, I]`` in BF16 (or ``hidden``'s dtype), in FP8 on the paths that quantise,
-            where they follow the quantised ``hidden`` in the same memory. **May overlap** ``out``, which then is not
-            written before y is dead. Where it does not, some of ``out`` is written earlier, which is faster.
-        routed: a row per route, ``[R, H]``; before that, on the paths that quantise, ``[R, 2I]``. Overlaps neither
-            ``y`` nor any tensor of the call.
+            where they follow the quantised ``hidden`` in the same memory (with weights in ROW_FP8 its scales alone).
+            **May overlap** ``out``, which then is not written before y is dead. Where it does not, some of ``out`` is
+            written earlier, which is faster.
+        routed: a row per route, ``[R, H]``; before that, on the paths that quantise, ``[R, 2I]`` (with weights in
+            ROW_FP8 the quantised rows, and ``[R, I]``). Overlaps neither ``y`` nor any tensor of the call.
     """
 
     y: torch.Tensor

@@ -1,0 +1,105 @@
+"""The layer on packed FP8 rows: its stages and its memory; off a GPU with PyTorch in place of the two Hopper GEMMs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import epfuse.stages.down.launch_sm90_fp8 as down_module
+import epfuse.stages.gate_up.launch_sm90_fp8 as gate_up_module
+from epfuse import ExpertWeights, Path, Scratch, SwiGLUOAI, Target, pipeline, pipeline_fp8, scratch_size
+from epfuse.config import Combine, WeightFormat
+from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.stages.quantize.rows import FP8Rows
+from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
+from epfuse.verify.suite import poisoned_memory, same_bits
+from tests.cases import ROUTINGS, Case, make_case, snr_db
+
+TILE = Sm90PersistentTile(192, 128, 0, 4, 4, parts=1)
+TILES = LayerTiles(16, TILE, TILE)
+FLOOR = 24.0
+"""dB, as in test_pipeline_fp8.py."""
+
+
+def rows_by_expert(routes):
+    """``(expert, the slice of its packed rows, its routes)`` of each active expert."""
+    first = 0
+    for expert, found in routes.groups():
+        yield expert, slice(first, first + found.numel()), found
+        first += found.numel()
+
+
+def unchanged(rows: FP8Rows, call) -> None:
+    """The GEMM reads its rows until it has finished: what it writes may not lie there."""
+    before = rows.values.view(torch.uint8).clone(), rows.scales.clone()
+    call()
+    assert torch.equal(rows.values.view(torch.uint8), before[0])
+    assert torch.equal(rows.scales, before[1])
+
+
+def gate_up(x, w13, routes, activation, tile, out):
+    def run() -> None:
+        numbers = x.dequantize()
+        for expert, rows, _ in rows_by_expert(routes):
+            sums = numbers[rows] @ w13.matrix(expert, torch.float32).T
+            out[rows] = swiglu_oai(sums.bfloat16().float(), activation).bfloat16()
+
+    unchanged(x, run)
+    return out
+
+
+def down(y, w2, routes, topk_weights, tile, out, lone):
+    def run() -> None:
+        numbers = y.dequantize()
+        for expert, rows, found in rows_by_expert(routes):
+            sums = numbers[rows] @ w2.matrix(expert, torch.float32).T * topk_weights.view(-1)[found, None]
+            alone = torch.zeros(found.numel(), dtype=torch.bool) if lone is None else lone.of_row[rows] >= 0
+            out[rows] = torch.where(alone[:, None], torch.nan, sums).bfloat16()
+            if lone is not None:
+                lone.out[lone.of_row[rows][alone].long()] = sums[alone].bfloat16()
+
+    unchanged(y, run)
+    return out
+
+
+@pytest.fixture
+def hopper(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device with both GEMMs."""
+    if device.type == "cpu":
+        monkeypatch.setattr(gate_up_module, "launch_gate_up_sm90_fp8", gate_up)
+        monkeypatch.setattr(down_module, "launch_down_sm90_fp8", down)
+    elif torch.version.hip is not None:
+        pytest.skip("a Hopper kernel")
+    return device
+
+
+def run(case: Case, weights: ExpertWeights, out: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
+    call = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    with poisoned_memory():
+        way = (WeightFormat.ROW_FP8, TILES, Combine.DETERMINISTIC)
+        assert pipeline_fp8.run_fp8_kernels(*call, *way, out, scratch) is out
+    return out
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(160, 96), (96, 160)])
+def test_against_the_oracle_in_any_memory(hopper, hidden: int, intermediate: int, routing: str) -> None:
+    case = make_case(hopper, 9, hidden, intermediate, routing=routing, scale=4.0)
+    weights = ExpertWeights.quantize(case.weights).prepare(Target.SM90, Path.W8A8)
+    call = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    want = pipeline.run_reference(*call, compute=torch.float64)
+    got = run(case, weights, torch.full_like(case.hidden, torch.nan))
+    empty = want.abs().sum(1) == 0
+    assert not got[empty].any()
+    assert empty.all() or snr_db(got, want) > FLOOR
+
+    size = scratch_size(Path.W8A8, 9, 4, hidden, intermediate)
+    common = torch.full((max(size.y, case.hidden.numel()) + 16,), torch.nan, dtype=torch.bfloat16, device=hopper)
+    routed = torch.full((size.routed + 16,), torch.nan, dtype=torch.bfloat16, device=hopper)
+    scratch = Scratch(common[: size.y], routed[: size.routed])
+    own = run(case, weights, torch.full_like(case.hidden, torch.nan), scratch)
+    assert same_bits(own, got)
+    shared = run(case, weights, common[: case.hidden.numel()].view_as(case.hidden), scratch)
+    assert same_bits(shared, got)
+    assert common[-16:].isnan().all()
+    assert routed[-16:].isnan().all()
