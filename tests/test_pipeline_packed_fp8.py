@@ -12,6 +12,8 @@ from epfuse.config import Combine, WeightFormat
 from epfuse.stages.gate_up.reference import swiglu_oai
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
+from epfuse.tuning.calls import StageInputs
+from epfuse.tuning.schema import Stage
 from epfuse.verify.suite import poisoned_memory, same_bits
 from tests.cases import ROUTINGS, Case, make_case, snr_db
 
@@ -37,7 +39,10 @@ def unchanged(rows: FP8Rows, call) -> None:
     assert torch.equal(rows.scales, before[1])
 
 
-def gate_up(x, w13, routes, activation, tile, out):
+def gate_up(x, w13, routes, activation, tile, out=None):
+    if out is None:
+        out = torch.full((routes.num_routes, w13.rows // 2), torch.nan, dtype=torch.bfloat16)
+
     def run() -> None:
         numbers = x.dequantize()
         for expert, rows, _ in rows_by_expert(routes):
@@ -48,7 +53,10 @@ def gate_up(x, w13, routes, activation, tile, out):
     return out
 
 
-def down(y, w2, routes, topk_weights, tile, out, lone):
+def down(y, w2, routes, topk_weights, tile, out=None, lone=None):
+    if out is None:
+        out = torch.full((routes.num_routes, w2.rows), torch.nan, dtype=torch.bfloat16)
+
     def run() -> None:
         numbers = y.dequantize()
         for expert, rows, found in rows_by_expert(routes):
@@ -103,3 +111,19 @@ def test_against_the_oracle_in_any_memory(hopper, hidden: int, intermediate: int
     assert same_bits(shared, got)
     assert common[-16:].isnan().all()
     assert routed[-16:].isnan().all()
+
+
+def test_each_gemm_alone_is_what_the_call_makes(hopper) -> None:
+    """As the tuner times them: the same rows in blocks of another size."""
+    case = make_case(hopper, 9, 160, 96)
+    weights = ExpertWeights.quantize(case.weights).prepare(Target.SM90, Path.W8A8)
+    call = (weights, case.hidden, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    inputs = StageInputs.of(Path.W8A8, WeightFormat.ROW_FP8, *call, TILES)
+    for stage, right in ((Stage.GATE_UP, inputs.gate_up), (Stage.DOWN, inputs.down)):
+        for block_m in (16, 32):
+            got = inputs.rows_of(inputs.bind(stage, block_m, TILE)(), TILE)
+            torch.testing.assert_close(got, right[inputs.local_routes], rtol=2**-7, atol=1e-6)
+    rows = inputs.down[inputs.local_routes].double()
+    total = torch.zeros(case.hidden.shape, dtype=torch.float64, device=hopper)
+    total.index_add_(0, inputs.local_routes // case.topk_ids.shape[1], rows)
+    assert snr_db(total, run(case, weights, torch.empty_like(case.hidden))) > 45

@@ -9,7 +9,7 @@ import pytest
 
 from epfuse import LayerShape, Path, Target
 from epfuse.config import WeightFormat
-from epfuse.stages.tiles import GemmTile
+from epfuse.stages.tiles import GemmTile, Sm90PersistentTile
 from epfuse.tuning.prune import Candidate, candidates_of, distinct, unfit
 from epfuse.tuning.run import Device, Request, plan_of
 from epfuse.tuning.schema import Stage
@@ -35,6 +35,18 @@ def test_tiles_are_dropped_by_their_resources() -> None:
     assert set(found) == {huge}
     assert "bytes" in found[huge] or "spilled" in found[huge] or "Error" in found[huge] or "Out" in found[huge]
     assert seen == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(("path", "weights"), [(Path.W8A16, WeightFormat.FRAGMENT), (Path.W8A8, WeightFormat.ROW_FP8)])
+def test_persistent_tiles_have_one_launch_for_both_stages_or_one_for_each(path: Path, weights: WeightFormat) -> None:
+    pytest.importorskip("triton")
+    tile = Sm90PersistentTile(192, 128, 0, 4, 3, parts=1)
+    wanted = [
+        replace(GOOD, target=Target.SM90, path=path, weights=weights, stage=stage, block_m=32, tile=tile)
+        for stage in Stage
+    ]
+    assert len(distinct(wanted)) == (1 if weights is WeightFormat.FRAGMENT else 2)
+    assert unfit(wanted, 1, lambda done, total: None) == {}
 
 
 def test_each_tile_is_compiled_once_for_all_token_counts(tmp_path: FilePath) -> None:

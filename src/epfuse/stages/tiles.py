@@ -80,7 +80,8 @@ class Sm90Tile(GemmTile):
 class Sm90PersistentTile(GemmTile):
     """A tile of the Hopper kernels with specialised warps, one program per multiprocessor.
 
-    MXFP8 weights only, and both GEMMs in one launch. block_n is a panel of 64 rows for each of two or three consumers;
+    For MXFP8 weights in fragment order, both GEMMs in one launch; or for weights with one scale a row, each GEMM in its
+    own, block_k 128 and one part. block_n is a panel of 64 rows for each of two or three consumers;
     block_k is 64 or 128; num_warps counts one consumer's (4); num_stages counts K steps in the ring.
 
     Args:
@@ -133,7 +134,7 @@ class LayerTiles:
         block_m: rows of a block, a power of two, at least 16; with Hopper tiles at least 8. With persistent tiles also
             the sum of two powers of two, each at least 8.
         gate_up: tile of the first GEMM.
-        down: tile of the second GEMM; of persistent tiles the same one, because there is one launch for both.
+        down: tile of the second GEMM; of persistent tiles the same one, because one launch may be for both.
     """
 
     block_m: int
@@ -164,7 +165,7 @@ class LayerTiles:
 
     @property
     def packed(self) -> bool:
-        """Whether the routed rows are gathered first, and both GEMMs run in one launch on packed rows."""
+        """Whether the routed rows are gathered first, and both GEMMs run on packed rows."""
         return isinstance(self.gate_up, Sm90PersistentTile)
 
     @property
@@ -175,8 +176,8 @@ class LayerTiles:
     def arrivals(self, hidden: int, intermediate: int) -> int:
         """Counters that the kernels need for each row block.
 
-        One for each tile whose reduction is shared. Two where the rows lie packed: that launch needs one for itself and
-        one for each block.
+        One for each tile whose reduction is shared. Two where the rows lie packed: one launch for both GEMMs needs one
+        for itself and one for each block, and two launches need one each.
         """
         if self.packed:
             return 2

@@ -53,8 +53,9 @@ class Candidate:
 
     @property
     def kernel(self) -> str:
-        """The package of ``epfuse.stages`` whose kernel runs the stage: of a persistent tile that of both stages."""
-        return "gate_up_down" if isinstance(self.tile, Sm90PersistentTile) else self.stage.value
+        """The package of ``epfuse.stages`` whose kernel runs the stage: that of both where they are one launch."""
+        both = isinstance(self.tile, Sm90PersistentTile) and self.weights is WeightFormat.FRAGMENT
+        return "gate_up_down" if both else self.stage.value
 
 
 def candidates_of(request: Request, plan: Plan) -> list[Candidate]:

@@ -9,6 +9,7 @@ from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
+from epfuse.weights.fragment import STEP_K
 from epfuse.weights.row_fp8 import RowFP8
 
 
@@ -41,6 +42,7 @@ def launch_down_sm90_fp8(
     from epfuse.stages.down.kernel_sm90_fp8 import down_sm90_fp8_kernel
     from epfuse.stages.sm90_launch import constants, row_parts, weight_lines
 
+    assert tile.block_k == STEP_K
     assert routes.arrivals is not None
     if out is None:
         out = torch.empty(routes.num_routes, w2.rows, dtype=torch.bfloat16, device=y.values.device)

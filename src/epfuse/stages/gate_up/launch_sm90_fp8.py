@@ -9,6 +9,7 @@ from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
+from epfuse.weights.fragment import STEP_K
 from epfuse.weights.row_fp8 import RowFP8
 
 
@@ -39,6 +40,7 @@ def launch_gate_up_sm90_fp8(
     from epfuse.stages.gate_up.kernel_sm90_fp8 import gate_up_sm90_fp8_kernel
     from epfuse.stages.sm90_launch import constants, row_parts, weight_lines
 
+    assert tile.block_k == STEP_K
     assert routes.arrivals is not None
     if out is None:
         out = torch.empty(routes.num_routes, w13.rows // 2, dtype=torch.bfloat16, device=x.values.device)
