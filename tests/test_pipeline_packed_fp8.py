@@ -23,6 +23,10 @@ FLOOR = 24.0
 """dB, as in test_pipeline_fp8.py."""
 
 
+seen: list[object] = []
+"""What down was told of lone tokens."""
+
+
 def rows_by_expert(routes):
     """``(expert, the slice of its packed rows, its routes)`` of each active expert."""
     first = 0
@@ -54,6 +58,7 @@ def gate_up(x, w13, routes, activation, tile, out=None):
 
 
 def down(y, w2, routes, topk_weights, tile, out=None, lone=None):
+    seen.append(lone)
     if out is None:
         out = torch.full((routes.num_routes, w2.rows), torch.nan, dtype=torch.bfloat16)
 
@@ -118,11 +123,13 @@ def test_each_gemm_alone_is_what_the_call_makes(hopper) -> None:
     case = make_case(hopper, 9, 160, 96)
     weights = ExpertWeights.quantize(case.weights).prepare(Target.SM90, Path.W8A8)
     call = (weights, case.hidden, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    seen.clear()
     inputs = StageInputs.of(Path.W8A8, WeightFormat.ROW_FP8, *call, TILES)
     for stage, right in ((Stage.GATE_UP, inputs.gate_up), (Stage.DOWN, inputs.down)):
         for block_m in (16, 32):
             got = inputs.rows_of(inputs.bind(stage, block_m, TILE)(), TILE)
             torch.testing.assert_close(got, right[inputs.local_routes], rtol=2**-7, atol=1e-6)
+    assert None not in seen  # the kernel that a call compiles
     rows = inputs.down[inputs.local_routes].double()
     total = torch.zeros(case.hidden.shape, dtype=torch.float64, device=hopper)
     total.index_add_(0, inputs.local_routes // case.topk_ids.shape[1], rows)

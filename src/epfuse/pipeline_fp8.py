@@ -32,9 +32,9 @@ def run_fp8_kernels(
     out: torch.Tensor,
     scratch: Scratch | None = None,
 ) -> torch.Tensor:
-    """The layer in Triton kernels with native FP8 dots, on MXFP8 or block FP8 weights.
+    """The layer in kernels with native FP8 dots, on MXFP8 or block FP8 weights, or on those with one scale a row.
 
-    No host sync; graph-capturable; bitwise repeatable unless ``combine`` is ATOMIC.
+    No host sync; graph-capturable; bitwise repeatable unless ``combine`` is ATOMIC, which ROW_FP8 has not.
     """
     from epfuse.stages.activate.launch import launch_activate
     from epfuse.stages.combine.launch import launch_combine
@@ -44,6 +44,7 @@ def run_fp8_kernels(
     from epfuse.stages.route.launch import launch_route
 
     if form is WeightFormat.ROW_FP8:
+        assert combine is Combine.DETERMINISTIC
         return run_packed_fp8_kernels(
             hidden, weights, topk_weights, topk_ids, expert_map, activation, tiles, out, scratch
         )

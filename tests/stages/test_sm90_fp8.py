@@ -39,7 +39,8 @@ TILES = {
 @pytest.mark.parametrize("name", TILES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "intermediate"), [(37, 256, 384), (300, 512, 256), (1, 256, 256), (20, 288, 160)]
+    ("tokens", "hidden", "intermediate"),
+    [(37, 256, 384), (300, 512, 256), (1, 256, 256), (20, 288, 160), (20, 96, 128)],
 )
 def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     from epfuse.stages.down.launch_sm90_fp8 import launch_down_sm90_fp8
@@ -73,6 +74,41 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     by_route[order] = quantize(y[:local], group=intermediate).dequantize(torch.float64)
     check(out[:local], down_reference.down(by_route, w2, routes, topk_weights, torch.float64)[order])
     assert out[local:].isnan().all()
+
+
+def test_nan_and_tiny_rows_keep_to_themselves(device):
+    """A NaN makes its token NaN and no other; scale byte 0 stands for 2^-127, which only a tiny row has."""
+    from epfuse.stages.gate_up.launch_sm90_fp8 import launch_gate_up_sm90_fp8
+
+    tokens, hidden, intermediate = 37, 256, 384
+    nan, tiny = 3, 11
+    ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K)
+    ids[[nan, tiny], 0] = 2
+    w13, w2 = random_mxfp8(device, 2 * intermediate, hidden, 1), random_mxfp8(device, hidden, intermediate, 2)
+    weights = ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
+    reference = weights.mxfp8_experts
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    x[tiny] *= 5e-37
+    assert quantize(x[tiny : tiny + 1].cpu(), group=hidden).scales.item() == 0
+    block_m, tile = TILES["16"]
+    routes = launch_route(ids.int().to(device), slots_on(device), LOCAL, block_m, arrivals_per_block=2)
+    order = torch.cat([found for _, found in routes.groups()])
+    quantised = quantize(x, group=hidden).dequantize(torch.float64)
+    want = gate_up_reference.gate_up(quantised, reference.w13, routes, TOP_K, ACTIVATION, torch.float64)[order]
+    packed = pack_rows(clone(reference.w13), RowOrder.GATE_UP)
+    got = []
+    for poison in (False, True):
+        if poison:
+            x[nan, 100] = float("nan")
+        routes.arrivals.zero_()
+        rows = launch_quantize_packed(x, routes, TOP_K)
+        got.append(launch_gate_up_sm90_fp8(rows, packed, routes, ACTIVATION, tile)[: order.numel()])
+    check(got[0], want)
+    is_nan = order // TOP_K == nan
+    assert is_nan.any()
+    assert (order // TOP_K == tiny).any()
+    assert got[1][is_nan].isnan().all()
+    torch.testing.assert_close(got[1][~is_nan], got[0][~is_nan], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["96_head", "128_head", "144", "256_two_consumers"])

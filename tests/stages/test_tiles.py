@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from epfuse.errors import ConfigError
@@ -35,6 +37,7 @@ def test_row_blocks_that_kernels_take(block_m: int, tile: GemmTile) -> None:
         (48, HOPPER, "a power of two, none below 8"),
         (4, HOPPER, "a power of two, none below 8"),
         (112, PERSISTENT, "the sum of at most two powers of two, none below 8"),
+        (8, PERSISTENT, "the sum of at most two powers of two, none below 8, or one alone, at least 16"),
         (68, PERSISTENT, "the sum of at most two powers of two, none below 8"),
         (0, PERSISTENT, "the sum of at most two powers of two, none below 8"),
         (-64, PERSISTENT, "the sum of at most two powers of two, none below 8"),
@@ -92,3 +95,14 @@ def test_columns_go_up_to_the_block(block_m: int, head: int, totals: list[int]) 
     steps = column_steps(block_m, head)
     assert [sum(step) for step in steps] == totals
     assert all(first <= head and rest <= block_m - head for first, rest in steps)
+
+
+@pytest.mark.parametrize("changes", [{"block_k": 64, "parts": 2}, {"parts": 2}])
+def test_tiles_of_fp8_rows_have_whole_stages(changes: dict[str, int]) -> None:
+    pytest.importorskip("triton")
+    from epfuse.stages.sm90_launch import check_fp8_tile
+
+    tile = Sm90PersistentTile(192, 128, 0, 4, 4, parts=1)
+    check_fp8_tile(tile)
+    with pytest.raises(ConfigError, match="it must have block_k 128 and 1 part"):
+        check_fp8_tile(replace(tile, **changes))

@@ -16,6 +16,7 @@ from torch import nn
 
 from epfuse.api import fused_experts
 from epfuse.config import Path, SwiGLUOAI, WeightFormat, silu_gate
+from epfuse.environment import environment
 from epfuse.errors import ConfigError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.parallel.group import EPGroup
@@ -66,7 +67,8 @@ class EPExperts(nn.Module):
 
         It happens in the parameters' own memory (`ExpertWeights.prepare`): don't save, load or move them afterwards.
         """
-        self._prepared = self.weights().prepare(path=self.path)
+        path = environment().path if self.path is Path.AUTO else self.path
+        self._prepared = self.weights().prepare(path=path)
 
     def weights(self) -> ExpertWeights:
         """The prepared weights, else the parameters as they are now: .to() and checkpoint loading replace them."""

@@ -9,9 +9,10 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from epfuse.errors import ConfigError
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import FEW_ROWS, Sm90PersistentTile, Sm90Tile
-from epfuse.weights.fragment import PANEL_ROWS, FragmentMXFP8
+from epfuse.weights.fragment import PANEL_ROWS, STEP_K, FragmentMXFP8
 from epfuse.weights.row_fp8 import RowFP8
 
 LINE = 128
@@ -69,6 +70,19 @@ def shared_sums(
         tiles * tile.split_k * tile.block_n * routes.block_m, dtype=torch.float32, device=routes.num_padded.device
     )
     return shares, routes.arrivals[arrivals]
+
+
+def check_fp8_tile(tile: Sm90PersistentTile) -> None:
+    """Refuse what the kernels of FP8 rows have no code for.
+
+    Raises:
+        ConfigError: block_k is not 128, or parts is not 1.
+    """
+    if (tile.block_k, tile.parts) != (STEP_K, 1):
+        raise ConfigError(
+            f"tile {tile.key} has block_k {tile.block_k} and {tile.parts} parts; with one scale a row it must have"
+            f" block_k {STEP_K} and 1 part"
+        )
 
 
 def row_parts(rows: torch.Tensor, head: int, rest: int, block_k: int) -> list[TensorDescriptor | None]:

@@ -104,9 +104,12 @@ class Sm90PersistentTile(GemmTile):
         return head, block_m - head
 
     def cuts(self, block_m: int) -> bool:
-        """Whether a block can be cut so: into one or two powers of two, none below 8."""
+        """Whether a block can be cut so: into one power of two, at least 16, or two, none below 8.
+
+        One is also multiplied by half, and a wgmma has at least 8 columns.
+        """
         head, rest = self.rows_of(block_m)
-        return _part(head) and (rest == 0 or _part(rest))
+        return head >= 16 and _part(head) if rest == 0 else _part(head) and _part(rest)
 
     def __post_init__(self) -> None:
         if self.block_n not in (128, 192):
@@ -131,8 +134,8 @@ class LayerTiles:
     """Tiles of one layer call.
 
     Args:
-        block_m: rows of a block, a power of two, at least 16; with Hopper tiles at least 8. With persistent tiles also
-            the sum of two powers of two, each at least 8.
+        block_m: rows of a block, a power of two, at least 16; with Hopper tiles that are not persistent at least 8.
+            With persistent tiles also the sum of two powers of two, each at least 8.
         gate_up: tile of the first GEMM.
         down: tile of the second GEMM; of persistent tiles the same one, because one launch may be for both.
     """
@@ -150,7 +153,9 @@ class LayerTiles:
         if isinstance(self.gate_up, Sm90PersistentTile):
             if not self.gate_up.cuts(self.block_m):
                 head = f"{self.gate_up.head} and one more" if self.gate_up.head else "at most two powers of two"
-                raise ConfigError(f"block_m is {self.block_m}; it must be the sum of {head}, none below {least}")
+                raise ConfigError(
+                    f"block_m is {self.block_m}; it must be the sum of {head}, none below 8, or one alone, at least 16"
+                )
             if self.gate_up.consumers > 2 and self.block_m >= 256:
                 raise ConfigError(f"block_m is {self.block_m}; with three consumers it must be below 256")
             return

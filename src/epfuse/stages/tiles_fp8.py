@@ -40,8 +40,8 @@ FP8: dict[Target, tuple[TileRange, ...]] = {
     Target.GFX950: _AMD,
 }
 
-# Weights with one scale a row; measured on an H100 (docs/performance.md). Two consumers: each GEMM has its own launch,
-# and smaller tiles leave less of the GPU idle at the end of both.
+# Weights with one scale a row; measured on an H100 (docs/performance.md). From 44 rows on two consumers: each GEMM has
+# its own launch, and smaller tiles leave less of the GPU idle at the end of both.
 SM90_ROW_FP8 = (
     TileRange(12, _layer(16, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),
     TileRange(24, _layer(32, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),

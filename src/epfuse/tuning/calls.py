@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from epfuse.weights.block_fp8 import BlockFP8, scale_block
 from epfuse.weights.experts import ExpertWeights
 from epfuse.weights.fragment import FragmentMXFP8
 from epfuse.weights.row_fp8 import RowFP8
+
+if TYPE_CHECKING:
+    from epfuse.stages.gather.launch import LoneTokens
 
 
 def call_layer(
@@ -56,8 +60,8 @@ class StageInputs:
         topk_ids: ``[T, K]``.
         slots: ``[E]`` int32, local slot or -1.
         activation: of the experts.
-        gate_up: what gate_up makes, a row per route: ``[R, I]``, or ``[R, 2I]`` before the activation on the paths with
-            FP8 rows.
+        gate_up: what gate_up makes, a row per route: ``[R, I]``, or ``[R, 2I]`` before the activation where another
+            kernel activates (FP8 rows without persistent tiles).
         down: what down makes: ``[R, H]``.
     """
 
@@ -152,7 +156,7 @@ class StageInputs:
     ) -> Callable[[], torch.Tensor]:
         """One of the two GEMMs, by the kernel that runs both in a call."""
         from epfuse.stages.gate_up_down.launch import launch_gate_up_down
-        from epfuse.stages.gather.launch import LoneTokens, launch_gather
+        from epfuse.stages.gather.launch import launch_gather
 
         experts, arrivals = self.weights.kept[self.form], routes.arrivals
         w13 = experts.w13 if stage is Stage.GATE_UP else None
@@ -161,10 +165,7 @@ class StageInputs:
         assert isinstance(w2, FragmentMXFP8 | None)
         assert arrivals is not None
         x, y = (self.hidden.new_empty(routes.num_routes, n) for n in (self.weights.hidden, self.weights.intermediate))
-        out, of_row = torch.empty_like(x), self.slots.new_full((routes.num_routes,), -1)
-        nobody = LoneTokens(
-            self.topk_ids, self.slots, self.weights.local_experts, of_row, torch.empty_like(self.hidden)
-        )
+        out, nobody = torch.empty_like(x), self._nobody()
         if stage is Stage.GATE_UP:
             launch_gather(self.hidden, routes, self.topk_ids.shape[1], x)
         else:
@@ -176,6 +177,13 @@ class StageInputs:
             return y if stage is Stage.GATE_UP else out
 
         return run
+
+    def _nobody(self) -> LoneTokens:
+        """No lone tokens, for the kernel that a call runs, which looks for them."""
+        from epfuse.stages.gather.launch import LoneTokens
+
+        of_row = self.slots.new_full((self.topk_ids.numel(),), -1)
+        return LoneTokens(self.topk_ids, self.slots, self.weights.local_experts, of_row, torch.empty_like(self.hidden))
 
     def _bind_packed_fp8(
         self, stage: Stage, routes: RouteTable, tile: Sm90PersistentTile
@@ -189,6 +197,7 @@ class StageInputs:
         assert isinstance(w13, RowFP8)
         assert isinstance(w2, RowFP8)
         assert arrivals is not None
+        nobody = self._nobody()
         if stage is Stage.GATE_UP:
             x = launch_quantize_packed(self.hidden, routes, self.topk_ids.shape[1])
         else:
@@ -200,7 +209,7 @@ class StageInputs:
             arrivals.zero_()
             if stage is Stage.GATE_UP:
                 return launch_gate_up_sm90_fp8(x, w13, routes, self.activation, tile)
-            return launch_down_sm90_fp8(y, w2, routes, self.topk_weights, tile)
+            return launch_down_sm90_fp8(y, w2, routes, self.topk_weights, tile, lone=nobody)
 
         return run
 

@@ -215,7 +215,8 @@ class ExpertWeights:
         The tensors given to `mxfp8` hold other bytes afterwards: on Hopper rearranged (new memory is taken only for a
         matrix whose rows are no multiple of 64 or columns no multiple of 128), on gfx942 as E4M3FNUZ. Dense weights,
         and targets that read checkpoints' order, are left as they are. Weights that Hopper's order can't hold (a NaN, a
-        block scale over 2^7) stay in checkpoints' order and run on the slower kernels; a warning is logged.
+        block scale over 2^7) stay in checkpoints' order and run on the slower kernels; a warning is logged. W8A8's
+        order holds all.
 
         Args:
             target: None means the target of the device that the weights are on.
@@ -223,8 +224,11 @@ class ExpertWeights:
                 which no other path reads; anything else, and other targets, makes no difference.
 
         Raises:
-            ConfigError: for gfx942, an MXFP8 scale byte is 254, whose double E8M0 can't hold; nothing is changed.
+            ConfigError: path is none; for gfx942, an MXFP8 scale byte is 254, whose double E8M0 can't hold. Nothing is
+                changed.
         """
+        if not isinstance(path, Path):
+            raise ConfigError(f"path is {path!r}; it must be an epfuse.Path")
         target = target_of(self.device) if target is None else target
         if target is Target.GFX942:
             return self._prepare_fnuz()
@@ -270,13 +274,13 @@ class ExpertWeights:
             found[WeightFormat.MXFP8_FNUZ if fnuz else WeightFormat.MXFP8] = self.mxfp8_experts
         if self.fragment_experts is not None:
             found[WeightFormat.FRAGMENT] = self.fragment_experts
-        if self.row_fp8_experts is not None:
-            found[WeightFormat.ROW_FP8] = self.row_fp8_experts
         if self.block_fp8_experts is not None:
             fnuz = self.block_fp8_experts.w13.values.dtype == torch.float8_e4m3fnuz
             found[WeightFormat.BLOCK_FP8_FNUZ if fnuz else WeightFormat.BLOCK_FP8] = self.block_fp8_experts
         if self.dense_experts is not None:
             found[WeightFormat.DENSE] = self.dense_experts
+        if self.row_fp8_experts is not None:  # last: it has lost some bits
+            found[WeightFormat.ROW_FP8] = self.row_fp8_experts
         return found
 
     @property

@@ -30,7 +30,7 @@ def launch_combine(
         local: L.
         topk_weights: ``[T, K]`` float32 contiguous to weight here; None if the rows are weighted already.
         out: ``[T, H]``; every element is written, zero for a token without a local route.
-        route_row: ``[R]`` int32 from `launch_gather`, where the rows lie packed; None if row r is of route r.
+        route_row: ``[R]`` int32 from what packed the rows, where they lie packed; None if row r is of route r.
         lone_stored: whether ``out`` has the rows of tokens with a single local route already (`LoneTokens`).
         zeros_early: whether nothing that runs before uses the memory of ``out`` for anything else, so that zeros may be
             written while it still runs.

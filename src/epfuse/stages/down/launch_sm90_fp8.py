@@ -9,7 +9,6 @@ from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
-from epfuse.weights.fragment import STEP_K
 from epfuse.weights.row_fp8 import RowFP8
 
 
@@ -29,7 +28,7 @@ def launch_down_sm90_fp8(
         w2: ``[L, H, I]`` with rows in order PLAIN.
         routes: RouteTable of this call, with arrivals, zeros: the second one is used.
         topk_weights: ``[T, K]`` float32 contiguous.
-        tile: of the GEMM; block_k is 128.
+        tile: of the GEMM; block_k is 128, parts 1.
         out: ``[R, H]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
             if None.
         lone: from `launch_quantize_packed`: the rows of its tokens go to its ``out`` instead.
@@ -37,12 +36,15 @@ def launch_down_sm90_fp8(
     Returns:
         ``out``.
 
+    Raises:
+        ConfigError: the tile has another block_k or more parts.
+
     Host syncs: none; graph-capturable.
     """
     from epfuse.stages.down.kernel_sm90_fp8 import down_sm90_fp8_kernel
-    from epfuse.stages.sm90_launch import constants, row_parts, weight_lines
+    from epfuse.stages.sm90_launch import check_fp8_tile, constants, row_parts, weight_lines
 
-    assert tile.block_k == STEP_K
+    check_fp8_tile(tile)
     assert routes.arrivals is not None
     if out is None:
         out = torch.empty(routes.num_routes, w2.rows, dtype=torch.bfloat16, device=y.values.device)

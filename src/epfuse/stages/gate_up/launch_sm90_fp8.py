@@ -9,7 +9,6 @@ from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
-from epfuse.weights.fragment import STEP_K
 from epfuse.weights.row_fp8 import RowFP8
 
 
@@ -21,26 +20,31 @@ def launch_gate_up_sm90_fp8(
     tile: Sm90PersistentTile,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Apply gate and up weights to packed FP8 rows by native FP8 products, and the activation in FP32; round once.
+    """Apply gate and up weights to packed FP8 rows by native FP8 products, and the activation.
+
+    As on the paths with BF16 rows, accumulators are rounded before the activation and its results after it.
 
     Args:
         x: ``[R, H]`` from `launch_quantize_packed`.
         w13: ``[L, 2I, H]`` with rows in order GATE_UP.
         routes: RouteTable of this call, with arrivals, zeros: the first one is used.
         activation: its parameters.
-        tile: of the GEMM; block_k is 128.
+        tile: of the GEMM; block_k is 128, parts 1.
         out: ``[R, I]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
             if None.
 
     Returns:
         ``out``.
 
+    Raises:
+        ConfigError: the tile has another block_k or more parts.
+
     Host syncs: none; graph-capturable.
     """
     from epfuse.stages.gate_up.kernel_sm90_fp8 import gate_up_sm90_fp8_kernel
-    from epfuse.stages.sm90_launch import constants, row_parts, weight_lines
+    from epfuse.stages.sm90_launch import check_fp8_tile, constants, row_parts, weight_lines
 
-    assert tile.block_k == STEP_K
+    check_fp8_tile(tile)
     assert routes.arrivals is not None
     if out is None:
         out = torch.empty(routes.num_routes, w13.rows // 2, dtype=torch.bfloat16, device=x.values.device)

@@ -23,7 +23,7 @@ class LoneTokens:
         topk_ids: ``[T, K]`` int32 or int64, contiguous.
         expert_map: ``[E]`` int32.
         local: L.
-        of_row: ``[R]`` int32, written by `launch_gather`: the token of a row, or -1 if it has another local route.
+        of_row: ``[R]`` int32, written by what packs the rows: the token of a row, or -1 if it has another local route.
         out: ``[T, H]``, dtype of the rows: where down leaves the result of such a token; other rows stay as they are.
     """
 

@@ -47,7 +47,7 @@ def launch_quantize_packed(
     programs = min(routes.max_padded, PROGRAMS_PER_UNIT * compute_units(x.device))
     quantize_packed_kernel[(programs,)](
         x,
-        out.values.view(torch.uint8),  # bytes: all rounding is the kernel's own
+        out.values.view(torch.uint8),
         out.scales,
         route_row,
         of_row,
