@@ -36,6 +36,11 @@ def run_fp8_kernels(
 
     No host sync; graph-capturable; bitwise repeatable unless ``combine`` is ATOMIC, which ROW_FP8 has not.
     """
+    if form is WeightFormat.ROW_FP8:
+        assert combine is Combine.DETERMINISTIC
+        return run_packed_fp8_kernels(
+            hidden, weights, topk_weights, topk_ids, expert_map, activation, tiles, out, scratch
+        )
     from epfuse.stages.activate.launch import launch_activate
     from epfuse.stages.combine.launch import launch_combine
     from epfuse.stages.down.launch_fp8 import launch_down_fp8
@@ -43,11 +48,6 @@ def run_fp8_kernels(
     from epfuse.stages.quantize.launch import launch_quantize
     from epfuse.stages.route.launch import launch_route
 
-    if form is WeightFormat.ROW_FP8:
-        assert combine is Combine.DETERMINISTIC
-        return run_packed_fp8_kernels(
-            hidden, weights, topk_weights, topk_ids, expert_map, activation, tiles, out, scratch
-        )
     experts, local = weights.kept[form], weights.local_experts
     w13, w2 = experts.w13, experts.w2
     assert isinstance(w13, MXFP8 | BlockFP8)

@@ -16,7 +16,8 @@ from epfuse.stages.gather.launch import LoneTokens, launch_gather
 from epfuse.stages.route.launch import launch_route
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile, Sm90Tile
-from epfuse.weights.fragment import RowOrder, pack
+from epfuse.weights.fragment import pack
+from epfuse.weights.panels import RowOrder
 from tests.cases import ROUTINGS, topk_ids_for
 from tests.stages.test_gemms import SNR_FLOOR, check_rows
 

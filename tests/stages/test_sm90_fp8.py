@@ -15,7 +15,7 @@ from epfuse.stages.route.launch import launch_route
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
 from epfuse.tuning.calls import call_layer
 from epfuse.verify.suite import same_bits
-from epfuse.weights.fragment import RowOrder
+from epfuse.weights.panels import RowOrder
 from epfuse.weights.row_fp8 import pack_rows
 from tests.cases import ROUTINGS, topk_ids_for
 from tests.stages.test_sm90 import LOCAL, clone, poisoned, random_mxfp8, slots_on

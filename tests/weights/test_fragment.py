@@ -9,7 +9,8 @@ from epfuse import ExpertWeights, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError, LayoutError
 from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
-from epfuse.weights.fragment import LARGEST_SCALE, SCALE_SHIFT, RowOrder, pack, unpack
+from epfuse.weights.fragment import LARGEST_SCALE, SCALE_SHIFT, pack, unpack
+from epfuse.weights.panels import RowOrder
 
 SIZES = [(128, 256), (192, 128), (96, 160), (80, 32), (64, 384)]
 

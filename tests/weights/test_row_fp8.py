@@ -9,7 +9,7 @@ from epfuse import ExpertWeights, Path, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError, LayoutError
 from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
-from epfuse.weights.fragment import RowOrder, source_rows
+from epfuse.weights.panels import RowOrder, source_rows
 from epfuse.weights.row_fp8 import one_scale_a_row, pack_rows
 
 SIZES = [(128, 256), (192, 128), (96, 160), (80, 32), (64, 384)]

@@ -13,11 +13,12 @@ from epfuse.api import fused_experts
 from epfuse.config import MINIMAX_M3_EP8, Combine, LayerShape, Path, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
-from epfuse.policy import FP8_PATHS, READABLE, decide, readable_formats
+from epfuse.policy import READABLE, decide, readable_formats
 from epfuse.target import Target
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8
 from epfuse.weights.experts import ExpertWeights, Projections
-from epfuse.weights.fragment import PANEL_ROWS, STEP_K, FragmentMXFP8, RowOrder
+from epfuse.weights.fragment import FragmentMXFP8
+from epfuse.weights.panels import PANEL_ROWS, STEP_K, RowOrder
 from epfuse.weights.row_fp8 import RowFP8
 
 MOST_TOKENS = 16384
@@ -136,15 +137,12 @@ def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str
     """
     found = []
     for path in paths:
-        ways = list(Combine) if path in FP8_PATHS else [Combine.DETERMINISTIC]
         for form in READABLE[target].get(path, ()):
-            ways_of_form = [way for way in ways if form in readable_formats(target, path, way)]
+            ways = [way for way in Combine if form in readable_formats(target, path, way)]
             for dtype in dtypes if form is WeightFormat.DENSE else ["bf16"]:
                 for shape in shapes:
                     counts = token_counts(target, path, form, SHAPES[shape], DTYPES[dtype])
-                    found += [
-                        Call(target, path, form, dtype, shape, way, tokens) for way in ways_of_form for tokens in counts
-                    ]
+                    found += [Call(target, path, form, dtype, shape, way, tokens) for way in ways for tokens in counts]
     return found
 
 

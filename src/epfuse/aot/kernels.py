@@ -12,7 +12,7 @@ from epfuse.aot import amdgcn, sass
 from epfuse.aot.assembly import Counts
 from epfuse.aot.calls import Call
 from epfuse.aot.launches import Launch
-from epfuse.weights.fragment import PANEL_ROWS
+from epfuse.weights.panels import PANEL_ROWS
 
 ROWS = ("x", "y")
 WEIGHTS = ("w13", "w2")

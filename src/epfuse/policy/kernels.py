@@ -38,6 +38,7 @@ FP8_PATHS = frozenset({Path.W8A8, Path.BLOCK_FP8})
 def readable_formats(target: Target, path: Path, combine: Combine) -> tuple[WeightFormat, ...]:
     """The weights that a path's kernels read and sum routes of so, best first; none where there is no kernel."""
     formats = READABLE[target].get(path, ())
-    if combine is Combine.ATOMIC:  # rows of these weights' kernels lie packed, and are summed without atomics
-        return tuple(form for form in formats if form is not WeightFormat.ROW_FP8)
-    return formats
+    if combine is Combine.DETERMINISTIC:
+        return formats
+    # rows beside ROW_FP8 lie packed, and are summed without atomics
+    return tuple(form for form in formats if path in FP8_PATHS and form is not WeightFormat.ROW_FP8)

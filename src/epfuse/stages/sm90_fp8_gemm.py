@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from epfuse.stages.sm90_gemm import tile_of, wait_for_previous_kernel
 from epfuse.stages.sm90_persistent import (
     PANEL,
-    all_columns,
     claim,
     fetch_rows,
     head_columns,
@@ -24,6 +23,7 @@ from epfuse.stages.sm90_persistent import (
     rest_columns,
     rest_of,
     say_tile,
+    step_of,
 )
 
 
@@ -118,10 +118,7 @@ def consume(
         first_weight_row = (gl.load(block_expert + m) * PANELS + gl.minimum(panel, PANELS - 1)) * PANEL
         block_routes = sorted_routes + m * BLOCK_M
         first_row = gl.load(block_row + m)
-        # padding comes last in a block: columns past its beginning need not be multiplied
-        step = 0
-        for i in gl.static_range(STEPS - 1):
-            step += (gl.load(block_routes + all_columns(BLOCK_M, HEAD, i)) < R).to(gl.int32)
+        step = step_of(block_routes, R, BLOCK_M, HEAD)
         for i in gl.static_range(STEPS):
             if step == i:
                 done = consume_columns(

@@ -12,7 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from epfuse.errors import ConfigError
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import FEW_ROWS, Sm90PersistentTile, Sm90Tile
-from epfuse.weights.fragment import PANEL_ROWS, STEP_K, FragmentMXFP8
+from epfuse.weights.fragment import FragmentMXFP8
+from epfuse.weights.panels import PANEL_ROWS, STEP_K
 from epfuse.weights.row_fp8 import RowFP8
 
 LINE = 128

@@ -64,6 +64,15 @@ def rest_columns(block_m, head, step):
 
 
 @gluon.jit
+def step_of(block_routes, R, BLOCK_M: gl.constexpr, HEAD: gl.constexpr):
+    """The first of column_steps that has all routes of a block: padding comes last, and need not be multiplied."""
+    step = 0
+    for i in gl.static_range(number_of_steps(BLOCK_M, HEAD) - 1):
+        step += (gl.load(block_routes + all_columns(BLOCK_M, HEAD, i)) < R).to(gl.int32)
+    return step
+
+
+@gluon.jit
 def claim(counter):
     """The next tile of all programs'. By one warp."""
     return gl.inline_asm_elementwise(

@@ -15,7 +15,8 @@ from epfuse.numerics.fnuz import double_scales, normalize_to_fnuz_
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.target import Target, target_of
 from epfuse.weights.block_fp8 import BlockFP8, BlockScale
-from epfuse.weights.fragment import FragmentMXFP8, RowOrder, check_packable, pack, unpack
+from epfuse.weights.fragment import FragmentMXFP8, check_packable, pack, unpack
+from epfuse.weights.panels import PanelStack, RowOrder
 from epfuse.weights.row_fp8 import RowFP8, pack_rows
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ AnyProjections: TypeAlias = (
 
 def stack_rows(stack: Stack) -> int:
     """N of a stack ``[L, N, K]``."""
-    return stack.rows if isinstance(stack, FragmentMXFP8 | RowFP8) else stack.shape[1]
+    return stack.rows if isinstance(stack, PanelStack) else stack.shape[1]
 
 
 @dataclass(frozen=True)

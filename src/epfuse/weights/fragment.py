@@ -14,74 +14,31 @@ byte plus 120: as a BF16 exponent it is the scale times 2^120, which makes up fo
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
 import torch
 
 from epfuse.errors import ConfigError, LayoutError
 from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
+from epfuse.weights.panels import PANEL_ROWS, STEP_K, PanelStack, RowOrder, source_rows, take_rows
 
-PANEL_ROWS = 64
-STEP_K = 128
 SCALE_SHIFT = 120
 LARGEST_SCALE = 254 - SCALE_SHIFT
 """Largest E8M0 byte that has a place: 2^7. Real weights lie far below: a block would hold a value over 2^15."""
 
 
-class RowOrder(enum.Enum):
-    """Which source row each packed row is."""
-
-    PLAIN = "plain"
-    """Rows in their own order."""
-    GATE_UP = "gate_up"
-    """Of ``[gate; up]``: 8 gate rows, then their 8 up rows, so that a thread's accumulators hold pairs."""
-
-
 @dataclass(frozen=True)
-class FragmentMXFP8:
+class FragmentMXFP8(PanelStack):
     """A stack of MXFP8 matrices in fragment order.
 
     Attributes:
         codes: ``[L, panels, K_padded / 32, 2048]`` uint8.
         scales: ``[L, panels, K_padded / 128, 64]`` int32.
-        rows: N, rows of a matrix before padding to whole panels.
-        columns: K before padding to whole steps of 128.
-        order: how the rows are ordered.
     """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    rows: int
-    columns: int
-    order: RowOrder
-
-    @property
-    def device(self) -> torch.device:
-        """Where codes and scales live."""
-        return self.codes.device
-
-    @property
-    def panels(self) -> int:
-        return self.codes.shape[1]
 
     @property
     def padded_columns(self) -> int:
         return self.codes.shape[2] * 32
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
-
-def source_rows(rows: int, order: RowOrder) -> torch.Tensor:
-    """``[panels * 64]``: the source row of each packed row, -1 where it is padding."""
-    if order is RowOrder.PLAIN:
-        packed = torch.arange(-(-rows // PANEL_ROWS) * PANEL_ROWS)
-        return torch.where(packed < rows, packed, -1)
-    outputs = rows // 2
-    gate = torch.arange(-(-outputs // (PANEL_ROWS // 2)) * PANEL_ROWS // 2).view(-1, 1, 8)
-    return torch.where(gate < outputs, torch.cat([gate, gate + outputs], dim=1), -1).reshape(-1)
 
 
 def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
@@ -130,14 +87,6 @@ def check_packable(weights: MXFP8) -> None:
             raise ConfigError(f"expert {expert} has scale byte {largest}; fragment order holds up to {LARGEST_SCALE}")
         if bool(((codes[expert] & 0x7F) == 0x7F).any()):
             raise ConfigError(f"expert {expert} holds NaN codes; fragment order has none")
-
-
-def take_rows(matrix: torch.Tensor, source: torch.Tensor, columns: int, fill: int) -> torch.Tensor:
-    """``[len(source), columns]``: those rows of ``matrix``, ``fill`` where it is -1 and past the matrix's columns."""
-    out = matrix.new_full((source.numel(), columns), fill)
-    real = source >= 0
-    out[real, : matrix.shape[1]] = matrix[source[real]]
-    return out
 
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:

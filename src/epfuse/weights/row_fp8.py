@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from epfuse.errors import LayoutError
-from epfuse.numerics.e8m0 import NAN_BYTE
-from epfuse.numerics.mxfp8 import BLOCK, E4M3_MAX, MXFP8, ScaleLayout
-from epfuse.weights.fragment import PANEL_ROWS, STEP_K, RowOrder, source_rows, take_rows
+from epfuse.numerics.e8m0 import NAN_BYTE, ScaleRounding, decode_scales, magnitude_bits, scale_bytes
+from epfuse.numerics.mxfp8 import BLOCK, MXFP8, ScaleLayout
+from epfuse.weights.panels import PANEL_ROWS, STEP_K, PanelStack, RowOrder, source_rows, take_rows
 
 _BIAS = 127
 _LEAST, _MOST = 1, 254
@@ -26,40 +26,18 @@ _LEAST, _MOST = 1, 254
 
 
 @dataclass(frozen=True)
-class RowFP8:
+class RowFP8(PanelStack):
     """A stack of FP8 matrices with a scale for each row.
 
     Attributes:
         codes: ``[L, panels, K_padded / 128, 64, 128]`` float8_e4m3fn.
         scales: ``[L, panels * 64]`` float32, powers of two.
-        rows: N, rows of a matrix before padding to whole panels.
-        columns: K before padding to whole steps of 128.
-        order: how the rows are ordered.
     """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    rows: int
-    columns: int
-    order: RowOrder
-
-    @property
-    def device(self) -> torch.device:
-        """Where codes and scales live."""
-        return self.codes.device
-
-    @property
-    def panels(self) -> int:
-        return self.codes.shape[1]
 
     @property
     def steps(self) -> int:
         """Steps of 128 k."""
         return self.codes.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
 
     def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's ``[N, K]`` in the checkpoint's order; float32 and float64 hold every value."""
@@ -112,13 +90,12 @@ def one_scale_a_row(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.T
     numbers = values.float().view(rows, columns // BLOCK, BLOCK)
     exponents = scales.int()
     largest = numbers.abs().nan_to_num(nan=0.0).amax(-1)
-    # the least power of two that holds a group: below E4M3's largest, 1.75 * 2^8
-    mantissa, exponent = torch.frexp(largest)
-    needed = exponents + exponent - 9 + (mantissa > E4M3_MAX / 512)
+    # the least power of two that holds a group
+    needed = exponents + scale_bytes(magnitude_bits(largest), ScaleRounding.CEIL) - _BIAS
     needed = needed.masked_fill((largest == 0) | (exponents == NAN_BYTE), _LEAST)
     of_row = needed.amax(1, keepdim=True).clamp(_LEAST, _MOST)
     # 0 for a group far below its row's largest, of which nothing is left; where it would be large all values are 0
     factors = torch.exp2((exponents - of_row).clamp(max=32).float())
     factors = factors.masked_fill(exponents == NAN_BYTE, float("nan"))
     moved = (numbers * factors[..., None]).view(rows, columns).to(torch.float8_e4m3fn)
-    return moved, torch.exp2((of_row.squeeze(1) - _BIAS).float())
+    return moved, decode_scales(of_row.squeeze(1).to(torch.uint8), torch.float32)

@@ -47,6 +47,13 @@ def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column
 
 
 @gluon.jit
+def store_weighted_panel(acc, block_routes, first_row, panel, R, args):
+    """store_weighted for accumulators of one panel of weight rows."""
+    topk_weights, out, H, lone_token, final = args
+    store_weighted(acc, topk_weights, out, block_routes, first_row, panel * acc.shape[0], R, H, lone_token, final)
+
+
+@gluon.jit
 def down_tile(
     y, w2, w2_scale, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
     R, H, I, I_PADDED, PANELS,

@@ -3,17 +3,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from epfuse.stages.down.kernel_sm90 import store_weighted
+from epfuse.stages.down.kernel_sm90 import store_weighted_panel
 from epfuse.stages.sm90_fp8_gemm import run_tiles
 from epfuse.stages.sm90_gemm import let_next_kernel_start
-from epfuse.stages.sm90_persistent import PANEL
-
-
-@gluon.jit
-def store_panel(acc, block_routes, first_row, panel, R, args):
-    """Weight and store, packed except for lone tokens."""
-    topk_weights, out, H, lone_token, final = args
-    store_weighted(acc, topk_weights, out, block_routes, first_row, panel * PANEL, R, H, lone_token, final)
 
 
 @gluon.jit(do_not_specialize=["R", "PANELS"])
@@ -28,5 +20,6 @@ def down_sm90_fp8_kernel(
     run_tiles(
         w2, w2_scale, (y_head, y_few, y_rest), y_scale,
         sorted_routes, block_expert, block_row, num_padded, counter, R, STEPS, PANELS,
-        store_panel, (topk_weights, out, H, lone_token, final), BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES,
+        store_weighted_panel, (topk_weights, out, H, lone_token, final),
+        BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES,
     )  # fmt: skip

@@ -76,6 +76,13 @@ def store_swiglu(acc, out, block_routes, first_row, first_output, R, I, alpha, b
 
 
 @gluon.jit
+def store_activated_panel(acc, block_routes, first_row, panel, R, args):
+    """store_swiglu for accumulators of one panel of weight rows."""
+    y, I, alpha, beta, limit = args
+    store_swiglu(acc, y, block_routes, first_row, panel * (acc.shape[0] // 2), R, I, alpha, beta, limit)
+
+
+@gluon.jit
 def gate_up_tile(
     x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
     R, H, I, H_PADDED, PANELS, alpha, beta, limit,

@@ -3,17 +3,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from epfuse.stages.gate_up.kernel_sm90 import store_swiglu
+from epfuse.stages.gate_up.kernel_sm90 import store_activated_panel
 from epfuse.stages.sm90_fp8_gemm import run_tiles
 from epfuse.stages.sm90_gemm import let_next_kernel_start
-from epfuse.stages.sm90_persistent import PANEL
-
-
-@gluon.jit
-def store_activated(acc, block_routes, first_row, panel, R, args):
-    """Activate and store."""
-    y, I, alpha, beta, limit = args
-    store_swiglu(acc, y, block_routes, first_row, panel * (PANEL // 2), R, I, alpha, beta, limit)
 
 
 @gluon.jit(do_not_specialize=["R", "PANELS"])
@@ -28,5 +20,5 @@ def gate_up_sm90_fp8_kernel(
     run_tiles(
         w13, w13_scale, (x_head, x_few, x_rest), x_scale,
         sorted_routes, block_expert, block_row, num_padded, counter, R, STEPS, PANELS,
-        store_activated, (y, I, alpha, beta, limit), BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES,
+        store_activated_panel, (y, I, alpha, beta, limit), BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES,
     )  # fmt: skip

@@ -8,13 +8,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from epfuse.stages.down.kernel_sm90 import store_weighted
-from epfuse.stages.gate_up.kernel_sm90 import store_swiglu
+from epfuse.stages.down.kernel_sm90 import store_weighted_panel
+from epfuse.stages.gate_up.kernel_sm90 import store_activated_panel
 from epfuse.stages.gate_up_down.kernel_sm90_counters import say_done, wait_until
 from epfuse.stages.gate_up_down.kernel_sm90_multiply import consume_tile, fetch_weights, make_panels
 from epfuse.stages.sm90_gemm import let_next_kernel_start, tile_of, wait_for_previous_kernel
 from epfuse.stages.sm90_persistent import (
-    PANEL,
     claim,
     fetch_rows,
     make_barriers,
@@ -26,20 +25,6 @@ from epfuse.stages.sm90_persistent import (
 )
 
 WARPS = gl.constexpr(4)  # of a consumer
-
-
-@gluon.jit
-def store_up(acc, block_routes, first_row, panel, R, args):
-    """Activate and store, packed."""
-    y, I, alpha, beta, limit = args
-    store_swiglu(acc, y, block_routes, first_row, panel * (PANEL // 2), R, I, alpha, beta, limit)
-
-
-@gluon.jit
-def store_down(acc, block_routes, first_row, panel, R, args):
-    """Weight and store, packed except for lone tokens."""
-    topk_weights, out, H, lone_token, final = args
-    store_weighted(acc, topk_weights, out, block_routes, first_row, panel * PANEL, R, H, lone_token, final)
 
 
 @gluon.jit
@@ -139,7 +124,7 @@ def consume_both(
             done = consume_tile(
                 w13_scale, H_PADDED, UP_PANELS, m, n, sorted_routes, block_expert, block_row,
                 heads, rests, panels, full, empty, done, R,
-                consumer, store_up, up_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
+                consumer, store_activated_panel, up_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
             )  # fmt: skip
             say_done(arrivals + 1 + m)
         else:
@@ -147,7 +132,7 @@ def consume_both(
             done = consume_tile(
                 w2_scale, I_PADDED, DOWN_PANELS, m, n, sorted_routes, block_expert, block_row,
                 heads, rests, panels, full, empty, done, R,
-                consumer, store_down, down_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
+                consumer, store_weighted_panel, down_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
             )  # fmt: skip
         count += 1
         tile = read_tile(tiles, tile_full, tile_empty, count)

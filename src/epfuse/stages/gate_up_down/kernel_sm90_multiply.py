@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from epfuse.stages.sm90_gemm import fragment_scale_pointers, group_layout, powers, register_operand
-from epfuse.stages.sm90_persistent import PANEL, all_columns, head_columns, number_of_steps, rest_columns
+from epfuse.stages.sm90_persistent import PANEL, head_columns, number_of_steps, rest_columns, step_of
 
 WORD_K = gl.constexpr(128)  # k that a scale word is for; a stage of the ring has all of it or half
 
@@ -148,10 +148,7 @@ def consume_tile(
     block_routes = sorted_routes + m * BLOCK_M
     first_row = gl.load(block_row + m)
     words_of_row = K_PADDED // WORD_K
-    # padding comes last in a block: columns past its beginning need not be multiplied
-    step = 0
-    for i in gl.static_range(STEPS - 1):
-        step += (gl.load(block_routes + all_columns(BLOCK_M, HEAD, i)) < R).to(gl.int32)
+    step = step_of(block_routes, R, BLOCK_M, HEAD)
     for i in gl.static_range(STEPS):
         if step == i:
             done = consume_columns(

@@ -19,6 +19,21 @@ def row_of(x, source, H, inside, route, R):
     return tl.load(x + source.to(tl.int64) * H + tl.arange(0, inside.shape[0]), mask=inside & (route < R), other=0.0)
 
 
+@triton.jit
+def note_row(
+    route_row, lone_token, topk_ids, expert_map, route, row, R, E,
+    L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr,
+):  # fmt: skip
+    """If asked for: route_row[route] = row; lone_token[row] = the route's token, -1 if that has another local route."""
+    if route_row is not None:
+        tl.store(route_row + route, row)
+    if lone_token is not None:
+        token = route // K
+        ks = tl.arange(0, K_LANES)
+        local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)
+        tl.store(lone_token + row, tl.where(tl.sum(local.to(tl.int32), 0) == 1, token, -1))
+
+
 @triton.jit(do_not_specialize=["R"])
 def gather_kernel(
     x, out, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded, R, E, H,
@@ -27,8 +42,7 @@ def gather_kernel(
 ):  # fmt: skip
     """out[row of a route] = x[route // K], a row at a time; each program takes every num_programs-th slot.
 
-    If asked for, route_row[route] = that row, and lone_token[row] = the route's token where it has no other local
-    route, or -1.
+    route_row and lone_token as note_row takes them.
     """
     if PDL:
         gdc_wait()
@@ -47,13 +61,7 @@ def gather_kernel(
         second_route = route_at(sorted_routes, slot + 2 * programs, slots, R)
         if route < R:
             row = tl.load(block_row + slot // BLOCK_M) + slot % BLOCK_M
-            token = route // K
-            if route_row is not None:
-                tl.store(route_row + route, row)
-            if lone_token is not None:
-                ks = tl.arange(0, K_LANES)
-                local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)
-                tl.store(lone_token + row, tl.where(tl.sum(local.to(tl.int32), 0) == 1, token, -1))
+            note_row(route_row, lone_token, topk_ids, expert_map, route, row, R, E, L, K, K_LANES)
             # the weights of the experts before go through L2 before this row is read
             tl.store(out + row.to(tl.int64) * H + columns, values, mask=inside, eviction_policy="evict_last")
         route = next_route

@@ -4,9 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from epfuse.stages.gather.kernel import route_at, row_of
+from epfuse.stages.gather.kernel import note_row, route_at, row_of
 from epfuse.stages.quantize.kernel import inverse_of, quantize_block, shared_scale, widen
-from epfuse.stages.route.kernel import local_slots
 
 
 @triton.jit
@@ -45,7 +44,7 @@ def quantize_packed_kernel(
 ):  # fmt: skip
     """codes[row of a route], scales[row] of x[route // K], or of x[row] if K is 0: then x lies packed already.
 
-    A row at a time; each program takes every num_programs-th slot. route_row and lone_token as gather_kernel's.
+    A row at a time; each program takes every num_programs-th slot. route_row and lone_token as note_row.
     """
     if PDL:
         gdc_wait()
@@ -66,13 +65,7 @@ def quantize_packed_kernel(
         second_route = route_at(sorted_routes, slot + 2 * programs, slots, R)
         second_row = packed_row(block_row, slot + 2 * programs, slots, BLOCK_M)
         if route < R:
-            if route_row is not None:
-                tl.store(route_row + route, row)
-            if lone_token is not None:
-                token = source_of(route, row, K)
-                ks = tl.arange(0, K_LANES)
-                local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)
-                tl.store(lone_token + row, tl.where(tl.sum(local.to(tl.int32), 0) == 1, token, -1))
+            note_row(route_row, lone_token, topk_ids, expert_map, route, row, R, E, L, K, K_LANES)
             code, scale = quantize_row(tl.reshape(widen(values), (1, BLOCK_H)), HARDWARE)
             tl.store(codes + row.to(tl.int64) * H + columns, tl.reshape(code, (BLOCK_H,)), mask=inside)
             tl.store(scales + row + tl.arange(0, 1), scale)

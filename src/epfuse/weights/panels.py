@@ -1,0 +1,70 @@
+"""Weights in panels of rows, as Hopper's tensor cores multiply with them: what every order of the codes shares."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+PANEL_ROWS = 64
+STEP_K = 128
+
+
+class RowOrder(enum.Enum):
+    """Which source row each packed row is."""
+
+    PLAIN = "plain"
+    """Rows in their own order."""
+    GATE_UP = "gate_up"
+    """Of ``[gate; up]``: 8 gate rows, then their 8 up rows, so that a thread's accumulators hold pairs."""
+
+
+@dataclass(frozen=True)
+class PanelStack:
+    """A stack of matrices in panels of 64 rows, K padded to whole steps of 128.
+
+    Attributes:
+        codes: ``[L, panels, ..]``.
+        scales: ``[L, ..]``.
+        rows: N, rows of a matrix before padding to whole panels.
+        columns: K before padding to whole steps of 128.
+        order: how the rows are ordered.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    rows: int
+    columns: int
+    order: RowOrder
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales live."""
+        return self.codes.device
+
+    @property
+    def panels(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def source_rows(rows: int, order: RowOrder) -> torch.Tensor:
+    """``[panels * 64]``: the source row of each packed row, -1 where it is padding."""
+    if order is RowOrder.PLAIN:
+        packed = torch.arange(-(-rows // PANEL_ROWS) * PANEL_ROWS)
+        return torch.where(packed < rows, packed, -1)
+    outputs = rows // 2
+    gate = torch.arange(-(-outputs // (PANEL_ROWS // 2)) * PANEL_ROWS // 2).view(-1, 1, 8)
+    return torch.where(gate < outputs, torch.cat([gate, gate + outputs], dim=1), -1).reshape(-1)
+
+
+def take_rows(matrix: torch.Tensor, source: torch.Tensor, columns: int, fill: int) -> torch.Tensor:
+    """``[len(source), columns]``: those rows of ``matrix``, ``fill`` where it is -1 and past the matrix's columns."""
+    out = matrix.new_full((source.numel(), columns), fill)
+    real = source >= 0
+    out[real, : matrix.shape[1]] = matrix[source[real]]
+    return out
