@@ -9,9 +9,10 @@ import epfuse.stages.down.launch_sm90_fp8 as down_module
 import epfuse.stages.gate_up.launch_sm90_fp8 as gate_up_module
 from epfuse import ExpertWeights, Path, Scratch, SwiGLUOAI, Target, pipeline, pipeline_fp8, scratch_size
 from epfuse.config import Combine, WeightFormat
+from epfuse.errors import ConfigError
 from epfuse.stages.gate_up.reference import swiglu_oai
 from epfuse.stages.quantize.rows import FP8Rows
-from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile
 from epfuse.tuning.calls import StageInputs
 from epfuse.tuning.schema import Stage
 from epfuse.verify.suite import poisoned_memory, same_bits
@@ -116,6 +117,16 @@ def test_against_the_oracle_in_any_memory(hopper, hidden: int, intermediate: int
     assert same_bits(shared, got)
     assert common[-16:].isnan().all()
     assert routed[-16:].isnan().all()
+
+
+def test_another_tile_is_refused(hopper) -> None:
+    case = make_case(hopper, 9, 160, 96)
+    weights = ExpertWeights.quantize(case.weights).prepare(Target.SM90, Path.W8A8)
+    call = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    portable = GemmTile(128, 128, 0, 4, 2)
+    way = (WeightFormat.ROW_FP8, LayerTiles(16, portable, portable), Combine.DETERMINISTIC)
+    with pytest.raises(ConfigError, match="is not persistent; with one scale a row it must be"):
+        pipeline_fp8.run_fp8_kernels(*call, *way, torch.empty_like(case.hidden))
 
 
 def test_each_gemm_alone_is_what_the_call_makes(hopper) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import record_function
 
 from epfuse.config import Combine, SwiGLUOAI, WeightFormat
+from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.scratch import Scratch, overlaps, rows_in
@@ -108,7 +109,8 @@ def run_packed_fp8_kernels(
     w13, w2, tile = experts.w13, experts.w2, tiles.gate_up
     assert isinstance(w13, RowFP8)
     assert isinstance(w2, RowFP8)
-    assert isinstance(tile, Sm90PersistentTile)
+    if not isinstance(tile, Sm90PersistentTile):  # a file of trials may name any
+        raise ConfigError(f"tile {tile.key} is not persistent; with one scale a row it must be")
     slots, (tokens, top_k) = expert_map.on(hidden.device), topk_ids.shape
     size, between, rows = weights.hidden, weights.intermediate, tokens * top_k
     if scratch is None:

@@ -114,11 +114,13 @@ def test_nan_stays_where_it_is() -> None:
     assert torch.equal(values[others].view(torch.uint8), clean[0][others].view(torch.uint8))
 
 
-def test_a_path_s_name_is_no_path() -> None:
+def test_names_are_no_paths_or_targets() -> None:
     w13, w2 = random_mxfp8(2, 256, 256), random_mxfp8(2, 256, 128)
     before = w13.values.view(torch.uint8).clone()
     with pytest.raises(ConfigError, match=r"path is 'w8a8'; it must be an epfuse\.Path"):
         ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales).prepare(Target.SM90, "w8a8")
+    with pytest.raises(ConfigError, match=r"target is 'sm_90'; it must be an epfuse\.Target"):
+        ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales).prepare("sm_90", Path.W8A8)
     assert torch.equal(w13.values.view(torch.uint8), before)
 
 

@@ -225,12 +225,14 @@ class ExpertWeights:
                 which no other path reads; anything else, and other targets, makes no difference.
 
         Raises:
-            ConfigError: path is none; for gfx942, an MXFP8 scale byte is 254, whose double E8M0 can't hold. Nothing is
-                changed.
+            ConfigError: path or target is none; for gfx942, an MXFP8 scale byte is 254, whose double E8M0 can't hold.
+                Nothing is changed.
         """
         if not isinstance(path, Path):
             raise ConfigError(f"path is {path!r}; it must be an epfuse.Path")
         target = target_of(self.device) if target is None else target
+        if not isinstance(target, Target):
+            raise ConfigError(f"target is {target!r}; it must be an epfuse.Target")
         if target is Target.GFX942:
             return self._prepare_fnuz()
         if target is not Target.SM90:
