@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ class ExpertModel:
         layers: layers of the model, with and without experts.
         moe_layers: indices of those with experts, ascending.
         shared_experts: experts that every token visits besides its K.
-        activation: between the two projections.
+        activation: between the two projections, in all layers but those of ``other_activations``.
         checkpoint: the numbers that the weights are stored in.
+        has_bias: the projections have biases.
+        weights_input: the router weight is applied to the experts' inputs, not to their outputs.
+        other_activations: layers with an activation of their own, ascending, and what it is.
     """
 
     name: str
@@ -48,6 +51,13 @@ class ExpertModel:
     shared_experts: int
     activation: SwiGLUOAI
     checkpoint: Checkpoint
+    has_bias: bool = False
+    weights_input: bool = False
+    other_activations: tuple[tuple[int, SwiGLUOAI], ...] = ()
+
+    def activation_at(self, layer: int) -> SwiGLUOAI:
+        """The activation of the experts in layer ``layer``."""
+        return dict(self.other_activations).get(layer, self.activation)
 
 
 MINIMAX_M3 = ExpertModel(
@@ -217,7 +227,8 @@ def _minimax_m3(kind: str, config: Mapping[str, Any], checkpoint: Checkpoint) ->
 
 
 def _gpt_oss(kind: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> ExpertModel:
-    return _model(kind, config, checkpoint, _clamped(config))
+    model = _model(kind, config, checkpoint, _clamped(config))
+    return replace(model, has_bias=True)  # whatever the number format, in every checkpoint of the family
 
 
 def _mixtral(kind: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> ExpertModel:
