@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from epfuse.report.write import replacing
+
 STEP_US = 30_000
 """From one copy's events to the next one's; longer than the step."""
 CORRELATIONS = 1_000_000
@@ -55,13 +57,13 @@ def main() -> None:
     if arguments.eager:
         events = list(eager(events))
     copy = 0
-    with arguments.target.open("w") as out:
-        out.write(json.dumps(trace, indent=2)[:-2] + ',\n  "traceEvents": [')
+    with replacing(arguments.target) as out:
+        out.write(f'{json.dumps(trace, indent=2)[:-2]},\n  "traceEvents": ['.encode())
         while out.tell() < arguments.bytes:
             lines = [json.dumps(moved(event, copy), indent=2) for event in events]
-            out.write((",\n" if copy else "\n") + ",\n".join(lines))
+            out.write(((",\n" if copy else "\n") + ",\n".join(lines)).encode())
             copy += 1
-        out.write("\n]}\n")
+        out.write(b"\n]}\n")
     print(f"{arguments.target}: {arguments.target.stat().st_size} bytes, {copy} steps, {copy * len(events)} events")
 
 

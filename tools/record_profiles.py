@@ -32,6 +32,7 @@ from epfuse.demo.text import VOCAB
 from epfuse.integrations.transformers import replace_experts
 from epfuse.parallel.group import EPGroup
 from epfuse.profiling.read_trace import MODULE_PREFIX
+from epfuse.report.write import replacing
 
 REQUESTS = 8
 PROMPT = 64
@@ -67,7 +68,7 @@ def record(model: torch.nn.Module, device: torch.device, path: Path) -> None:
         with raw.open() as file:
             trace = json.load(file)
     text = json.dumps(slim(trace), separators=(",", ":"))
-    with path.open("wb") as out, gzip.GzipFile(filename="", fileobj=out, mode="wb", mtime=0) as zipped:
+    with replacing(path) as out, gzip.GzipFile(filename="", fileobj=out, mode="wb", mtime=0) as zipped:
         zipped.write(text.encode())
     print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
 

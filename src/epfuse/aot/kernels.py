@@ -12,6 +12,7 @@ from epfuse.aot import amdgcn, sass
 from epfuse.aot.assembly import Counts
 from epfuse.aot.calls import Call
 from epfuse.aot.launches import Launch
+from epfuse.report.write import write_atomic
 from epfuse.weights.panels import PANEL_ROWS
 
 ROWS = ("x", "y")
@@ -228,5 +229,5 @@ def build(launch: Launch, use: Use, folder: Path | None = None, mca: str | None 
     kernel = Kernel(launch, use, resources, seen, counts, dialect.counts(body) if body else None, clocks)
     if folder is not None:
         name = re.sub(r"[ +/=]", "-", kernel.name)
-        (folder / f"{launch.target.value}.{name}.{compiled.hash[:8]}.s").write_text(text)
+        write_atomic(folder / f"{launch.target.value}.{name}.{compiled.hash[:8]}.s", text)
     return kernel

@@ -14,6 +14,7 @@ from pathlib import Path as FilePath
 
 from epfuse.config import LayerShape
 from epfuse.errors import ConfigError
+from epfuse.report.write import write_atomic
 from epfuse.stages.tiles import GemmTile, LayerTiles
 
 ALL_BLOCKS = 1024
@@ -98,6 +99,4 @@ def write(folder: FilePath, name: str, tiles: Mapping[int, LayerTiles], triton: 
         sizes = (layer.block_m, tile.block_n, tile.block_k, group_m, tile.num_warps, tile.num_stages)
         content[str(tokens)] = dict(zip(SIZES, sizes, strict=True))
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text(json.dumps(content, indent=4) + "\n")
-    return path
+    return write_atomic(folder / name, json.dumps(content, indent=4) + "\n")
