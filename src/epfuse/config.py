@@ -10,6 +10,7 @@ import enum
 import math
 from dataclasses import dataclass
 
+from epfuse.arguments import integer
 from epfuse.errors import ConfigError
 
 
@@ -115,7 +116,10 @@ class LayerShape:
         intermediate: I, the width between the two projections.
         experts: E, global experts.
         local_experts: L, experts that this rank holds.
-        top_k: K, routes per token.
+        top_k: K, routes per token; may be more than E: ids may repeat, or name no expert.
+
+    Raises:
+        ConfigError: a size is no integer or less than 1, or L is more than E.
     """
 
     hidden: int
@@ -126,13 +130,19 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate", "experts", "local_experts", "top_k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"LayerShape.{name} is {value!r}; it must be an integer, at least 1")
+            object.__setattr__(self, name, integer(f"LayerShape.{name}", getattr(self, name), least=1))
         if self.local_experts > self.experts:
             raise ConfigError(f"LayerShape.local_experts is {self.local_experts}, more than experts={self.experts}")
+
+    def with_distinct_experts(self) -> LayerShape:
+        """The shape, if a router can choose K different experts for each token, as those of models do.
+
+        Raises:
+            ConfigError: K is more than E.
+        """
         if self.top_k > self.experts:
             raise ConfigError(f"LayerShape.top_k is {self.top_k}, more than experts={self.experts}")
+        return self
 
 
 MINIMAX_M3_EP8 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)

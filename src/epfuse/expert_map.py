@@ -4,7 +4,37 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.errors import ConfigError, ExpertMapError
+from epfuse.arguments import integer
+from epfuse.errors import ConfigError, DeviceError, ExpertMapError
+from epfuse.target import device_of
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Dtypes that a map may come in."""
+MOST_EXPERTS = 2**24
+"""Experts of a layer: far more than any model has, and few enough for a map to be made of any number that is given."""
+
+
+def experts_of_rank(num_experts: int, ep_size: int, ep_rank: int) -> range:
+    """The experts of one rank where they are dealt out in order: E // P each, the first E % P ranks one more.
+
+    As vLLM deals them out (determine_expert_map, placement "linear"). Ranks past the last expert hold none.
+
+    Args:
+        num_experts: E.
+        ep_size: P.
+        ep_rank: 0..P-1.
+
+    Raises:
+        ConfigError: a number is no integer or out of range.
+    """
+    experts = integer("num_experts", num_experts, least=1, most=MOST_EXPERTS)
+    ranks = integer("ep_size", ep_size, least=1)
+    rank = integer("ep_rank", ep_rank)
+    if rank >= ranks:
+        raise ConfigError(f"ep_rank is {rank}; it must be in 0..{ranks - 1}, below ep_size")
+    share, more = divmod(experts, ranks)
+    first = rank * share + min(rank, more)
+    return range(first, first + share + (rank < more))
 
 
 class ExpertMap:
@@ -25,11 +55,20 @@ class ExpertMap:
     def __init__(self, tensor: torch.Tensor) -> None:
         if not isinstance(tensor, torch.Tensor):
             raise ExpertMapError(f"expert map is a {type(tensor).__name__}; it must be a torch.Tensor [E]")
-        if tensor.dim() != 1 or tensor.numel() == 0:
-            raise ExpertMapError(f"expert map has shape {tuple(tensor.shape)}; it must be [E] with E >= 1")
-        if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise ExpertMapError(f"expert map has layout {tensor.layout}; it must be a plain tensor (.to_dense())")
+        if tensor.dim() != 1 or not 1 <= tensor.numel() <= MOST_EXPERTS:
+            raise ExpertMapError(
+                f"expert map has shape {tuple(tensor.shape)}; it must be [E] with E >= 1, at most {MOST_EXPERTS}"
+            )
+        if tensor.dtype not in INTEGERS:
             raise ExpertMapError(
                 f"expert map has dtype {tensor.dtype}; it must be integer: local slots and -1, not an ownership mask"
+            )
+        if tensor.is_meta or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise ExpertMapError(
+                f"expert map is a {type(tensor).__name__} on {tensor.device}, which has no entries to check; make it"
+                " from a tensor on the CPU or on the GPU"
             )
         slots = tensor.detach().to("cpu", torch.int64)
         if int(slots.min()) < -1:
@@ -50,24 +89,24 @@ class ExpertMap:
 
     @classmethod
     def contiguous(cls, num_experts: int, ep_size: int, ep_rank: int, device: torch.device | str = "cpu") -> ExpertMap:
-        """Rank ``ep_rank`` of ``ep_size`` holds the experts ``[ep_rank * E/P, (ep_rank + 1) * E/P)``, in order.
+        """Rank ``ep_rank`` of ``ep_size`` holds its share of the experts, in order: `experts_of_rank`.
+
+        Args:
+            num_experts: E.
+            ep_size: P.
+            ep_rank: 0..P-1.
+            device: where the map will be used; that of the call's tensors.
 
         Raises:
-            ConfigError: ``num_experts`` is not a multiple of ``ep_size``, or ``ep_rank`` is out of range.
+            ConfigError: a number is no integer or out of range.
+            DeviceError: there is no such device.
         """
-        for name, value in (("num_experts", num_experts), ("ep_size", ep_size), ("ep_rank", ep_rank)):
-            if not isinstance(value, int):
-                raise ConfigError(f"{name} is {value!r}; it must be an integer")
-        if ep_size < 1 or num_experts < 1 or num_experts % ep_size:
-            raise ConfigError(
-                f"num_experts is {num_experts}; it must be a positive multiple of ep_size, which is {ep_size}"
-            )
-        if not 0 <= ep_rank < ep_size:
-            raise ConfigError(f"ep_rank is {ep_rank}; it must be in 0..{ep_size - 1}")
-        local = num_experts // ep_size
-        slots = torch.full((num_experts,), -1, dtype=torch.int32, device="cpu")
-        slots[ep_rank * local : (ep_rank + 1) * local] = torch.arange(local, dtype=torch.int32, device="cpu")
-        return cls(slots.to(device))
+        held = experts_of_rank(num_experts, ep_size, ep_rank)
+        slots = torch.full((int(num_experts),), -1, dtype=torch.int32, device="cpu")
+        slots[held.start : held.stop] = torch.arange(len(held), dtype=torch.int32, device="cpu")
+        found = cls(slots)
+        found.on(device_of("device", device))
+        return found
 
     @classmethod
     def all_local(cls, num_experts: int, device: torch.device | str = "cpu") -> ExpertMap:
@@ -75,11 +114,19 @@ class ExpertMap:
         return cls.contiguous(num_experts, 1, 0, device)
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """The map as ``[E]`` int32 on ``device``; copied there once and kept."""
+        """The map as ``[E]`` int32 on ``device``; copied there once and kept.
+
+        Raises:
+            DeviceError: there is no such device.
+        """
         found = self._by_device.get(device)
         if found is None:
             source = next(iter(self._by_device.values()))
-            found = self._by_device[device] = source.to(device)
+            try:
+                found = source.to(device)
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                raise DeviceError(f"device is {device}; {str(error).splitlines()[0]}") from None
+            self._by_device[device] = found
         return found
 
     def __repr__(self) -> str:

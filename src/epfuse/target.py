@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from epfuse.errors import UnsupportedTarget
+from epfuse.arguments import shown
+from epfuse.errors import DeviceError, UnsupportedTarget
 
 
 class Target(enum.Enum):
@@ -92,6 +93,20 @@ def target_of(device: torch.device) -> Target:
     raise UnsupportedTarget(
         f"device {device} is of type {device.type!r}; epfuse runs on 'cuda' (CUDA or ROCm) and 'cpu'"
     )
+
+
+def device_of(name: str, value: object) -> torch.device:
+    """``value`` as a device; whether it is there shows when something is put on it.
+
+    Raises:
+        DeviceError: it names no device.
+    """
+    if isinstance(value, str | torch.device):
+        try:
+            return torch.device(value)
+        except RuntimeError as error:
+            raise DeviceError(f"{name} is {shown(value)}; {str(error).splitlines()[0]}") from None
+    raise DeviceError(f"{name} is {shown(value)}; it must be a torch.device or its name")
 
 
 @functools.lru_cache(maxsize=64)

@@ -96,4 +96,5 @@ def make_layer(name: str, sizes: dict[str, int | None], activation: str | None) 
         gate = ACTIVATIONS[activation]
         changes.append(activation)
     shape = LayerShape(chosen["hidden"], chosen["intermediate"], experts, experts // ep_size, chosen["top_k"])
+    shape.with_distinct_experts()
     return Layer(name if name == CUSTOM else f"{name} with {', '.join(changes)}", shape, gate)

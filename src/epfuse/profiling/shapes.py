@@ -74,7 +74,7 @@ def read_config(path: Path, ep_size: int = 1, tp_size: int = 1) -> ExpertShape:
         experts=sizes["experts"],
         local_experts=sizes["experts"] // ep_size,
         top_k=sizes["top_k"],
-    )
+    ).with_distinct_experts()
     quantization = config.get("quantization_config") or content.get("quantization_config")
     name = str(content.get("model_type", path.name))[:80]
     return ExpertShape(name, layer, _weights(quantization), "the config")

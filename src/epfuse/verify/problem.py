@@ -53,7 +53,7 @@ class Problem:
     def __post_init__(self) -> None:
         if self.ep_size < 1 or self.experts % self.ep_size:
             raise ConfigError(f"ep_size is {self.ep_size}; it must divide experts={self.experts}")
-        _ = self.shape
+        _ = self.shape.with_distinct_experts()
         if not self.tokens or min(self.tokens) < 1:
             raise ConfigError(f"tokens is {self.tokens}; it must name at least one count, each at least 1")
 
