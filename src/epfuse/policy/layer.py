@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from epfuse.config import LayerShape, Policy, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
+from epfuse.expert_map import experts_of_rank
 from epfuse.policy.decision import Decision
 from epfuse.target import REFERENCE_DEVICE, Target
 from epfuse.weights.checkpoint_format import Checkpoint
@@ -92,10 +93,11 @@ class LayerRequest:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if self.ep_size * self.shape.local_experts != self.shape.experts:
+        held = {len(experts_of_rank(self.shape.experts, self.ep_size, rank)) for rank in (0, self.ep_size - 1)}
+        if self.shape.local_experts not in held:
             raise ConfigError(
-                f"ep_size is {self.ep_size}; with L={self.shape.local_experts} local experts it must be"
-                f" E/L={self.shape.experts / self.shape.local_experts:g}"
+                f"ep_size is {self.ep_size}; the layer has L={self.shape.local_experts} of E={self.shape.experts}"
+                f" experts, and a rank of {self.ep_size} holds {' or '.join(map(str, sorted(held)))}"
             )
         if self.layer not in self.moe_layers:
             raise ConfigError(f"layer is {self.layer}; it must be one of the layers with experts, {self.moe_layers}")

@@ -14,7 +14,7 @@ from vllm.config import CompilationConfig
 from vllm.model_executor import custom_op, parameter
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
-from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager, determine_expert_map
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_mxfp8,
@@ -40,6 +40,7 @@ class Deployment:
     experts: int = 128
     top_k: int = 4
     ep_size: int = 8
+    ep_rank: int = 0
     activation: str = "swigluoai_uninterleave"
     alpha: float | None = 1.702
     beta: float | None = 1.0
@@ -88,6 +89,7 @@ def parallel_config(deployment: Deployment) -> FusedMoEParallelConfig:
     ep = deployment.ep_size > 1
     changes = {
         "ep_size": deployment.ep_size,
+        "ep_rank": deployment.ep_rank,
         "use_ep": ep,
         "dp_size": deployment.dp_size,
         "enable_eplb": deployment.eplb,
@@ -96,13 +98,19 @@ def parallel_config(deployment: Deployment) -> FusedMoEParallelConfig:
     return replace(FusedMoEParallelConfig.make_no_parallel(), **changes)
 
 
+def local_experts(deployment: Deployment) -> int:
+    """How many experts vLLM gives to the rank."""
+    found, *_ = determine_expert_map(deployment.ep_size, deployment.ep_rank, deployment.experts)
+    return int(found)
+
+
 def moe_config(deployment: Deployment) -> FusedMoEConfig:
     return FusedMoEConfig(
         num_experts=deployment.experts,
         experts_per_token=deployment.top_k,
         hidden_dim=deployment.hidden,
         intermediate_size=deployment.intermediate,
-        num_local_experts=deployment.experts // deployment.ep_size,
+        num_local_experts=local_experts(deployment),
         num_logical_experts=deployment.experts,
         activation=MoEActivation.from_str(deployment.activation),
         device=deployment.device,

@@ -14,8 +14,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from epfuse.config import Policy
 from epfuse.environment import environment
 from epfuse.integrations.vllm import layer, versions
-from epfuse.integrations.vllm.facts import LayerFacts
-from epfuse.integrations.vllm.refusals import REFUSALS, refusal
+from epfuse.policy.facts import LayerFacts
+from epfuse.policy.refusals import REFUSALS, refusal
 from epfuse.target import Target
 from tests.integrations.vllm.deployments import M3_EP8, Deployment, build
 
@@ -32,6 +32,7 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "biases": (BF16 | {"bias": True}, "the experts have biases"),
     "fused shared experts": (BF16 | {"fused_shared_experts": 1}, "shared experts are fused"),
     "weighted inputs": (BF16 | {"weights_input": True}, "the router weight is applied to the inputs"),
+    "more ranks than experts": (BF16 | {"experts": 4, "ep_rank": 4}, "this rank holds no expert"),
     "data parallelism": ({"dp_size": 2}, "tokens are exchanged by allgather_reducescatter"),
 }
 

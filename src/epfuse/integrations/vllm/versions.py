@@ -11,7 +11,7 @@ import torch
 
 from epfuse.config import LayerShape, SwiGLUOAI, silu_gate
 from epfuse.errors import UnsupportedTarget
-from epfuse.integrations.vllm.facts import LayerFacts
+from epfuse.policy import LayerFacts
 from epfuse.target import Target, target_of
 from epfuse.weights.checkpoint_format import Checkpoint
 
@@ -90,7 +90,9 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
         own_experts=own_experts(quant_method),
         checkpoint=None if method is None else method.checkpoint,
         target=_target(moe_config.device),
-        shape=LayerShape(
+        shape=None
+        if moe_config.num_local_experts == 0
+        else LayerShape(
             hidden=moe_config.hidden_dim,
             intermediate=moe_config.intermediate_size_per_partition,
             experts=moe_config.num_experts,
