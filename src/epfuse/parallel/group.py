@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ class EPGroup:
         size: P.
         process_group: the torch.distributed group; None is the default group, or no group at all when P is 1.
         backend: the group's backend, ``"gloo"`` or ``"nccl"`` (RCCL too goes by that name); ``""`` when P is 1.
+        waiting: its result is entered while this rank waits for the others; how a launcher knows who waits for whom.
 
     Raises:
         ConfigError: ``rank`` is outside 0..P-1.
@@ -32,6 +35,7 @@ class EPGroup:
     size: int
     process_group: dist.ProcessGroup | None = None
     backend: str = ""
+    waiting: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -83,5 +87,6 @@ class EPGroup:
             return partial
         wire_device = torch.device("cpu") if self.backend == "gloo" else partial.device
         wire = partial.to(wire_device, torch.float32)
-        dist.all_reduce(wire, dist.ReduceOp.SUM, group=self.process_group)
+        with self.waiting():
+            dist.all_reduce(wire, dist.ReduceOp.SUM, group=self.process_group)
         return wire.to(partial.device, partial.dtype)
