@@ -17,8 +17,8 @@ from epfuse.expert_map import ExpertMap
 class EPGroup:
     """One rank's view of an expert-parallel group.
 
-    Every rank sees the same tokens (activations are replicated) and holds E/P of the experts, so the layer's output is
-    the sum of the ranks' outputs. Build it with `current` or `single`.
+    Every rank sees the same tokens (activations are replicated) and holds a share of the experts, so the layer's output
+    is the sum of the ranks' outputs. Build it with `current` or `single`.
 
     Args:
         rank: this rank, 0..P-1.
@@ -63,10 +63,10 @@ class EPGroup:
         return cls(rank, dist.get_world_size(process_group), process_group, dist.get_backend(process_group))
 
     def expert_map(self, num_experts: int, device: torch.device | str = "cpu") -> ExpertMap:
-        """This rank's contiguous share of E experts.
+        """This rank's contiguous share of E experts: E // P, and one more of the first E % P ranks.
 
         Raises:
-            ConfigError: E is not a multiple of P.
+            ConfigError: E is not a positive integer.
         """
         return ExpertMap.contiguous(num_experts, self.size, self.rank, device)
 
