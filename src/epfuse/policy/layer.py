@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Policy, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.expert_map import experts_of_rank
@@ -34,6 +35,7 @@ class Storage(enum.Enum):
         weights = 3 * shape.hidden * shape.intermediate * shape.local_experts
         return round(weights * self.weight_bytes)
 
+    @checks_enums
     def formats(self, target: Target) -> frozenset[WeightFormat]:
         """The formats that ``target``'s kernels find."""
         kept: set[WeightFormat] = set()
@@ -48,6 +50,7 @@ _PREPARED = {Target.SM90: WeightFormat.FRAGMENT, Target.GFX942: WeightFormat.MXF
 """What `ExpertWeights.prepare` makes of MXFP8, where it changes it."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class LayerRequest:
     """All that a plan for one MoE layer of a model depends on.
@@ -130,6 +133,7 @@ class TokenRange:
     decision: Decision
 
 
+@checks_enums
 @dataclass(frozen=True)
 class LayerPlan:
     """How one layer keeps its weights and which path serves which token counts.
