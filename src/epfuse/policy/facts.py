@@ -35,6 +35,7 @@ class LayerFacts:
         activation: of the experts; None for one that we don't compute.
         activation_name: the server's word for it.
         dtype: of the activations, as torch names it.
+        weights_dtype: of weights that are not quantised.
         asked_backend: the experts that the user asked for; ``auto`` for none.
         has_lora: LoRA adapters are enabled.
         has_eplb: experts are rebalanced while serving.
@@ -60,7 +61,8 @@ class LayerFacts:
     shared_experts: int
     activation: SwiGLUOAI | None
     activation_name: str
-    dtype: str
+    dtype: str = "torch.bfloat16"
+    weights_dtype: str = "torch.bfloat16"
     asked_backend: str = "auto"
     has_lora: bool = False
     has_eplb: bool = False
@@ -123,7 +125,6 @@ def model_facts(
         shared_experts=model.shared_experts,
         activation=activation,
         activation_name="silu" if (activation.alpha, activation.beta) == (1.0, 0.0) else "swigluoai_uninterleave",
-        dtype="torch.bfloat16",
         has_bias=model.has_bias,
         weights_input=model.weights_input,
     )

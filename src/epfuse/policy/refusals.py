@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from epfuse.policy.facts import LayerFacts
+from epfuse.weights.checkpoint_format import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ REFUSALS = (
     Refusal(
         lambda facts: facts.dtype != "torch.bfloat16",
         lambda facts: f"activations are {facts.dtype}; epfuse serves torch.bfloat16.",
+    ),
+    Refusal(
+        lambda facts: facts.checkpoint is Checkpoint.BF16 and facts.weights_dtype != facts.dtype,
+        lambda facts: f"weights are {facts.weights_dtype} and activations {facts.dtype}; epfuse needs one for both.",
     ),
     Refusal(
         lambda facts: facts.activation is None,

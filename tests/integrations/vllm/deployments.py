@@ -45,6 +45,7 @@ class Deployment:
     alpha: float | None = 1.702
     beta: float | None = 1.0
     limit: float | None = 7.0
+    moe_limit: float | None = None
     max_model_len: int = 9472
     shared_experts: int = 1
     backend: str = "auto"
@@ -53,6 +54,7 @@ class Deployment:
     dp_size: int = 1
     all2all: str = "allgather_reducescatter"
     dtype: torch.dtype = torch.bfloat16
+    weights_dtype: torch.dtype = torch.bfloat16
     device: str = "meta"
     bias: bool = False
     fused_shared_experts: int = 0
@@ -120,7 +122,7 @@ def moe_config(deployment: Deployment) -> FusedMoEConfig:
         moe_backend=deployment.backend,
         is_lora_enabled=deployment.lora,
         has_bias=deployment.bias,
-        swiglu_limit=deployment.limit,
+        swiglu_limit=deployment.limit if deployment.moe_limit is None else deployment.moe_limit,
         swiglu_alpha=deployment.alpha,
         swiglu_beta=deployment.beta,
     )
@@ -159,7 +161,7 @@ def build(deployment: Deployment, monkeypatch, layer_cls: type = EpfuseRoutedExp
     with planning_for(deployment.target), torch.device(deployment.device):
         return layer_cls(
             NAME,
-            deployment.dtype,
+            deployment.weights_dtype,
             config,
             quant_config,
             expert_map_manager=manager,

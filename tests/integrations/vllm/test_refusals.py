@@ -20,13 +20,20 @@ from epfuse.target import Target
 from tests.integrations.vllm.deployments import M3_EP8, Deployment, build
 
 BF16 = {"quantization": None}
+NO_PARAMETERS = {"alpha": None, "beta": None, "limit": None}
 # changes of a deployment that is taken -> words of the reason
 CASES: dict[str, tuple[dict[str, object], str]] = {
     "explicit backend": (BF16 | {"backend": "triton"}, "--moe-backend triton was asked for"),
     "explicit backend for MXFP8": ({"backend": "marlin", "target": Target.SM90}, "--moe-backend marlin was asked for"),
     "activations in FP16": (BF16 | {"dtype": torch.float16}, "activations are torch.float16"),
-    "interleaved gate and up": (BF16 | {"activation": "swigluoai"}, "the activation is 'swigluoai'"),
-    "GELU": (BF16 | {"activation": "gelu", "limit": None}, "the activation is 'gelu'"),
+    "weights in FP32": (BF16 | {"weights_dtype": torch.float32}, "weights are torch.float32 and activations"),
+    "interleaved gate and up": (BF16 | {"activation": "swigluoai"}, "the activation is 'swigluoai with alpha 1.702"),
+    "GELU": (BF16 | NO_PARAMETERS | {"activation": "gelu"}, "the activation is 'gelu'"),
+    "a gain for silu": (BF16 | {"activation": "silu"}, "the activation is 'silu with alpha 1.702, beta 1, limit 7'"),
+    "no gain for SwiGLU-OAI": (BF16 | {"alpha": None}, "'swigluoai_uninterleave with beta 1, limit 7'"),
+    "no limit for SwiGLU-OAI": (BF16 | {"limit": None}, "'swigluoai_uninterleave with alpha 1.702, beta 1'"),
+    "a limit of 0": (BF16 | {"limit": 0.0}, "'swigluoai_uninterleave with alpha 1.702, beta 1, limit 0'"),
+    "two limits": (BF16 | {"moe_limit": 10.0}, "with alpha 1.702, beta 1, limit 7 and 10'"),
     "LoRA": (BF16 | {"lora": True}, "LoRA is enabled"),
     "EPLB": (BF16 | {"eplb": True}, "EPLB moves experts"),
     "biases": (BF16 | {"bias": True}, "the experts have biases"),
