@@ -124,7 +124,14 @@ def model_facts(
         max_model_len=max_model_len,
         shared_experts=model.shared_experts,
         activation=activation,
-        activation_name="silu" if (activation.alpha, activation.beta) == (1.0, 0.0) else "swigluoai_uninterleave",
+        activation_name=_activation_name(activation),
+        dtype=f"torch.{model.dtype}",
         has_bias=model.has_bias,
         weights_input=model.weights_input,
     )
+
+
+def _activation_name(activation: SwiGLUOAI | None) -> str:
+    if activation is None:
+        return "silu with its result clamped"
+    return "silu" if (activation.alpha, activation.beta) == (1.0, 0.0) else "swigluoai_uninterleave"

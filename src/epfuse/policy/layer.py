@@ -24,16 +24,23 @@ class Storage(enum.Enum):
     """In the order that the target reads (`ExpertWeights.prepare`)."""
     HYBRID = "hybrid"
     """MXFP8, and a BF16 copy beside it."""
-
-    @property
-    def weight_bytes(self) -> float:
-        """Bytes of one weight, scales included; what stays untouched is not known and counts 0."""
-        return {Storage.UNTOUCHED: 0.0, Storage.BF16: 2.0, Storage.MXFP8: 33 / 32, Storage.HYBRID: 2 + 33 / 32}[self]
+    BLOCK_FP8 = "block_fp8"
+    """E4M3 values with a float32 scale per block of 128x128, as the checkpoint has them."""
 
     def bytes_of(self, shape: LayerShape) -> int:
-        """Bytes of one rank's experts in one layer: 3*H*I weights an expert."""
-        weights = 3 * shape.hidden * shape.intermediate * shape.local_experts
-        return round(weights * self.weight_bytes)
+        """Bytes of one rank's experts in one layer: 3*H*I weights an expert, and their scales."""
+        hidden, width = shape.hidden, shape.intermediate
+        weights = 3 * hidden * width
+        bf16, mxfp8 = 2 * weights, weights + 2 * width * -(-hidden // 32) + hidden * -(-width // 32)
+        blocks = -(-2 * width // 128) * -(-hidden // 128) + -(-hidden // 128) * -(-width // 128)
+        expert = {
+            Storage.UNTOUCHED: 0,
+            Storage.BF16: bf16,
+            Storage.MXFP8: mxfp8,
+            Storage.HYBRID: bf16 + mxfp8,
+            Storage.BLOCK_FP8: weights + 4 * blocks,
+        }[self]
+        return shape.local_experts * expert
 
     @checks_enums
     def formats(self, target: Target) -> frozenset[WeightFormat]:
@@ -43,6 +50,8 @@ class Storage(enum.Enum):
             kept.add(_PREPARED.get(target, WeightFormat.MXFP8))
         if self in (Storage.BF16, Storage.HYBRID):
             kept.add(WeightFormat.DENSE)
+        if self is Storage.BLOCK_FP8:
+            kept.add(WeightFormat.BLOCK_FP8_FNUZ if target is Target.GFX942 else WeightFormat.BLOCK_FP8)
         return frozenset(kept)
 
 
