@@ -8,7 +8,6 @@ from itertools import groupby
 
 import torch
 
-from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.policy.decision import TileChoice
 from epfuse.policy.kernels import FP8_PATHS
@@ -20,7 +19,6 @@ from epfuse.tuning.lookup import Found, Source, change_points, find, sources
 log = logging.getLogger(__name__)
 
 
-@checks_enums
 def tile_ranges(
     target: Target, device_name: str, path: Path, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
 ) -> list[tuple[int, TileChoice]]:
@@ -50,7 +48,6 @@ def tile_ranges(
     return ranges
 
 
-@checks_enums
 def path_defaults(
     target: Target, path: Path, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
 ) -> tuple[TileRange, ...]:

@@ -108,7 +108,6 @@ class Profile:
         time: where the wall time went.
         experts: None without a shape or without expert GEMMs.
         kernels_in_trace: of the device, in and out of the window.
-        warnings: what can't be right in the trace; a sentence each.
     """
 
     path: str
@@ -127,7 +126,6 @@ class Profile:
     time: WindowTime
     experts: ExpertView | None
     kernels_in_trace: int
-    warnings: list[str]
 
     @property
     def kernels_total(self) -> int:
@@ -148,7 +146,6 @@ class Profile:
         return {
             "trace": self.path,
             "rank": self.rank,
-            "warnings": self.warnings,
             "device": asdict(self.device) | {"product": self.product},
             "steps": [
                 {

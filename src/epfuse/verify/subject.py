@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from epfuse.arguments import checks_enums
 from epfuse.config import Combine, Path, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.numerics.mxfp8 import BLOCK
@@ -22,7 +21,6 @@ class Stored(enum.Enum):
     """The same, quantised."""
 
 
-@checks_enums
 @dataclass(frozen=True)
 class Subject:
     """One way to compute the layer.
