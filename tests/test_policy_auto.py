@@ -143,7 +143,7 @@ def test_auto_plans_nothing_that_is_not_its_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ep_size": 4}, "ep_size is 4; with L=16"),
+        ({"ep_size": 4}, "ep_size is 4; the layer has L=16 of E=128 experts, and a rank of 4 holds 32"),
         ({"layer": 2}, "layer is 2"),
         ({"max_model_len": 0}, "max_model_len is 0"),
         ({"hbm_bytes": 0}, "hbm_bytes is 0"),

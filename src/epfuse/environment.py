@@ -18,6 +18,7 @@ import os
 from dataclasses import dataclass
 from typing import TypeVar
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Path, Policy
 from epfuse.errors import ConfigError
 
@@ -34,6 +35,7 @@ class LogLevel(enum.Enum):
 E = TypeVar("E", bound=enum.Enum)
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Environment:
     """What the environment asks for.

@@ -44,6 +44,10 @@ class MissingDependency(EpfuseError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
 
+class CheckpointError(EpfuseError):
+    """A checkpoint's file can't be read or written, or holds another model's tensors; the message names both."""
+
+
 class TraceError(EpfuseError):
     """A profiler's trace can't be read, or has nothing to profile; the message names the file."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ LARGEST_INPUT = 16 << 20
 PATIENCE = 10.0
 """Seconds without a byte that a pipe may take."""
 CHUNK = 1 << 20
+DEEPEST = 64
+"""Objects and lists inside each other."""
 
 
 def read_file(path: Path, what: str, largest: int = LARGEST_INPUT) -> bytes:
@@ -71,3 +75,59 @@ def read_json(path: Path, what: str, largest: int = LARGEST_INPUT) -> Any:
         raise ConfigError(f"{what} {path} is nested too deeply") from None
     except ValueError as error:  # also what is no UTF-8, and numbers of thousands of digits
         raise ConfigError(f"{what} {path} is not JSON: {error}") from None
+
+
+def read_object(path: Path, what: str, largest: int = LARGEST_INPUT) -> dict[str, Any]:
+    """The object in a JSON file, and nothing that two readers could read in two ways.
+
+    Beside what is no JSON, what Python's reader takes for it is refused: NaN and infinities, numbers beyond a float, a
+    key that stands twice in an object, a surrogate without its other half, text that is no UTF-8.
+
+    Raises:
+        ConfigError: as `read_file`, or it is not such JSON, nested deeper than DEEPEST, or no object.
+    """
+    data = read_file(path, what, largest)
+    try:
+        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unambiguous, parse_constant=_no_number)
+        _check_values(content)
+    except RecursionError:
+        raise ConfigError(f"{what} {path} is nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{what} {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what} {path} is a {type(content).__name__}; it must be an object")
+    return content
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = sorted(key for key, _ in pairs)
+        twice = next(key for key, after in pairwise(keys) if key == after)
+        raise ValueError(f"an object has the key {twice!r:.60} twice")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _check_values(content: object) -> None:
+    """Level by level: depth costs no stack."""
+    level: list[object] = [content]
+    for _ in range(DEEPEST + 1):
+        below: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value)
+                below.extend(value.values())
+            elif isinstance(value, list):
+                below.extend(value)
+            elif isinstance(value, str) and not value.isascii():
+                value.encode()  # a lone surrogate has no UTF-8
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("a number is too large for a float")
+        if not below:
+            return
+        level = below
+    raise ValueError(f"it is nested deeper than {DEEPEST}")

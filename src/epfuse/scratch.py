@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Path
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 
@@ -48,6 +49,7 @@ class Scratch:
     routed: torch.Tensor
 
 
+@checks_enums
 def scratch_size(path: Path, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
     """Elements that a call on ``path`` needs; ascending in ``tokens``.
 

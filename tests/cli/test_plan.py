@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from epfuse.cli.main import main
-from tests.weights.test_model_config import GPT_OSS, MIXTRAL
+from tests.weights.test_model_config import GPT_OSS, MIXTRAL, QWEN_FP8
 
 
 def plan(*arguments: str) -> Result:
@@ -46,15 +46,25 @@ def test_a_gpu_without_a_machine_has_no_times() -> None:
     assert "No times" in result.stdout
 
 
-@pytest.mark.parametrize("config", [GPT_OSS, MIXTRAL])
-def test_a_config_file(tmp_path: Path, config: dict[str, object]) -> None:
+@pytest.mark.parametrize(("config", "storage"), [(GPT_OSS, "untouched"), (MIXTRAL, "bf16"), (QWEN_FP8, "block_fp8")])
+@pytest.mark.parametrize("named", [".", "config.json"])
+def test_a_config_file_or_its_folder(tmp_path: Path, config: dict[str, object], storage: str, named: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    arguments = ("--config", str(path), "--ep-size", "4", "--device", "h200", "--max-model-len", "8192", "--json")
+    arguments = (
+        "--config",
+        str(tmp_path / named),
+        "--ep-size",
+        "4",
+        "--device",
+        "h200",
+        "--max-model-len",
+        "8192",
+        "--json",
+    )
     record = json.loads(plan(*arguments).stdout)
-    quantised = "quantization_config" in config
-    assert {entry["storage"] for entry in record["layers"]} == {"mxfp8" if quantised else "bf16"}
-    assert record["shape"]["local_experts"] * 4 == config["num_local_experts"]
+    assert {entry["storage"] for entry in record["layers"]} == {storage}
+    assert record["shape"]["local_experts"] * 4 == record["shape"]["experts"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +74,15 @@ def test_a_config_file(tmp_path: Path, config: dict[str, object]) -> None:
         ((*M3, "--device", "h100", "--target", "gfx942"), "'h100', which is sm_90"),
         ((*M3, "--target", "gfx942", "--hbm", "lots"), "'lots' is no size"),
         ((*M3, "--target", "gfx942", "--hbm", "40GiB"), "53.3 GB a rank as mxfp8"),
-        ((*M3[:3], "7", *M3[4:], "--target", "gfx942"), "must divide the model's 128 experts"),
+        ((*M3, "--target", "gfx942", "--hbm", "1" * 400), "is no size"),
+        ((*M3, "--target", "gfx942", "--hbm", "0.1"), "is no size"),
+        ((*M3, "--target", "gfx942", "--hbm", "\u0663GiB"), "is no size"),
+        ((*M3[:5], "2147483648", "--target", "gfx942"), "2147483648"),
+        ((*M3[:3], "200", *M3[4:], "--target", "gfx942"), "ep_size is 200; it must be in 1..128"),
+        ((*M3[:3], "9" * 400, *M3[4:], "--target", "gfx942"), "--ep-size"),
+        (("--config", "/dev/zero", *M3[2:], "--target", "gfx942"), "has more than"),
+        (("--config", "/dev/null", *M3[2:], "--target", "gfx942"), "is not JSON"),
+        (("--config", "/dev", *M3[2:], "--target", "gfx942"), "config.json can't be read"),
         (("--config", "nowhere.json", *M3[2:], "--target", "gfx942"), "nowhere.json can't be read"),
     ],
 )

@@ -76,7 +76,7 @@ def test_explain_as_a_table():
     assert "3..59" in result.stdout
 
 
-@pytest.mark.parametrize("args", [("--vllm-version", "0.1.0"), ("--tp", "7"), ("--tp", "5", "--no-ep")])
+@pytest.mark.parametrize("args", [("--vllm-version", "0.1.0"), ("--tp", "129"), ("--tp", "5", "--no-ep")])
 def test_explain_refuses_what_it_does_not_know(args):
     assert run("explain", *args).exit_code == 2
 
@@ -95,3 +95,25 @@ def test_patch_refuses_a_directory_without_vllm(tmp_path):
     result = run("patch", "apply", "--site", str(tmp_path))
     assert result.exit_code == 2
     assert "no vLLM is installed" in result.output
+
+
+def config(tmp_path, **content) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    return str(tmp_path)
+
+
+def test_explain_knows_what_the_plugin_refuses(tmp_path):
+    sizes = {"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 128, "num_experts_per_tok": 4}
+    model = config(tmp_path, model_type="gpt_oss", num_hidden_layers=36, **sizes)
+    (group,) = groups("--model", model)
+    assert group["with_epfuse"]["experts"] == "TritonExperts"
+    assert group["with_epfuse"]["reason"].startswith("the activation is 'swigluoai'")
+
+
+def test_explain_spreads_experts_that_do_not_divide(tmp_path):
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 1408, "num_experts": 60, "num_experts_per_tok": 4}
+    model = config(tmp_path, model_type="qwen2_moe", hidden_act="silu", num_hidden_layers=24, **sizes)
+    (group,) = groups("--model", model)
+    assert group["with_epfuse"]["experts"] == "EpfuseExperts"
+    # the first four of eight ranks hold 8 experts, the others 7
+    assert group["with_epfuse"]["bytes_per_layer_and_rank"] == 8 * 3 * 2048 * 1408 * 2

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import resource
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,11 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("jinja2")
 
+from epfuse import input_file
 from epfuse.cli.demo import demo
-from epfuse.demo import run
+from epfuse.demo import page, run
 from epfuse.parallel.checkpoint import save_checkpoint
+from epfuse.report import write
 
 
 def invoke(folder: Path, *options: str) -> Result:
@@ -108,16 +114,79 @@ def test_a_rank_that_dies_is_named_and_exits_1(tmp_path: Path, monkeypatch: pyte
     "options",
     [
         ("--ranks", "3"),
+        ("--ranks", "0"),
+        ("--ranks", "-1"),
+        ("--ranks", "256"),
+        ("--ranks", str(10**20)),
         ("--tokens", "0"),
+        ("--tokens", "2147483648"),
+        ("--tokens", str(10**20)),
+        ("--seed", "-1"),
         ("--dtype", "int8"),
-        ("--text", "/nonexistent"),
-        ("--html", "/nonexistent/page.html"),
+        ("--text", "{folder}/missing"),
+        ("--text", "{folder}"),
+        ("--text", "/dev/zero"),
+        ("--text", "/dev/null"),
+        ("--text", "{folder}/fifo"),
+        ("--html", "{folder}/missing/page.html"),
+        ("--html", "{folder}"),
     ],
 )
-def test_usage_errors_exit_2(tmp_path: Path, options: tuple[str, str]) -> None:
-    result = invoke(tmp_path, *options)
+def test_usage_errors_exit_2_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(run, "build_model", None)
+    monkeypatch.setattr(input_file, "PATIENCE", 0.1)
+    os.mkfifo(tmp_path / "fifo")
+    option, value = options
+    result = invoke(tmp_path, option, value.format(folder=tmp_path))
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert option.strip("-").partition(" ")[0] in result.stderr
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_ranks_that_the_limit_of_open_files_refuses_exit_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "build_model", None)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (64, 64))
+    result = invoke(tmp_path, "--ranks", "128")
     assert result.exit_code == 2
-    assert "Traceback" not in result.output
+    assert re.search(r"ranks is 128; that takes \d+ open files a process, and 64 are allowed", result.stderr)
+
+
+def test_a_full_disk_costs_no_result(
+    good: tuple[dict[str, Any], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_demo", lambda settings, text: Recorded(good[0]))
+    monkeypatch.setattr(page, "demo_page", lambda record: "a page")
+
+    def full(path: Path, data: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(write, "write_atomic", full)
+    result = invoke(tmp_path, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout) == good[0]
+    assert "--html could not be written: [Errno 28] No space left on device" in result.stderr
+
+
+def test_no_folder_for_temporary_files_exits_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    result = invoke(tmp_path)
+    assert result.exit_code == 2
+    assert "missing" in result.stderr
+
+
+class Recorded:
+    """A record that was made before."""
+
+    passed = True
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+
+    def as_json(self) -> dict[str, Any]:
+        return self.content
 
 
 def test_help_has_an_example() -> None:
@@ -132,5 +201,5 @@ def test_missing_transformers_names_the_extra(tmp_path: Path, monkeypatch: pytes
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find_spec(name))
     result = invoke(tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "epfuse[demo]" in result.stderr

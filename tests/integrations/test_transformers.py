@@ -159,9 +159,24 @@ def test_an_error_in_the_last_layer_replaces_none(model: Any) -> None:
     assert not any(isinstance(module, EPExperts) for module in model.modules())
 
 
-def test_refuses_experts_that_do_not_divide(model: Any) -> None:
-    with pytest.raises(ConfigError, match="multiple"):
-        replace_experts(model, EPGroup(0, 3))
+@torch.no_grad()
+@pytest.mark.parametrize("ranks", [3, 5])
+def test_ranks_that_do_not_divide_the_experts_add_up(model: Any, ranks: int) -> None:
+    """16 experts: the first ranks hold one more."""
+    whole = model.model.layers[1].mlp.experts
+    hidden = torch.randn(9, SIZE.hidden, generator=torch.Generator().manual_seed(3))
+    ids = torch.rand(9, 16, generator=torch.Generator().manual_seed(4)).topk(4).indices
+    weights = torch.rand(9, 4, generator=torch.Generator().manual_seed(5))
+    total, held = torch.zeros_like(hidden), []
+    for rank in range(ranks):
+        replacement = replace_experts(model, EPGroup(rank, ranks))
+        share = replacement.experts["model.layers.1.mlp.experts"]
+        held.append(share.gate_up_proj.shape[0])
+        total += share.local_output(hidden, ids, weights)
+        replacement.revert()
+    assert sum(held) == 16
+    assert held == sorted(held, reverse=True)
+    torch.testing.assert_close(total, whole(hidden, ids, weights), rtol=1e-5, atol=1e-5)
 
 
 def test_refuses_gradients(model: Any, prompt: torch.Tensor) -> None:

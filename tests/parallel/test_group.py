@@ -24,9 +24,11 @@ def test_refuses_a_rank_outside_the_group() -> None:
         EPGroup(4, 4)
 
 
-def test_refuses_experts_that_do_not_divide() -> None:
-    with pytest.raises(ConfigError, match="multiple"):
-        EPGroup(0, 3).expert_map(8)
+def test_the_first_ranks_hold_one_expert_more() -> None:
+    maps = [EPGroup(rank, 3).expert_map(8) for rank in range(3)]
+    assert [found.num_local for found in maps] == [3, 3, 2]
+    slots = torch.stack([found.on(torch.device("cpu")) for found in maps])
+    assert ((slots >= 0).sum(0) == 1).all()
 
 
 def test_current_needs_a_process_group() -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from epfuse import Path
-from epfuse.config import Policy
+from epfuse.config import LayerShape, Policy
 from epfuse.errors import ConfigError
-from epfuse.planning.console import fewer_ranks
+from epfuse.expert_map import ExpertMap
+from epfuse.planning.console import fewer_ranks, show
 from epfuse.planning.model_plan import ModelPlan, Serving, plan_model
 from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
 from epfuse.planning.products import GIB, PRODUCTS
 from epfuse.policy import Storage
+from epfuse.target import Target
+from epfuse.weights.block_fp8 import BlockFP8
 from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.model_config import MINIMAX_M3
 
-KEYS = {"policy", "target", "shape", "layers", "ranges", "bytes_per_rank", "refused"}
+KEYS = {"policy", "target", "shape", "ranks", "layers", "ranges", "bytes_per_rank", "refused"}
 
 
 def plan(device: str = "mi300x", ep_size: int = 8, length: int = 9472, policy: Policy = Policy.AUTO) -> ModelPlan:
@@ -112,8 +119,71 @@ def test_four_ranks_instead_of_eight() -> None:
 
 def test_what_can_not_be_served_is_refused() -> None:
     product = PRODUCTS["h100"]
-    with pytest.raises(ConfigError, match="ep_size is 3; it must divide"):
-        plan_model(MINIMAX_M3, Serving(product, 3, 9472, product.hbm_bytes), Policy.AUTO)
+    with pytest.raises(ConfigError, match="ep_size is 129; it must be in"):
+        plan_model(MINIMAX_M3, Serving(product, 129, 9472, product.hbm_bytes), Policy.AUTO)
     dense = replace(MINIMAX_M3, checkpoint=Checkpoint.BF16)
     with pytest.raises(ConfigError, match="103\\.3 GB a rank as bf16"):
         plan_model(dense, Serving(product, 8, 9472, product.hbm_bytes), Policy.AUTO)
+
+
+def test_experts_that_ranks_do_not_divide_count_for_the_rank_that_holds_more() -> None:
+    model = replace(MINIMAX_M3, experts=60)
+    found = plan_model(model, Serving(PRODUCTS["mi300x"], 8, 9472, PRODUCTS["mi300x"].hbm_bytes), Policy.AUTO)
+    maps = [ExpertMap.contiguous(60, 8, rank).num_local for rank in range(8)]
+    assert found.shape.local_experts == max(maps) == 8
+    assert found.to_json()["ranks"] == [{"ranks": 4, "local_experts": 8}, {"ranks": 4, "local_experts": 7}]
+    assert sum(entry["ranks"] * entry["local_experts"] for entry in found.to_json()["ranks"]) == 60
+    assert found.stored_bytes(Storage.BF16) == 57 * 8 * 3 * 6144 * 3072 * 2
+    console = Console(width=200, file=io.StringIO())
+    show(found, console)
+    assert "4 hold 8, 4 hold 7 experts" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("device", list(PRODUCTS))
+def test_block_fp8_is_planned_as_block_fp8(device: str) -> None:
+    model = replace(MINIMAX_M3, checkpoint=Checkpoint.BLOCK_FP8)
+    product = PRODUCTS[device]
+    found = plan_model(model, Serving(product, 8, 9472, product.hbm_bytes), Policy.AUTO)
+    (kind,) = found.kinds()
+    assert (kind.storage, {entry.decision.path for entry in kind.ranges}) == (Storage.BLOCK_FP8, {Path.BLOCK_FP8})
+    weights = BlockFP8.quantize(torch.zeros(1, 2 * 256, 320)), BlockFP8.quantize(torch.zeros(1, 320, 256))
+    held = sum(t.numel() * t.element_size() for w in weights for t in (w.values, w.scales))
+    assert Storage.BLOCK_FP8.bytes_of(LayerShape(320, 256, 1, 1, 1)) == held
+    assert found.to_json()["bytes_per_rank"]["block_fp8"] == found.chosen_bytes
+
+
+def test_block_fp8_whose_gate_and_up_share_blocks_becomes_bf16() -> None:
+    model = replace(MINIMAX_M3, checkpoint=Checkpoint.BLOCK_FP8, intermediate=3000)
+    found = plan_model(model, Serving(PRODUCTS["mi300x"], 8, 9472, PRODUCTS["mi300x"].hbm_bytes), Policy.AUTO)
+    assert found.kinds()[0].storage is Storage.BF16
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"has_bias": True}, "The experts have biases."),
+        ({"weights_input": True}, "The router weight is applied to the inputs."),
+        ({"dtype": "float16"}, "Activations are torch.float16"),
+    ],
+)
+@pytest.mark.parametrize("policy", list(Policy))
+def test_what_the_plugin_refuses_is_not_promised(changes: dict[str, Any], reason: str, policy: Policy) -> None:
+    model = replace(MINIMAX_M3, checkpoint=Checkpoint.BF16, **changes)
+    found = plan_model(model, Serving(PRODUCTS["mi300x"], 8, 9472, PRODUCTS["mi300x"].hbm_bytes), policy)
+    assert all(kind.is_untouched and kind.reason.startswith(reason) for kind in found.kinds())
+    assert found.chosen_bytes is None
+
+
+def test_layers_with_another_activation_are_planned_for_themselves() -> None:
+    model = replace(MINIMAX_M3, other_activations=((58, None), (59, None)))
+    found = plan_model(model, Serving(PRODUCTS["mi300x"], 8, 9472, PRODUCTS["mi300x"].hbm_bytes), Policy.AUTO)
+    assert [(group.layers[0], group.layers[-1], group.plan.is_untouched) for group in found.groups] == [
+        (3, 57, False),
+        (58, 59, True),
+    ]
+
+
+def test_every_product_is_of_a_target_with_a_name_of_its_own() -> None:
+    assert PRODUCTS["mi325x"].target is Target.GFX942
+    assert PRODUCTS["mi325x"].hbm_bytes == 256 * GIB
+    assert len({product.device_name for product in PRODUCTS.values()}) == len(PRODUCTS)

@@ -23,6 +23,12 @@ from epfuse.profiling.annotations import StepKind, parse_label
         ("step[EXTEND bs=2 toks=107]", StepKind.PREFILL, 2, 107),
         ("step[MIXED bs=2]", StepKind.MIXED, 2, None),
         ("step[IDLE bs=0]", StepKind.UNKNOWN, 0, None),
+        ("step[MIXED bs=5 c=2 c_sq=300 g=3 g_sq=3]", StepKind.MIXED, 5, 303),
+        ("step[DECODE bs=4 g_sq=8]", StepKind.DECODE, 4, 8),
+        ("decode[bs=117/128 tok=117 d=117]", StepKind.DECODE, 117, 117),
+        ("prefill[bs=2 tok=900 p=2]", StepKind.PREFILL, 2, 900),
+        ("execute_context_1(888_788544)_generation_0(0_0)", StepKind.PREFILL, 1, 888),
+        ("execute_context_1(888_788544)_generation_3(3_3)", StepKind.MIXED, 4, 891),
         ("ProfilerStep#12", StepKind.UNKNOWN, None, None),
     ],
 )
@@ -40,6 +46,10 @@ def test_what_servers_write(text: str, kind: StepKind, requests: int | None, tok
         "execute_context_1",
         "execute_context_1(1)_generation_1(1)x",
         "step[DECODE]",
+        "step[MIXED tok=3]",
+        "decode[bs=x]",
+        "decode[bs=1] and more",
+        "ProfilerStep#1\n",
         "execute_context_1(99999999999999999999)_generation_1(1)",
     ],
 )

@@ -123,3 +123,12 @@ def test_progress_reaches_the_file_size(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     list(json_stream.stream_events(path, lambda *_: None, lambda done, total: seen.append((done, total))))
     assert seen[-1] == (path.stat().st_size, path.stat().st_size)
+
+
+def test_raw_control_characters_lone_surrogates_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"traceEvents": [{"name": "a\x01\x1b[31m\n\x00b", "x": "\\ud800", "y": "\xed\xa0\x80\xff"}]}'
+    )
+    (event,) = read(path)[0]
+    assert (event["name"], event["x"]) == ("a\x01\x1b[31m\n\x00b", "\ud800")

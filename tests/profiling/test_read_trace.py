@@ -78,16 +78,17 @@ def test_other_events_that_are_refused(tmp_path: Path) -> None:
 
 def test_names_can_neither_move_the_cursor_nor_fill_the_screen(tmp_path: Path) -> None:
     trace = TraceFile()
-    trace.kernel("red\x1b[31m\n\u202edrawkcab", 1.0, 1.0)
+    trace.kernel("red\x1b[31m\n\u202e\ud800\ufffedrawkcab", 1.0, 1.0)
     trace.kernel("x" * 100_000, 2.0, 1.0)
     first, second = read(trace, tmp_path).kernels
-    assert first.name == "red\ufffd[31m\ufffd\ufffddrawkcab"
+    assert first.name == "red\ufffd[31m\ufffd\ufffd\ufffd\ufffddrawkcab"
     assert len(second.name) == LONGEST_NAME
 
 
 def test_odd_device_properties_are_no_error(tmp_path: Path) -> None:
     trace = TraceFile()
     trace.other["deviceProperties"] = [7, {"id": "x", "name": 3, "numSms": "many"}, {"id": 1, "name": "B200"}]
+    trace.kernel("k", 1, 1, device=1)
     trace.other["distributedInfo"] = [1]
     got = read(trace, tmp_path)
     assert got.devices[1].name == "B200"

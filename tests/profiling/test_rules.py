@@ -43,6 +43,36 @@ BACKENDS = {
     ),
     "composable kernel": (["ck_tile::MoeSortingMultiPhaseKernel_P0_v2", CK, CK], "pgd"),
     "aiter one stage": (["MoeSortingMultiPhaseKernel_P23", "aiter::fmoe_bf16_blockscaleFp8_g1u1_vs_silu"], "pg"),
+    "trtllm-gen": (
+        [
+            "void moe::dev::routing::routingRenormalize::routingIndicesClusterKernel<KernelParams<float>>",
+            "bmm_MxE4m3_MxE2m1MxE4m3_Fp32_t128x16x256_s5_et128x16_m128x16x32_cga1x1x1_16dp256b_TN_swiGlu_dynBatch_sm100f",
+            "bmm_Bfloat16_MxE2m1MxE4m3_Fp32_t128x16x256_s5_et128x16_m128x16x32_cga1x1x1_16dp256b_TN_dynBatch_sm100f",
+            "void moe::dev::finalize::finalizeKernelVecLoad<moe::dev::finalize::KernelParams<__nv_bfloat16>>",
+        ],
+        "pgdc",
+    ),
+    "trtllm-gen, DeepSeek FP8": (
+        [
+            "void moe::dev::routing::routingDeepSeek::routingIndicesClusterKernel<KernelParams<float>>",
+            "bmm_Bfloat16_E4m3E4m3_Fp32_t128x8x128u2_s6_et64x8_m64x8x32_cga1x1x1_16dp256b_TN_dsFp8_dynBatch_sm100f",
+            "void moe::dev::activation::activationDeepSeekKernel<KernelParams<cutlass::float_e4m3_t>>",
+            "bmm_Bfloat16_E4m3E4m3_Fp32_t128x8x128u2_s6_et64x8_m64x8x32_cga1x1x1_16dp256b_TN_dsFp8_dynBatch_sm100f",
+            "void moe::dev::finalize::finalizeDeepSeekKernel<KernelParams<__nv_bfloat16>>",
+        ],
+        "pgadc",
+    ),
+    "TensorRT-LLM, CUTLASS": (
+        [
+            "void tensorrt_llm::kernels::cutlass_kernels::fusedBuildExpertMapsSortFirstTokenKernel<128>",
+            "void tensorrt_llm::kernels::cutlass_kernels::expandInputRowsKernel<__nv_bfloat16>",
+            "void cutlass::device_kernel<GemmUniversal<cutlass::gemm::GroupProblemShape<Shape>>>",
+            "void tensorrt_llm::kernels::cutlass_kernels::doActivationKernel<__nv_bfloat16>",
+            "void cutlass::device_kernel<GemmUniversal<cutlass::gemm::GroupProblemShape<Shape>>>",
+            "void tensorrt_llm::kernels::cutlass_kernels::finalizeMoeRoutingKernel<__nv_bfloat16>",
+        ],
+        "ppgadc",
+    ),
     "epfuse": (["route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"], "pgdc"),
     "epfuse, Hopper": (["count_kernel", "place_kernel", "gate_up_sm90_kernel", "down_sm90_kernel"], "ppgd"),
     "epfuse, Hopper with packed rows": (
@@ -180,6 +210,25 @@ def test_a_dense_layer_and_a_shared_expert(classifier: Classifier) -> None:
 )
 def test_collectives(classifier: Classifier, name: str) -> None:
     assert classify(classifier, [NORM, name, NORM])[1] is Phase.COLLECTIVES
+
+
+@pytest.mark.parametrize("module", ["RowParallelLinear_3", "QKVAttention_1 > nn.Module: RowParallelLinear_1", "MLP_2"])
+def test_a_kernels_own_name_is_believed_before_its_module(classifier: Classifier, module: str) -> None:
+    reduce = "void flashinfer::trtllm_allreduce_fusion::allreduce_fusion_kernel_oneshot_lamport<8>"
+    names = [GEMM, reduce, "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", NORM]
+    found = classify(classifier, names, [f"nn.Module: DecoderLayer_1 > nn.Module: {module}"] * 4)
+    assert found[1:] == [Phase.COLLECTIVES, Phase.COLLECTIVES, Phase.NORM]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_collective_in_one_of_our_ranges_is_one(classifier: Classifier, stage: str) -> None:
+    assert classify(classifier, ["ncclDevKernel_AllReduce_Sum"], [f"epfuse::{stage}"]) == [Phase.COLLECTIVES]
+
+
+def test_the_weights_that_trtllm_gen_names(classifier: Classifier) -> None:
+    names = [TOPK, *BACKENDS["trtllm-gen"][0]]
+    verdicts = classifier.by_name([Kernel(n, 0, 7, 10 * i, 5, None) for i, n in enumerate(names)], [""] * len(names))
+    assert {classifier.rules.rules[rule].weights for rule in verdicts.rules if rule is not None} == {None, "mxfp4"}
 
 
 def test_an_unknown_kernel_stays_unclassified(classifier: Classifier) -> None:

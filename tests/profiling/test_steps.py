@@ -17,7 +17,7 @@ PREFILL = "execute_context_2(300)_generation_0(0)"
 
 
 def steps_of(trace: TraceFile, folder: Path, device: int = 0) -> DeviceSteps:
-    return find_steps(read_trace(trace.write(folder / "trace.json")), device)
+    return find_steps(read_trace(trace.write(folder / "trace.json")))[device]
 
 
 def test_a_kernel_belongs_to_the_step_that_launched_it(tmp_path: Path) -> None:

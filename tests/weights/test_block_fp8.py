@@ -134,7 +134,7 @@ def test_fnuz_holds_the_same_numbers() -> None:
     in_place = block.to_fnuz_()
     assert in_place.values.data_ptr() == pointer
     assert torch.equal(in_place.dequantize(torch.float64), numbers)
-    assert block.nbytes == 2 * 130 * 96 + 2 * 2 * 1 * 4
+    assert in_place.nbytes == 2 * 130 * 96 + 2 * 2 * 1 * 4
 
 
 def test_what_is_refused() -> None:

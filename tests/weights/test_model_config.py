@@ -59,6 +59,24 @@ QWEN = {
     "hidden_act": "silu",
 }
 
+QWEN_FP8 = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "hidden_act": "silu",
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(48))],
+    },
+}
+"""Qwen3-30B-A3B-FP8's."""
+
 
 def write(tmp_path: Path, config: object) -> Path:
     path = tmp_path / "config.json"
@@ -111,14 +129,14 @@ def test_qwen(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ([], "is a list"),
-        ({"model_type": "llama"}, "'llama'; known are minimax_m3_vl"),
-        ({}, "'None'; known are"),
+        ({"model_type": "llama"}, "'llama'; known are"),
+        ({}, "type None; known are"),
         (MIXTRAL | {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (MIXTRAL | {"num_local_experts": "8"}, "num_local_experts is '8'"),
         (MIXTRAL | {"num_experts_per_tok": 9}, "9 experts a token"),
         (MIXTRAL | {"hidden_size": None}, "none of hidden_size is there"),
-        (MIXTRAL | {"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'; it must be one of bf16"),
-        (MIXTRAL | {"quantization_config": []}, "quant_method None"),
+        (MIXTRAL | {"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'; it must be one of mxfp8"),
+        (MIXTRAL | {"quantization_config": []}, "quantization_config is \\[\\]"),
         (GPT_OSS | {"swiglu_limit": -1}, "swiglu_limit is -1"),
         (GPT_OSS | {"swiglu_alpha": "1"}, "swiglu_alpha is '1'"),
         (M3_TEXT | {"moe_layer_freq": [1]}, "moe_layer_freq must be a list with 60 entries"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -15,13 +16,14 @@ Examples:
   epfuse demo --weights mxfp8
   epfuse demo --json | jq .checks
 
-Exit status: 0 all checks passed, 1 a check failed, 2 usage.
+Exit status: 0 all checks passed, 1 a check or a rank failed, 2 wrong usage, or the demo can't run or report here,
+130 interrupted.
 """
 
 
 @click.command(epilog=EPILOG)
 @click.option("--ranks", default=8, show_default=True, metavar="P", help="Expert-parallel ranks; must divide 128.")
-@click.option("--tokens", default=256, show_default=True, metavar="T", help="Prompt tokens to read at most.")
+@click.option("--tokens", default=256, show_default=True, metavar="T", help="Prompt tokens to read, 2048 at most.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
@@ -40,14 +42,14 @@ Exit status: 0 all checks passed, 1 a check failed, 2 usage.
 @click.option("--json", is_flag=True, help="Print the record as JSON instead of tables.")
 @click.option(
     "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     default=Path("epfuse-demo.html"),
     show_default=True,
     help="Where to write the report.",
 )
 @click.option(
     "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     help="File to read  [default: the repository's README]",
 )
 def demo(
@@ -59,41 +61,50 @@ def demo(
     which hold 128/P experts each; logits, greedy tokens and every MoE layer are compared with the model as transformers
     runs it.
     """
-    from epfuse.config import WeightFormat
-    from epfuse.errors import ConfigError, EpfuseError, MissingDependency
+    from epfuse.errors import EpfuseError
 
-    _need_folder(html)
     try:
-        _need_transformers()
-        from rich.console import Console
+        _run(ranks, tokens, dtype, weights, seed, json, html, text)
+    except EpfuseError as error:
+        raise click.UsageError(str(error)) from error
 
-        from epfuse.demo.console import print_record
-        from epfuse.demo.page import demo_page
-        from epfuse.demo.run import run_demo
-        from epfuse.demo.settings import DemoSettings
-        from epfuse.demo.text import read_text
-        from epfuse.parallel.launch import RankFailed
-        from epfuse.report.write import write_atomic
 
-        try:
-            settings = DemoSettings(
-                ranks=ranks, tokens=tokens, dtype=_resolve(dtype), weights=WeightFormat(weights), seed=seed
-            )
-            source = read_text(text)
-        except ConfigError as error:
-            raise click.UsageError(str(error)) from error
-        record = run_demo(settings, source)
+def _run(
+    ranks: int, tokens: int, dtype: str, weights: str, seed: int, json: bool, html: Path, text: Path | None
+) -> NoReturn:
+    from epfuse.cli.delivery import Delivery
+    from epfuse.cli.main import EXIT_CHECK_FAILED
+    from epfuse.config import WeightFormat
+
+    delivery = Delivery({"--html": html})
+    _need_transformers()
+    from rich.console import Console
+
+    from epfuse.demo.console import print_record
+    from epfuse.demo.page import demo_page
+    from epfuse.demo.run import run_demo
+    from epfuse.demo.settings import DemoSettings
+    from epfuse.demo.text import read_text
+    from epfuse.parallel.launch import RankFailed
+    from epfuse.report.write import write_atomic
+
+    settings = DemoSettings(ranks=ranks, tokens=tokens, dtype=_resolve(dtype), weights=WeightFormat(weights), seed=seed)
+    try:
+        record = run_demo(settings, read_text(text))
+    except RankFailed as error:
+        click.echo(f"epfuse: {error}", err=True)
+        sys.exit(EXIT_CHECK_FAILED)
+    except OSError as error:  # no temporary folder, a full disk, no process
+        raise click.UsageError(f"the demo can't run here: {error}") from error
+    with delivery.of("standard output"):
+        if json:
+            click.echo(jsonlib.dumps(record.as_json(), indent=2, allow_nan=False))
+        else:
+            print_record(record, Console())
+    with delivery.of("--html"):
         write_atomic(html, demo_page(record))
-    except MissingDependency as error:
-        raise click.ClickException(str(error)) from error
-    except (EpfuseError, RankFailed, OSError) as error:
-        raise click.ClickException(f"{type(error).__name__}: {error}") from error
-    if json:
-        click.echo(jsonlib.dumps(record.as_json(), indent=2, allow_nan=False))
-    else:
-        print_record(record, Console())
-    click.echo(f"report: {html}", err=True)
-    sys.exit(0 if record.passed else 1)
+        click.echo(f"report: {html}", err=True)
+    delivery.exit(passed=record.passed)
 
 
 def _resolve(dtype: str) -> str:
@@ -103,12 +114,6 @@ def _resolve(dtype: str) -> str:
     if dtype != "auto":
         return dtype
     return "float32" if Placement.choose(1) is Placement.CPU else "bfloat16"
-
-
-def _need_folder(html: Path) -> None:
-    """Refuse a report that can't be written before spending half a minute on it."""
-    if not html.parent.is_dir():
-        raise click.BadParameter(f"the folder {html.parent} does not exist", param_hint="--html")
 
 
 def _need_transformers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import click
@@ -19,6 +20,10 @@ from epfuse.planning.products import PRODUCTS, Product, product_of
 from epfuse.target import Target
 from epfuse.weights.model_config import MODELS, ExpertModel, read_model
 
+LARGEST_HBM = 10**15
+LONGEST = 2**31 - 1
+"""Tokens; T*K of a call stays below 2**31."""
+MOST_RANKS = 2**20
 UNITS = {"": 1, "GB": 10**9, "GiB": 1 << 30, "MiB": 1 << 20}
 
 
@@ -26,10 +31,14 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: str | None
     """A size such as ``192GiB``, ``141GB`` or plain bytes."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value)
-    if found is None or found[2] not in UNITS or float(found[1]) <= 0:
-        raise click.BadParameter(f"{value!r} is no size; it must be like 192GiB, 141GB or a number of bytes")
-    return int(float(found[1]) * UNITS[found[2]])
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]*)", value)
+    size = None if found is None or found[2] not in UNITS else int(Decimal(found[1]) * UNITS[found[2]])
+    if size is None or not 1 <= size <= LARGEST_HBM:
+        shown = f"{value[:40]!r}..." if len(value) > 40 else repr(value)
+        raise click.BadParameter(
+            f"{shown} is no size; it must be like 192GiB, 141GB or a number of bytes, at most 1 PB"
+        )
+    return size
 
 
 @click.command()
@@ -37,15 +46,17 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: str | None
     "--config",
     "source",
     required=True,
-    metavar=f"CONFIG.json|{'|'.join(MODELS)}",
-    help="A model's Hugging Face config.json, or a name.",
+    metavar=f"CONFIG.json|DIR|{'|'.join(MODELS)}",
+    help="A model's Hugging Face config.json, the folder that has it, or a name.",
 )
-@click.option("--ep-size", type=click.IntRange(min=1), default=8, show_default=True, help="Ranks that share experts.")
+@click.option(
+    "--ep-size", type=click.IntRange(1, MOST_RANKS), default=8, show_default=True, help="Ranks that share experts."
+)
 @click.option(
     "--target", type=click.Choice([target.value for target in Target if target.is_gpu]), help="[default: --device's]"
 )
 @click.option("--device", type=click.Choice(list(PRODUCTS)), help="A GPU of the target.  [default: its first]")
-@click.option("--max-model-len", type=click.IntRange(min=1), required=True, help="The longest sequence, tokens.")
+@click.option("--max-model-len", type=click.IntRange(1, LONGEST), required=True, help="The longest sequence, tokens.")
 @click.option(
     "--hbm", callback=_bytes, metavar="BYTES", help="Memory of one GPU: 192GiB, 141GB.  [default: --device's]"
 )

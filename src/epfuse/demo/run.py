@@ -28,6 +28,7 @@ from epfuse.integrations.transformers import replace_experts
 from epfuse.parallel.checkpoint import save_checkpoint
 from epfuse.parallel.group import EPGroup
 from epfuse.parallel.launch import Placement, launch_ranks
+from epfuse.parallel.limits import check_limits
 from epfuse.target import target_of
 
 LAUNCHER_STEPS = 3
@@ -48,8 +49,10 @@ def run_demo(settings: DemoSettings, text: Text) -> DemoRecord:
         The record, checks judged.
 
     Raises:
-        RankFailed: a rank raised or died.
+        ConfigError: this machine's limits don't allow so many ranks.
+        RankFailed: a rank raised, died or held the others.
     """
+    check_limits(settings.ranks)
     placement = Placement.choose(settings.ranks)
     device = placement.device(0)
     target = target_of(device)

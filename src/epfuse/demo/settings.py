@@ -10,6 +10,8 @@ from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError
 
 FORMS = (WeightFormat.DENSE, WeightFormat.MXFP8)
+MOST_TOKENS = 2048
+"""transformers' attention holds all of the [T, T] scores, in float64 too: 1.6 GB here."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -42,7 +44,7 @@ class DemoSettings:
 
     Args:
         ranks: P; E must be a multiple of it.
-        tokens: prompt tokens T at most; a shorter text gives fewer.
+        tokens: prompt tokens T at most, up to ``MOST_TOKENS``; a shorter text gives fewer.
         new_tokens: greedy tokens after the prompt.
         dtype: of weights and activations, a key of ``DTYPES``.
         weights: of the experts, one of ``FORMS``; MXFP8 ones are read at the numbers that they stand for by the
@@ -66,6 +68,8 @@ class DemoSettings:
         for name in ("ranks", "tokens", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.tokens > MOST_TOKENS:
+            raise ConfigError(f"tokens is {self.tokens}; it must be at most {MOST_TOKENS}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.weights not in FORMS:

@@ -7,6 +7,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from epfuse.errors import ConfigError
+from epfuse.input_file import read_file
 
 BOS = 256
 VOCAB = 257
@@ -34,13 +35,10 @@ def read_text(path: Path | None) -> Text:
     """``path``'s bytes; without one the repository's README, else the installed description, else a text shipped here.
 
     Raises:
-        ConfigError: ``path`` can't be read or is empty.
+        ConfigError: ``path`` can't be read, is empty, or is larger than `input_file` reads.
     """
     if path is not None:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"text file {path} can't be read: {error.strerror}") from error
+        data = read_file(path, "text file")
         if not data:
             raise ConfigError(f"text file {path} is empty; it must hold at least one byte")
         return Text(data, str(path))

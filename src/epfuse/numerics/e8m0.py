@@ -9,7 +9,9 @@ import enum
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import DtypeError
+from epfuse.operands import require_plain
 
 NAN_BYTE = 255
 """The NaN scale: every value of its block is NaN."""
@@ -43,6 +45,7 @@ def magnitude_bits(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
 
 
+@checks_enums
 def scale_bytes(amax_bits: torch.Tensor, rounding: ScaleRounding) -> torch.Tensor:
     """Scale byte of each block from the block's largest magnitude.
 
@@ -95,6 +98,7 @@ def as_e8m0_bytes(name: str, scales: torch.Tensor) -> torch.Tensor:
     Raises:
         DtypeError: ``scales`` is of another dtype.
     """
+    require_plain(name, scales)
     if scales.dtype == torch.uint8:
         return scales
     if scales.dtype == torch.float8_e8m0fnu:

@@ -11,6 +11,7 @@ import torch
 
 from epfuse.errors import ConfigError, DtypeError
 from epfuse.numerics.e8m0 import NAN_BYTE, as_e8m0_bytes
+from epfuse.operands import require_plain
 
 FN_NAN = 0x7F
 FN_NEGATIVE_ZERO = 0x80
@@ -68,8 +69,7 @@ def normalize_to_fnuz(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch
         DtypeError: either has another dtype.
         ConfigError: a scale byte is 254, see `double_scales`.
     """
-    if values.dtype != torch.float8_e4m3fn:
-        raise DtypeError(f"values has dtype {values.dtype}; normalisation to E4M3FNUZ starts from float8_e4m3fn")
+    _require_fn(values)
     doubled = double_scales(scales)
     return fn_codes_to_fnuz(values.view(torch.uint8)).view(torch.float8_e4m3fnuz), doubled
 
@@ -91,11 +91,16 @@ def normalize_to_fnuz_(values: torch.Tensor, scales: torch.Tensor) -> tuple[torc
         DtypeError: either has another dtype.
         ConfigError: a scale byte is 254, see `double_scales`.
     """
-    if values.dtype != torch.float8_e4m3fn:
-        raise DtypeError(f"values has dtype {values.dtype}; normalisation to E4M3FNUZ starts from float8_e4m3fn")
+    _require_fn(values)
     scales = as_e8m0_bytes("scales", scales)
     scales.copy_(double_scales(scales))
     codes = values.view(torch.uint8)
     for part in codes:
         part.copy_(fn_codes_to_fnuz(part))
     return codes.view(torch.float8_e4m3fnuz), scales
+
+
+def _require_fn(values: torch.Tensor) -> None:
+    require_plain("values", values)
+    if values.dtype != torch.float8_e4m3fn:
+        raise DtypeError(f"values has dtype {values.dtype}; normalisation to E4M3FNUZ starts from float8_e4m3fn")

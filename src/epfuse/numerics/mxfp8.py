@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.numerics.consumable import Consumable
 from epfuse.numerics.e8m0 import (
     NAN_BYTE,
     ScaleRounding,
@@ -28,6 +30,7 @@ from epfuse.numerics.e8m0 import (
     scale_bytes,
 )
 from epfuse.numerics.fnuz import FN_NAN, normalize_to_fnuz
+from epfuse.operands import require_plain
 
 __all__ = [
     "BLOCK",
@@ -60,6 +63,7 @@ class ScaleLayout(enum.Enum):
     """``[.., K/32, N]``: the scales that one K step of a GEMM needs are adjacent."""
 
 
+@checks_enums
 def encode(x: torch.Tensor, rounding: ScaleRounding = ScaleRounding.FLOOR) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise to MXFP8: round to nearest even, saturating at +-448.
 
@@ -75,6 +79,7 @@ def encode(x: torch.Tensor, rounding: ScaleRounding = ScaleRounding.FLOOR) -> tu
         DtypeError: another dtype (float64 would be rounded twice).
         ShapeError: K is not a multiple of 32.
     """
+    require_plain("x", x)
     if x.dtype not in SOURCE_DTYPES:
         raise DtypeError(f"x has dtype {x.dtype}; MXFP8 encodes bfloat16, float16 or float32")
     blocks = x.contiguous().to(torch.float32).reshape(_blocked("x", x))
@@ -118,8 +123,9 @@ def decode(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torc
     return product.reshape(values.shape).to(dtype)
 
 
-@dataclass(frozen=True)
-class MXFP8:
+@checks_enums
+@dataclass(frozen=True, repr=False)
+class MXFP8(Consumable):
     """A matrix, or a stack of matrices, in MXFP8: values and scales travel together.
 
     The tensors are kept, not copied. Work on a stack goes one matrix ("expert") at a time, so that temporaries stay
@@ -164,12 +170,14 @@ class MXFP8:
                 )
 
     @classmethod
+    @checks_enums
     def quantize(cls, x: torch.Tensor, rounding: ScaleRounding = ScaleRounding.FLOOR) -> MXFP8:
         """Encode ``[.., N, K]`` bfloat16, float16 or float32; scales in layout ROWS.
 
         Raises:
             ShapeError, DtypeError: as `encode`; also fewer than two dimensions.
         """
+        require_plain("x", x)
         if x.dim() < 2:
             raise ShapeError(f"x has shape {tuple(x.shape)}; MXFP8 needs at least [N, K]")
         blocked = _blocked("x", x)
@@ -199,10 +207,12 @@ class MXFP8:
             out[index].copy_(decode(self.values[index], rows[index], dtype))
         return out
 
+    @checks_enums
     def scales_as(self, layout: ScaleLayout) -> torch.Tensor:
         """The scale bytes in ``layout``; the tensor itself if it has that layout, else a transposed view."""
         return self.scales if layout is self.layout else self.scales.transpose(-1, -2)
 
+    @checks_enums
     def with_layout(self, layout: ScaleLayout) -> MXFP8:
         """The same numbers with scales in ``layout``; values are shared, scales copied if the layout changes."""
         if layout is self.layout:
@@ -253,6 +263,7 @@ class MXFP8:
 
 
 def _check_values(values: torch.Tensor) -> None:
+    require_plain("values", values)
     if values.dtype not in VALUE_DTYPES:
         raise DtypeError(f"values has dtype {values.dtype}; MXFP8 values are float8_e4m3fn or float8_e4m3fnuz")
 

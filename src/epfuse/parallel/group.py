@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -15,14 +17,15 @@ from epfuse.expert_map import ExpertMap
 class EPGroup:
     """One rank's view of an expert-parallel group.
 
-    Every rank sees the same tokens (activations are replicated) and holds E/P of the experts, so the layer's output is
-    the sum of the ranks' outputs. Build it with `current` or `single`.
+    Every rank sees the same tokens (activations are replicated) and holds a share of the experts, so the layer's output
+    is the sum of the ranks' outputs. Build it with `current` or `single`.
 
     Args:
         rank: this rank, 0..P-1.
         size: P.
         process_group: the torch.distributed group; None is the default group, or no group at all when P is 1.
         backend: the group's backend, ``"gloo"`` or ``"nccl"`` (RCCL too goes by that name); ``""`` when P is 1.
+        waiting: its result is entered while this rank waits for the others; how a launcher knows who waits for whom.
 
     Raises:
         ConfigError: ``rank`` is outside 0..P-1.
@@ -32,6 +35,7 @@ class EPGroup:
     size: int
     process_group: dist.ProcessGroup | None = None
     backend: str = ""
+    waiting: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -59,10 +63,10 @@ class EPGroup:
         return cls(rank, dist.get_world_size(process_group), process_group, dist.get_backend(process_group))
 
     def expert_map(self, num_experts: int, device: torch.device | str = "cpu") -> ExpertMap:
-        """This rank's contiguous share of E experts.
+        """This rank's contiguous share of E experts: E // P, and one more of the first E % P ranks.
 
         Raises:
-            ConfigError: E is not a multiple of P.
+            ConfigError: E is not a positive integer.
         """
         return ExpertMap.contiguous(num_experts, self.size, self.rank, device)
 
@@ -83,5 +87,6 @@ class EPGroup:
             return partial
         wire_device = torch.device("cpu") if self.backend == "gloo" else partial.device
         wire = partial.to(wire_device, torch.float32)
-        dist.all_reduce(wire, dist.ReduceOp.SUM, group=self.process_group)
+        with self.waiting():
+            dist.all_reduce(wire, dist.ReduceOp.SUM, group=self.process_group)
         return wire.to(partial.device, partial.dtype)

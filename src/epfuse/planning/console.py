@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from epfuse.errors import ConfigError
-from epfuse.planning.model_plan import KEPT, ModelPlan, plan_model
+from epfuse.planning.model_plan import ModelPlan, plan_model, storages
 from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
 from epfuse.policy.auto import expert_budget
 
@@ -23,9 +23,13 @@ def show(plan: ModelPlan, console: Console) -> None:
         f"{model.name}: H={shape.hidden} I={shape.intermediate} E={shape.experts} K={shape.top_k}"
         f" L={shape.local_experts}, {len(model.moe_layers)} layers with experts, {model.checkpoint.value} checkpoint\n"
         f"P={serving.ep_size} x {serving.product.device_name} ({serving.product.target.value}),"
-        f" {serving.hbm_bytes / 1e9:.1f} GB each, max_model_len {serving.max_model_len}, policy {plan.policy.value}",
+        f" {_gigabytes(serving.hbm_bytes)} GB each, max_model_len {serving.max_model_len}, policy {plan.policy.value}",
         highlight=False,
     )
+    ranks = serving.ranks(model)
+    if len(ranks) > 1:
+        held = ", ".join(f"{count} hold {experts}" for count, experts in ranks)
+        console.print(f"E is no multiple of P: {held} experts. L and bytes are those of a rank that holds more.")
     _print(console, "Layers", ("layers", "storage", "GB a rank", "why"), _layers(plan))
     if next(plan.ranges(), None) is not None:
         _print(console, "Calls", ("layers that keep", "T", "path", "block_m/gate_up/down", "why"), _calls(plan))
@@ -78,7 +82,7 @@ def _tiles(plan: ModelPlan) -> list[tuple[str, ...]]:
 def _stored(plan: ModelPlan) -> list[tuple[str, ...]]:
     budget = expert_budget(plan.serving.hbm_bytes)
     rows: list[tuple[str, ...]] = []
-    for storage in KEPT:
+    for storage in storages(plan.model.checkpoint):
         nbytes = plan.stored_bytes(storage)
         times = [stored_ms(plan, storage, tokens) for tokens in CONCURRENCIES.values()]
         rows.append((storage.value, _gigabytes(nbytes), _fits(nbytes, budget), *map(_milliseconds, times)))
@@ -96,15 +100,18 @@ def fewer_ranks(plan: ModelPlan) -> str:
         return "Half the ranks: there is no half of them."
     half = replace(plan.serving, ep_size=ranks // 2)
     budget = expert_budget(plan.serving.hbm_bytes)
-    sizes = [(storage, storage.bytes_of(half.shape(plan.model)) * len(plan.model.moe_layers)) for storage in KEPT]
+    sizes = [
+        (storage, storage.bytes_of(half.shape(plan.model)) * len(plan.model.moe_layers))
+        for storage in storages(plan.model.checkpoint)
+    ]
     stored = ", ".join(f"{s.value} {_gigabytes(b)} GB ({_fits(b, budget)})" for s, b in sizes)
     try:
         other = plan_model(plan.model, half, plan.policy)
     except ConfigError as error:
         return f"{half.ep_size} ranks instead of {ranks}: {stored}. The plan would be refused: {error}"
-    storages = ", ".join(dict.fromkeys(kind.storage.value for kind in other.kinds()))
+    kept = ", ".join(dict.fromkeys(kind.storage.value for kind in other.kinds()))
     reason = other.kinds()[0].reason
-    return f"{half.ep_size} ranks instead of {ranks}: {stored}. The plan would be: {storages}. {reason}"
+    return f"{half.ep_size} ranks instead of {ranks}: {stored}. The plan would be: {kept}. {reason}"
 
 
 def _fits(nbytes: int, budget: int) -> str:

@@ -8,13 +8,17 @@ from itertools import groupby
 from typing import Any
 
 from epfuse.config import LayerShape, Path, Policy
-from epfuse.errors import ConfigError
 from epfuse.planning.products import Product
-from epfuse.policy import LayerPlan, LayerRequest, Storage, TokenRange, Verdict, plan_layer
+from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, Storage, TokenRange, Verdict, plan_layer
+from epfuse.policy.facts import LayerFacts, model_facts
+from epfuse.policy.refusals import refusal
 from epfuse.weights.model_config import ExpertModel
 
-KEPT = (Storage.BF16, Storage.MXFP8, Storage.HYBRID)
-"""What a model can be stored as, whoever decides."""
+
+def storages(checkpoint: Checkpoint) -> tuple[Storage, ...]:
+    """What a model can be stored as, whoever decides."""
+    every = (Storage.BF16, Storage.MXFP8, Storage.HYBRID)
+    return (*every, Storage.BLOCK_FP8) if checkpoint is Checkpoint.BLOCK_FP8 else every
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,39 @@ class Serving:
     max_model_len: int
     hbm_bytes: int
 
-    def shape(self, model: ExpertModel) -> LayerShape:
-        """One rank's layer of ``model``.
+    def facts(self, model: ExpertModel, layer: int) -> LayerFacts:
+        """What the rules are asked about one layer of ``model`` on its first rank; no rank holds more experts.
 
         Raises:
-            ConfigError: the experts don't divide.
+            ConfigError: there are more ranks than experts.
         """
-        if self.ep_size < 1 or model.experts % self.ep_size:
-            raise ConfigError(f"ep_size is {self.ep_size}; it must divide the model's {model.experts} experts")
-        return LayerShape(model.hidden, model.intermediate, model.experts, model.experts // self.ep_size, model.top_k)
+        return model_facts(
+            model,
+            layer,
+            target=self.product.target,
+            max_model_len=self.max_model_len,
+            ep_size=self.ep_size,
+        )
+
+    def shape(self, model: ExpertModel) -> LayerShape:
+        """The layer of ``model`` on its first rank; no rank holds more experts.
+
+        Raises:
+            ConfigError: there are more ranks than experts.
+        """
+        found = self.facts(model, model.moe_layers[0]).shape
+        assert found is not None  # the first rank always holds one
+        return found
+
+    def ranks(self, model: ExpertModel) -> tuple[tuple[int, int], ...]:
+        """How many ranks hold how many experts, the most first.
+
+        Raises:
+            ConfigError: there are more ranks than experts.
+        """
+        most = self.shape(model).local_experts
+        fewer = most * self.ep_size - model.experts
+        return ((self.ep_size - fewer, most), *(((fewer, most - 1),) if fewer else ()))
 
 
 @dataclass(frozen=True)
@@ -129,6 +157,7 @@ class ModelPlan:
             "policy": self.policy.value,
             "target": self.serving.product.target.value,
             "shape": asdict(self.shape),
+            "ranks": [{"ranks": ranks, "local_experts": experts} for ranks, experts in self.serving.ranks(self.model)],
             "layers": [
                 {
                     "from": group.layers[0],
@@ -149,7 +178,7 @@ class ModelPlan:
                 for plan, entry in self.ranges()
             ],
             "bytes_per_rank": {
-                **{storage.value: self.stored_bytes(storage) for storage in KEPT},
+                **{storage.value: self.stored_bytes(storage) for storage in storages(self.model.checkpoint)},
                 "chosen": self.chosen_bytes,
             },
             "refused": [{"path": path.value, "reason": reason} for path, reason in self.refused()],
@@ -175,29 +204,34 @@ def plan_model(model: ExpertModel, serving: Serving, policy: Policy) -> ModelPla
         policy: who decides.
 
     Raises:
-        ConfigError: the experts don't divide by the ranks, or don't fit.
+        ConfigError: there are more ranks than experts, or the experts don't fit.
     """
-    plans = [
-        plan_layer(
-            LayerRequest(
-                target=serving.product.target,
-                shape=serving.shape(model),
-                ep_size=serving.ep_size,
-                max_model_len=serving.max_model_len,
-                layer=layer,
-                moe_layers=model.moe_layers,
-                activation=model.activation,
-                checkpoint=model.checkpoint,
-                shared_experts=model.shared_experts,
-                hbm_bytes=serving.hbm_bytes,
-                device_name=serving.product.device_name,
-            ),
-            policy,
-        )
-        for layer in model.moe_layers
-    ]
+    plans = [_plan(model, serving, policy, layer) for layer in model.moe_layers]
     groups = []
     for _, alike in groupby(plans, key=_kind):
         members = list(alike)
         groups.append(LayerGroup(tuple(plan.request.layer for plan in members), members[0]))
     return ModelPlan(policy, model, serving, tuple(groups))
+
+
+def _plan(model: ExpertModel, serving: Serving, policy: Policy, layer: int) -> LayerPlan:
+    """By the rules that every integration asks too, then by the policy."""
+    facts = serving.facts(model, layer)
+    activation = model.activation_at(layer)
+    request = LayerRequest(
+        target=serving.product.target,
+        shape=serving.shape(model),
+        ep_size=serving.ep_size,
+        max_model_len=serving.max_model_len,
+        layer=layer,
+        moe_layers=model.moe_layers,
+        activation=model.activation if activation is None else activation,
+        checkpoint=model.checkpoint,
+        shared_experts=model.shared_experts,
+        hbm_bytes=serving.hbm_bytes,
+        device_name=serving.product.device_name,
+    )
+    reason = refusal(facts)
+    if reason is not None:
+        return LayerPlan(policy, request, Storage.UNTOUCHED, reason[0].upper() + reason[1:])
+    return plan_layer(request, policy)

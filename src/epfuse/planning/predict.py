@@ -17,8 +17,9 @@ STORED_PATHS = {
     Storage.BF16: (Path.BF16,),
     Storage.MXFP8: (Path.W8A16,),
     Storage.HYBRID: (Path.BF16, Path.W8A16),
+    Storage.BLOCK_FP8: (Path.BLOCK_FP8,),
 }
-"""What could run on each storage without rounding an activation to FP8."""
+"""What could run on each storage; an activation is rounded to FP8 only where nothing else reads the weights."""
 
 
 def stored_ms(plan: ModelPlan, storage: Storage, tokens: int) -> float | None:
@@ -42,7 +43,7 @@ def chosen_ms(plan: ModelPlan, tokens: int) -> float | None:
 
 def _path_ms(plan: ModelPlan, path: Path, tokens: int) -> float | None:
     product = plan.serving.product
-    formats = Storage.HYBRID.formats(product.target)
+    formats = Storage.HYBRID.formats(product.target) | Storage.BLOCK_FP8.formats(product.target)
     decision = decide(path, product.target, plan.shape, tokens, formats, device_name=product.device_name)
     return _milliseconds(plan, decision, tokens, len(plan.model.moe_layers))
 

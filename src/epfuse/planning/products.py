@@ -16,6 +16,12 @@ H200 = replace(
     memory_bandwidth=4.8e12,
     source="peak bandwidth: NVIDIA H200 SXM data sheet; the rest: taken over from the H100, not measured",
 )
+MI325X = replace(
+    MI300X,
+    name="MI325X",
+    memory_bandwidth=6.0e12,
+    source="peak bandwidth: AMD Instinct MI325X data sheet; the rest: taken over from the MI300X, not measured",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Product:
 
 PRODUCTS = {
     "mi300x": Product(REFERENCE_DEVICE[Target.GFX942], Target.GFX942, 192 * GIB, MI300X, MI300X_ROUTING),
+    "mi325x": Product("AMD Instinct MI325X", Target.GFX942, 256 * GIB, MI325X, MI300X_ROUTING),
     "mi355x": Product(REFERENCE_DEVICE[Target.GFX950], Target.GFX950, 288 * GIB, None),
     "h100": Product(REFERENCE_DEVICE[Target.SM90], Target.SM90, 80 * GIB, H100),
     "h200": Product("NVIDIA H200", Target.SM90, 141 * 10**9, H200),

@@ -6,9 +6,11 @@ Two questions, asked at two times. `plan_layer`, at load: what is stored, and wh
 
 from epfuse.policy.call import decide
 from epfuse.policy.decision import Considered, Decision, TileChoice, Verdict
+from epfuse.policy.facts import LayerFacts, model_facts
 from epfuse.policy.kernels import FP8_PATHS, READABLE, readable_formats
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage, TokenRange
 from epfuse.policy.plan import plan_layer
+from epfuse.policy.refusals import refusal
 from epfuse.weights.checkpoint_format import Checkpoint
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "Considered",
     "Decision",
+    "LayerFacts",
     "LayerPlan",
     "LayerRequest",
     "Storage",
@@ -24,6 +27,8 @@ __all__ = [
     "TokenRange",
     "Verdict",
     "decide",
+    "model_facts",
     "plan_layer",
     "readable_formats",
+    "refusal",
 ]

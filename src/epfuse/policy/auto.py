@@ -28,6 +28,8 @@ PAYS = 1.05
 """A BF16 copy pays where it is measured to be this many times faster than W8A16."""
 GROUP = 32
 """Weights that share an MXFP8 scale."""
+BLOCK = 128
+"""Rows, and columns, of weights that share a block FP8 scale."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def _storage(request: LayerRequest, gains: tuple[Gain, ...]) -> tuple[Storage, s
             "The checkpoint has BF16 weights, and they fit.",
             ((Storage.MXFP8, rounds), (Storage.HYBRID, rounds)),
         )
+    if request.checkpoint is Checkpoint.BLOCK_FP8:
+        return _block_fp8(request)
     if request.shape.hidden % GROUP or request.shape.intermediate % GROUP:
         sizes = f"H={request.shape.hidden} and I={request.shape.intermediate}; MXFP8 needs multiples of {GROUP}."
         _require(Storage.BF16, request)
@@ -104,6 +108,19 @@ def _storage(request: LayerRequest, gains: tuple[Gain, ...]) -> tuple[Storage, s
         return Storage.HYBRID, f"{faster}, and it fits.", (bf16, (Storage.MXFP8, f"{faster}, and it fits."))
     reason = f"{faster}, but no more than {copies} of {len(request.moe_layers)} layers have room for one."
     return Storage.MXFP8, reason, (bf16, (Storage.HYBRID, reason))
+
+
+def _block_fp8(request: LayerRequest) -> tuple[Storage, str, Refused]:
+    """What a checkpoint with a scale per block of weights becomes."""
+    rounds = "MXFP8's scales are powers of two; it would round the checkpoint's weights again."
+    others = ((Storage.MXFP8, rounds), (Storage.HYBRID, rounds))
+    if request.shape.intermediate % BLOCK:
+        sizes = f"I={request.shape.intermediate}; the blocks of gate and up lie apart only at multiples of {BLOCK}."
+        _require(Storage.BF16, request)
+        return Storage.BF16, sizes, ((Storage.BLOCK_FP8, sizes), *others)
+    _require(Storage.BLOCK_FP8, request)
+    twice = "It takes twice the bytes of block FP8, in memory and in every step."
+    return Storage.BLOCK_FP8, "It is what the checkpoint has.", ((Storage.BF16, twice), *others)
 
 
 _STORAGES = (Storage.BF16, Storage.MXFP8, Storage.HYBRID)
@@ -162,6 +179,9 @@ def _routes(storage: Storage, request: LayerRequest, gains: tuple[Gain, ...]) ->
         return [Route(None, Path.REFERENCE, f"It is what {request.target.value} runs.")]
     if storage is Storage.BF16:
         return [Route(None, Path.BF16, "It is what reads BF16 weights.")]
+    if storage is Storage.BLOCK_FP8:
+        reason = "It is what reads block FP8; activations are quantised per 128 values, as such models are trained."
+        return [Route(None, Path.BLOCK_FP8, reason)]
     exact = Route(None, Path.W8A16, "It makes BF16's products from half the bytes and rounds no activation to FP8.")
     if storage is Storage.MXFP8:
         return [exact]

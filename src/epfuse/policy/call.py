@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Combine, LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.policy.decision import Considered, Decision, Verdict
@@ -34,6 +35,7 @@ class CallTable:
         return self.decisions[bisect_right(self.first_tokens, tokens) - 1]
 
 
+@checks_enums
 def decide(
     path: Path,
     target: Target,
@@ -63,6 +65,7 @@ def decide(
 
 
 @functools.lru_cache(maxsize=1024)
+@checks_enums
 def call_table(
     path: Path,
     target: Target,
@@ -100,6 +103,7 @@ def call_table(
     )
 
 
+@checks_enums
 def path_refusals(
     target: Target, formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine
 ) -> dict[Path, str | None]:
@@ -107,6 +111,7 @@ def path_refusals(
     return {path: _refusal(path, target, formats, dtype, combine) for path in Path if path is not Path.AUTO}
 
 
+@checks_enums
 def considered_paths(
     chosen: Path, reason: str, refusals: Mapping[Path, str | None], passed_over: Mapping[Path, str]
 ) -> tuple[Considered, ...]:
@@ -152,6 +157,7 @@ def _why_auto(chosen: Path, target: Target) -> str:
     return f"Of what runs on {target.value} with these weights it reads the fewest bytes and keeps activations in BF16."
 
 
+@checks_enums
 def why_not(path: Path, asked: Path, chosen: Path) -> str:
     """Why a path that could run is not taken, in a sentence."""
     if path is Path.REFERENCE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.stages.tiles import LayerTiles
 
@@ -17,6 +18,7 @@ class Verdict(enum.Enum):
     """Not taken: it can't run, or another one is better; the reason says which."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Considered:
     """One path and the sentence that speaks for or against it."""
@@ -41,6 +43,7 @@ class TileChoice:
     measured_us: float | None = None
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Decision:
     """What one call will do. Two decisions are equal if they do the same thing, for whatever reasons.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Combine, Path, WeightFormat
 from epfuse.target import Target
 
@@ -35,6 +36,7 @@ FP8_PATHS = frozenset({Path.W8A8, Path.BLOCK_FP8})
 """Paths that quantise the activations; the only ones that can sum routes by atomics."""
 
 
+@checks_enums
 def readable_formats(target: Target, path: Path, combine: Combine) -> tuple[WeightFormat, ...]:
     """The weights that a path's kernels read and sum routes of so, best first; none where there is no kernel."""
     formats = READABLE[target].get(path, ())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Policy, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
+from epfuse.expert_map import experts_of_rank
 from epfuse.policy.decision import Decision
 from epfuse.target import REFERENCE_DEVICE, Target
 from epfuse.weights.checkpoint_format import Checkpoint
@@ -22,17 +24,25 @@ class Storage(enum.Enum):
     """In the order that the target reads (`ExpertWeights.prepare`)."""
     HYBRID = "hybrid"
     """MXFP8, and a BF16 copy beside it."""
-
-    @property
-    def weight_bytes(self) -> float:
-        """Bytes of one weight, scales included; what stays untouched is not known and counts 0."""
-        return {Storage.UNTOUCHED: 0.0, Storage.BF16: 2.0, Storage.MXFP8: 33 / 32, Storage.HYBRID: 2 + 33 / 32}[self]
+    BLOCK_FP8 = "block_fp8"
+    """E4M3 values with a float32 scale per block of 128x128, as the checkpoint has them."""
 
     def bytes_of(self, shape: LayerShape) -> int:
-        """Bytes of one rank's experts in one layer: 3*H*I weights an expert."""
-        weights = 3 * shape.hidden * shape.intermediate * shape.local_experts
-        return round(weights * self.weight_bytes)
+        """Bytes of one rank's experts in one layer: 3*H*I weights an expert, and their scales."""
+        hidden, width = shape.hidden, shape.intermediate
+        weights = 3 * hidden * width
+        bf16, mxfp8 = 2 * weights, weights + 2 * width * -(-hidden // 32) + hidden * -(-width // 32)
+        blocks = -(-2 * width // 128) * -(-hidden // 128) + -(-hidden // 128) * -(-width // 128)
+        expert = {
+            Storage.UNTOUCHED: 0,
+            Storage.BF16: bf16,
+            Storage.MXFP8: mxfp8,
+            Storage.HYBRID: bf16 + mxfp8,
+            Storage.BLOCK_FP8: weights + 4 * blocks,
+        }[self]
+        return shape.local_experts * expert
 
+    @checks_enums
     def formats(self, target: Target) -> frozenset[WeightFormat]:
         """The formats that ``target``'s kernels find."""
         kept: set[WeightFormat] = set()
@@ -40,6 +50,8 @@ class Storage(enum.Enum):
             kept.add(_PREPARED.get(target, WeightFormat.MXFP8))
         if self in (Storage.BF16, Storage.HYBRID):
             kept.add(WeightFormat.DENSE)
+        if self is Storage.BLOCK_FP8:
+            kept.add(WeightFormat.BLOCK_FP8_FNUZ if target is Target.GFX942 else WeightFormat.BLOCK_FP8)
         return frozenset(kept)
 
 
@@ -47,6 +59,7 @@ _PREPARED = {Target.SM90: WeightFormat.FRAGMENT, Target.GFX942: WeightFormat.MXF
 """What `ExpertWeights.prepare` makes of MXFP8, where it changes it."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class LayerRequest:
     """All that a plan for one MoE layer of a model depends on.
@@ -92,10 +105,11 @@ class LayerRequest:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if self.ep_size * self.shape.local_experts != self.shape.experts:
+        held = {len(experts_of_rank(self.shape.experts, self.ep_size, rank)) for rank in (0, self.ep_size - 1)}
+        if self.shape.local_experts not in held:
             raise ConfigError(
-                f"ep_size is {self.ep_size}; with L={self.shape.local_experts} local experts it must be"
-                f" E/L={self.shape.experts / self.shape.local_experts:g}"
+                f"ep_size is {self.ep_size}; the layer has L={self.shape.local_experts} of E={self.shape.experts}"
+                f" experts, and a rank of {self.ep_size} holds {' or '.join(map(str, sorted(held)))}"
             )
         if self.layer not in self.moe_layers:
             raise ConfigError(f"layer is {self.layer}; it must be one of the layers with experts, {self.moe_layers}")
@@ -128,6 +142,7 @@ class TokenRange:
     decision: Decision
 
 
+@checks_enums
 @dataclass(frozen=True)
 class LayerPlan:
     """How one layer keeps its weights and which path serves which token counts.

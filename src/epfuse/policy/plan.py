@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Policy
 from epfuse.environment import environment
 from epfuse.policy import auto, seed_1782
@@ -15,6 +16,7 @@ PLANNERS: dict[Policy, Callable[[LayerRequest], LayerPlan]] = {
 }
 
 
+@checks_enums
 def plan_layer(request: LayerRequest, policy: Policy | None = None) -> LayerPlan:
     """How one layer keeps its weights, and which path serves which token counts; at load, once a layer.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Combine, Path
 from epfuse.policy.call import call_table, considered_paths, path_refusals, why_not
 from epfuse.policy.kernels import READABLE
@@ -16,6 +17,7 @@ MOST_TOKENS = 2**31 - 1
 """T*K of a call stays below 2**31."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Route:
     """A path for the token counts up to a bound.
@@ -34,6 +36,7 @@ class Route:
     passed_over: str | None = None
 
 
+@checks_enums
 def token_ranges(request: LayerRequest, storage: Storage, routes: Sequence[Route]) -> tuple[TokenRange, ...]:
     """Every route with its tiles: a range ends where the path or the tiles change.
 

@@ -10,6 +10,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Path, Policy, SwiGLUOAI
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage
 from epfuse.policy.ranges import Route, token_ranges
@@ -104,6 +105,7 @@ BF16_ONLY = (
 )
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Branch:
     """One case of the seed.

@@ -8,6 +8,7 @@ from itertools import groupby
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.policy.decision import TileChoice
 from epfuse.policy.kernels import FP8_PATHS
@@ -19,6 +20,7 @@ from epfuse.tuning.lookup import Found, Source, change_points, find, sources
 log = logging.getLogger(__name__)
 
 
+@checks_enums
 def tile_ranges(
     target: Target, device_name: str, path: Path, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
 ) -> list[tuple[int, TileChoice]]:
@@ -48,6 +50,7 @@ def tile_ranges(
     return ranges
 
 
+@checks_enums
 def path_defaults(
     target: Target, path: Path, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
 ) -> tuple[TileRange, ...]:

@@ -33,32 +33,53 @@ class StepLabel:
     tokens: int | None = None
 
 
-# vLLM: "execute_context_3(640)_generation_2(2)": requests (tokens), in prefill and in decode.
-VLLM = re.compile(r"^execute_context_(\d{1,9})\((\d{1,9})\)_generation_(\d{1,9})\((\d{1,9})\)$")
+# vLLM: "execute_context_3(640)_generation_2(2)": requests (tokens), in prefill and in decode. A later form adds the sum
+# of their squares: "execute_context_1(888_788544)_generation_0(0_0)".
+VLLM = re.compile(r"execute_context_(\d{1,9})\((\d{1,9})(?:_\d+)*\)_generation_(\d{1,9})\((\d{1,9})(?:_\d+)*\)")
 # vLLM with detailed annotations: "execute_32_context_0(sq0sk0...)_generation_32(sq32sk55086...)": sq sums up the
 # queries' lengths, hence the tokens, and sk the keys'; their products follow.
 VLLM_DETAILED = re.compile(
-    r"^execute_\d{1,9}_context_(\d{1,9})\(sq(\d{1,9})sk\d+[^)]*\)_generation_(\d{1,9})\(sq(\d{1,9})sk\d+[^)]*\)$"
+    r"execute_\d{1,9}_context_(\d{1,9})\(sq(\d{1,9})sk\d+[^)]*\)_generation_(\d{1,9})\(sq(\d{1,9})sk\d+[^)]*\)"
 )
-# SGLang: "step[DECODE bs=4]", "step[EXTEND bs=2 toks=107]", "step[MIXED bs=2]".
-SGLANG = re.compile(r"^step\[(\w+) bs=(\d{1,9})(?: toks=(\d{1,9}))?[^\]]*\]$")
-SGLANG_KINDS = {"DECODE": StepKind.DECODE, "EXTEND": StepKind.PREFILL, "MIXED": StepKind.MIXED}
+# SGLang and its relatives: "step[DECODE bs=4]", "step[EXTEND bs=2 toks=107]", "step[MIXED bs=5 c_sq=300 g_sq=3]",
+# "decode[bs=117/128 tok=117 d=117]": requests (of the padded batch), tokens, or the queries of prefill and of decode.
+BRACKETS = re.compile(r"(?:step\[(\w{1,20}) |(decode|prefill|extend|mixed|idle)\[)([^\]]{1,400})\]", re.IGNORECASE)
+FIELD = re.compile(r"(\w{1,20})=(\d{1,9})(?:/\d{1,9})?")
+KINDS = {
+    "decode": StepKind.DECODE,
+    "extend": StepKind.PREFILL,
+    "prefill": StepKind.PREFILL,
+    "mixed": StepKind.MIXED,
+}
 # torch.profiler with a schedule.
-PROFILER_STEP = re.compile(r"^ProfilerStep#\d+$")
+PROFILER_STEP = re.compile(r"ProfilerStep#\d+")
 
 
 def parse_label(text: str) -> StepLabel | None:
     """What an annotation says of a step; None if it is not one of a server."""
-    if match := VLLM.match(text) or VLLM_DETAILED.match(text):
+    if match := VLLM.fullmatch(text) or VLLM_DETAILED.fullmatch(text):
         contexts, context_tokens, generations, generation_tokens = map(int, match.groups())
         kinds = {(True, False): StepKind.PREFILL, (False, True): StepKind.DECODE, (True, True): StepKind.MIXED}
         kind = kinds.get((contexts > 0, generations > 0), StepKind.UNKNOWN)
         return StepLabel(text, kind, contexts + generations, context_tokens + generation_tokens)
-    if match := SGLANG.match(text):
-        kind = SGLANG_KINDS.get(match[1], StepKind.UNKNOWN)
-        requests = int(match[2])
-        tokens = int(match[3]) if match[3] else requests if kind is StepKind.DECODE else None
-        return StepLabel(text, kind, requests, tokens)
-    if PROFILER_STEP.match(text):
+    if match := BRACKETS.fullmatch(text):
+        return _in_brackets(text, match[1] or match[2], match[3])
+    if PROFILER_STEP.fullmatch(text):
         return StepLabel(text, StepKind.UNKNOWN)
     return None
+
+
+def _in_brackets(text: str, word: str, content: str) -> StepLabel | None:
+    fields: dict[str, int] = {}
+    for field in content.split():
+        if match := FIELD.fullmatch(field):
+            fields.setdefault(match[1], int(match[2]))
+    if "bs" not in fields:
+        return None
+    kind = KINDS.get(word.lower(), StepKind.UNKNOWN)
+    tokens = fields.get("toks", fields.get("tok"))
+    if tokens is None and (queries := [fields[name] for name in ("c_sq", "g_sq") if name in fields]):
+        tokens = sum(queries)
+    if tokens is None and kind is StepKind.DECODE:
+        tokens = fields["bs"]
+    return StepLabel(text, kind, fields["bs"], tokens)

@@ -31,6 +31,8 @@ def print_profile(profile: Profile, console: Console) -> None:
     for step in profile.window[:1]:
         if step.label.text:
             _line(console, step.label.text)
+    for warning in profile.warnings:
+        _line(console, f"warning: {warning}")
     console.print(_phase_table(profile, console.width))
     _line(console, f"{100 * profile.coverage:.1f} % of the kernel time has a phase")
     for kernel in profile.unclassified:
@@ -56,6 +58,8 @@ def print_comparison(a: Profile, b: Profile, console: Console) -> None:
     """Both profiles' phases beside each other, microseconds a step."""
     for letter, profile in (("A", a), ("B", b)):
         _line(console, f"{letter}: {profile.path}; {describe_device(profile)}; {describe_window(profile)}")
+        for warning in profile.warnings:
+            _line(console, f"warning: {letter}: {warning}")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("phase, a step", no_wrap=True)
     for name in ("A calls", "B calls", "A us", "B us", "B - A us", "B / A"):

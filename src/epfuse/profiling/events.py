@@ -16,11 +16,11 @@ class Kernel(NamedTuple):
 
     Attributes:
         name: as the profiler reports it; control characters are replaced.
-        device: index of the GPU.
+        device: number of the GPU, a key of `Trace.devices`.
         stream: the queue that it ran in.
         start: ns.
         duration: ns.
-        correlation: id of the call that launched it, shared by all kernels of a graph; None if the trace has none.
+        correlation: key of the call that launched it, shared by all kernels of a graph; None if the trace has none.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
     stream: int
     start: int
     duration: int
-    correlation: int | None
+    correlation: Hashable
 
     @property
     def end(self) -> int:
@@ -74,7 +74,10 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class TracedDevice:
-    """What a trace says of a GPU; zero and empty where it says nothing (ROCm leaves the name out)."""
+    """What a trace says of a GPU; zero and empty where it says nothing (ROCm leaves the name out).
+
+    ``owner`` tells GPUs of one index apart: a rank's name or a process, in a trace that was merged from several.
+    """
 
     index: int
     name: str = ""
@@ -82,6 +85,7 @@ class TracedDevice:
     warp_size: int = 0
     capability: tuple[int, int] = (0, 0)
     memory_bytes: int = 0
+    owner: str = ""
 
 
 @dataclass
@@ -92,20 +96,22 @@ class Trace:
         path: for messages.
         kernels: in order of start.
         copies: memcpy and memset activities, in order of start.
-        launches: correlation id -> the host call.
+        launches: a kernel's ``correlation`` -> the host call.
         ranges: on the host.
         gpu_ranges: on the GPUs' timelines.
-        devices: by index.
+        devices: by number, which is the index where no two GPUs share it.
         rank: of a distributed run.
         events: how many events the file has, of any kind.
+        warnings: what can't be right in it, and what follows for the profile; a sentence each.
     """
 
     path: str
     kernels: list[Kernel] = field(default_factory=list)
     copies: list[Kernel] = field(default_factory=list)
-    launches: dict[int, Launch] = field(default_factory=dict)
+    launches: dict[Hashable, Launch] = field(default_factory=dict)
     ranges: list[Range] = field(default_factory=list)
     gpu_ranges: list[Range] = field(default_factory=list)
     devices: dict[int, TracedDevice] = field(default_factory=dict)
     rank: int | None = None
     events: int = 0
+    warnings: list[str] = field(default_factory=list)

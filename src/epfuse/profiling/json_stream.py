@@ -72,8 +72,8 @@ class _Window:
         self.path = path
         self.data = data
         self.report = report
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self.scan = json.JSONDecoder().raw_decode
+        self.decode = codecs.getincrementaldecoder("utf-8-sig")("replace").decode
+        self.scan = json.JSONDecoder(strict=False).raw_decode  # tools write control characters as they are
         self.text = ""
         self.at = 0
         self.before = 0  # characters of the file that were dropped

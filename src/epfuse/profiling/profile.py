@@ -10,14 +10,14 @@ from epfuse.errors import ConfigError, TraceError
 from epfuse.profiling.annotations import parse_label
 from epfuse.profiling.classify import JOINED_BY, Classifier, Verdicts
 from epfuse.profiling.devices import product_of
-from epfuse.profiling.events import Kernel, Trace, TracedDevice
+from epfuse.profiling.events import Kernel, Trace
 from epfuse.profiling.experts import ExpertStep, view_experts
 from epfuse.profiling.layers import Layers, find_layers
 from epfuse.profiling.phases import EXPERT_PHASES, Phase
 from epfuse.profiling.read_trace import MODULE_PREFIX
 from epfuse.profiling.record import KernelTotal, LayerTime, PhaseTotal, Profile, TimelineKernel, WindowTime
 from epfuse.profiling.shapes import ExpertShape
-from epfuse.profiling.steps import AUTO, Step, choose_steps, find_steps
+from epfuse.profiling.steps import AUTO, DeviceSteps, Step, choose_steps, find_steps
 from epfuse.profiling.timing import busy, length, merge_steps, streams_of, union
 
 
@@ -56,27 +56,28 @@ def profile_trace(
             f"{trace.path} has {trace.events} events but no GPU kernel; record it with "
             "activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] (ROCm too) on a machine with a GPU"
         )
-    devices = sorted({kernel.device for kernel in trace.kernels})
-    return [_profile_device(trace, device, classifier, window, shape, weights, tokens) for device in devices]
+    return [
+        _profile_device(trace, found, classifier, window, shape, weights, tokens)
+        for found in find_steps(trace).values()
+    ]
 
 
 def _profile_device(
     trace: Trace,
-    device: int,
+    found: DeviceSteps,
     classifier: Classifier,
     window: str,
     shape: ExpertShape | None,
     weights: str | None,
     tokens: int | None,
 ) -> Profile:
-    found = find_steps(trace, device)
     chosen = choose_steps(found, window)
     known: dict[Sequences, tuple[Verdicts, Layers]] = {}
     classified = [_classify(step, classifier, trace, known) for step in chosen]
     phases, unclassified = _totals(classified, classifier)
     layers = [layer for part in classified for layer in _layer_times(part)]
     shown = _typical(layers)
-    traced = trace.devices.get(device, TracedDevice(device))
+    traced = trace.devices[found.device]
     product = product_of(traced)
     experts = None
     if shape is not None:
@@ -105,7 +106,8 @@ def _profile_device(
         timeline_layer=shown,
         time=_window_time(classified, trace),
         experts=experts,
-        kernels_in_trace=sum(kernel.device == device for kernel in trace.kernels),
+        kernels_in_trace=sum(len(step.kernels) for step in found.steps) + len(found.outside),
+        warnings=trace.warnings,
     )
 
 
@@ -166,7 +168,7 @@ def _range_totals(steps: Iterable[Step]) -> dict[str, tuple[int, int]]:
     times: Counter[str] = Counter()
     for step in steps:
         for kernel, around in zip(step.kernels, step.ranges, strict=True):
-            for name in {item.name for item in around}:
+            for name in dict.fromkeys(item.name for item in around):
                 calls[name] += 1
                 times[name] += kernel.duration
     return {

@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
+from epfuse.errors import TraceError
 from epfuse.profiling.events import Kernel, Range, Trace
+
+MOST_OPEN = 128
+"""Ranges that may be open at once in one thread: modules and record_function lie some twenty deep."""
+
+
+class TooManyOpen(ValueError):
+    """More than `MOST_OPEN` ranges are open at once."""
 
 
 def enclosing(ranges: Iterable[Range], moments: Iterable[tuple[Hashable, int, int]]) -> dict[int, tuple[Range, ...]]:
-    """For each moment the ranges around it, outermost first.
+    """For each moment the ranges around it, outermost first: by their start, the longer one first.
 
     Args:
-        ranges: on any threads, in any order; those of one thread are nested.
+        ranges: on any threads, in any order; they may overlap without one being in the other.
         moments: thread, time (ns), and a key for the result; keys without a range are left out.
+
+    Raises:
+        TooManyOpen: what encloses all moments would not fit into memory.
     """
     by_thread: dict[Hashable, list[Range]] = defaultdict(list)
     for item in ranges:
@@ -24,30 +35,52 @@ def enclosing(ranges: Iterable[Range], moments: Iterable[tuple[Hashable, int, in
             asked[thread].append((moment, key))
     found: dict[int, tuple[Range, ...]] = {}
     for thread, wanted in asked.items():
-        nested = sorted(by_thread[thread], key=lambda item: (item.start, -item.duration))
-        stack: list[Range] = []
-        frozen: tuple[Range, ...] = ()
+        starting = sorted(by_thread[thread], key=lambda item: (item.start, -item.duration, item.name))
+        around = _Open()
         position = 0
         for moment, key in sorted(wanted):
-            while position < len(nested) and nested[position].start <= moment:
-                opened = nested[position]
-                while stack and stack[-1].end <= opened.start:
-                    stack.pop()
-                stack.append(opened)
+            while position < len(starting) and starting[position].start <= moment:
+                around.begin(starting[position])
                 position += 1
-            while stack and stack[-1].end <= moment:
-                stack.pop()
-            if len(frozen) != len(stack) or any(a is not b for a, b in zip(frozen, stack, strict=True)):
-                frozen = tuple(stack)
-            if stack:
-                found[key] = frozen
+            if now := around.at(moment):
+                found[key] = now
     return found
 
 
+class _Open:
+    """The ranges that are open, as time goes on."""
+
+    def __init__(self) -> None:
+        self._ranges: list[Range] = []
+        self._tuple: tuple[Range, ...] | None = ()
+        self._next_end: float = float("inf")
+
+    def begin(self, item: Range) -> None:
+        self.at(item.start)
+        if len(self._ranges) == MOST_OPEN:
+            raise TooManyOpen(f"more than {MOST_OPEN} ranges are open at once, {item.name!r:.80} among them")
+        self._ranges.append(item)
+        self._tuple = None
+        self._next_end = min(self._next_end, item.end)
+
+    def at(self, moment: int) -> tuple[Range, ...]:
+        """Those around a moment; the same object as long as they are the same."""
+        if moment >= self._next_end:
+            self._ranges = [item for item in self._ranges if item.end > moment]
+            self._next_end = min((item.end for item in self._ranges), default=float("inf"))
+            self._tuple = None
+        if self._tuple is None:
+            self._tuple = tuple(self._ranges)
+        return self._tuple
+
+
 def host_ranges(trace: Trace, kernels: Sequence[Kernel]) -> list[tuple[Range, ...]]:
-    """For each kernel the ranges on the host that enclose its launch, outermost first.
+    """For each kernel, of any device, the ranges on the host that enclose its launch, outermost first.
 
     A kernel without a known launch has those on the GPU's own timeline.
+
+    Raises:
+        TraceError: too many ranges are open at once.
     """
     launched = []
     unlinked = []
@@ -57,5 +90,8 @@ def host_ranges(trace: Trace, kernels: Sequence[Kernel]) -> list[tuple[Range, ..
             launched.append((launch.thread, launch.start, index))
         else:
             unlinked.append(((kernel.device, kernel.stream), kernel.start, index))
-    found = enclosing(trace.ranges, launched) | enclosing(trace.gpu_ranges, unlinked)
+    try:
+        found = enclosing(trace.ranges, launched) | enclosing(trace.gpu_ranges, unlinked)
+    except TooManyOpen as error:
+        raise TraceError(f"{trace.path} can't be profiled: {error}; in one thread a range lies in the other") from None
     return [found.get(index, ()) for index in range(len(kernels))]

@@ -108,6 +108,7 @@ class Profile:
         time: where the wall time went.
         experts: None without a shape or without expert GEMMs.
         kernels_in_trace: of the device, in and out of the window.
+        warnings: what can't be right in the trace; a sentence each.
     """
 
     path: str
@@ -126,6 +127,7 @@ class Profile:
     time: WindowTime
     experts: ExpertView | None
     kernels_in_trace: int
+    warnings: list[str]
 
     @property
     def kernels_total(self) -> int:
@@ -146,6 +148,7 @@ class Profile:
         return {
             "trace": self.path,
             "rank": self.rank,
+            "warnings": self.warnings,
             "device": asdict(self.device) | {"product": self.product},
             "steps": [
                 {

@@ -22,7 +22,8 @@ def describe_device(profile: Profile) -> str:
     """Device and, if there are several ranks, which one."""
     device = profile.device
     name = profile.product or device.name or "a GPU that is not known"
-    where = f"device {device.index}" + ("" if profile.rank is None else f", rank {profile.rank}")
+    where = f"device {device.index}" + (f" of {device.owner}" if device.owner else "")
+    where += "" if profile.rank is None else f", rank {profile.rank}"
     return f"{name} ({where})"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class DeviceSteps:
     """All of one device.
 
     Attributes:
-        device: its index.
+        device: its number in the trace.
         steps: in order of time.
         found_by: ``annotations``, ``repetition`` or ``nothing`` (then the whole trace is the one step).
         outside: kernels in no step.
@@ -57,24 +58,46 @@ class DeviceSteps:
     outside: list[Kernel]
 
 
-def find_steps(trace: Trace, device: int) -> DeviceSteps:
-    """The steps of one device, by annotations or, where no server wrote any, by what repeats."""
-    kernels = [kernel for kernel in trace.kernels if kernel.device == device]
-    copies = [copy for copy in trace.copies if copy.device == device]
-    ranges = host_ranges(trace, kernels)
-    annotated = _by_annotations(kernels, ranges, copies, host_ranges(trace, copies))
+def find_steps(trace: Trace) -> dict[int, DeviceSteps]:
+    """The steps of every device with kernels, by annotations or, where no server wrote any, by what repeats.
+
+    Raises:
+        TraceError: see `host_ranges`.
+    """
+    kernels = _by_device(trace.kernels, host_ranges(trace, trace.kernels))
+    copies = _by_device(trace.copies, host_ranges(trace, trace.copies))
+    return {device: _steps_of(device, kernels[device], copies.get(device, ([], []))) for device in sorted(kernels)}
+
+
+_Activities = tuple[list[Kernel], list[tuple[Range, ...]]]
+"""Of one device, in order of start, and the ranges around each one's launch."""
+
+
+def _by_device(activities: Sequence[Kernel], ranges: Sequence[tuple[Range, ...]]) -> dict[int, _Activities]:
+    found: dict[int, _Activities] = {}
+    for activity, around in zip(activities, ranges, strict=True):
+        own, own_ranges = found.setdefault(activity.device, ([], []))
+        own.append(activity)
+        own_ranges.append(around)
+    return found
+
+
+def _steps_of(device: int, activities: _Activities, copied: _Activities) -> DeviceSteps:
+    kernels, ranges = activities
+    copies, copy_ranges = copied
+    annotated = _by_annotations(kernels, ranges, copies, copy_ranges)
     if annotated is not None:
         steps, outside = annotated
         return DeviceSteps(device, steps, "annotations", outside)
     cuts = _repeated_cuts(kernels)
     bounds = [0, *cuts, len(kernels)]
+    begins = [copy.start for copy in copies]
     unnamed = StepLabel("", StepKind.UNKNOWN)
     steps = []
     for index, (first, stop) in enumerate(pairwise(bounds)):
-        begin = kernels[first].start if index else min([kernels[0], *copies[:1]], key=lambda a: a.start).start
-        end = kernels[stop].start if stop < len(kernels) else None
-        inside = [copy for copy in copies if begin <= copy.start and (end is None or copy.start < end)]
-        steps.append(Step(index, unnamed, kernels[first:stop], ranges[first:stop], inside))
+        since = bisect_left(begins, kernels[first].start) if index else 0
+        until = bisect_left(begins, kernels[stop].start) if stop < len(kernels) else len(copies)
+        steps.append(Step(index, unnamed, kernels[first:stop], ranges[first:stop], copies[since:until]))
     return DeviceSteps(device, steps, "repetition" if cuts else "nothing", [])
 
 
@@ -113,8 +136,8 @@ def _step_of_ranges(ranges: Sequence[tuple[Range, ...]]) -> Callable[[tuple[Rang
     """
     names = {item.name for around in set(ranges) for item in around}
     labels = {name for name in names if parse_label(name)}
-    if any(not PROFILER_STEP.match(name) for name in labels):
-        labels = {name for name in labels if not PROFILER_STEP.match(name)}
+    if any(not PROFILER_STEP.fullmatch(name) for name in labels):
+        labels = {name for name in labels if not PROFILER_STEP.fullmatch(name)}
     return lambda around: next((item for item in around if item.name in labels), None)
 
 

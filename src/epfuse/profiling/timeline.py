@@ -68,19 +68,19 @@ class Timeline:
 
 def draw_timeline(kernels: Sequence[TimelineKernel]) -> Timeline:
     """The timeline of one layer; at least one kernel."""
-    streams = sorted({kernel.stream for kernel in kernels})
+    streams = {stream: lane for lane, stream in enumerate(sorted({kernel.stream for kernel in kernels}))}
     span = max(kernel.start + kernel.duration for kernel in kernels) or 1
     scale = (WIDTH - 2 * LEFT) / span
     height = TOP + LANE * len(streams) + AXIS
     boxes = []
     for kernel in kernels:
         width = max(kernel.duration * scale, HAIR)
-        top = TOP + LANE * streams.index(kernel.stream)
+        top = TOP + LANE * streams[kernel.stream]
         name = kernel.phase.value if kernel.phase else "unclassified"
         title = f"{name}: {kernel.duration / 1e3:.1f} us at {kernel.start / 1e3:.1f} us: {short_name(kernel.name, 120)}"
         label = name if len(name) * PIXELS_A_CHARACTER < width else ""
         boxes.append(Box(LEFT + kernel.start * scale, top, width, kernel.phase, label, title))
-    lanes = [Tick(TOP + LANE * lane - 6, f"stream {stream}") for lane, stream in enumerate(streams)]
+    lanes = [Tick(TOP + LANE * lane - 6, f"stream {stream}") for stream, lane in streams.items()]
     ticks = [
         Tick(LEFT + value * 1e3 * scale, f"{value:g} us") for value in linear_ticks(span / 1e3) if value * 1e3 <= span
     ]

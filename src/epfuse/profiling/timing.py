@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from epfuse.profiling.events import Kernel, Launch
@@ -81,13 +81,15 @@ class StreamTime:
     gaps: Gaps
 
 
-def stream_time(stream: int, activities: Sequence[Kernel], launches: Mapping[int, Launch], kernels: int) -> StreamTime:
+def stream_time(
+    stream: int, activities: Sequence[Kernel], launches: Mapping[Hashable, Launch], kernels: int
+) -> StreamTime:
     """Busy time and gaps of one stream.
 
     Args:
         stream: its id.
         activities: of that stream, in order of start.
-        launches: correlation id -> host call.
+        launches: see `Trace`.
         kernels: how many of the activities are kernels.
     """
     gaps = Gaps()
@@ -109,7 +111,9 @@ def _split(gap: Interval, launch: Launch | None) -> Gaps:
     return Gaps(host_late=called - begin, launch=returned - called, device=end - returned)
 
 
-def streams_of(kernels: Sequence[Kernel], copies: Sequence[Kernel], launches: Mapping[int, Launch]) -> list[StreamTime]:
+def streams_of(
+    kernels: Sequence[Kernel], copies: Sequence[Kernel], launches: Mapping[Hashable, Launch]
+) -> list[StreamTime]:
     """Every stream's time, by stream id."""
     activities: dict[int, list[Kernel]] = defaultdict(list)
     for activity in sorted([*kernels, *copies], key=lambda a: a.start):

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.target import Target
@@ -207,6 +208,7 @@ def rows_per_expert(tokens: int, shape: LayerShape) -> float:
     return tokens * shape.top_k / shape.experts
 
 
+@checks_enums
 def default_ranges(
     target: Target, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
 ) -> tuple[TileRange, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from epfuse.arguments import checks_enums
 from epfuse.config import WeightFormat
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90PersistentTile, TileRange
 from epfuse.target import Target
 
 
+@checks_enums
 def fp8_ranges(target: Target, weights: WeightFormat) -> tuple[TileRange, ...]:
     """A target's default tiles of the FP8 paths, by expected rows per expert, ascending; the last range has no end.
 

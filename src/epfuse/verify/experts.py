@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.numerics.mxfp8 import BLOCK, MXFP8
 from epfuse.target import Target
@@ -47,6 +48,7 @@ def rank_mxfp8(problem: Problem, ep_rank: int) -> ExpertWeights:
     return ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
 
 
+@checks_enums
 def in_format(weights: ExpertWeights, form: WeightFormat, target: Target) -> ExpertWeights:
     """Weights as `rank_weights` or `rank_mxfp8` gives them, or a copy of them, in the format that a path reads."""
     if form in weights.kept:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Combine, Path, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.numerics.mxfp8 import BLOCK
@@ -21,6 +22,7 @@ class Stored(enum.Enum):
     """The same, quantised."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Subject:
     """One way to compute the layer.

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.arguments import checks_enums
+from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.numerics.consumable import Consumable
 from epfuse.numerics.e8m0 import ScaleRounding, decode_scales, magnitude_bits, scale_bytes
 from epfuse.numerics.fnuz import fn_codes_to_fnuz
 from epfuse.numerics.mxfp8 import BLOCK as MX_BLOCK
 from epfuse.numerics.mxfp8 import DECODED_DTYPES, E4M3_MAX, MXFP8, SOURCE_DTYPES, VALUE_DTYPES
+from epfuse.operands import require_plain
 
 BLOCK = 128
 """Rows and columns that share a scale."""
@@ -30,8 +33,8 @@ class BlockScale(enum.Enum):
     """``amax / 448``, as DeepSeek-V3: uses the whole range of E4M3, and rounds every value of an MXFP8 source again."""
 
 
-@dataclass(frozen=True)
-class BlockFP8:
+@dataclass(frozen=True, repr=False)
+class BlockFP8(Consumable):
     """The weights of L experts in block FP8: number = value * scale of its block.
 
     Args:
@@ -46,6 +49,8 @@ class BlockFP8:
     scales: torch.Tensor
 
     def __post_init__(self) -> None:
+        require_plain("values", self.values)
+        require_plain("scales", self.scales)
         if self.values.dim() != 3:
             raise ShapeError(f"values has shape {tuple(self.values.shape)}; block FP8 weights are [L, N, K]")
         if self.values.dtype not in VALUE_DTYPES:
@@ -69,6 +74,7 @@ class BlockFP8:
                 raise LayoutError(f"{name} has strides {tensor.stride()}; it must be contiguous")
 
     @classmethod
+    @checks_enums
     def quantize(cls, weight: MXFP8 | torch.Tensor, scale: BlockScale = BlockScale.POWER_OF_TWO) -> BlockFP8:
         """Convert, one expert at a time: temporaries stay within a few float32 copies of one expert's matrix.
 
@@ -83,6 +89,8 @@ class BlockFP8:
             ShapeError: not three-dimensional.
             DtypeError: a dense weight of another dtype.
         """
+        if not isinstance(weight, MXFP8):
+            require_plain("weight", weight)
         if len(weight.shape) != 3:
             raise ShapeError(f"weight has shape {tuple(weight.shape)}; block FP8 weights are [L, N, K]")
         if isinstance(weight, torch.Tensor) and weight.dtype not in SOURCE_DTYPES:
@@ -114,17 +122,40 @@ class BlockFP8:
         """``[N, K]`` numbers of one expert, as `dequantize` gives them."""
         return BlockFP8(self.values[expert : expert + 1], self.scales[expert : expert + 1]).dequantize(dtype)[0]
 
+    def check_fnuz(self) -> None:
+        """Refuse what E4M3FNUZ, whose scales are doubled, can't hold. Syncs with the device; meant for load time.
+
+        Raises:
+            DtypeError: the values are in E4M3FNUZ already.
+            ConfigError: a scale is finite and its double is not.
+        """
+        if self.values.dtype != torch.float8_e4m3fn:
+            raise DtypeError(f"values has dtype {self.values.dtype}; E4M3FNUZ is made from float8_e4m3fn")
+        if bool((self.scales.isfinite() & (self.scales * 2).isinf()).any()):
+            raise ConfigError("scales holds a number whose double float32 can't hold; E4M3FNUZ needs each one doubled")
+
     def to_fnuz_(self) -> BlockFP8:
-        """`to_fnuz` in the memory of this one, one expert at a time; this one must not be read afterwards."""
-        codes = self.values.view(torch.uint8)
+        """`to_fnuz` in the memory of this one, one expert at a time; this one is consumed.
+
+        Raises:
+            DtypeError, ConfigError: as `check_fnuz`; nothing is changed.
+        """
+        self.check_fnuz()
+        codes, scales = self.values.view(torch.uint8), self.scales
+        self.consume("E4M3FNUZ")
         for matrix in codes:
             matrix.copy_(fn_codes_to_fnuz(matrix))
-        return BlockFP8(codes.view(torch.float8_e4m3fnuz), self.scales.mul_(2))
+        return BlockFP8(codes.view(torch.float8_e4m3fnuz), scales.mul_(2))
 
     def to_fnuz(self) -> BlockFP8:
-        """The same numbers in E4M3FNUZ, for gfx94x (codes keep their bits, scales double), as new tensors."""
+        """The same numbers in E4M3FNUZ, for gfx94x (codes keep their bits, scales double), as new tensors.
+
+        Raises:
+            ConfigError: as `check_fnuz`.
+        """
         if self.values.dtype == torch.float8_e4m3fnuz:
             return self
+        self.check_fnuz()
         return BlockFP8(fn_codes_to_fnuz(self.values.view(torch.uint8)).view(torch.float8_e4m3fnuz), self.scales * 2)
 
     @property

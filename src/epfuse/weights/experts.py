@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
+from epfuse.arguments import checks_enums, integer, shown
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, DeviceError, DtypeError, EpfuseError, LayoutError, ShapeError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.fnuz import double_scales, normalize_to_fnuz_
+from epfuse.numerics.mxfp8 import BLOCK as GROUP
 from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.operands import require_plain
 from epfuse.target import Target, target_of
 from epfuse.weights.block_fp8 import BlockFP8, BlockScale
+from epfuse.weights.consistency import KINDS, check_pair, check_stack
 from epfuse.weights.fragment import FragmentMXFP8, check_packable, pack, unpack
 from epfuse.weights.panels import PanelStack, RowOrder
 from epfuse.weights.row_fp8 import RowFP8, pack_rows
@@ -25,12 +29,15 @@ Stack: TypeAlias = torch.Tensor | MXFP8 | FragmentMXFP8 | RowFP8 | BlockFP8
 """The matrices of all experts, ``[L, N, K]``."""
 W = TypeVar("W", torch.Tensor, MXFP8, FragmentMXFP8, RowFP8, BlockFP8)
 
+PREPARED_FOR = {
+    WeightFormat.MXFP8_FNUZ: Target.GFX942,
+    WeightFormat.BLOCK_FP8_FNUZ: Target.GFX942,
+    WeightFormat.FRAGMENT: Target.SM90,
+    WeightFormat.ROW_FP8: Target.SM90,
+}
+"""The formats that `ExpertWeights.prepare` makes, and the one target whose kernels read each."""
+
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _require_tensor(name: str, value: object) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise ConfigError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,12 @@ AnyProjections: TypeAlias = (
 )
 
 
+def _consume(experts: Projections[MXFP8] | Projections[BlockFP8], became: WeightFormat) -> None:
+    """Both projections, whichever's memory was taken: half a layer is of no use."""
+    experts.w13.consume(became.value)
+    experts.w2.consume(became.value)
+
+
 def stack_rows(stack: Stack) -> int:
     """N of a stack ``[L, N, K]``."""
     return stack.rows if isinstance(stack, PanelStack) else stack.shape[1]
@@ -98,6 +111,23 @@ class ExpertWeights:
     row_fp8_experts: Projections[RowFP8] | None = None
     block_fp8_experts: Projections[BlockFP8] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("local_experts", "hidden", "intermediate"):
+            least = 0 if name == "local_experts" else 1
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
+        formats = {name: getattr(self, name) for name in KINDS if getattr(self, name) is not None}
+        if not formats:
+            raise ConfigError("weights are in no format at all; make them with ExpertWeights.dense, .mxfp8, ...")
+        for name, experts in formats.items():
+            if not isinstance(experts, Projections):
+                raise ConfigError(f"{name} is a {type(experts).__name__}; it must be Projections(w13, w2)")
+            for which, stack, rows, columns in (
+                ("w13", experts.w13, 2 * self.intermediate, self.hidden),
+                ("w2", experts.w2, self.hidden, self.intermediate),
+            ):
+                check_stack(f"{name}.{which}", stack, KINDS[name], (self.local_experts, rows, columns))
+            check_pair(name, experts.w13, experts.w2)
+
     @classmethod
     def dense(cls, w13: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
         """Weights in BF16, FP16 or FP32; the tensors are kept, not copied.
@@ -110,7 +140,7 @@ class ExpertWeights:
             ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: the two don't describe one layer.
         """
         for name, w, letters in (("w13", w13, "[L, 2I, H]"), ("w2", w2, "[L, H, I]")):
-            _require_tensor(name, w)
+            require_plain(name, w)
             if w.dim() != 3:
                 raise ShapeError(f"{name} has shape {tuple(w.shape)}; it must be three-dimensional: {letters}")
             if w.dtype not in DENSE_DTYPES:
@@ -127,7 +157,7 @@ class ExpertWeights:
     def bf16(cls, w13: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
         """`dense` for BF16 only: refuses any other dtype rather than convert it silently."""
         for name, w in (("w13", w13), ("w2", w2)):
-            _require_tensor(name, w)
+            require_plain(name, w)
             if w.dtype != torch.bfloat16:
                 raise DtypeError(f"{name} has dtype {w.dtype}; it must be bfloat16 (ExpertWeights.dense takes others)")
         return cls.dense(w13, w2)
@@ -148,13 +178,14 @@ class ExpertWeights:
             ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: the four don't describe one layer.
         """
         for name, w in (("w13", w13), ("w13_scale", w13_scale), ("w2", w2), ("w2_scale", w2_scale)):
-            _require_tensor(name, w)
+            require_plain(name, w)
             if w.dim() != 3:
                 raise ShapeError(f"{name} has shape {tuple(w.shape)}; it must be three-dimensional")
         experts = Projections(_named("w13", w13, w13_scale), _named("w2", w2, w2_scale))
         return cls(*_sizes(w13, w2), mxfp8_experts=experts)
 
     @classmethod
+    @checks_enums
     def quantize(cls, weights: ExpertWeights, rounding: ScaleRounding = ScaleRounding.FLOOR) -> ExpertWeights:
         """Dense weights as MXFP8, in new memory, one expert at a time.
 
@@ -166,10 +197,15 @@ class ExpertWeights:
             ConfigError: no dense weights are kept.
             ShapeError: H or I is not a multiple of 32.
         """
+        if not isinstance(weights, ExpertWeights):
+            raise ConfigError(f"weights is {shown(weights)}; it must be an epfuse.ExpertWeights")
         if weights.dense_experts is None:
             raise ConfigError(
                 f"weights are in {', '.join(form.value for form in weights.kept)}; quantising takes dense"
             )
+        for name, letter, size in (("w13", "H", weights.hidden), ("w2", "I", weights.intermediate)):
+            if size % GROUP:
+                raise ShapeError(f"{name} has rows of {letter}={size} weights; MXFP8 needs a multiple of {GROUP}")
         w13 = MXFP8.quantize(weights.dense_experts.w13, rounding)
         w2 = MXFP8.quantize(weights.dense_experts.w2, rounding)
         return cls.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
@@ -186,6 +222,7 @@ class ExpertWeights:
         return replace(packed, dense_experts=dense)
 
     @classmethod
+    @checks_enums
     def block_fp8(
         cls,
         w13: torch.Tensor,
@@ -210,10 +247,12 @@ class ExpertWeights:
         blocks = Projections(BlockFP8.quantize(stacks.w13, scale), BlockFP8.quantize(stacks.w2, scale))
         return replace(packed, mxfp8_experts=None, block_fp8_experts=blocks)
 
+    @checks_enums
     def prepare(self, target: Target | None = None, path: Path = Path.AUTO) -> ExpertWeights:
         """Bring FP8 weights into the form that ``target`` reads fastest, **in their own memory**, expert by expert.
 
-        The tensors given to `mxfp8` hold other bytes afterwards: on Hopper rearranged (new memory is taken only for a
+        Use what is returned: weights whose form changes are consumed, and every later use of them raises. The tensors
+        given to `mxfp8` hold other bytes afterwards: on Hopper rearranged (new memory is taken only for a
         matrix whose rows are no multiple of 64 or columns no multiple of 128), on gfx942 as E4M3FNUZ. Dense weights,
         and targets that read checkpoints' order, are left as they are. Weights that Hopper's order can't hold (a NaN, a
         block scale over 2^7) stay in checkpoints' order and run on the slower kernels; a warning is logged. W8A8's
@@ -225,28 +264,48 @@ class ExpertWeights:
                 which no other path reads; anything else, and other targets, makes no difference.
 
         Raises:
-            ConfigError: path or target is none; for gfx942, an MXFP8 scale byte is 254, whose double E8M0 can't hold.
-                Nothing is changed.
+            ConfigError: path or target is none; for gfx942, an MXFP8 scale byte is 254, whose double E8M0 can't hold;
+                for a GPU, the weights were prepared for another one, or are consumed. Nothing is changed.
         """
-        if not isinstance(path, Path):
-            raise ConfigError(f"path is {path!r}; it must be an epfuse.Path")
         target = target_of(self.device) if target is None else target
-        if not isinstance(target, Target):
-            raise ConfigError(f"target is {target!r}; it must be an epfuse.Target")
+        self._require_not_prepared_for_another(target)
         if target is Target.GFX942:
             return self._prepare_fnuz()
         if target is not Target.SM90:
             return self
         return self._prepare_row_fp8() if path is Path.W8A8 else self._prepare_fragments()
 
+    def _require_not_prepared_for_another(self, target: Target) -> None:
+        """A GPU can't use what another one's order has made of the weights, and no order is made from another."""
+        for form in self.kept:
+            made_for = PREPARED_FOR.get(form, target)
+            if target.is_gpu and made_for is not target:
+                raise ConfigError(
+                    f"weights are in {form.value}, prepared for {made_for.value}; {target.value} needs them as the"
+                    " checkpoint has them: load them again"
+                )
+
     def _prepare_fnuz(self) -> ExpertWeights:
         mxfp8, blocks = self.mxfp8_experts, self.block_fp8_experts
+        # all refusals before anything is changed
         if mxfp8 is not None and mxfp8.w13.values.dtype == torch.float8_e4m3fn:
-            double_scales(mxfp8.w2.scales)  # refuses before w13 is changed
-            mxfp8 = Projections(*(MXFP8(*normalize_to_fnuz_(w.values, w.scales)) for w in (mxfp8.w13, mxfp8.w2)))
+            for stack in (mxfp8.w13, mxfp8.w2):
+                double_scales(stack.scales)
+        else:
+            mxfp8 = None
         if blocks is not None and blocks.w13.values.dtype == torch.float8_e4m3fn:
-            blocks = Projections(blocks.w13.to_fnuz_(), blocks.w2.to_fnuz_())
-        return replace(self, mxfp8_experts=mxfp8, block_fp8_experts=blocks)
+            for block in (blocks.w13, blocks.w2):
+                block.check_fnuz()
+        else:
+            blocks = None
+        changed: dict[str, Any] = {}
+        if mxfp8 is not None:
+            tensors = [(stack.values, stack.scales) for stack in (mxfp8.w13, mxfp8.w2)]
+            _consume(mxfp8, WeightFormat.MXFP8_FNUZ)
+            changed["mxfp8_experts"] = Projections(*(MXFP8(*normalize_to_fnuz_(*pair)) for pair in tensors))
+        if blocks is not None:
+            changed["block_fp8_experts"] = Projections(blocks.w13.to_fnuz_(), blocks.w2.to_fnuz_())
+        return replace(self, **changed) if changed else self
 
     def _prepare_fragments(self) -> ExpertWeights:
         if self.mxfp8_experts is None:
@@ -259,6 +318,7 @@ class ExpertWeights:
             log.warning("MXFP8 weights stay in checkpoint order: %s", reason)
             return self
         fragments = Projections(pack(stacks.w13, RowOrder.GATE_UP), pack(stacks.w2, RowOrder.PLAIN))
+        _consume(stacks, WeightFormat.FRAGMENT)
         return replace(self, mxfp8_experts=None, fragment_experts=fragments)
 
     def _prepare_row_fp8(self) -> ExpertWeights:
@@ -266,6 +326,7 @@ class ExpertWeights:
             return self
         stacks = self.mxfp8_experts
         packed = Projections(pack_rows(stacks.w13, RowOrder.GATE_UP), pack_rows(stacks.w2, RowOrder.PLAIN))
+        _consume(stacks, WeightFormat.ROW_FP8)
         return replace(self, mxfp8_experts=None, row_fp8_experts=packed)
 
     @property

@@ -18,15 +18,17 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError, LayoutError
 from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
-from epfuse.weights.panels import PANEL_ROWS, STEP_K, PanelStack, RowOrder, source_rows, take_rows
+from epfuse.weights.panels import PANEL_ROWS, STEP_K, PanelStack, RowOrder, require_fn, source_rows, take_rows
 
 SCALE_SHIFT = 120
 LARGEST_SCALE = 254 - SCALE_SHIFT
 """Largest E8M0 byte that has a place: 2^7. Real weights lie far below: a block would hold a value over 2^15."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class FragmentMXFP8(PanelStack):
     """A stack of MXFP8 matrices in fragment order.
@@ -41,16 +43,18 @@ class FragmentMXFP8(PanelStack):
         return self.codes.shape[2] * 32
 
 
+@checks_enums
 def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
     """Repack, one matrix at a time, into the memory of ``weights`` where the sizes allow it.
 
     Args:
         weights: ``[L, N, K]`` E4M3FN with scales in ROWS layout. **Overwritten** when N is a multiple of 64 and K of
-            128; otherwise left alone and new memory is taken.
+            128 (and consumed: `Consumable`); otherwise left alone and new memory is taken.
         order: GATE_UP for w13 ``[L, 2I, H]``, PLAIN for w2.
 
     Raises:
         ConfigError: as `check_packable`; such weights run in their own order.
+        DtypeError: the codes are not E4M3FN.
         LayoutError: scales are not in ROWS layout.
     """
     if weights.layout is not ScaleLayout.ROWS:
@@ -62,6 +66,7 @@ def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
     check_packable(weights)
     codes, scales = weights.values.view(torch.uint8), weights.scales
     if panels * PANEL_ROWS == rows and padded == columns:
+        weights.consume("fragment order")
         out_codes = codes.view(local, panels, padded // 32, 2048)
         out_scales = scales.view(local, panels, padded // STEP_K, 256)
     else:
@@ -78,8 +83,10 @@ def check_packable(weights: MXFP8) -> None:
     """Refuse what fragment order has no code for.
 
     Raises:
+        DtypeError: the codes are not E4M3FN.
         ConfigError: a scale byte is over 134, or a code is NaN; names the first expert that holds one.
     """
+    require_fn(weights)
     codes, scales = weights.values.view(torch.uint8), weights.scales
     for expert in range(codes.shape[0]):
         largest = int(scales[expert].max())

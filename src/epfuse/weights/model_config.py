@@ -1,24 +1,34 @@
 """What a Hugging Face ``config.json`` says about a model's experts: sizes, layers, activation, number format.
 
-Only families whose experts are known to compute what `fused_experts` computes are understood; an unknown one is an
-error, not a guess.
+Only families whose experts are known are understood (`config_families`); an unknown one is an error, not a guess.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from epfuse.config import SwiGLUOAI, silu_gate
-from epfuse.errors import ConfigError
+from epfuse.config import SwiGLUOAI
+from epfuse.input_file import read_object
 from epfuse.weights.checkpoint_format import Checkpoint
+from epfuse.weights.config_families import EXPERTS, FAMILIES, NESTED, OUTER, TOP_K, Family
+from epfuse.weights.config_fields import Fields
+from epfuse.weights.config_format import experts_format
+from epfuse.weights.config_layers import MOST_LAYERS
+from epfuse.weights.config_modules import ExpertModules
+from epfuse.weights.weight_names import check_names
 
-LARGEST_CONFIG = 16 << 20
-"""Bytes of a config.json."""
+CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"
+"""Where ModelOpt writes the quantisation, besides or in place of config.json's ``quantization_config``."""
+UNREAD = re.compile(
+    r"swiglu|zero_expert|expert_dtype|moe_latent|moe_hidden|clamp_limit|(expert|moe)\w*(quant|bits|dtype)"
+)
+"""Fields that change what experts compute or how they are stored; one that a family does not have is refused."""
+DTYPES = {"bfloat16": "bfloat16", "float32": "bfloat16", "float16": "float16"}
+"""dtype of a checkpoint -> of the activations that it is served with."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class ExpertModel:
     """The experts of one model.
 
     Attributes:
-        name: the model's type.
+        name: the language model's type.
         hidden: H.
         intermediate: I.
         experts: E.
@@ -38,7 +48,9 @@ class ExpertModel:
         checkpoint: the numbers that the weights are stored in.
         has_bias: the projections have biases.
         weights_input: the router weight is applied to the experts' inputs, not to their outputs.
-        other_activations: layers with an activation of their own, ascending, and what it is.
+        other_activations: layers with an activation of their own, ascending, and what it is; None for one that epfuse
+            does not compute.
+        dtype: of the activations, as torch names it.
     """
 
     name: str
@@ -53,10 +65,11 @@ class ExpertModel:
     checkpoint: Checkpoint
     has_bias: bool = False
     weights_input: bool = False
-    other_activations: tuple[tuple[int, SwiGLUOAI], ...] = ()
+    other_activations: tuple[tuple[int, SwiGLUOAI | None], ...] = ()
+    dtype: str = "bfloat16"
 
-    def activation_at(self, layer: int) -> SwiGLUOAI:
-        """The activation of the experts in layer ``layer``."""
+    def activation_at(self, layer: int) -> SwiGLUOAI | None:
+        """The activation of the experts in layer ``layer``; None for one that epfuse does not compute."""
         return dict(self.other_activations).get(layer, self.activation)
 
 
@@ -77,188 +90,144 @@ MINIMAX_M3 = ExpertModel(
 MODELS = {MINIMAX_M3.name: MINIMAX_M3}
 """Models that need no file."""
 
-# One size, and the names that model families have for it; the first one that is there counts.
-HIDDEN = ("hidden_size",)
-LAYERS = ("num_hidden_layers",)
-EXPERTS = ("num_local_experts", "num_experts")
-TOP_K = ("num_experts_per_tok", "experts_per_token")
-
 
 def read_model(source: Path) -> ExpertModel:
     """The experts of the model whose config.json is at ``source``.
 
     Args:
-        source: the file; of a multimodal model the ``text_config`` in it is read.
+        source: the file, or the folder that has it. Of a model around a language model the language model's config in
+            it is read. What lies beside a file of that name, ModelOpt's config and the names of the weights, is
+            compared with it.
 
     Raises:
-        ConfigError: the file can't be read, is of a family that is not known, or a size is missing or no integer.
+        ConfigError: the file can't be read, is of a family that is not known, a value is missing or not what it must
+            be, or values contradict each other.
     """
-    content = load_config(source)
-    text = content.get("text_config")
-    config: dict[str, Any] = text if isinstance(text, dict) else content
-    quantization = config.get("quantization_config") or content.get("quantization_config")
-    kind = str(config.get("model_type") or content.get("model_type"))
-    if kind not in FAMILIES:
-        raise ConfigError(f"config {source} is of a model of type {kind!r:.60}; known are {', '.join(FAMILIES)}")
-    try:
-        return FAMILIES[kind](kind, config, _checkpoint(quantization))
-    except _Missing as error:
-        raise ConfigError(f"config {source}: {error}") from None
-
-
-class _Missing(Exception):
-    """A value that is not there, or not what it must be."""
+    path = source / CONFIG if source.is_dir() else source
+    content = Fields(load_config(path), f"config {path}")
+    kind, config = _language_model(content)
+    family = FAMILIES[kind]
+    model, modules = _sizes(kind, config, family)
+    folder = path.parent if path.name == CONFIG else None
+    quantization = _quantization(content, config, folder)
+    checkpoint = experts_format(quantization, modules)
+    if folder is not None:
+        check_names(folder, checkpoint, family.module)
+    for fields in {id(content): content, id(config): config}.values():
+        for key, value in fields.unread():
+            if UNREAD.search(key) and not isinstance(value, dict):
+                raise fields.refuse(f"{key} is {value!r:.40}, which {kind} is not known to have and which could matter")
+    return replace(model, checkpoint=checkpoint, dtype=_dtype(content, config))
 
 
 def load_config(source: Path) -> dict[str, Any]:
     """The object in a config.json that nobody has checked yet.
 
     Raises:
-        ConfigError: it can't be read, is larger than LARGEST_CONFIG, or is not a JSON object.
+        ConfigError: it can't be read, is too large, or is not a JSON object.
     """
-    try:
-        with source.open("rb") as file:
-            data = file.read(LARGEST_CONFIG + 1)
-    except OSError as error:
-        raise ConfigError(f"config {source} can't be read: {error.strerror or error}") from None
-    if len(data) > LARGEST_CONFIG:
-        raise ConfigError(f"config {source} has more than {LARGEST_CONFIG} bytes")
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"config {source} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"config {source} is a {type(content).__name__}; it must be an object")
-    return content
+    return read_object(source, "config")
 
 
-def _size(config: Mapping[str, Any], *keys: str, least: int = 1, default: int | None = None) -> int:
-    for key in keys:
-        value = config.get(key)
-        if value is not None:
-            if type(value) is not int or not least <= value < 2**31:
-                raise _Missing(f"{key} is {value!r:.40}; it must be an integer, at least {least}")
-            return value
-    if default is None:
-        raise _Missing(f"none of {', '.join(keys)} is there")
-    return default
+def _language_model(content: Fields) -> tuple[str, Fields]:
+    """The language model's type and its config: that inside, if there is one, and never that outside in its place."""
+    outer, config = content.text("model_type"), content
+    kind = outer
+    for _ in range(3):  # qwen3_omni_moe: thinker_config, text_config
+        inner = [found for key in NESTED for found in [config.child(key)] if found is not None]
+        if len(inner) > 1:
+            raise content.refuse(f"there are several of {', '.join(NESTED)}; one language model is planned")
+        if not inner:
+            break
+        config = inner[0]
+        kind = config.text("model_type")
+    for fields in {id(content): content, id(config): config}.values():
+        _one_model(fields)
+    known = kind or OUTER.get(outer or "")
+    known = OUTER.get(known or "", known)
+    if known not in FAMILIES:
+        raise content.refuse(f"it is of a model of type {known!r:.60}; known are {', '.join(FAMILIES)}")
+    return known, config
 
 
-def _number(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _Missing(f"{key} is {value!r:.40}; it must be a finite number")
-    return float(value)
+def _one_model(content: Fields) -> None:
+    """Refuse experts in other parts, such as a vision tower: bytes would not be counted."""
+    parts = [(key, value) for key, value in content.items() if key not in (*NESTED, "quantization_config")]
+    for _ in range(3):
+        inner = [(key, value) for key, value in parts if isinstance(value, dict)]
+        for key, value in inner:
+            if any(type(value.get(size)) is int and value[size] > 1 for size in EXPERTS):
+                raise content.refuse(f"{key} has experts of its own; a plan counts the language model's alone")
+        parts = [(f"{key}.{name}", part) for key, value in inner for name, part in value.items()]
 
 
-def _checkpoint(quantization: object) -> Checkpoint:
-    if quantization is None:
-        return Checkpoint.BF16
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    try:
-        return Checkpoint(method)
-    except ValueError:
-        known = ", ".join(member.value for member in Checkpoint)
-        raise _Missing(f"quantization_config has quant_method {method!r:.40}; it must be one of {known}") from None
-
-
-def _indices(config: Mapping[str, Any], key: str, is_sparse: Callable[[object], bool]) -> tuple[int, ...] | None:
-    """The layers for which a list with an entry a layer says that they have experts; None without that list."""
-    entries = config.get(key)
-    if entries is None:
-        return None
-    layers = _size(config, *LAYERS)
-    if not isinstance(entries, list) or len(entries) != layers:
-        raise _Missing(f"{key} must be a list with {layers} entries, one a layer")
-    return tuple(index for index, entry in enumerate(entries) if is_sparse(entry))
-
-
-def _model(
-    kind: str,
-    config: Mapping[str, Any],
-    checkpoint: Checkpoint,
-    activation: SwiGLUOAI,
-    *,
-    moe_layers: tuple[int, ...] | None = None,
-    shared_experts: int = 0,
-    width: tuple[str, ...] = ("intermediate_size",),
-) -> ExpertModel:
-    layers = _size(config, *LAYERS)
-    found = tuple(range(layers)) if moe_layers is None else moe_layers
-    if not found:
-        raise _Missing("no layer has experts")
+def _sizes(kind: str, config: Fields, family: Family) -> tuple[ExpertModel, ExpertModules]:
+    layers = config.size("num_hidden_layers", most=MOST_LAYERS)
+    moe_layers = family.layers(config, layers)
+    if not moe_layers:
+        raise config.refuse("no layer has experts")
+    activation, others = family.activation(config, layers)
+    input_flags = [config.flag(key) for key in ("apply_router_weight_on_input", "moe_apply_router_weight_on_input")]
     model = ExpertModel(
         name=kind,
-        hidden=_size(config, *HIDDEN),
-        intermediate=_size(config, *width),
-        experts=_size(config, *EXPERTS),
-        top_k=_size(config, *TOP_K),
+        hidden=config.size("hidden_size"),
+        intermediate=config.size(*family.width),
+        experts=config.size(*EXPERTS),
+        top_k=config.size(*TOP_K),
         layers=layers,
-        moe_layers=found,
-        shared_experts=shared_experts,
+        moe_layers=moe_layers,
+        shared_experts=family.shared(config),
         activation=activation,
-        checkpoint=checkpoint,
+        checkpoint=Checkpoint.BF16,
+        has_bias=family.has_bias,
+        weights_input=family.weights_input or any(input_flags),
+        other_activations=tuple((layer, others[layer]) for layer in moe_layers if layer in others),
     )
     if model.top_k > model.experts:
-        raise _Missing(f"{model.top_k} experts a token are more than the {model.experts} that there are")
-    return model
+        raise config.refuse(f"{model.top_k} experts a token are more than the {model.experts} that there are")
+    return model, ExpertModules(moe_layers, family.module)
 
 
-def _clamped(config: Mapping[str, Any]) -> SwiGLUOAI:
-    limit = _number(config, "swiglu_limit", 7.0)
-    if limit <= 0:
-        raise _Missing(f"swiglu_limit is {limit:g}; it must be positive")
-    return SwiGLUOAI(alpha=_number(config, "swiglu_alpha", 1.702), limit=limit)
+def _quantization(content: Fields, config: Fields, folder: Path | None) -> Fields | None:
+    """The one quantisation config that the files have; ModelOpt's own file counts where config.json has none."""
+    found = []
+    for fields in (content,) if config is content else (content, config):
+        for key in ("quantization_config", "compression_config"):
+            said = fields.child(key)
+            if said is not None and next(said.items(), None) is not None:
+                found.append(said)
+            elif said is not None:
+                raise fields.refuse(f"{key} is empty")
+    if any(not each.same_as(found[0]) for each in found):
+        raise content.refuse("there are two quantisation configs that differ")
+    expert_dtype = config.text("expert_dtype")
+    if expert_dtype is not None:  # DeepSeek-V4 says it beside the quantisation config, V4.1 in it
+        if not found:
+            raise config.refuse(f"expert_dtype is {expert_dtype!r:.40}, and there is no quantization_config")
+        found[0] = found[0].with_value("expert_dtype", expert_dtype)
+    if folder is not None and (folder / MODELOPT).exists():
+        beside = Fields(read_object(folder / MODELOPT, "config"), f"config {folder / MODELOPT}")
+        if not found:
+            return beside
+        own, other = _algorithm_of(found[0]), _algorithm_of(beside)
+        if own != other:
+            raise content.refuse(f"quant_algo is {own!r:.40}, and {MODELOPT} beside it says {other!r:.40}")
+    return found[0] if found else None
 
 
-def _silu(config: Mapping[str, Any]) -> SwiGLUOAI:
-    activation = config.get("hidden_act")
-    if activation not in ("silu", "swish"):
-        raise _Missing(f"hidden_act is {activation!r:.40}; it must be 'silu'")
-    return silu_gate()
+def _algorithm_of(quantization: Fields) -> str | None:
+    inner = quantization.child("quantization")
+    return (quantization if inner is None else inner).text("quant_algo")
 
 
-def _minimax_m3(kind: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> ExpertModel:
-    layers = _indices(config, "mlp_layer_types", lambda entry: entry == "sparse")
-    if layers is None:
-        layers = _indices(config, "moe_layer_freq", bool)
-    shared = _size(config, "n_shared_experts", least=0, default=1)  # the model's code has one, whatever is said here
-    return _model(kind, config, checkpoint, _clamped(config), moe_layers=layers, shared_experts=shared)
-
-
-def _gpt_oss(kind: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> ExpertModel:
-    model = _model(kind, config, checkpoint, _clamped(config))
-    return replace(model, has_bias=True)  # whatever the number format, in every checkpoint of the family
-
-
-def _mixtral(kind: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> ExpertModel:
-    return _model(kind, config, checkpoint, _silu(config))
-
-
-def _qwen(kind: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> ExpertModel:
-    step = _size(config, "decoder_sparse_step", default=1)
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        raise _Missing("mlp_only_layers must be a list of layers")
-    layers = tuple(i for i in range(_size(config, *LAYERS)) if i not in dense and (i + 1) % step == 0)
-    shared = 1 if config.get("shared_expert_intermediate_size") else 0
-    return _model(
-        kind,
-        config,
-        checkpoint,
-        _silu(config),
-        moe_layers=layers,
-        shared_experts=shared,
-        width=("moe_intermediate_size",),
-    )
-
-
-FAMILIES: dict[str, Callable[[str, Mapping[str, Any], Checkpoint], ExpertModel]] = {
-    "minimax_m3_vl": _minimax_m3,
-    "minimax_m3_vl_text": _minimax_m3,
-    "gpt_oss": _gpt_oss,
-    "mixtral": _mixtral,
-    "qwen2_moe": _qwen,
-    "qwen3_moe": _qwen,
-}
-"""Model type -> how its config.json is read. Names and defaults: transformers' configuration classes."""
+def _dtype(content: Fields, config: Fields) -> str:
+    for fields in (config, content):
+        for key in ("dtype", "torch_dtype"):
+            name = fields.text(key)
+            if name in (None, "auto"):
+                continue
+            found = DTYPES.get(str(name).removeprefix("torch."))
+            if found is None:
+                raise fields.refuse(f"{key} is {name!r:.40}; it must be one of {', '.join(DTYPES)}")
+            return found
+    return "bfloat16"

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import checks_enums
+from epfuse.errors import DtypeError
+from epfuse.numerics.mxfp8 import MXFP8
+
 PANEL_ROWS = 64
 STEP_K = 128
 
@@ -20,6 +24,7 @@ class RowOrder(enum.Enum):
     """Of ``[gate; up]``: 8 gate rows, then their 8 up rows, so that a thread's accumulators hold pairs."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class PanelStack:
     """A stack of matrices in panels of 64 rows, K padded to whole steps of 128.
@@ -52,13 +57,27 @@ class PanelStack:
         return self.codes.nbytes + self.scales.nbytes
 
 
+def require_fn(weights: MXFP8) -> None:
+    """Refuse codes that are not E4M3FN: those of gfx942 have the same bytes for other numbers.
+
+    Raises:
+        DtypeError: as said.
+    """
+    if weights.values.dtype != torch.float8_e4m3fn:
+        raise DtypeError(
+            f"weights have codes in {weights.values.dtype}; Hopper's orders are made from float8_e4m3fn: load the"
+            " checkpoint again"
+        )
+
+
+@checks_enums
 def source_rows(rows: int, order: RowOrder) -> torch.Tensor:
     """``[panels * 64]``: the source row of each packed row, -1 where it is padding."""
     if order is RowOrder.PLAIN:
-        packed = torch.arange(-(-rows // PANEL_ROWS) * PANEL_ROWS)
+        packed = torch.arange(-(-rows // PANEL_ROWS) * PANEL_ROWS, device="cpu")
         return torch.where(packed < rows, packed, -1)
     outputs = rows // 2
-    gate = torch.arange(-(-outputs // (PANEL_ROWS // 2)) * PANEL_ROWS // 2).view(-1, 1, 8)
+    gate = torch.arange(-(-outputs // (PANEL_ROWS // 2)) * PANEL_ROWS // 2, device="cpu").view(-1, 1, 8)
     return torch.where(gate < outputs, torch.cat([gate, gate + outputs], dim=1), -1).reshape(-1)
 
 

@@ -15,16 +15,18 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import LayoutError
 from epfuse.numerics.e8m0 import NAN_BYTE, ScaleRounding, decode_scales, magnitude_bits, scale_bytes
 from epfuse.numerics.mxfp8 import BLOCK, MXFP8, ScaleLayout
-from epfuse.weights.panels import PANEL_ROWS, STEP_K, PanelStack, RowOrder, source_rows, take_rows
+from epfuse.weights.panels import PANEL_ROWS, STEP_K, PanelStack, RowOrder, require_fn, source_rows, take_rows
 
 _BIAS = 127
 _LEAST, _MOST = 1, 254
 """Bytes of the row scales: float32 holds them as normal numbers."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class RowFP8(PanelStack):
     """A stack of FP8 matrices with a scale for each row.
@@ -49,28 +51,34 @@ class RowFP8(PanelStack):
         return out
 
 
+@checks_enums
 def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
     """Repack, one matrix at a time, into the codes' memory where the sizes allow it.
 
     Args:
         weights: ``[L, N, K]`` E4M3FN with scales in ROWS layout. **Codes are overwritten** when N is a multiple of 64
-            and K of 128; otherwise left alone and new memory is taken.
+            and K of 128 (and consumed: `Consumable`); otherwise left alone and new memory is taken.
         order: GATE_UP for w13 ``[L, 2I, H]``, PLAIN for w2.
 
     Raises:
+        DtypeError: the codes are not E4M3FN.
         LayoutError: scales are not in ROWS layout.
     """
     if weights.layout is not ScaleLayout.ROWS:
         raise LayoutError("weights have packed scales; one scale a row is made from the ROWS layout")
-    local, rows, columns = weights.values.shape
+    require_fn(weights)
+    values, bytes_ = weights.values, weights.scales
+    local, rows, columns = values.shape
     steps = -(-columns // STEP_K)
-    source = source_rows(rows, order).to(weights.values.device)
+    source = source_rows(rows, order).to(values.device)
     size = (local, source.numel() // PANEL_ROWS, steps, PANEL_ROWS, STEP_K)
     fits = source.numel() == rows and steps * STEP_K == columns
-    codes = weights.values.view(size) if fits else weights.values.new_empty(size)
-    scales = torch.empty(local, source.numel(), dtype=torch.float32, device=weights.values.device)
+    codes = values.view(size) if fits else values.new_empty(size)
+    scales = torch.empty(local, source.numel(), dtype=torch.float32, device=values.device)
+    if fits:
+        weights.consume("codes with one scale a row")
     for expert in range(local):
-        moved, row_scales = one_scale_a_row(weights.values[expert], weights.scales[expert])
+        moved, row_scales = one_scale_a_row(values[expert], bytes_[expert])
         packed = take_rows(moved.view(torch.uint8), source, steps * STEP_K, 0)
         codes[expert] = packed.view(moved.dtype).view(-1, PANEL_ROWS, steps, STEP_K).transpose(1, 2)
         scales[expert] = torch.where(source >= 0, row_scales[source.clamp(min=0)], 1.0)

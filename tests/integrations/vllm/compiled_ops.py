@@ -26,8 +26,8 @@ def align(topk_ids, config, num_tokens, top_k, experts, expert_map, **_):
     return torch.tensor(order, **as_int), torch.tensor(owners, **as_int), torch.tensor([len(order)], **as_int)
 
 
-def give(experts: Any, activation: SwiGLUOAI, monkeypatch) -> None:
-    """Let one of vLLM's experts objects run without its compiled operators."""
+def give(experts: Any, activation: SwiGLUOAI | None, monkeypatch) -> None:
+    """Let one of vLLM's experts objects run without its compiled operators; its own activation is not one if None."""
 
     def activate(_, output, gate_up, **__):
         output.copy_(swiglu_oai(gate_up.float(), activation))
@@ -36,5 +36,6 @@ def give(experts: Any, activation: SwiGLUOAI, monkeypatch) -> None:
         output.copy_(rows.float().sum(1))
 
     monkeypatch.setattr(triton_moe, "_prepare_expert_assignment", align)
-    monkeypatch.setattr(experts, "activation", activate)
+    if activation is not None:
+        monkeypatch.setattr(experts, "activation", activate)
     monkeypatch.setattr(experts, "moe_sum", moe_sum)

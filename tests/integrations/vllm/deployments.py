@@ -14,7 +14,7 @@ from vllm.config import CompilationConfig
 from vllm.model_executor import custom_op, parameter
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
-from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager, determine_expert_map
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_mxfp8,
@@ -40,10 +40,12 @@ class Deployment:
     experts: int = 128
     top_k: int = 4
     ep_size: int = 8
+    ep_rank: int = 0
     activation: str = "swigluoai_uninterleave"
     alpha: float | None = 1.702
     beta: float | None = 1.0
     limit: float | None = 7.0
+    moe_limit: float | None = None
     max_model_len: int = 9472
     shared_experts: int = 1
     backend: str = "auto"
@@ -52,6 +54,7 @@ class Deployment:
     dp_size: int = 1
     all2all: str = "allgather_reducescatter"
     dtype: torch.dtype = torch.bfloat16
+    weights_dtype: torch.dtype = torch.bfloat16
     device: str = "meta"
     bias: bool = False
     fused_shared_experts: int = 0
@@ -88,6 +91,7 @@ def parallel_config(deployment: Deployment) -> FusedMoEParallelConfig:
     ep = deployment.ep_size > 1
     changes = {
         "ep_size": deployment.ep_size,
+        "ep_rank": deployment.ep_rank,
         "use_ep": ep,
         "dp_size": deployment.dp_size,
         "enable_eplb": deployment.eplb,
@@ -96,13 +100,19 @@ def parallel_config(deployment: Deployment) -> FusedMoEParallelConfig:
     return replace(FusedMoEParallelConfig.make_no_parallel(), **changes)
 
 
+def local_experts(deployment: Deployment) -> int:
+    """How many experts vLLM gives to the rank."""
+    found, *_ = determine_expert_map(deployment.ep_size, deployment.ep_rank, deployment.experts)
+    return int(found)
+
+
 def moe_config(deployment: Deployment) -> FusedMoEConfig:
     return FusedMoEConfig(
         num_experts=deployment.experts,
         experts_per_token=deployment.top_k,
         hidden_dim=deployment.hidden,
         intermediate_size=deployment.intermediate,
-        num_local_experts=deployment.experts // deployment.ep_size,
+        num_local_experts=local_experts(deployment),
         num_logical_experts=deployment.experts,
         activation=MoEActivation.from_str(deployment.activation),
         device=deployment.device,
@@ -112,7 +122,7 @@ def moe_config(deployment: Deployment) -> FusedMoEConfig:
         moe_backend=deployment.backend,
         is_lora_enabled=deployment.lora,
         has_bias=deployment.bias,
-        swiglu_limit=deployment.limit,
+        swiglu_limit=deployment.limit if deployment.moe_limit is None else deployment.moe_limit,
         swiglu_alpha=deployment.alpha,
         swiglu_beta=deployment.beta,
     )
@@ -151,7 +161,7 @@ def build(deployment: Deployment, monkeypatch, layer_cls: type = EpfuseRoutedExp
     with planning_for(deployment.target), torch.device(deployment.device):
         return layer_cls(
             NAME,
-            deployment.dtype,
+            deployment.weights_dtype,
             config,
             quant_config,
             expert_map_manager=manager,

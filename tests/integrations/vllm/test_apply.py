@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.policy import Storage, rivals
 from epfuse.target import REFERENCE_DEVICE, Target
 from tests.integrations.vllm import compiled_ops
-from tests.integrations.vllm.deployments import M3_EP8, Deployment, build
+from tests.integrations.vllm.deployments import M3_EP8, Deployment, build, local_experts
 
 ACTIVATION = SwiGLUOAI()
 SMALL = M3_EP8.but(hidden=128, intermediate=64, experts=8, top_k=2, ep_size=2, device="cpu")
@@ -47,7 +48,7 @@ def workspaces(monkeypatch):
 def parameters(deployment: Deployment) -> dict[str, torch.Tensor]:
     """A rank's weights as a checkpoint has them."""
     generator = torch.Generator().manual_seed(5)
-    local = deployment.experts // deployment.ep_size
+    local = local_experts(deployment)
     w13 = torch.randn(local, 2 * deployment.intermediate, deployment.hidden, generator=generator) / 8
     w2 = torch.randn(local, deployment.hidden, deployment.intermediate, generator=generator) / 8
     if deployment.quantization is None:
@@ -108,6 +109,34 @@ def test_ours_is_vllms_own_result(quantization, target, tokens, monkeypatch):
     torch.testing.assert_close(got.float(), expected.float(), rtol=2**-6, atol=2**-6 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("quantization", ["modelopt", None])
+def test_a_limit_of_silu_is_vllms_clamp(quantization, monkeypatch):
+    """DeepSeek-V4's activation; the limit is one that most rows reach, and vLLM's own function is the judge."""
+    clamped = SMALL.but(quantization=quantization, activation="silu", alpha=None, beta=None, limit=0.5)
+    own = loaded(clamped, monkeypatch, RoutedExperts)
+    compiled_ops.give(own.quant_method.moe_kernel.fused_experts, None, monkeypatch)
+    expected = call(own, 3).float()
+    ours = loaded(clamped, monkeypatch)
+    experts = ours.quant_method.moe_kernel.fused_experts
+    assert experts._loaded.activation == SwiGLUOAI(1.0, 0.0, 0.5)
+    interpret(clamped, monkeypatch)
+    got = call(ours, 3).float()
+    torch.testing.assert_close(got, expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_with_different_numbers_of_experts(rank, monkeypatch):
+    uneven = SMALL.but(quantization=None, experts=7, ep_rank=rank)
+    own = loaded(uneven, monkeypatch, RoutedExperts)
+    compiled_ops.give(own.quant_method.moe_kernel.fused_experts, ACTIVATION, monkeypatch)
+    expected = call(own, 3).float()
+    ours = loaded(uneven, monkeypatch)
+    assert ours.quant_method.moe_kernel.fused_experts._loaded.expert_map.num_local == 4 - rank
+    interpret(uneven, monkeypatch)
+    got = call(ours, 3).float()
+    torch.testing.assert_close(got, expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())
+
+
 def test_padding_rows_are_zero(monkeypatch):
     ours = loaded(SMALL, monkeypatch)
     interpret(SMALL, monkeypatch)
@@ -138,6 +167,52 @@ def test_other_weights_are_refused(monkeypatch):
     layer = loaded(SMALL, monkeypatch)
     layer.w13_weight.data = layer.w13_weight.data.clone()
     with pytest.raises(ConfigError, match="no reload"):
+        call(layer, 1)
+
+
+def test_weights_are_not_loaded_over_rearranged_ones(monkeypatch):
+    layer = loaded(SMALL, monkeypatch)
+    interpret(SMALL, monkeypatch)
+    expected = call(layer, 3)
+    for expert in range(SMALL.experts):  # those of other ranks are skipped, as vLLM does
+        local = layer._map_global_expert_id_to_local_expert_id(expert) >= 0
+        matrix = torch.zeros(SMALL.hidden, SMALL.intermediate).to(torch.float8_e4m3fn)
+        load = {"weight_name": "w2_weight", "shard_id": "w2", "expert_id": expert}
+        with pytest.raises(ConfigError, match="supports no reload") if local else nullcontext():
+            layer.weight_loader(layer.w2_weight, matrix, **load)
+    torch.testing.assert_close(call(layer, 3), expected, rtol=0, atol=0)
+
+
+def test_dense_weights_can_be_loaded_again(monkeypatch):
+    dense = SMALL.but(quantization=None)
+    layer = loaded(dense, monkeypatch)
+    interpret(dense, monkeypatch)
+    before = call(layer, 3)
+    for expert in range(dense.experts):
+        matrix = torch.zeros(dense.hidden, dense.intermediate, dtype=torch.bfloat16)
+        layer.weight_loader(layer.w2_weight, matrix, "w2_weight", shard_id="w2", expert_id=expert)
+    assert before.any()
+    assert not call(layer, 3).any()
+
+
+def test_parameters_that_are_not_read_are_refused(monkeypatch):
+    layer = build(SMALL.but(quantization=None), monkeypatch)
+    layer.register_parameter("w13_bias", torch.nn.Parameter(torch.zeros(4, 128)))
+    with pytest.raises(ConfigError, match="has w13_bias, which epfuse does not compute with"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_a_hook_between_the_gemms_and_the_sum_is_refused(monkeypatch):
+    layer = loaded(SMALL, monkeypatch)
+    layer.quant_method.moe_kernel.fused_experts.post_gemm2_hook = lambda rows, output: None
+    with pytest.raises(ConfigError, match="post_gemm2_hook"):
+        call(layer, 1)
+
+
+def test_another_activation_is_refused(monkeypatch):
+    layer = loaded(SMALL, monkeypatch)
+    layer.activation = type(layer.activation).from_str("silu")
+    with pytest.raises(ConfigError, match="calls with activation silu; it loaded swigluoai_uninterleave"):
         call(layer, 1)
 
 

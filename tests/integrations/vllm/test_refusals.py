@@ -14,24 +14,32 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from epfuse.config import Policy
 from epfuse.environment import environment
 from epfuse.integrations.vllm import layer, versions
-from epfuse.integrations.vllm.facts import LayerFacts
-from epfuse.integrations.vllm.refusals import REFUSALS, refusal
+from epfuse.policy.facts import LayerFacts
+from epfuse.policy.refusals import REFUSALS, refusal
 from epfuse.target import Target
 from tests.integrations.vllm.deployments import M3_EP8, Deployment, build
 
 BF16 = {"quantization": None}
+NO_PARAMETERS = {"alpha": None, "beta": None, "limit": None}
 # changes of a deployment that is taken -> words of the reason
 CASES: dict[str, tuple[dict[str, object], str]] = {
     "explicit backend": (BF16 | {"backend": "triton"}, "--moe-backend triton was asked for"),
     "explicit backend for MXFP8": ({"backend": "marlin", "target": Target.SM90}, "--moe-backend marlin was asked for"),
     "activations in FP16": (BF16 | {"dtype": torch.float16}, "activations are torch.float16"),
-    "interleaved gate and up": (BF16 | {"activation": "swigluoai"}, "the activation is 'swigluoai'"),
-    "GELU": (BF16 | {"activation": "gelu", "limit": None}, "the activation is 'gelu'"),
+    "weights in FP32": (BF16 | {"weights_dtype": torch.float32}, "weights are torch.float32 and activations"),
+    "interleaved gate and up": (BF16 | {"activation": "swigluoai"}, "the activation is 'swigluoai with alpha 1.702"),
+    "GELU": (BF16 | NO_PARAMETERS | {"activation": "gelu"}, "the activation is 'gelu'"),
+    "a gain for silu": (BF16 | {"activation": "silu"}, "the activation is 'silu with alpha 1.702, beta 1, limit 7'"),
+    "no gain for SwiGLU-OAI": (BF16 | {"alpha": None}, "'swigluoai_uninterleave with beta 1, limit 7'"),
+    "no limit for SwiGLU-OAI": (BF16 | {"limit": None}, "'swigluoai_uninterleave with alpha 1.702, beta 1'"),
+    "a limit of 0": (BF16 | {"limit": 0.0}, "'swigluoai_uninterleave with alpha 1.702, beta 1, limit 0'"),
+    "two limits": (BF16 | {"moe_limit": 10.0}, "with alpha 1.702, beta 1, limit 7 and 10'"),
     "LoRA": (BF16 | {"lora": True}, "LoRA is enabled"),
     "EPLB": (BF16 | {"eplb": True}, "EPLB moves experts"),
     "biases": (BF16 | {"bias": True}, "the experts have biases"),
     "fused shared experts": (BF16 | {"fused_shared_experts": 1}, "shared experts are fused"),
     "weighted inputs": (BF16 | {"weights_input": True}, "the router weight is applied to the inputs"),
+    "more ranks than experts": (BF16 | {"experts": 4, "ep_rank": 4}, "this rank holds no expert"),
     "data parallelism": ({"dp_size": 2}, "tokens are exchanged by allgather_reducescatter"),
 }
 

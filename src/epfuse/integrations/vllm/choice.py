@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from epfuse.config import Policy
 from epfuse.environment import environment
 from epfuse.errors import ConfigError, UnsupportedTarget
-from epfuse.integrations.vllm.facts import LayerFacts
-from epfuse.integrations.vllm.refusals import refusal
-from epfuse.policy import LayerPlan, LayerRequest, Storage, plan_layer
+from epfuse.policy import LayerFacts, LayerPlan, LayerRequest, Storage, plan_layer, refusal
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ def ask_policy(facts: LayerFacts, policy: Policy) -> LayerPlan:
         ConfigError, UnsupportedTarget: the policy has no plan for the layer.
     """
     assert facts.target is not None
+    assert facts.shape is not None
     assert facts.activation is not None
     assert facts.checkpoint is not None
     request = LayerRequest(

@@ -19,6 +19,11 @@ from epfuse.integrations.vllm.load import LoadedLayer, Parameters, load_layer
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.scratch import Scratch, scratch_size
 
+_READ = frozenset({"w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"})
+"""What `load` takes of a layer."""
+_UNREAD = ("w1_bias", "w2_bias", "w1_zp", "w2_zp", "a1_scale", "a2_scale", "a1_gscale", "a2_gscale", "g1_alphas")
+"""What an experts object of vLLM's can be given besides."""
+
 
 class EpfuseExperts(mk.FusedMoEExpertsModular):
     """The local experts of one layer: weighted, summed over a token's local routes, one row a token.
@@ -28,6 +33,7 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
 
     _loaded: LoadedLayer | None = None
     _weight_addresses: tuple[int, int] | None = None
+    _activation_name: str | None = None
 
     @staticmethod
     def activation_format() -> Any:
@@ -52,7 +58,7 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_activation(activation: Any) -> bool:
-        return versions.activation_of(activation.value, None, None, 1.0) is not None
+        return versions.supports_activation(activation.value)
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
@@ -90,15 +96,21 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
             plan: how epfuse runs it.
 
         Raises:
-            ConfigError: other weights have been loaded since, or the activation is not the plan's.
+            ConfigError: other weights have been loaded since, the activation is not the plan's, or the layer has what
+                epfuse does not compute with.
         """
         if self._loaded is not None:
             if self._weight_addresses != (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()):
                 raise ConfigError(f"the weights of {layer.layer_name} were replaced; epfuse can't reload them in place")
             return
-        activation = versions.activation_of_experts(self, layer.activation.value)
+        activation = versions.Activation.of_experts(self, layer.activation.value).computed
         if activation != plan.request.activation or activation is None:
             raise ConfigError(f"{layer.layer_name} has activation {activation}; its plan has {plan.request.activation}")
+        unread = [name for name in _UNREAD if getattr(self, name, None) is not None]
+        unread += [name for name, _ in layer.named_parameters(recurse=False) if name[:2] in ("w1", "w2", "w3")]
+        unread = [name for name in unread if name not in _READ]
+        if unread:
+            raise ConfigError(f"{layer.layer_name} has {', '.join(unread)}, which epfuse does not compute with")
         scales = {name: getattr(layer, f"{name}_weight_scale", None) for name in ("w13", "w2")}
         given = Parameters(
             w13=layer.w13_weight.data,
@@ -113,6 +125,12 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
             replace_parameter(layer, "w13_weight", dense.w13)  # frees what was loaded
             replace_parameter(layer, "w2_weight", dense.w2)
         self._weight_addresses = (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr())
+        self._activation_name = layer.activation.value
+
+    @property
+    def has_rearranged_weights(self) -> bool:
+        """Whether the layer's parameters no longer hold what a checkpoint has, so that none can be loaded into them."""
+        return self._loaded is not None and self._loaded.plan.request.checkpoint is not Checkpoint.BF16
 
     def apply(
         self,
@@ -145,8 +163,12 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
         loaded = self._loaded
         if loaded is None:
             raise ConfigError("vLLM calls experts whose weights it has not loaded")
-        if apply_router_weight_on_input or a1q_scale is not None:
+        if apply_router_weight_on_input or a1q_scale is not None or a2_scale is not None:
             raise ConfigError("epfuse weights the experts' outputs and takes activations that are not quantised")
+        if getattr(self, "post_gemm2_hook", None) is not None:
+            raise ConfigError("vLLM wants the rows of the second GEMM unweighted (post_gemm2_hook); epfuse sums them")
+        if activation.value != self._activation_name:
+            raise ConfigError(f"vLLM calls with activation {activation.value}; it loaded {self._activation_name}")
         if self._weight_addresses != (w1.data_ptr(), w2.data_ptr()):
             raise ConfigError("vLLM calls with other weights than it loaded; epfuse supports no reload and no offload")
         loaded.check_map(expert_map)

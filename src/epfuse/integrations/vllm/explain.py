@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from epfuse.config import LayerShape, Policy, SwiGLUOAI, silu_gate
+from epfuse.config import Policy
 from epfuse.errors import ConfigError
 from epfuse.integrations.vllm.choice import Choice, choose
-from epfuse.integrations.vllm.facts import LayerFacts
-from epfuse.policy import Checkpoint, LayerPlan
+from epfuse.policy import Checkpoint, LayerFacts, LayerPlan, model_facts
 from epfuse.target import Target
 from epfuse.weights.model_config import ExpertModel
 
@@ -46,6 +45,11 @@ OWN_EXPERTS = {"0.25.1": _CHOICES, "0.32.0": _CHOICES, "0.33.0": _CHOICES}
 _HUMMING = {True: _HUMMING_GROUPED, False: _HUMMING_INDEXED}
 WITH_HUMMING = {"0.32.0": _HUMMING, "0.33.0": _HUMMING}
 """Releases that require humming and prefer it to Marlin -> whether experts are spread over ranks -> their choice."""
+
+METHODS = {Checkpoint.BF16: "UnquantizedFusedMoEMethod", Checkpoint.MXFP8: "ModelOptMxFp8FusedMoE"}
+"""Numbers of the weights -> vLLM's quantisation method."""
+INTERLEAVED = {"gpt_oss": "swigluoai"}
+"""Models whose gate and up rows alternate in vLLM's w13 -> vLLM's word for their activation."""
 
 
 def own_experts(model: ExpertModel, deployment: Deployment) -> OwnExperts:
@@ -149,42 +153,23 @@ def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = 
 
 
 def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: int) -> LayerFacts:
-    """What vLLM would build on one rank.
+    """What vLLM would build on its first rank.
 
     Raises:
-        ConfigError: ``tp_size`` does not divide what it has to.
+        ConfigError: the experts can't be spread, or their width divided, over that many ranks.
     """
     ranks, spread = deployment.tp_size, deployment.expert_parallel
-    divided, word = (model.experts, "experts") if spread else (model.intermediate, "the experts' width")
-    if ranks < 1 or divided % ranks:
-        raise ConfigError(f"tp is {ranks}; it must divide {word}, {divided}")
-    return LayerFacts(
-        name=f"model.layers.{layer}",
-        layer=layer,
-        method="UnquantizedFusedMoEMethod" if model.checkpoint is Checkpoint.BF16 else "ModelOptMxFp8FusedMoE",
-        own_experts=own.name,
-        checkpoint=model.checkpoint,
+    found = model_facts(
+        model,
+        layer,
         target=deployment.target,
-        shape=LayerShape(
-            model.hidden,
-            model.intermediate if spread else model.intermediate // ranks,
-            model.experts,
-            model.experts // ranks if spread else model.experts,
-            model.top_k,
-        ),
-        tp_size=1 if spread else ranks,
-        ep_size=ranks if spread else 1,
         max_model_len=deployment.max_model_len,
-        shared_experts=model.shared_experts,
-        activation=model.activation,
-        activation_name=_activation_name(model.activation),
-        dtype="torch.bfloat16",
-        asked_backend=deployment.backend,
+        ep_size=ranks if spread else 1,
+        tp_size=1 if spread else ranks,
     )
-
-
-def _activation_name(activation: SwiGLUOAI) -> str:
-    return "silu" if activation == silu_gate() else "swigluoai_uninterleave"
+    if model.name in INTERLEAVED:
+        found = replace(found, activation=None, activation_name=INTERLEAVED[model.name])
+    return replace(found, method=METHODS[model.checkpoint], own_experts=own.name, asked_backend=deployment.backend)
 
 
 def _same(first: Choice, second: Choice) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from epfuse.errors import ConfigError
 from epfuse.integrations.vllm import versions
 from epfuse.integrations.vllm.choice import Choice, choose
 from epfuse.integrations.vllm.experts import EpfuseExperts, own_refusal
@@ -31,6 +33,24 @@ class EpfuseRoutedExperts(RoutedExperts):
                 raise
             log.exception("epfuse leaves %s to vLLM: asking failed", prefix)
         return method
+
+    @functools.wraps(RoutedExperts.weight_loader)
+    def weight_loader(
+        self, param: Any, loaded_weight: Any, weight_name: str, shard_id: str, expert_id: int, *rest: Any, **named: Any
+    ) -> Any:
+        """Load one weight as vLLM does, but not over weights that are in epfuse's own order by now.
+
+        Raises:
+            ConfigError: they are, and the expert is one of this rank's.
+        """
+        experts = getattr(getattr(self.quant_method, "moe_kernel", None), "fused_experts", None)
+        is_final = isinstance(experts, EpfuseExperts) and experts.has_rearranged_weights
+        if is_final and self._map_global_expert_id_to_local_expert_id(expert_id) >= 0:
+            raise ConfigError(
+                f"{weight_name} of {self.layer_name} would be loaded over weights that epfuse keeps in its own order;"
+                " it supports no reload of MXFP8 weights: start the server again, or without epfuse"
+            )
+        return super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, *rest, **named)
 
 
 def offer(layer: Any, method: Any, moe_config: Any, name: str) -> Choice:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from epfuse.config import Path, SwiGLUOAI
-from epfuse.errors import ConfigError
+from epfuse.errors import ConfigError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.weights.experts import ExpertWeights
@@ -88,10 +88,24 @@ def load_layer(plan: LayerPlan, parameters: Parameters, activation: SwiGLUOAI) -
     Raises:
         ConfigError, ExpertMapError, ShapeError, DtypeError: the tensors are not what the plan was made for.
     """
+    _check_sizes(plan, parameters)
     experts = plan.request.shape.experts
     held = parameters.expert_map
     expert_map = ExpertMap.all_local(experts, parameters.w13.device) if held is None else ExpertMap(held)
     return LoadedLayer(plan, _weights(plan, parameters), expert_map, activation, address(held))
+
+
+def _check_sizes(plan: LayerPlan, given: Parameters) -> None:
+    """Refuse weights of another layer than the one that was planned: vLLM may pad what it allocates."""
+    shape = plan.request.shape
+    planned = {
+        "w13": (shape.local_experts, 2 * shape.intermediate, shape.hidden),
+        "w2": (shape.local_experts, shape.hidden, shape.intermediate),
+    }
+    for name, sizes in planned.items():
+        found = tuple(getattr(given, name).shape)
+        if found != sizes:
+            raise ShapeError(f"{name} has shape {found}; the layer was planned with {sizes}")
 
 
 def _weights(plan: LayerPlan, given: Parameters) -> ExpertWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from typing import Any
 
 import torch
 
-from epfuse.config import LayerShape, SwiGLUOAI, silu_gate
-from epfuse.errors import UnsupportedTarget
-from epfuse.integrations.vllm.facts import LayerFacts
+from epfuse.config import LayerShape, SwiGLUOAI
+from epfuse.errors import ConfigError, UnsupportedTarget
+from epfuse.policy import LayerFacts
 from epfuse.target import Target, target_of
 from epfuse.weights.checkpoint_format import Checkpoint
 
@@ -83,6 +84,7 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
     method, parallel = method_of(quant_method), moe_config.moe_parallel_config
     index = re.search(r"\.layers\.(\d+)\.", f".{name}.")
     model = _model_config()
+    activation = Activation.of_layer(layer, moe_config)
     return LayerFacts(
         name=name,
         layer=int(index.group(1)) if index else 0,
@@ -90,7 +92,9 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
         own_experts=own_experts(quant_method),
         checkpoint=None if method is None else method.checkpoint,
         target=_target(moe_config.device),
-        shape=LayerShape(
+        shape=None
+        if moe_config.num_local_experts == 0
+        else LayerShape(
             hidden=moe_config.hidden_dim,
             intermediate=moe_config.intermediate_size_per_partition,
             experts=moe_config.num_experts,
@@ -101,11 +105,10 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
         ep_size=parallel.ep_size,
         max_model_len=1 if model is None else model.max_model_len,
         shared_experts=0 if model is None else int(getattr(model.hf_text_config, "n_shared_experts", 0) or 0),
-        activation=activation_of(
-            moe_config.activation.value, layer.swiglu_alpha, layer.swiglu_beta, layer.swiglu_limit
-        ),
-        activation_name=moe_config.activation.value,
+        activation=activation.computed,
+        activation_name=str(activation),
         dtype=str(moe_config.in_dtype),
+        weights_dtype=str(layer.params_dtype),
         asked_backend=moe_config.moe_backend,
         has_lora=moe_config.is_lora_enabled,
         has_eplb=parallel.enable_eplb,
@@ -119,27 +122,77 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
     )
 
 
-def activation_of(name: str, alpha: float | None, beta: float | None, limit: float | None) -> SwiGLUOAI | None:
-    """The activation in our words; None for one that we don't compute. What is not given is vLLM's default."""
-    if name == "swigluoai_uninterleave" and limit is not None:
-        return SwiGLUOAI(1.0 if alpha is None else alpha, 0.0 if beta is None else beta, limit)
-    if name == "silu":
-        return silu_gate() if limit is None else SwiGLUOAI(1.0, 0.0, limit)
-    return None
+@dataclass(frozen=True)
+class Activation:
+    """An activation in vLLM's words, from one place or from several that may contradict each other.
+
+    Attributes:
+        name: the value of its MoEActivation.
+        alpha: the sigmoid's gain, by each place that gives one.
+        beta: what is added to up.
+        limit: what gate and up are clamped to.
+    """
+
+    name: str
+    alpha: frozenset[float]
+    beta: frozenset[float]
+    limit: frozenset[float]
+
+    @classmethod
+    def of_layer(cls, layer: Any, moe_config: Any) -> Activation:
+        """As the model's code gave it to a RoutedExperts and to its FusedMoEConfig."""
+        return cls(
+            moe_config.activation.value,
+            _given(layer.swiglu_alpha, moe_config.swiglu_alpha),
+            _given(layer.swiglu_beta, moe_config.swiglu_beta),
+            _given(layer.swiglu_limit, moe_config.swiglu_limit),
+        )
+
+    @classmethod
+    def of_experts(cls, experts: Any, name: str) -> Activation:
+        """As an experts object was made with: from its quantisation's parameters and its FusedMoEConfig."""
+        quant, moe = experts.quant_config, experts.moe_config
+        return cls(
+            name,
+            _given(quant.gemm1_alpha, moe.swiglu_alpha),
+            _given(quant.gemm1_beta, moe.swiglu_beta),
+            _given(quant.gemm1_clamp_limit, moe.swiglu_limit),
+        )
+
+    @property
+    def computed(self) -> SwiGLUOAI | None:
+        """In our words; None for one that we don't compute, or of which a part is missing or given twice.
+
+        vLLM's own experts don't agree on the gain of ``swigluoai_uninterleave`` where none is given (in 0.25.1 1.702
+        or 1), nor on what a gain means for ``silu``: such a layer is left to vLLM.
+        """
+        if max(map(len, (self.alpha, self.beta, self.limit))) > 1:
+            return None
+        alpha, beta, limit = (next(iter(part), None) for part in (self.alpha, self.beta, self.limit))
+        if self.name == "silu":
+            if alpha not in (None, 1.0) or beta not in (None, 0.0):
+                return None
+            alpha, beta, limit = 1.0, 0.0, math.inf if limit is None else limit
+        if not supports_activation(self.name) or alpha is None or beta is None or limit is None:
+            return None
+        try:
+            return SwiGLUOAI(alpha, beta, limit)
+        except ConfigError:  # vLLM checks none of them
+            return None
+
+    def __str__(self) -> str:
+        parts = [("alpha", self.alpha), ("beta", self.beta), ("limit", self.limit)]
+        said = [f"{part} {' and '.join(f'{value:g}' for value in sorted(values))}" for part, values in parts if values]
+        return f"{self.name} with {', '.join(said)}" if said else self.name
 
 
-def activation_of_experts(experts: Any, name: str) -> SwiGLUOAI | None:
-    """The activation of an experts object: ``activation_config`` (0.33), or the quantisation's parameters (0.25)."""
-    config = getattr(experts, "activation_config", None)
-    if config is not None:
-        return activation_of(name, config.alpha, config.beta, config.clamp_limit)
-    made, moe = experts.quant_config, experts.moe_config
-    pairs = (
-        (made.gemm1_alpha, moe.swiglu_alpha),
-        (made.gemm1_beta, moe.swiglu_beta),
-        (made.gemm1_clamp_limit, moe.swiglu_limit),
-    )
-    return activation_of(name, *(second if first is None else first for first, second in pairs))
+def supports_activation(name: str) -> bool:
+    """Whether we compute an activation of this name, given the parameters that it needs."""
+    return name in ("silu", "swigluoai_uninterleave")
+
+
+def _given(*values: float | None) -> frozenset[float]:
+    return frozenset(float(value) for value in values if value is not None)
 
 
 def _has_per_kernel_map() -> bool:

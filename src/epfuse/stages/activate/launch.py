@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from epfuse.arguments import checks_enums
 from epfuse.config import SwiGLUOAI
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK
@@ -16,6 +17,7 @@ _ROWS = 4
 _VALUES = 512  # of a row and a program: with 4 warps, 16 values of each half a lane
 
 
+@checks_enums
 def launch_activate(
     gate_up: torch.Tensor,
     routes: RouteTable,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import SwiGLUOAI
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK
@@ -12,6 +13,7 @@ from epfuse.stages.quantize.reference import quantize
 from epfuse.stages.quantize.rows import FP8Rows
 
 
+@checks_enums
 def activate(
     gate_up: torch.Tensor,
     activation: SwiGLUOAI,

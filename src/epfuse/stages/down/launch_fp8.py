@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Combine
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel_fp8 import down_fp8_kernel
@@ -14,6 +15,7 @@ from epfuse.stages.tiles import GemmTile
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
 
 
+@checks_enums
 def launch_down_fp8(
     y: FP8Rows,
     w2: MXFP8 | BlockFP8,

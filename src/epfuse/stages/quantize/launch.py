@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK, SOURCE_DTYPES, VALUE_DTYPES
@@ -14,6 +15,7 @@ from epfuse.stages.quantize.rows import FP8Rows, groups_of
 _VALUES = 1024  # of a program: with 4 warps, a lane loads 16 bytes of BF16 (8 with 4 waves of 64)
 
 
+@checks_enums
 def launch_quantize(
     x: torch.Tensor,
     group: int = BLOCK,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import DtypeError
 from epfuse.numerics.e8m0 import NAN_BYTE, ScaleRounding, inverse_scales, magnitude_bits, scale_bytes
 from epfuse.numerics.fnuz import FN_NAN, normalize_to_fnuz
@@ -11,6 +12,7 @@ from epfuse.numerics.mxfp8 import BLOCK, E4M3_MAX, VALUE_DTYPES
 from epfuse.stages.quantize.rows import FP8Rows, groups_of
 
 
+@checks_enums
 def quantize(
     x: torch.Tensor,
     group: int = BLOCK,

@@ -1,11 +1,15 @@
-"""Configurations that are left to vLLM whatever the policy says, each with its reason."""
+"""Layers that epfuse does not run whatever the policy says, each with its reason.
+
+The one set of rules: the vLLM plugin, `epfuse vllm explain` and `epfuse plan` ask it of the same `LayerFacts`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from epfuse.integrations.vllm.facts import LayerFacts
+from epfuse.policy.facts import LayerFacts
+from epfuse.weights.checkpoint_format import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,14 @@ REFUSALS = (
         lambda facts: facts.checkpoint is None,
         lambda facts: f"{facts.method} with {facts.own_experts} is not one of the weight formats that epfuse replaces.",
     ),
+    Refusal(lambda facts: facts.shape is None, lambda facts: "this rank holds no expert."),
     Refusal(
         lambda facts: facts.dtype != "torch.bfloat16",
         lambda facts: f"activations are {facts.dtype}; epfuse serves torch.bfloat16.",
+    ),
+    Refusal(
+        lambda facts: facts.checkpoint is Checkpoint.BF16 and facts.weights_dtype != facts.dtype,
+        lambda facts: f"weights are {facts.weights_dtype} and activations {facts.dtype}; epfuse needs one for both.",
     ),
     Refusal(
         lambda facts: facts.activation is None,
@@ -79,5 +88,5 @@ REFUSALS = (
 
 
 def refusal(facts: LayerFacts) -> str | None:
-    """Why the layer is left to vLLM; None if nothing speaks against taking it."""
+    """Why epfuse does not run the layer; None if nothing speaks against it."""
     return next((entry.reason(facts) for entry in REFUSALS if entry.applies(facts)), None)

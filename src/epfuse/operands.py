@@ -1,0 +1,68 @@
+"""The tensors that callers bring: each one plain, and none of them where another one is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from epfuse.errors import ConfigError, LayoutError
+
+Span = tuple[int, int]
+"""The addresses of a contiguous tensor's first byte and of the one after its last; equal where it has no memory."""
+
+
+def require_plain(name: str, value: object) -> None:
+    """Refuse what is no dense tensor with its numbers in its own memory. Reads no data.
+
+    Args:
+        name: what an error calls the argument.
+        value: what was given; on the meta device too, where a call has no data by intent (`epfuse.aot`).
+
+    Raises:
+        ConfigError: not a tensor, or one that stands for others (a DTensor, a FakeTensor).
+        LayoutError: sparse or nested, or a view that negates or conjugates when it is read.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ConfigError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        kind = type(value).__name__
+        raise ConfigError(f"{name} is a {kind}, which has no memory of its own; it must be a plain tensor")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise LayoutError(f"{name} is a {layout} tensor; it must be a plain one (dense, strided)")
+    if value.is_neg() or value.is_conj():
+        raise LayoutError(f"{name} is negated or conjugated when it is read; make it plain with .clone()")
+
+
+def span(tensor: torch.Tensor) -> Span:
+    """Where a contiguous tensor lies."""
+    begin = tensor.data_ptr()
+    return (begin, begin + tensor.nbytes) if begin else (0, 0)
+
+
+def share(first: Span, second: Span) -> bool:
+    """Whether two pieces of memory of one device share a byte."""
+    return max(first[0], second[0]) < min(first[1], second[1])
+
+
+def overlaps(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two contiguous tensors share a byte; those without memory (meta) share none."""
+    return share(span(first), span(second))
+
+
+def require_apart(name: str, written: Span, others: Iterable[tuple[str, Span]]) -> None:
+    """Refuse memory that is written while something else lies in it.
+
+    Args:
+        name: what an error calls the memory.
+        written: where it is.
+        others: what must stay as it is, each with its name.
+
+    Raises:
+        LayoutError: the two share a byte.
+    """
+    begin, end = written
+    for what, (first, last) in others:
+        if begin < last and first < end and begin < end and first < last:
+            raise LayoutError(f"{name} shares memory with {what}; it must be memory of its own")

@@ -1,0 +1,137 @@
+"""One MoE layer of a deployment: what every decision about it is made from, whoever asks. Nothing in it is a server's.
+
+The vLLM plugin makes `LayerFacts` from vLLM's objects; `epfuse vllm explain` and `epfuse plan` make the same facts from
+a model's config.json, with `model_facts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from epfuse.config import LayerShape, SwiGLUOAI
+from epfuse.errors import ConfigError
+from epfuse.expert_map import experts_of_rank
+from epfuse.target import Target
+from epfuse.weights.checkpoint_format import Checkpoint
+from epfuse.weights.model_config import ExpertModel
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What is about to be built for one MoE layer on one rank.
+
+    Attributes:
+        name: the layer's name in the model.
+        layer: its index in the model; 0 where the name has none.
+        method: how the weights are quantised, as the server names it.
+        own_experts: class of the experts that run the layer if epfuse does not; None where nobody else would.
+        checkpoint: the numbers of the weights; None for any that we don't read.
+        target: the GPU; None for one that epfuse has no kernels for.
+        shape: sizes of one rank's layer; None for a rank that holds no expert.
+        tp_size: ranks that I is split over.
+        ep_size: ranks that the experts are spread over.
+        max_model_len: the longest sequence that is served, tokens.
+        shared_experts: experts that every token visits besides its K.
+        activation: of the experts; None for one that we don't compute.
+        activation_name: the server's word for it.
+        dtype: of the activations, as torch names it.
+        weights_dtype: of weights that are not quantised.
+        asked_backend: the experts that the user asked for; ``auto`` for none.
+        has_lora: LoRA adapters are enabled.
+        has_eplb: experts are rebalanced while serving.
+        has_bias: the projections have biases.
+        has_fused_shared_experts: shared experts are appended to the routed ones.
+        has_masked_expert_map: the server hands every experts class an ownership mask in place of a map.
+        weights_input: the router weight is applied to the inputs.
+        needs_batch_invariance: results must not depend on the batch.
+        all2all: name of the all-to-all backend in use; None where tokens stay where they are.
+        is_batched: activations come as ``[E, capacity, H]``.
+    """
+
+    name: str
+    layer: int
+    method: str
+    own_experts: str | None
+    checkpoint: Checkpoint | None
+    target: Target | None
+    shape: LayerShape | None
+    tp_size: int
+    ep_size: int
+    max_model_len: int
+    shared_experts: int
+    activation: SwiGLUOAI | None
+    activation_name: str
+    dtype: str = "torch.bfloat16"
+    weights_dtype: str = "torch.bfloat16"
+    asked_backend: str = "auto"
+    has_lora: bool = False
+    has_eplb: bool = False
+    has_bias: bool = False
+    has_fused_shared_experts: bool = False
+    has_masked_expert_map: bool = False
+    weights_input: bool = False
+    needs_batch_invariance: bool = False
+    all2all: str | None = None
+    is_batched: bool = False
+
+
+def model_facts(
+    model: ExpertModel,
+    layer: int,
+    *,
+    target: Target,
+    max_model_len: int,
+    ep_size: int = 1,
+    tp_size: int = 1,
+) -> LayerFacts:
+    """The facts of one layer of a model that nothing but its config.json is known of.
+
+    The rank is the first: where ``ep_size`` does not divide the experts it is one of those that hold one more, so it is
+    the rank that memory and the longest call depend on.
+
+    Args:
+        model: whose experts.
+        layer: index of one of its layers with experts.
+        target: the GPUs.
+        max_model_len: the longest sequence that is served, tokens.
+        ep_size: ranks that the experts are spread over.
+        tp_size: ranks that I is split over.
+
+    Raises:
+        ConfigError: there are more ranks than experts, or ``tp_size`` does not divide I.
+    """
+    if not 1 <= ep_size <= model.experts:
+        raise ConfigError(f"ep_size is {ep_size}; it must be in 1..{model.experts}, the model's experts")
+    if tp_size < 1 or model.intermediate % tp_size:
+        raise ConfigError(f"tp_size is {tp_size}; it must divide the experts' width, {model.intermediate}")
+    activation = model.activation_at(layer)
+    return LayerFacts(
+        name=f"model.layers.{layer}",
+        layer=layer,
+        method=model.checkpoint.value,
+        own_experts=None,
+        checkpoint=model.checkpoint,
+        target=target,
+        shape=LayerShape(
+            hidden=model.hidden,
+            intermediate=model.intermediate // tp_size,
+            experts=model.experts,
+            local_experts=len(experts_of_rank(model.experts, ep_size, 0)),
+            top_k=model.top_k,
+        ),
+        tp_size=tp_size,
+        ep_size=ep_size,
+        max_model_len=max_model_len,
+        shared_experts=model.shared_experts,
+        activation=activation,
+        activation_name=_activation_name(activation),
+        dtype=f"torch.{model.dtype}",
+        has_bias=model.has_bias,
+        weights_input=model.weights_input,
+    )
+
+
+def _activation_name(activation: SwiGLUOAI | None) -> str:
+    if activation is None:
+        return "silu with its result clamped"
+    return "silu" if (activation.alpha, activation.beta) == (1.0, 0.0) else "swigluoai_uninterleave"

@@ -1,0 +1,215 @@
+"""Model families whose experts epfuse knows: where their config.json has the sizes, layers and activation.
+
+Names and defaults are those of transformers' configuration classes; `tests/weights/test_config_families.py` compares
+every row with the classes' own models. What hub files write besides (``moe_num_experts``, ``moe_layer_freq``, ..) is an
+alias here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from epfuse.config import SwiGLUOAI, silu_gate
+from epfuse.weights.config_fields import Fields
+from epfuse.weights.config_layers import (
+    LayerRule,
+    after_first,
+    ernie,
+    every,
+    interleaved,
+    listed,
+    periodic,
+    stepped,
+    trimmed,
+)
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+OWN_WIDTH = ("moe_intermediate_size",)
+"""Where experts are narrower than dense layers."""
+ONLY_WIDTH = ("intermediate_size",)
+"""Where that is the experts' width."""
+
+Activations = tuple[SwiGLUOAI, dict[int, SwiGLUOAI | None]]
+"""Of most layers, and of those that have another one; None for one that epfuse does not compute."""
+
+
+def silu(config: Fields, layers: int) -> Activations:
+    """``silu(gate) * up``; what an activation's name is missing for is that.
+
+    Raises:
+        ConfigError: ``hidden_act`` is another one.
+    """
+    name = config.get("hidden_act")
+    if name not in (None, "silu", "swish"):
+        raise config.refuse(f"hidden_act is {name!r:.40}; it must be 'silu'")
+    return silu_gate(), {}
+
+
+def clamped_silu(config: Fields, layers: int) -> Activations:
+    """``silu(min(gate, limit)) * clamp(up, -limit, limit)``, limit 10 where none is given."""
+    silu(config, layers)
+    return SwiGLUOAI(alpha=1.0, beta=0.0, limit=_limit(config, 10.0)), {}
+
+
+def swiglu_oai(config: Fields, layers: int) -> Activations:
+    """SwiGLU-OAI; its name or silu stands in ``hidden_act``."""
+    name = config.get("hidden_act")
+    if name not in (None, "silu", "swigluoai"):
+        raise config.refuse(f"hidden_act is {name!r:.40}; it must be 'silu' or 'swigluoai'")
+    return SwiGLUOAI(alpha=config.number("swiglu_alpha", 1.702), limit=_limit(config, 7.0)), {}
+
+
+def silu_with_step_limits(config: Fields, layers: int) -> Activations:
+    """``silu(gate) * up``, but in layers with a limit ``min(silu(gate), limit)``, which SwiGLU-OAI can't say."""
+    config.get("swiglu_limits_shared")  # of the shared experts
+    limits = config.get("swiglu_limits")
+    if limits is None:
+        return silu(config, layers)
+    if not isinstance(limits, list) or not all(v is None or type(v) in (int, float) for v in limits):
+        raise config.refuse("swiglu_limits must be a list of numbers, one a layer")
+    clamped = [layer for layer, limit in enumerate(trimmed(config, "swiglu_limits", limits, layers)) if limit]
+    return silu(config, layers)[0], dict.fromkeys(clamped)
+
+
+def _limit(config: Fields, default: float) -> float:
+    limit = config.number("swiglu_limit", default)
+    if limit <= 0:
+        raise config.refuse(f"swiglu_limit is {limit:g}; it must be positive")
+    return limit
+
+
+def shared_if(*keys: str) -> Callable[[Fields], int]:
+    """One shared expert where a layer for it has a width."""
+    return lambda config: int(any(config.size(key, least=0, default=0) for key in keys))
+
+
+def _counted(config: Fields) -> int:
+    return config.size(*SHARED, least=0, default=0)
+
+
+def _one(config: Fields) -> int:
+    return config.size(*SHARED, least=0, default=1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's config.json is read.
+
+    Attributes:
+        layers: which layers have experts.
+        width: names of I.
+        activation: what stands between the projections.
+        shared: how many experts every token visits besides its K.
+        module: where in a layer the experts are, in the checkpoint's names.
+        has_bias: the projections have biases, in every checkpoint of the family.
+        weights_input: the router weight is applied to the experts' inputs.
+    """
+
+    layers: LayerRule = every
+    width: tuple[str, ...] = OWN_WIDTH
+    activation: Callable[[Fields, int], Activations] = silu
+    shared: Callable[[Fields], int] = _counted
+    module: str = "mlp.experts"
+    has_bias: bool = False
+    weights_input: bool = False
+
+
+_SPARSE_BLOCK = "block_sparse_moe.experts"
+_MINIMAX_M3 = Family(listed(every), ONLY_WIDTH, swiglu_oai, _one, _SPARSE_BLOCK)
+_DEEPSEEK = Family(after_first(3))
+_QWEN = Family(stepped, shared=shared_if("shared_expert_intermediate_size"))
+_QWEN_EVERY = Family(every, shared=shared_if("shared_expert_intermediate_size"))
+_QWEN_VL = Family(stepped)
+_FIRST_DENSE = Family(listed(after_first(1)))
+_GRANITE = Family(every, ONLY_WIDTH, shared=shared_if("shared_intermediate_size"), module=_SPARSE_BLOCK)
+
+FAMILIES = {
+    "afmoe": Family(after_first(1, "num_dense_layers")),
+    "axk1": _FIRST_DENSE,
+    "axk2": _FIRST_DENSE,
+    "bailing_hybrid": Family(listed(after_first(2))),
+    "beam": Family(listed(after_first(3))),
+    "cohere2_moe": Family(listed(after_first(0)), ONLY_WIDTH),
+    "deepseek_ocr2_text": Family(listed(after_first(1))),
+    "deepseek_v2": Family(after_first(0)),
+    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v32": Family(listed(after_first(3))),
+    "deepseek_v4": Family(listed(every), activation=clamped_silu, module="ffn.experts"),
+    "dots1": Family(after_first(0)),
+    "dots3_note_text": _FIRST_DENSE,
+    "ernie4_5_moe": Family(ernie),
+    "exaone_moe": _FIRST_DENSE,
+    "flex_olmo": Family(every, ONLY_WIDTH),
+    "flint": Family(
+        lambda config, layers: stepped(config, layers, (0, 1)), shared=shared_if("shared_expert_intermediate_size")
+    ),
+    "glm4_moe": Family(after_first(1)),
+    "glm4_moe_lite": _FIRST_DENSE,
+    "glm4v_moe_text": Family(after_first(1)),
+    "glm5_next_text": Family(listed(after_first(3)), activation=clamped_silu),
+    "glm_moe_dsa": Family(listed(after_first(3))),
+    "gpt_oss": Family(every, ONLY_WIDTH, swiglu_oai, has_bias=True),
+    "granitemoe": _GRANITE,
+    "granitemoe_swa": _GRANITE,
+    "granitemoehybrid": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "hunyuan_v1_moe": Family(every, (*ONLY_WIDTH, *OWN_WIDTH), shared=_one),
+    "hy_v3": _FIRST_DENSE,
+    "hy_v4": Family(listed(after_first(1)), activation=clamped_silu),
+    "inkling_text": Family(listed(every)),
+    "jamba": Family(periodic, ONLY_WIDTH, module="feed_forward.experts"),
+    "kimi_k2": _DEEPSEEK,
+    "kimi_linear": Family(listed(after_first(1)), module=_SPARSE_BLOCK),
+    "kolibri1": _QWEN_EVERY,
+    "laguna": Family(listed(after_first(1)), shared=shared_if("shared_expert_intermediate_size")),
+    "lfm2_moe": Family(after_first(2, "num_dense_layers"), module="feed_forward.experts"),
+    "llama4_text": Family(interleaved, ONLY_WIDTH, shared=_one, module="feed_forward.experts", weights_input=True),
+    "mellum": Family(listed(every)),
+    "mimo_v2_flash": _FIRST_DENSE,
+    "minimax": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
+    "minimax_m2": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
+    "minimax_m3": _MINIMAX_M3,
+    "minimax_m3_text": _MINIMAX_M3,
+    "minimax_m3_vl_text": _MINIMAX_M3,
+    "mistral4": Family(after_first(0)),
+    "mistral_large4_text": _FIRST_DENSE,
+    "mixtral": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
+    "olmoe": Family(every, ONLY_WIDTH),
+    "phimoe": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
+    "qwen2_moe": _QWEN,
+    "qwen3_5_moe_text": _QWEN_EVERY,
+    "qwen3_moe": _QWEN,
+    "qwen3_next": _QWEN,
+    "qwen3_omni_moe_text": _QWEN_VL,
+    "qwen3_vl_moe_text": _QWEN_VL,
+    "qwen4_exp_text": _QWEN_EVERY,
+    "solar_open": Family(every),
+    "step3p5": Family(listed(after_first(3)), activation=silu_with_step_limits, shared=_one, module="moe"),
+    "unlimited_ocr_text": _FIRST_DENSE,
+    "zaya": Family(every),
+}
+"""Model type of the language model -> how its config.json is read."""
+
+OUTER = {
+    "deepseek_ocr2": "deepseek_ocr2_text",
+    "dots3_note": "dots3_note_text",
+    "glm4v_moe": "glm4v_moe_text",
+    "glm5_next": "glm5_next_text",
+    "inkling_mm_model": "inkling_text",
+    "kimi_k25": "deepseek_v3",
+    "llama4": "llama4_text",
+    "minimax_m3_vl": "minimax_m3_vl_text",
+    "mistral_large4": "mistral_large4_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen3_omni_moe_thinker": "qwen3_omni_moe_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
+    "qwen4_exp": "qwen4_exp_text",
+    "step3p7": "step3p5",
+    "unlimited_ocr": "unlimited_ocr_text",
+}
+"""Model type of a model around a language model -> the latter's, where it does not say it itself."""
+NESTED = ("text_config", "language_config", "thinker_config", "llm_config")
+"""Where such a model has the language model's config."""

@@ -1,0 +1,181 @@
+"""Every known family beside transformers' own model of it, on the meta device: sizes, layers and activations."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from epfuse.config import SwiGLUOAI, silu_gate
+from epfuse.integrations.transformers import check_layout
+from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.weights.config_families import FAMILIES, OUTER
+from epfuse.weights.model_config import ExpertModel, read_model
+
+transformers = pytest.importorskip("transformers")
+
+LAYERS = 8
+
+
+@dataclass(frozen=True)
+class Built:
+    """One of transformers' models.
+
+    Attributes:
+        config: class of its config.
+        model: class of the model.
+        module: of transformers.models, where both are.
+        values: what the config's defaults leave open.
+    """
+
+    module: str
+    config: str
+    model: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+MODELS = {
+    "afmoe": Built("afmoe", "AfmoeConfig", "AfmoeModel"),
+    "axk1": Built("axk1", "AXK1Config", "AXK1Model"),
+    "axk2": Built("axk2", "AXK2Config", "AXK2Model"),
+    "bailing_hybrid": Built("bailing_hybrid", "BailingHybridConfig", "BailingHybridModel"),
+    "beam": Built("beam", "BeamConfig", "BeamModel"),
+    "cohere2_moe": Built("cohere2_moe", "Cohere2MoeConfig", "Cohere2MoeModel"),
+    "deepseek_ocr2_text": Built(
+        "deepseek_ocr2",
+        "DeepseekOcr2TextConfig",
+        "DeepseekOcr2TextModel",
+        {"num_experts_per_tok": 6, "mlp_layer_types": ["dense"] + ["sparse"] * 7},
+    ),
+    "deepseek_v2": Built("deepseek_v2", "DeepseekV2Config", "DeepseekV2Model", {"num_experts_per_tok": 6}),
+    "deepseek_v3": Built("deepseek_v3", "DeepseekV3Config", "DeepseekV3Model"),
+    "deepseek_v32": Built("deepseek_v32", "DeepseekV32Config", "DeepseekV32Model"),
+    "deepseek_v4": Built("deepseek_v4", "DeepseekV4Config", "DeepseekV4Model"),
+    "dots1": Built(
+        "dots1",
+        "Dots1Config",
+        "Dots1Model",
+        {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
+    ),
+    "dots3_note_text": Built("dots3_note", "Dots3NoteTextConfig", "Dots3NoteTextModel"),
+    "ernie4_5_moe": Built("ernie4_5_moe", "Ernie4_5_MoeConfig", "Ernie4_5_MoeModel", {"moe_layer_interval": 2}),
+    "exaone_moe": Built("exaone_moe", "ExaoneMoeConfig", "ExaoneMoeModel"),
+    "flex_olmo": Built("flex_olmo", "FlexOlmoConfig", "FlexOlmoModel"),
+    "flint": Built("flint", "FlintConfig", "FlintModel"),
+    "glm4_moe": Built("glm4_moe", "Glm4MoeConfig", "Glm4MoeModel"),
+    "glm4_moe_lite": Built("glm4_moe_lite", "Glm4MoeLiteConfig", "Glm4MoeLiteModel"),
+    "glm4v_moe_text": Built("glm4v_moe", "Glm4vMoeTextConfig", "Glm4vMoeTextModel"),
+    "glm5_next_text": Built("glm5_next", "Glm5NextTextConfig", "Glm5NextTextModel"),
+    "glm_moe_dsa": Built("glm_moe_dsa", "GlmMoeDsaConfig", "GlmMoeDsaModel"),
+    "gpt_oss": Built("gpt_oss", "GptOssConfig", "GptOssModel"),
+    "granitemoe": Built("granitemoe", "GraniteMoeConfig", "GraniteMoeModel"),
+    "granitemoe_swa": Built("granitemoe_swa", "GraniteMoeSWAConfig", "GraniteMoeSWAModel"),
+    "granitemoehybrid": Built("granitemoehybrid", "GraniteMoeHybridConfig", "GraniteMoeHybridModel"),
+    "granitemoeshared": Built("granitemoeshared", "GraniteMoeSharedConfig", "GraniteMoeSharedModel"),
+    "hunyuan_v1_moe": Built(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1Config",
+        "HunYuanMoEV1Model",
+        {"num_experts": 64, "moe_topk": 8, "intermediate_size": 3072, "head_dim": 128},
+    ),
+    "hy_v3": Built("hy_v3", "HYV3Config", "HYV3Model"),
+    "hy_v4": Built("hy_v4", "HYV4Config", "HYV4Model"),
+    "inkling_text": Built("inkling", "InklingTextConfig", "InklingTextModel"),
+    "jamba": Built("jamba", "JambaConfig", "JambaModel"),
+    "kimi_linear": Built("kimi_linear", "KimiLinearConfig", "KimiLinearModel"),
+    "kolibri1": Built("kolibri1", "Kolibri1Config", "Kolibri1Model"),
+    "laguna": Built("laguna", "LagunaConfig", "LagunaModel"),
+    "lfm2_moe": Built("lfm2_moe", "Lfm2MoeConfig", "Lfm2MoeModel", {"layer_types": ["full_attention"] * LAYERS}),
+    "llama4_text": Built("llama4", "Llama4TextConfig", "Llama4TextModel", {"interleave_moe_layer_step": 2}),
+    "mellum": Built("mellum", "MellumConfig", "MellumModel"),
+    "mimo_v2_flash": Built("mimo_v2_flash", "MiMoV2FlashConfig", "MiMoV2FlashModel"),
+    "minimax": Built("minimax", "MiniMaxConfig", "MiniMaxModel"),
+    "minimax_m2": Built("minimax_m2", "MiniMaxM2Config", "MiniMaxM2Model"),
+    "minimax_m3_vl_text": Built(
+        "minimax_m3_vl", "MiniMaxM3VLTextConfig", "MiniMaxM3VLTextModel", {"moe_layer_freq": [0] * 3 + [1] * 5}
+    ),
+    "mistral4": Built("mistral4", "Mistral4Config", "Mistral4Model"),
+    "mistral_large4_text": Built("mistral_large4", "MistralLarge4TextConfig", "MistralLarge4TextModel"),
+    "mixtral": Built("mixtral", "MixtralConfig", "MixtralModel"),
+    "olmoe": Built("olmoe", "OlmoeConfig", "OlmoeModel"),
+    "phimoe": Built("phimoe", "PhimoeConfig", "PhimoeModel"),
+    "qwen2_moe": Built(
+        "qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeModel", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}
+    ),
+    "qwen3_5_moe_text": Built("qwen3_5_moe", "Qwen3_5MoeTextConfig", "Qwen3_5MoeTextModel"),
+    "qwen3_moe": Built("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeModel"),
+    "qwen3_next": Built("qwen3_next", "Qwen3NextConfig", "Qwen3NextModel"),
+    "qwen3_omni_moe_text": Built("qwen3_omni_moe", "Qwen3OmniMoeTextConfig", "Qwen3OmniMoeThinkerTextModel"),
+    "qwen3_vl_moe_text": Built("qwen3_vl_moe", "Qwen3VLMoeTextConfig", "Qwen3VLMoeTextModel"),
+    "qwen4_exp_text": Built(
+        "qwen4_exp", "Qwen4ExpTextConfig", "Qwen4ExpTextModel", {"layer_types": ["linear_attention"] * LAYERS}
+    ),
+    "solar_open": Built("solar_open", "SolarOpenConfig", "SolarOpenModel"),
+    "step3p5": Built("step3p7", "Step3p7TextConfig", "Step3p7TextModel", {"swiglu_limits": [0.0] * 6 + [7.0, 7.0]}),
+    "unlimited_ocr_text": Built("unlimited_ocr", "UnlimitedOcrTextConfig", "UnlimitedOcrTextModel"),
+    "zaya": Built("zaya", "ZayaConfig", "ZayaModel"),
+}
+ALIASES = {"minimax_m3", "minimax_m3_text", "kimi_k2"}
+"""Types that only hub files have; they are read as another family."""
+TRANSPOSED = {"gpt_oss", "llama4_text"}
+"""Families whose experts are ``[E, H, 2I]``; `replace_experts` refuses them."""
+
+
+def test_every_family_has_a_model_to_compare_with() -> None:
+    assert set(MODELS) | ALIASES == set(FAMILIES)
+    assert set(OUTER.values()) <= set(FAMILIES)
+
+
+def build(built: Built, tmp_path: Path) -> tuple[Any, nn.Module, ExpertModel]:
+    """transformers' config, its model on the meta device, and what we read of the config's file."""
+    package = f"transformers.models.{built.module}"
+    values = {"num_hidden_layers": LAYERS} | built.values
+    config = getattr(importlib.import_module(f"{package}.configuration_{built.module}"), built.config)(**values)
+    with torch.device("meta"):
+        model = getattr(importlib.import_module(f"{package}.modeling_{built.module}"), built.model)(config)
+    config.save_pretrained(tmp_path)
+    return config, model, read_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_sizes_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    config, whole, found = build(MODELS[name], tmp_path)
+    experts = {int(path.split(".")[1]): module for path, module in whole.named_modules() if _has_experts(module)}
+    assert found.moe_layers == tuple(sorted(experts))
+    assert found.layers == config.num_hidden_layers
+    for layer, module in experts.items():
+        first, second = tuple(module.gate_up_proj.shape), tuple(module.down_proj.shape)
+        if name in TRANSPOSED:
+            first, second = (first[0], first[2], first[1]), (second[0], second[2], second[1])
+        else:
+            check_layout(name, module)
+        assert first == (found.experts, 2 * found.intermediate, found.hidden)
+        assert second == (found.experts, found.hidden, found.intermediate)
+        _check_activation(module, found.activation_at(layer))
+    assert (found.shared_experts > 0) == any("shared" in path for path, _ in whole.named_modules())
+    routers = {module.top_k for module in whole.modules() if isinstance(getattr(module, "top_k", None), int)}
+    assert found.top_k in routers
+
+
+def _check_activation(module: Any, activation: SwiGLUOAI | None) -> None:
+    """Against the module's own, far out and around every limit; where we have none, its own must be no SwiGLU-OAI."""
+    if getattr(module, "has_bias", False) or not hasattr(module, "_apply_gate"):
+        return
+    around = torch.tensor([0.0, 0.5, 1.0, 6.9, 7.0, 7.1, 9.9, 10.0, 10.1, 40.0, 1e4], dtype=torch.float64)
+    points = torch.cat([-around.flip(0), around])
+    rows = torch.cartesian_prod(points, points)
+    own = module._apply_gate(rows)
+    if activation is None:
+        assert not torch.allclose(own, swiglu_oai(rows, silu_gate()))
+        assert all(not torch.allclose(own, swiglu_oai(rows, SwiGLUOAI(1.0, 0.0, limit))) for limit in (7.0, 10.0))
+    else:
+        torch.testing.assert_close(own, swiglu_oai(rows, activation), rtol=1e-6, atol=1e-6)  # some compute in FP32
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)

@@ -1,0 +1,223 @@
+"""Weights know what their bytes mean: no conversion takes one format's for another's, and what is consumed says so."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from epfuse import ExpertMap, ExpertWeights, Path, Target, fused_experts
+from epfuse.config import WeightFormat
+from epfuse.errors import ConfigError, DtypeError, EpfuseError, LayoutError, ShapeError
+from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
+from epfuse.policy import READABLE
+from epfuse.weights.block_fp8 import BlockFP8
+from epfuse.weights.experts import PREPARED_FOR, Projections, expert_matrix
+from epfuse.weights.fragment import check_packable, pack
+from epfuse.weights.panels import RowOrder
+from epfuse.weights.row_fp8 import pack_rows
+
+LOCAL, HIDDEN, INTERMEDIATE = 2, 128, 64
+
+
+def parts(seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """w13, its scales, w2, its scales; every value also fits one scale a row, exactly."""
+    rng = torch.Generator().manual_seed(seed)
+    stacks = (
+        torch.randint(1, 8, (LOCAL, 2 * INTERMEDIATE, HIDDEN), generator=rng).float() / 8,
+        torch.randint(1, 8, (LOCAL, HIDDEN, INTERMEDIATE), generator=rng).float() / 8,
+    )
+    return tuple(part for w in map(MXFP8.quantize, stacks) for part in (w.values, w.scales))
+
+
+def numbers(weights: ExpertWeights, form: WeightFormat) -> list[torch.Tensor]:
+    experts = weights.kept[form]
+    return [
+        expert_matrix(stack, expert, torch.float64)
+        for stack in (experts.w13, experts.w2)
+        for expert in range(weights.local_experts)
+    ]
+
+
+MAKERS = {
+    "dense": lambda: ExpertWeights.dense(*(MXFP8(*pair).dequantize() for pair in (parts()[:2], parts()[2:]))),
+    "mxfp8": lambda: ExpertWeights.mxfp8(*parts()),
+    "hybrid": lambda: ExpertWeights.hybrid(*parts()),
+    "block_fp8": lambda: ExpertWeights.block_fp8(*parts()),
+}
+STEPS = [(target, path) for target in Target for path in (Path.AUTO, Path.W8A8)]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("first", STEPS, ids=lambda step: f"{step[0].value}-{step[1].value}")
+def test_whatever_is_prepared_twice_holds_the_numbers_or_is_refused(make: str, first: tuple[Target, Path]) -> None:
+    exact = numbers(MAKERS["mxfp8"](), WeightFormat.MXFP8)
+    for second in STEPS:
+        once = MAKERS[make]().prepare(*first)
+        made_for = {PREPARED_FOR[form] for form in once.kept if form in PREPARED_FOR}
+        if second[0].is_gpu and made_for - {second[0]}:
+            with pytest.raises(ConfigError, match="needs them as the checkpoint has them: load them again"):
+                once.prepare(*second)
+            twice = once  # nothing was changed
+        else:
+            twice = once.prepare(*second)
+        for form in twice.kept:
+            for ours, theirs in zip(numbers(twice, form), exact, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+def test_no_target_reads_an_order_that_was_made_for_another() -> None:
+    for target, path in itertools.product(Target, Path):
+        for form in READABLE[target].get(path, ()):
+            assert PREPARED_FOR.get(form, target) is target
+
+
+@pytest.mark.parametrize("path", [Path.AUTO, Path.W8A8])
+def test_codes_of_gfx942_are_not_packed_for_hopper(path: Path) -> None:
+    """The same bytes mean half the value there."""
+    ready = ExpertWeights.mxfp8(*parts()).prepare(Target.GFX942)
+    with pytest.raises(ConfigError, match="weights are in mxfp8_fnuz, prepared for gfx942; sm_90 needs them"):
+        ready.prepare(Target.SM90, path)
+    stack = ready.mxfp8_experts.w13
+    for convert in (lambda w: pack(w, RowOrder.GATE_UP), lambda w: pack_rows(w, RowOrder.GATE_UP), check_packable):
+        with pytest.raises(DtypeError, match=r"codes in torch\.float8_e4m3fnuz; Hopper's orders are made from"):
+            convert(stack)
+    with pytest.raises(DtypeError, match="E4M3FNUZ is made from float8_e4m3fn"):
+        ExpertWeights.block_fp8(*parts()).prepare(Target.GFX942).block_fp8_experts.w13.to_fnuz_()
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "path"),
+    [
+        ("mxfp8", Target.SM90, Path.AUTO),
+        ("mxfp8", Target.SM90, Path.W8A8),
+        ("mxfp8", Target.GFX942, Path.AUTO),
+        ("hybrid", Target.SM90, Path.AUTO),
+        ("hybrid", Target.GFX942, Path.AUTO),
+        ("block_fp8", Target.GFX942, Path.AUTO),
+    ],
+)
+def test_consumed_weights_say_so_at_every_use(make: str, target: Target, path: Path) -> None:
+    weights = MAKERS[make]()
+    kept = weights.block_fp8_experts if make == "block_fp8" else weights.mxfp8_experts
+    again = replace(weights)  # shares the matrices
+    weights.prepare(target, path)
+    hidden, ids = torch.ones(1, HIDDEN, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int32)
+    for consumed in (weights, again):
+        for use in (
+            lambda w: fused_experts(hidden, w, torch.ones(1, 1), ids, ExpertMap.all_local(LOCAL)),
+            lambda w: w.prepare(target, path),
+            lambda w: w.prepare(Target.CPU),
+            lambda w: w.kept,
+            lambda w: w.nbytes,
+            lambda w: w.device,
+            lambda w: w.reference_experts,
+        ):
+            with pytest.raises(ConfigError, match=r"weights are gone: their memory holds .* use what"):
+                use(consumed)
+    for use in (lambda: kept.w13.values, lambda: kept.w2.scales, lambda: kept.w2.dequantize(), lambda: kept.w13.nbytes):
+        with pytest.raises(ConfigError, match="weights are gone"):
+            use()
+    assert "became" in repr(weights)
+
+
+def test_a_refused_preparation_consumes_nothing() -> None:
+    for broken in (1, 3):
+        tensors = parts()
+        tensors[broken][0, 0, 0] = 254
+        weights = ExpertWeights.mxfp8(*tensors)
+        before = numbers(weights, WeightFormat.MXFP8)
+        with pytest.raises(ConfigError, match="254"):
+            weights.prepare(Target.GFX942)
+        assert weights.prepare(Target.SM90) is weights  # fragment order can't hold it either, and leaves it
+        assert all(map(torch.equal, numbers(weights, WeightFormat.MXFP8), before))
+    block = ExpertWeights.block_fp8(*parts())
+    block.block_fp8_experts.w2.scales[0, 0, 0] = 3e38
+    with pytest.raises(ConfigError, match="whose double float32 can't hold"):
+        block.prepare(Target.GFX942)
+    assert numbers(block, WeightFormat.BLOCK_FP8)
+
+
+def test_sizes_that_are_padded_are_consumed_all_the_same() -> None:
+    """Whether new memory was taken does not decide what may be used."""
+    rng = torch.Generator().manual_seed(0)
+    stacks = [MXFP8.quantize(torch.randn(2, n, k, generator=rng)) for n, k in ((192, 160), (160, 96))]
+    weights = ExpertWeights.mxfp8(*(part for w in stacks for part in (w.values, w.scales)))
+    weights.prepare(Target.SM90)
+    with pytest.raises(ConfigError, match="weights are gone"):
+        _ = weights.kept
+
+
+@pytest.mark.parametrize("values", [torch.uint8, torch.int8, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.bfloat16])
+def test_values_of_another_dtype_are_refused_by_name(values: torch.dtype) -> None:
+    w13, s13, w2, s2 = parts()
+    other = w13.view(values) if values.itemsize == 1 else w13.to(values)
+    for make in (ExpertWeights.mxfp8, ExpertWeights.hybrid, ExpertWeights.block_fp8):
+        with pytest.raises(DtypeError, match=f"w13 has dtype {values}; it must be float8_e4m3fn"):
+            make(other, s13, w2, s2)
+
+
+@pytest.mark.parametrize("make", [ExpertWeights.mxfp8, ExpertWeights.hybrid, ExpertWeights.block_fp8])
+def test_scale_bytes_are_the_same_bits_under_both_of_their_dtypes(make) -> None:
+    w13, s13, w2, s2 = parts()
+    want = make(w13, s13, w2, s2)
+    got = make(w13, s13.view(torch.float8_e8m0fnu), w2, s2.view(torch.float8_e8m0fnu))
+    form = next(iter(want.kept))
+    assert all(map(torch.equal, numbers(got, form), numbers(want, form)))
+    for other in (s13.view(torch.int8), s13.float(), s13.view(torch.float8_e4m3fn), s13.to(torch.int32)):
+        with pytest.raises(DtypeError, match=r"w13, w13_scale: scales has dtype .*uint8 or float8_e8m0fnu"):
+            make(w13, other, w2, s2)
+
+
+def test_a_layer_is_of_one_kind_however_it_is_made() -> None:
+    first, second = (Projections(MXFP8(*p[:2]), MXFP8(*p[2:])) for p in (parts(), parts()))
+    sizes = (LOCAL, HIDDEN, INTERMEDIATE)
+    mixed = Projections(first.w13, first.w2.to_fnuz())
+    packed = Projections(first.w13, first.w2.with_layout(ScaleLayout.PACKED))
+    fragments = Projections(pack(second.w13, RowOrder.PLAIN), pack(second.w2, RowOrder.PLAIN))
+    cases: list[tuple[dict[str, object], type[EpfuseError], str]] = [
+        ({"mxfp8_experts": mixed}, DtypeError, r"w13 is in torch.float8_e4m3fn and w2 in torch.float8_e4m3fnuz"),
+        ({"mxfp8_experts": packed}, LayoutError, "scales in layout PACKED"),
+        ({"fragment_experts": fragments}, LayoutError, "rows in the orders PLAIN and PLAIN"),
+        ({"mxfp8_experts": fragments}, ConfigError, "mxfp8_experts.w13 is a FragmentMXFP8; it must be a MXFP8"),
+        ({"block_fp8_experts": first}, ConfigError, "block_fp8_experts.w13 is a MXFP8; it must be a BlockFP8"),
+        ({"mxfp8_experts": (first.w13, first.w2)}, ConfigError, "mxfp8_experts is a tuple"),
+        ({}, ConfigError, "in no format at all"),
+    ]
+    for fields, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            ExpertWeights(*sizes, **fields)
+    with pytest.raises(ShapeError, match=r"mxfp8_experts.w13 has shape \(2, 128, 128\); it must be \(2, 256, 128\)"):
+        ExpertWeights(LOCAL, HIDDEN, 128, mxfp8_experts=first)
+    with pytest.raises(ConfigError, match="hidden is True"):
+        ExpertWeights(LOCAL, True, INTERMEDIATE, mxfp8_experts=first)
+
+
+def test_quantize_names_the_projection_whose_rows_are_no_whole_blocks() -> None:
+    for hidden, intermediate, words in ((64, 176, "w2 has rows of I=176"), (72, 64, "w13 has rows of H=72")):
+        dense = ExpertWeights.dense(torch.zeros(1, 2 * intermediate, hidden), torch.zeros(1, hidden, intermediate))
+        with pytest.raises(ShapeError, match=f"{words} weights; MXFP8 needs a multiple of 32"):
+            ExpertWeights.quantize(dense)
+
+
+def test_a_default_device_does_not_matter_to_packing() -> None:
+    want = pack(MXFP8(*parts()[:2]), RowOrder.GATE_UP)
+    with torch.device("meta"):
+        got = pack(MXFP8(*(part.to("cpu") for part in parts_on_cpu())), RowOrder.GATE_UP)
+    assert torch.equal(got.codes, want.codes)
+
+
+def parts_on_cpu() -> tuple[torch.Tensor, ...]:
+    with torch.device("cpu"):
+        return parts()[:2]
+
+
+def test_block_scales_are_not_doubled_twice() -> None:
+    block = BlockFP8.quantize(torch.randn(1, 128, 128))
+    fnuz = block.to_fnuz_()
+    before = fnuz.dequantize(torch.float64)
+    with pytest.raises(DtypeError):
+        fnuz.to_fnuz_()
+    assert torch.equal(fnuz.dequantize(torch.float64), before)
