@@ -1,11 +1,13 @@
 """Unpack the vLLM releases that the integration is tested with: ``python tools/vllm_releases.py DIRECTORY``.
 
+With ``--record`` what epfuse uses of each is written to ``interfaces.json``, for a release that joins the tested ones.
 Only their Python code and metadata, as they are in the wheels; the compiled operators are not needed without a GPU.
 What is there already is kept.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from epfuse.integrations.vllm.interfaces import RECORD, read_interfaces
 from epfuse.integrations.vllm.releases import TESTED
 
 PACKAGES = Path(__file__).with_name("vllm_releases.txt")
@@ -53,6 +56,15 @@ def install_packages(root: Path) -> None:
     done.write_text(wanted)
 
 
+def record_interfaces(root: Path) -> None:
+    """What the plugin compares a vLLM with."""
+    found = {}
+    for release in TESTED:
+        interfaces = read_interfaces(root / f"release-{release}" / "vllm")
+        found[release] = {use: " ".join(parts) for use, parts in interfaces.items()}
+    RECORD.write_text(f"{json.dumps(found, indent=1)}\n")
+
+
 def main() -> None:
     """Bring the directory up to date."""
     root = Path(sys.argv[1])
@@ -60,6 +72,8 @@ def main() -> None:
     install_packages(root)
     for release in TESTED:
         unpack(release, root)
+    if "--record" in sys.argv:
+        record_interfaces(root)
 
 
 if __name__ == "__main__":

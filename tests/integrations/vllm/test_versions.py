@@ -55,7 +55,7 @@ def test_another_plugins_layer_is_left(registry, monkeypatch):
 
 
 def test_forcing_registers_with_an_untested_release(registry, monkeypatch):
-    monkeypatch.setattr(releases, "installed", lambda: "0.99.0")
+    monkeypatch.setattr(releases, "package", lambda: None)
     monkeypatch.setenv("EPFUSE_VLLM_FORCE", "1")
     plugin.register()
     assert registry["RoutedExperts"] is EpfuseRoutedExperts

@@ -4,10 +4,9 @@
 | --- | --- |
 | `plugin.py` | what vLLM calls in every process; decides whether to register at all |
 | `releases.py` | which vLLM is installed, and which ones were tested |
+| `interfaces.py` | whether an installed vLLM looks like a tested one, where epfuse touches it |
 | `versions.py` | everything that differs between vLLM releases |
-| `facts.py` | what one MoE layer of a deployment is, in epfuse's words |
-| `refusals.py` | configurations that are left to vLLM whatever the policy says |
-| `choice.py` | facts, refusals and the policy to one outcome |
+| `choice.py` | a layer's facts, the refusals and the policy (`epfuse.policy`) to one outcome |
 | `takeover.py` | points vLLM's quantisation method at our experts |
 | `layer.py` | the replacement of vLLM's RoutedExperts that asks for it |
 | `experts.py` | vLLM's modular experts interface on `fused_experts` |

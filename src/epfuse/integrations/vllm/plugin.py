@@ -30,18 +30,23 @@ def register() -> None:
 @functools.cache
 def _register_once() -> None:
     from epfuse.integrations.vllm import releases
+    from epfuse.integrations.vllm.interfaces import nearest
 
-    found = releases.installed()
-    if found not in releases.TESTED and not is_on(FORCE):
+    found, package = releases.installed(), releases.package()
+    match = None if package is None else nearest(package)
+    if (match is None or match.differences) and not is_on(FORCE):
         log.warning(
-            "epfuse %s is not in use: it was tested with vLLM %s, and this is %s (%s=1 uses it all the same)",
+            "epfuse %s is not in use: vLLM %s is not as the releases that it was tested with, %s: %s"
+            " (%s=1 uses it all the same)",
             __version__,
-            ", ".join(releases.TESTED),
             found,
+            ", ".join(releases.TESTED),
+            "its package can't be found" if match is None else match,
             FORCE,
         )
         return
     from epfuse.integrations.vllm.layer import register_layer
 
     if register_layer():
-        log.info("epfuse %s offers its experts to vLLM %s", __version__, found)
+        like = "" if match is None or found == match.release else f", which looks like {match.release}"
+        log.info("epfuse %s offers its experts to vLLM %s%s", __version__, found, like)

@@ -9,7 +9,7 @@ from epfuse.errors import ConfigError
 STRICT = "EPFUSE_STRICT"
 """1: whatever goes wrong in the plugin stops vLLM, instead of being logged and leaving the layer to vLLM."""
 FORCE = "EPFUSE_VLLM_FORCE"
-"""1: register with a vLLM that this version of epfuse was not tested with."""
+"""1: register with a vLLM that is not as the tested releases where epfuse touches it."""
 
 
 def is_on(name: str) -> bool:
