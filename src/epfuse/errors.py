@@ -52,6 +52,10 @@ class TraceError(EpfuseError):
     """A profiler's trace can't be read, or has nothing to profile; the message names the file."""
 
 
+class CompilerDied(EpfuseError):
+    """A process that compiles was ended by something else, such as the kernel where memory is short."""
+
+
 class TuningError(EpfuseError):
     """A search for tiles can't be trusted or can't go on; the message says why."""
 

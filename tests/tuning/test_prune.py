@@ -10,9 +10,11 @@ import pytest
 from epfuse import LayerShape, Path, Target
 from epfuse.config import WeightFormat
 from epfuse.stages.tiles import GemmTile, Sm90PersistentTile
+from epfuse.tuning import prune
 from epfuse.tuning.prune import Candidate, candidates_of, distinct, unfit
 from epfuse.tuning.run import Device, Request, plan_of
 from epfuse.tuning.schema import Stage
+from tests import jobs
 from tests.tuning.tables import M3
 
 GOOD = Candidate(
@@ -35,6 +37,11 @@ def test_tiles_are_dropped_by_their_resources() -> None:
     assert set(found) == {huge}
     assert "bytes" in found[huge] or "spilled" in found[huge] or "Error" in found[huge] or "Out" in found[huge]
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_a_tile_whose_compiler_dies_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune, "shortfall", jobs.killed)
+    assert "memory is short" in unfit([GOOD], 1, lambda done, total: None)[GOOD]
 
 
 @pytest.mark.parametrize(("path", "weights"), [(Path.W8A16, WeightFormat.FRAGMENT), (Path.W8A8, WeightFormat.ROW_FP8)])

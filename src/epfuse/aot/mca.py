@@ -64,5 +64,9 @@ def _pressure(report: str) -> dict[str, float]:
 
 
 def _knows(path: str, cpu: str) -> bool:
-    done = subprocess.run([path, "-mtriple=amdgcn-amd-amdhsa", "-mcpu=help"], input="", capture_output=True, text=True)
+    command = [path, "-mtriple=amdgcn-amd-amdhsa", "-mcpu=help"]
+    try:
+        done = subprocess.run(command, input="", capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
     return cpu in done.stdout + done.stderr

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from epfuse.aot.gates import Gate, check
@@ -15,7 +12,9 @@ from epfuse.aot.predict import Prediction, predictions
 from epfuse.aot.record import Record, TargetRecord
 from epfuse.aot.tasks import Broken, Job, compile_job, list_jobs, start
 from epfuse.config import Path as LayerPath
+from epfuse.errors import CompilerDied
 from epfuse.target import Target
+from epfuse.workers import Died, Workers
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,20 @@ def run(request: Request, progress: Callable[[int, int], None]) -> Record:
     Args:
         request: what.
         progress: called with the kernels done and the kernels in all.
+
+    Raises:
+        CompilerDied: a process died while it listed a target's kernels. One that dies while it compiles a kernel is
+            that kernel's finding.
     """
-    pool = ProcessPoolExecutor(request.workers, mp_context=get_context("spawn"), initializer=start)
-    try:
-        listings = [
-            pool.submit(list_jobs, target, list(request.paths), list(request.shapes), list(request.dtypes))
-            for target in request.targets
-        ]
-        jobs = [job for listing in listings for job in listing.result() if _wanted(job, request)]
-        results = _compile(pool, jobs, request, progress)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    asked = (list(request.paths), list(request.shapes), list(request.dtypes))
+    with Workers(request.workers, start) as workers:
+        listings = workers.map(list_jobs, [(target, *asked) for target in request.targets], lambda done: None)
+        jobs = []
+        for target, listing in zip(request.targets, listings, strict=True):
+            if isinstance(listing, Died):
+                raise CompilerDied(f"the kernels of {target.value} could not be listed: {listing.reason}")
+            jobs += [job for job in listing if _wanted(job, request)]
+        results = _compile(workers, jobs, request, progress)
     targets = []
     for target in request.targets:
         own = [(job, result) for job, result in zip(jobs, results, strict=True) if job.launch.target is target]
@@ -76,24 +78,17 @@ def _wanted(job: Job, request: Request) -> bool:
 
 
 def _compile(
-    pool: ProcessPoolExecutor, jobs: list[Job], request: Request, progress: Callable[[int, int], None]
+    workers: Workers, jobs: list[Job], request: Request, progress: Callable[[int, int], None]
 ) -> list[Kernel | Broken]:
     """One result a job, in their order."""
-    futures: list[Future[Kernel | Broken]] = []
-    for job in jobs:
-        futures.append(pool.submit(compile_job, job, request.folder, request.mca))
-    pending = set(futures)
     progress(0, len(jobs))
-    while pending:
-        _, pending = wait(pending, return_when=FIRST_COMPLETED)
-        progress(len(jobs) - len(pending), len(jobs))
-    results = []
-    for job, future in zip(jobs, futures, strict=True):
-        try:
-            results.append(future.result())
-        except BrokenProcessPool:
-            results.append(Broken(job, "a compiling process died; this kernel was compiling or waiting"))
-    return results
+    found = workers.map(
+        compile_job, [(job, request.folder, request.mca) for job in jobs], lambda done: progress(done, len(jobs))
+    )
+    return [
+        Broken(job, result.reason) if isinstance(result, Died) else result
+        for job, result in zip(jobs, found, strict=True)
+    ]
 
 
 def _predictions(targets: list[TargetRecord]) -> list[Prediction]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 from epfuse.aot.tasks import start
 from epfuse.config import LayerShape, Path, WeightFormat
@@ -15,6 +13,7 @@ from epfuse.target import Target
 from epfuse.tuning.run import Request
 from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Plan
+from epfuse.workers import Died, Workers
 
 RESOURCE_GATES = ("no spills", "no scratch", "LDS fits", "no spills in the main loop", "shared memory fits")
 """Those of `epfuse.aot.gates` that no time can make up for. The others are rules for kernels that ship."""
@@ -75,7 +74,7 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def unfit(candidates: Sequence[Candidate], workers: int, progress: Callable[[int, int], None]) -> dict[Candidate, str]:
-    """Compile every candidate; those that don't do, and why.
+    """Compile every candidate; those that don't do, and why: one whose compiler dies or doesn't end is among them.
 
     Processes of their own compile, so this one's driver stays as it is; Triton's cache keeps what they made.
 
@@ -84,15 +83,15 @@ def unfit(candidates: Sequence[Candidate], workers: int, progress: Callable[[int
         workers: processes.
         progress: called with the candidates done and all of them.
     """
-    found: dict[Candidate, str] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start) as pool:
-        futures = {pool.submit(shortfall, candidate): candidate for candidate in candidates}
-        for done, future in enumerate(as_completed(futures), 1):
-            reason = future.result()
-            if reason is not None:
-                found[futures[future]] = reason
-            progress(done, len(candidates))
-    return found
+    with Workers(workers, start) as pool:
+        reasons = pool.map(
+            shortfall, [(candidate,) for candidate in candidates], lambda done: progress(done, len(candidates))
+        )
+    return {
+        candidate: reason.reason if isinstance(reason, Died) else reason
+        for candidate, reason in zip(candidates, reasons, strict=True)
+        if reason is not None
+    }
 
 
 def shortfall(candidate: Candidate) -> str | None:
