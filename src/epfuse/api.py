@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 
 from epfuse import pipeline, pipeline_fp8
+from epfuse.arguments import member
 from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI
 from epfuse.environment import environment
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
+from epfuse.operands import Span, require_apart, require_plain, span
 from epfuse.policy import FP8_PATHS, decide
 from epfuse.scratch import Scratch, check_scratch, scratch_size
 from epfuse.target import device_name, target_of
 from epfuse.weights.experts import ExpertWeights
+
+MINIMAX_M3 = SwiGLUOAI()
+"""The activation of a call that names none."""
 
 
 def fused_experts(
@@ -30,7 +35,8 @@ def fused_experts(
 ) -> torch.Tensor:
     """One rank's routed experts: the sum, over the routes whose expert this rank holds, of the weighted outputs.
 
-    The sum of the results over all ranks is the unsharded layer. Inference only: there is no backward.
+    The sum of the results over all ranks is the unsharded layer. Inference only: there is no backward, the result never
+    requires grad (weights may, hidden may not), and torch.autocast changes nothing.
 
     Args:
         hidden: ``[T, H]`` contiguous; the dtype of dense weights; BF16 beside FP8 weights (on the reference path FP16
@@ -43,7 +49,8 @@ def fused_experts(
         path: how to compute it; AUTO lets the policy choose (or EPFUSE_PATH, where it is set: `epfuse.environment`).
         combine: how a token's routes are summed. ATOMIC is for the paths with FP8 activations (W8A8, BLOCK_FP8) and not
             bitwise repeatable.
-        out: ``[T, H]`` to write into, dtype and device of hidden; must not overlap hidden. Allocated if None.
+        out: ``[T, H]`` to write into, dtype and device of hidden; overlaps no other tensor of the call, but for
+            ``scratch.y``. Allocated if None.
         scratch: memory for the rows between the stages, at least `epfuse.scratch_size` of it; they are allocated if
             None. The route table, and partial sums where programs share a tile's reduction, are always allocated. The
             reference path does not use it.
@@ -57,15 +64,23 @@ def fused_experts(
 
     Host syncs: none on a GPU path; graph-capturable.
     """
-    activation = SwiGLUOAI() if activation is None else activation
-    check_call(hidden, weights, topk_weights, topk_ids, expert_map, activation, path, combine, out)
+    activation = MINIMAX_M3 if activation is None else activation
+    check_call(hidden, weights, topk_weights, topk_ids, expert_map, activation, path, combine, out, scratch)
     tokens, top_k = topk_ids.shape
+    read: list[tuple[str, Span]] = []
+    if out is not None or scratch is not None:  # else all that is written is new
+        tensors = {"hidden": hidden, "topk_weights": topk_weights, "topk_ids": topk_ids}
+        tensors["expert_map"] = expert_map.on(hidden.device)
+        read = [*((name, span(tensor)) for name, tensor in tensors.items()), *weights.spans()]
+        if out is not None:
+            require_apart("out", span(out), read)
     if out is None:
         out = torch.empty_like(hidden)
     if tokens == 0:
         return out
     if weights.local_experts == 0:
-        return out.zero_()
+        with torch.inference_mode():  # out may be made in it, and then is written in it alone
+            return out.zero_()
     shape = LayerShape(weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, top_k)
     kept = frozenset(weights.kept)
     asked = environment().path if path is Path.AUTO else path
@@ -73,10 +88,11 @@ def fused_experts(
     decision = decide(asked, target_of(device), shape, tokens, kept, hidden.dtype, combine, device_name(device))
     if scratch is not None:
         size = scratch_size(decision.path, tokens, top_k, weights.hidden, weights.intermediate)
-        check_scratch(scratch, size, hidden, out)
+        check_scratch(scratch, size, hidden, out, read)
     call = (hidden, weights, topk_weights, topk_ids, expert_map, activation)
     if decision.weights is None or decision.tiles is None:
-        return out.copy_(pipeline.run_reference(*call))
+        with torch.inference_mode():
+            return out.copy_(pipeline.run_reference(*call))
     if decision.path in FP8_PATHS:
         return pipeline_fp8.run_fp8_kernels(*call, decision.weights, decision.tiles, combine, out, scratch)
     return pipeline.run_kernels(*call, decision.weights, decision.tiles, out, scratch)
@@ -92,28 +108,31 @@ def check_call(
     path: Path,
     combine: Combine,
     out: torch.Tensor | None,
+    scratch: Scratch | None,
 ) -> None:
     """Raise the error that names the first argument that does not fit. Reads no tensor's data."""
+    member("path", path, Path)
+    member("combine", combine, Combine)
     for name, value, kind in (
         ("weights", weights, ExpertWeights),
         ("expert_map", expert_map, ExpertMap),
         ("activation", activation, SwiGLUOAI),
-        ("path", path, Path),
-        ("combine", combine, Combine),
     ):
         if not isinstance(value, kind):
             hint = " (wrap a map tensor: ExpertMap(tensor))" if kind is ExpertMap else ""
             raise ConfigError(f"{name} is a {type(value).__name__}; it must be an epfuse.{kind.__name__}{hint}")
+    if scratch is not None and not isinstance(scratch, Scratch):
+        raise ConfigError(f"scratch is a {type(scratch).__name__}; it must be an epfuse.Scratch")
     tensors = {"hidden": hidden, "topk_weights": topk_weights, "topk_ids": topk_ids}
     if out is not None:
         tensors["out"] = out
+    device = weights.device
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ConfigError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+        require_plain(name, tensor)
         if tensor.dim() != 2:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; it must have two dimensions")
-        if tensor.device != weights.device:
-            raise DeviceError(f"{name} is on {tensor.device}; it must be on {weights.device}, where the weights are")
+        if tensor.device != device:
+            raise DeviceError(f"{name} is on {tensor.device}; it must be on {device}, where the weights are")
         if not tensor.is_contiguous():
             raise LayoutError(f"{name} has strides {tensor.stride()}; it must be contiguous (call .contiguous())")
         if tensor.requires_grad and torch.is_grad_enabled():
@@ -149,5 +168,3 @@ def check_call(
         raise ShapeError(f"out has shape {tuple(out.shape)}; it must be hidden's shape {tuple(hidden.shape)}")
     if out.dtype != hidden.dtype:
         raise DtypeError(f"out has dtype {out.dtype}; it must be hidden's dtype {hidden.dtype}")
-    if abs(out.data_ptr() - hidden.data_ptr()) < hidden.nbytes:
-        raise LayoutError("out shares memory with hidden; it must be a tensor of its own")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 import numbers
 import sys
 import types
@@ -14,6 +15,8 @@ from epfuse.errors import ConfigError
 
 E = typing.TypeVar("E", bound=enum.Enum)
 F = typing.TypeVar("F", bound=Callable[..., typing.Any])
+
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 def integer(name: str, value: object, least: int = 0, most: int = 2**31 - 1) -> int:
@@ -28,12 +31,33 @@ def integer(name: str, value: object, least: int = 0, most: int = 2**31 - 1) -> 
     Raises:
         ConfigError: not an integer, or out of range.
     """
+    if type(value) is int and least <= value <= most:  # nearly always; asking for an abstract class takes longer
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ConfigError(f"{name} is {shown(value)}; it must be an integer")
     number = int(value)
     if not least <= number <= most:
         bound = f"at least {least}" if number < least else f"at most {most}"
         raise ConfigError(f"{name} is {shown(number)}; it must be {bound}")
+    return number
+
+
+def real(name: str, value: object) -> float:
+    """``value`` as a float that float32, in which kernels take it, can hold; infinities and NaN pass.
+
+    Raises:
+        ConfigError: no real number, or one whose size float32 can't hold.
+    """
+    if type(value) is float and abs(value) <= LARGEST_FLOAT32:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigError(f"{name} is {shown(value)}; it must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.nan
+    if (math.isnan(number) and value == value) or LARGEST_FLOAT32 < abs(number) < math.inf:
+        raise ConfigError(f"{name} is {shown(value)}; it must be within float32's range, +-{LARGEST_FLOAT32:.3g}")
     return number
 
 
@@ -70,8 +94,8 @@ def _checking(function: Callable[..., object]) -> Callable[..., object]:
 
     @functools.wraps(function)
     def checked(*args: object, **kwargs: object) -> object:
-        for index, name, kind, optional, many in rules():
-            value = args[index] if index < len(args) else kwargs.get(name, checked)
+        for place, name, kind, optional, many in rules():
+            value = args[place] if place < len(args) else kwargs.get(name, checked)
             if value is checked or type(value) is kind or (optional and value is None):  # not given: the default
                 continue
             if not many:
@@ -90,14 +114,14 @@ class _Rule(typing.NamedTuple):
     """One argument that is an enum.
 
     Attributes:
-        index: its position.
+        place: its position.
         name: its name.
         kind: the enum.
         optional: whether None will do.
         many: whether it is a collection of members.
     """
 
-    index: int
+    place: int
     name: str
     kind: type[enum.Enum]
     optional: bool

@@ -10,7 +10,7 @@ import enum
 import math
 from dataclasses import dataclass
 
-from epfuse.arguments import integer
+from epfuse.arguments import integer, real
 from epfuse.errors import ConfigError
 
 
@@ -90,16 +90,17 @@ class SwiGLUOAI:
     limit: float = 7.0
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "limit"):
+            # floats, whatever was given: a kernel would take the integer 1 for a constant, and be another kernel
+            object.__setattr__(self, name, real(f"SwiGLUOAI.{name}", getattr(self, name)))
         for name in ("alpha", "beta"):
-            value = getattr(self, name)
-            if not _is_real(value) or not math.isfinite(value):
-                raise ConfigError(f"SwiGLUOAI.{name} is {value!r}; it must be a finite number")
-        if not _is_real(self.limit) or not self.limit > 0:
-            raise ConfigError(f"SwiGLUOAI.limit is {self.limit!r}; it must be a positive number (inf for no clamp)")
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"SwiGLUOAI.{name} is {getattr(self, name)!r}; it must be finite")
+        if not self.limit > 2.0**-126:
+            raise ConfigError(
+                f"SwiGLUOAI.limit is {self.limit!r}; it must be positive, above float32's smallest normal number"
+                " (inf for no clamp)"
+            )
 
 
 def silu_gate() -> SwiGLUOAI:

@@ -11,6 +11,8 @@ from epfuse.errors import ConfigError, LayoutError
 Span = tuple[int, int]
 """The addresses of a contiguous tensor's first byte and of the one after its last; equal where it has no memory."""
 
+NOWHERE: Span = (0, 0)
+
 
 def require_plain(name: str, value: object) -> None:
     """Refuse what is no dense tensor with its numbers in its own memory. Reads no data.
@@ -38,17 +40,13 @@ def require_plain(name: str, value: object) -> None:
 def span(tensor: torch.Tensor) -> Span:
     """Where a contiguous tensor lies."""
     begin = tensor.data_ptr()
-    return (begin, begin + tensor.nbytes) if begin else (0, 0)
-
-
-def share(first: Span, second: Span) -> bool:
-    """Whether two pieces of memory of one device share a byte."""
-    return max(first[0], second[0]) < min(first[1], second[1])
+    return (begin, begin + tensor.nbytes) if begin else NOWHERE
 
 
 def overlaps(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two contiguous tensors share a byte; those without memory (meta) share none."""
-    return share(span(first), span(second))
+    """Whether two contiguous tensors of one device share a byte; those without memory (meta) share none."""
+    (begin, end), (other, last) = span(first), span(second)
+    return max(begin, other) < min(end, last)
 
 
 def require_apart(name: str, written: Span, others: Iterable[tuple[str, Span]]) -> None:
@@ -64,5 +62,5 @@ def require_apart(name: str, written: Span, others: Iterable[tuple[str, Span]]) 
     """
     begin, end = written
     for what, (first, last) in others:
-        if begin < last and first < end and begin < end and first < last:
+        if begin < last and first < end and begin < end and first < last:  # neither is empty
             raise LayoutError(f"{name} shares memory with {what}; it must be memory of its own")

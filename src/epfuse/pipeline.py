@@ -7,7 +7,8 @@ from torch.profiler import record_function
 
 from epfuse.config import SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
-from epfuse.scratch import Scratch, overlaps, rows_in
+from epfuse.operands import overlaps
+from epfuse.scratch import Scratch, rows_in
 from epfuse.stages.combine import reference as combine_reference
 from epfuse.stages.down import reference as down_reference
 from epfuse.stages.gate_up import reference as gate_up_reference
@@ -30,8 +31,22 @@ def run_reference(
 ) -> torch.Tensor:
     """The layer in plain PyTorch, on any device and weights of any format; syncs with the device.
 
-    ``compute=torch.float64`` rounds nowhere and returns float64: the oracle of every path.
+    ``compute=torch.float64`` rounds nowhere and returns float64: the oracle of every path. Neither autocast nor the
+    weights' ``requires_grad`` changes it: kernels don't ask for them either, and there is no backward.
     """
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return _reference(hidden, weights, topk_weights, topk_ids, expert_map, activation, compute)
+
+
+def _reference(
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    activation: SwiGLUOAI,
+    compute: torch.dtype,
+) -> torch.Tensor:
     experts = weights.reference_experts
     slots = expert_map.on(hidden.device)
     with record_function("epfuse::route"):

@@ -12,7 +12,8 @@ from epfuse.config import Combine, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
-from epfuse.scratch import Scratch, overlaps, rows_in
+from epfuse.operands import overlaps
+from epfuse.scratch import Scratch, rows_in
 from epfuse.stages.quantize.rows import FP8Rows, groups_of
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
@@ -73,7 +74,8 @@ def run_fp8_kernels(
         with record_function("epfuse::down"):
             total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
             launch_down_fp8(y, w2, routes, topk_weights, tiles.down, combine, total)
-        with record_function("epfuse::combine"):
+        # out may be made in inference mode, and then is written in it alone
+        with record_function("epfuse::combine"), torch.inference_mode():
             return out.copy_(total)
     with record_function("epfuse::down"):
         if routed_rows is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from epfuse.arguments import checks_enums
+from epfuse.arguments import checks_enums, integer
 from epfuse.config import Path
-from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.operands import NOWHERE, Span, require_apart, require_plain, span
 
 ALIGNMENT = 16
 """Bytes: the kernels load and store rows 16 bytes at a time."""
@@ -39,14 +41,21 @@ class Scratch:
     Args:
         y: rows between the two GEMMs, ``[R, I]`` in BF16 (or ``hidden``'s dtype), in FP8 on the paths that quantise,
             where they follow the quantised ``hidden`` in the same memory (with weights in ROW_FP8 its scales alone).
-            **May overlap** ``out``, which then is not written before y is dead. Where it does not, some of ``out`` is
-            written earlier, which is faster.
+            Of the call's tensors it **may overlap** ``out`` alone, which then is not written before y is dead. Where it
+            does not, some of ``out`` is written earlier, which is faster.
         routed: a row per route, ``[R, H]``; before that, on the paths that quantise, ``[R, 2I]`` (with weights in
             ROW_FP8 the quantised rows, and ``[R, I]``). Overlaps neither ``y`` nor any tensor of the call.
+
+    Raises:
+        ConfigError, LayoutError: one of them is no plain tensor.
     """
 
     y: torch.Tensor
     routed: torch.Tensor
+
+    def __post_init__(self) -> None:
+        require_plain("scratch.y", self.y)
+        require_plain("scratch.routed", self.routed)
 
 
 @checks_enums
@@ -59,7 +68,12 @@ def scratch_size(path: Path, tokens: int, top_k: int, hidden: int, intermediate:
         top_k: K.
         hidden: H.
         intermediate: I.
+
+    Raises:
+        ConfigError: path is no `Path`, or a size is no integer or out of range (T may be 0).
     """
+    tokens, top_k = integer("tokens", tokens), integer("top_k", top_k, least=1)
+    hidden, intermediate = integer("hidden", hidden, least=1), integer("intermediate", intermediate, least=1)
     if path is Path.AUTO:
         every = [scratch_size(each, tokens, top_k, hidden, intermediate) for each in Path if each is not Path.AUTO]
         return ScratchSize(max(size.y for size in every), max(size.routed for size in every))
@@ -82,7 +96,9 @@ def rows_in(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return buffer.view(-1)[: rows * columns].view(rows, columns)
 
 
-def check_scratch(scratch: Scratch, size: ScratchSize, hidden: torch.Tensor, out: torch.Tensor) -> None:
+def check_scratch(
+    scratch: Scratch, size: ScratchSize, hidden: torch.Tensor, out: torch.Tensor, read: Sequence[tuple[str, Span]]
+) -> None:
     """Raise the error that names the first buffer that does not fit. Reads no tensor's data.
 
     Args:
@@ -90,12 +106,11 @@ def check_scratch(scratch: Scratch, size: ScratchSize, hidden: torch.Tensor, out
         size: what the call needs.
         hidden: ``[T, H]``.
         out: ``[T, H]``.
+        read: where the tensors lie that the call reads, hidden among them, each with its name.
 
     Raises:
-        ConfigError, DtypeError, DeviceError, LayoutError, ShapeError: as named.
+        DtypeError, DeviceError, LayoutError, ShapeError: as named.
     """
-    if not isinstance(scratch, Scratch):
-        raise ConfigError(f"scratch is a {type(scratch).__name__}; it must be an epfuse.Scratch")
     for name, needed in (("y", size.y), ("routed", size.routed)):
         tensor: torch.Tensor = getattr(scratch, name)
         if tensor.dtype != hidden.dtype:
@@ -110,18 +125,9 @@ def check_scratch(scratch: Scratch, size: ScratchSize, hidden: torch.Tensor, out
             )
         if tensor.data_ptr() % ALIGNMENT:
             raise LayoutError(f"scratch.{name} begins at an address that is not a multiple of {ALIGNMENT} bytes")
-    used = {"y": scratch.y.view(-1)[: size.y], "routed": scratch.routed.view(-1)[: size.routed]}
-    for name, other, what in (
-        ("y", hidden, "hidden"),
-        ("routed", hidden, "hidden"),
-        ("routed", out, "out"),
-        ("routed", used["y"], "scratch.y"),
-    ):
-        if overlaps(used[name], other):
-            raise LayoutError(f"scratch.{name} shares memory with {what}; it must be memory of its own")
-
-
-def overlaps(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two contiguous tensors share a byte."""
-    begin, other = first.data_ptr(), second.data_ptr()
-    return begin < other + second.nbytes and other < begin + first.nbytes
+    y, routed = (
+        (begin, begin + needed * hidden.element_size()) if begin else NOWHERE
+        for begin, needed in ((scratch.y.data_ptr(), size.y), (scratch.routed.data_ptr(), size.routed))
+    )
+    require_apart("scratch.y", y, read)
+    require_apart("scratch.routed", routed, [*read, ("out", span(out)), ("scratch.y", y)])

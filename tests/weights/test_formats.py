@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from epfuse import ExpertMap, ExpertWeights, Path, Target, fused_experts
-from epfuse.config import WeightFormat
+from epfuse.config import Combine, WeightFormat
 from epfuse.errors import ConfigError, DtypeError, EpfuseError, LayoutError, ShapeError
 from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
 from epfuse.policy import READABLE
+from epfuse.stages.quantize.rows import FP8Rows
+from epfuse.stages.route.reference import route
+from epfuse.stages.tiles import GemmTile
 from epfuse.weights.block_fp8 import BlockFP8
 from epfuse.weights.experts import PREPARED_FOR, Projections, expert_matrix
 from epfuse.weights.fragment import check_packable, pack
@@ -221,3 +224,36 @@ def test_block_scales_are_not_doubled_twice() -> None:
     with pytest.raises(DtypeError):
         fnuz.to_fnuz_()
     assert torch.equal(fnuz.dequantize(torch.float64), before)
+
+
+def test_rows_and_weights_in_two_kinds_of_e4m3_are_not_multiplied() -> None:
+    pytest.importorskip("triton")
+    from epfuse.stages.down.launch_fp8 import launch_down_fp8
+    from epfuse.stages.gate_up.launch_fp8 import launch_gate_up_fp8
+
+    weights = ExpertWeights.mxfp8(*parts()).mxfp8_experts
+    tile = GemmTile(32, 32, 1, 4, 1)
+    for dtype, group, kind, words in (
+        (
+            torch.float8_e4m3fnuz,
+            32,
+            DtypeError,
+            "x has dtype torch.float8_e4m3fnuz and the weights",
+        ),
+        (torch.float8_e4m3fn, 128, ShapeError, "x has groups of 128; beside these weights they must be of 32"),
+    ):
+        x = FP8Rows.empty(1, HIDDEN, group, dtype, torch.device("cpu"))
+        y = FP8Rows.empty(1, INTERMEDIATE, group, dtype, torch.device("cpu"))
+        routes = route(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), LOCAL, 16)
+        with pytest.raises(kind, match=words):
+            launch_gate_up_fp8(x, weights.w13, routes, 1, tile)
+        out = torch.empty(1, HIDDEN, dtype=torch.bfloat16)
+        with pytest.raises(kind, match=words.replace("x has", "y has")):
+            launch_down_fp8(y, weights.w2, routes, torch.ones(1, 1), tile, Combine.DETERMINISTIC, out)
+
+
+def test_scales_of_rows_are_kept_as_bytes() -> None:
+    values, scales = torch.zeros(2, 64).to(torch.float8_e4m3fn), torch.full((2, 2), 127, dtype=torch.uint8)
+    rows = FP8Rows(values, scales.view(torch.float8_e8m0fnu), 32)
+    assert rows.scales.dtype == torch.uint8
+    assert torch.equal(rows.scales, scales)

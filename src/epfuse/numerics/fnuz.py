@@ -55,6 +55,7 @@ def double_scales(scales: torch.Tensor) -> torch.Tensor:
     return scales + (scales != NAN_BYTE).to(torch.uint8)
 
 
+@torch.no_grad()
 def normalize_to_fnuz(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """MXFP8 in E4M3FN to the same numbers in E4M3FNUZ.
 
@@ -74,6 +75,7 @@ def normalize_to_fnuz(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch
     return fn_codes_to_fnuz(values.view(torch.uint8)).view(torch.float8_e4m3fnuz), doubled
 
 
+@torch.no_grad()
 def normalize_to_fnuz_(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`normalize_to_fnuz` in the memory of its arguments, one slice of the first dimension at a time.
 

@@ -63,6 +63,7 @@ class ScaleLayout(enum.Enum):
     """``[.., K/32, N]``: the scales that one K step of a GEMM needs are adjacent."""
 
 
+@torch.no_grad()
 @checks_enums
 def encode(x: torch.Tensor, rounding: ScaleRounding = ScaleRounding.FLOOR) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise to MXFP8: round to nearest even, saturating at +-448.
@@ -91,6 +92,7 @@ def encode(x: torch.Tensor, rounding: ScaleRounding = ScaleRounding.FLOOR) -> tu
     return codes.view(torch.float8_e4m3fn).reshape(x.shape), scales.to(torch.uint8)
 
 
+@torch.no_grad()
 def decode(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The numbers that MXFP8 stands for.
 

@@ -74,6 +74,7 @@ class BlockFP8(Consumable):
                 raise LayoutError(f"{name} has strides {tensor.stride()}; it must be contiguous")
 
     @classmethod
+    @torch.no_grad()
     @checks_enums
     def quantize(cls, weight: MXFP8 | torch.Tensor, scale: BlockScale = BlockScale.POWER_OF_TWO) -> BlockFP8:
         """Convert, one expert at a time: temporaries stay within a few float32 copies of one expert's matrix.
@@ -103,6 +104,7 @@ class BlockFP8(Consumable):
             _quantize_matrix(dense, scale, values[expert], scales[expert])
         return cls(values, scales)
 
+    @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """``[L, N, K]`` numbers: the product in float32 (exact in float64), rounded once to ``dtype``.
 
@@ -134,6 +136,7 @@ class BlockFP8(Consumable):
         if bool((self.scales.isfinite() & (self.scales * 2).isinf()).any()):
             raise ConfigError("scales holds a number whose double float32 can't hold; E4M3FNUZ needs each one doubled")
 
+    @torch.no_grad()
     def to_fnuz_(self) -> BlockFP8:
         """`to_fnuz` in the memory of this one, one expert at a time; this one is consumed.
 
@@ -147,6 +150,7 @@ class BlockFP8(Consumable):
             matrix.copy_(fn_codes_to_fnuz(matrix))
         return BlockFP8(codes.view(torch.float8_e4m3fnuz), scales.mul_(2))
 
+    @torch.no_grad()
     def to_fnuz(self) -> BlockFP8:
         """The same numbers in E4M3FNUZ, for gfx94x (codes keep their bits, scales double), as new tensors.
 

@@ -15,7 +15,7 @@ from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.fnuz import double_scales, normalize_to_fnuz_
 from epfuse.numerics.mxfp8 import BLOCK as GROUP
 from epfuse.numerics.mxfp8 import MXFP8
-from epfuse.operands import require_plain
+from epfuse.operands import Span, require_apart, require_plain, span
 from epfuse.target import Target, target_of
 from epfuse.weights.block_fp8 import BlockFP8, BlockScale
 from epfuse.weights.consistency import KINDS, check_pair, check_stack
@@ -185,6 +185,7 @@ class ExpertWeights:
         return cls(*_sizes(w13, w2), mxfp8_experts=experts)
 
     @classmethod
+    @torch.no_grad()
     @checks_enums
     def quantize(cls, weights: ExpertWeights, rounding: ScaleRounding = ScaleRounding.FLOOR) -> ExpertWeights:
         """Dense weights as MXFP8, in new memory, one expert at a time.
@@ -247,6 +248,7 @@ class ExpertWeights:
         blocks = Projections(BlockFP8.quantize(stacks.w13, scale), BlockFP8.quantize(stacks.w2, scale))
         return replace(packed, mxfp8_experts=None, block_fp8_experts=blocks)
 
+    @torch.inference_mode()  # their memory is written, whatever mode it was made in and whether it requires grad
     @checks_enums
     def prepare(self, target: Target | None = None, path: Path = Path.AUTO) -> ExpertWeights:
         """Bring FP8 weights into the form that ``target`` reads fastest, **in their own memory**, expert by expert.
@@ -266,9 +268,12 @@ class ExpertWeights:
         Raises:
             ConfigError: path or target is none; for gfx942, an MXFP8 scale byte is 254, whose double E8M0 can't hold;
                 for a GPU, the weights were prepared for another one, or are consumed. Nothing is changed.
+            LayoutError: two of the tensors share memory. Nothing is changed.
         """
         target = target_of(self.device) if target is None else target
         self._require_not_prepared_for_another(target)
+        for index, (name, own) in enumerate(spans := self.spans()):
+            require_apart(name, own, spans[:index])
         if target is Target.GFX942:
             return self._prepare_fnuz()
         if target is not Target.SM90:
@@ -345,6 +350,18 @@ class ExpertWeights:
             found[WeightFormat.DENSE] = self.dense_experts
         if self.row_fp8_experts is not None:  # last: it has lost some bits
             found[WeightFormat.ROW_FP8] = self.row_fp8_experts
+        return found
+
+    def spans(self) -> list[tuple[str, Span]]:
+        """Where the weights lie, each tensor with its name."""
+        found = []
+        for experts in self.kept.values():
+            for name, stack in (("w13", experts.w13), ("w2", experts.w2)):
+                if isinstance(stack, torch.Tensor):
+                    found.append((name, span(stack)))
+                else:
+                    codes = stack.codes if isinstance(stack, PanelStack) else stack.values
+                    found += [(name, span(codes)), (f"{name}'s scales", span(stack.scales))]
         return found
 
     @property

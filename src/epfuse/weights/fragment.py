@@ -43,6 +43,7 @@ class FragmentMXFP8(PanelStack):
         return self.codes.shape[2] * 32
 
 
+@torch.no_grad()
 @checks_enums
 def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
     """Repack, one matrix at a time, into the memory of ``weights`` where the sizes allow it.

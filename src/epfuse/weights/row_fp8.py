@@ -51,6 +51,7 @@ class RowFP8(PanelStack):
         return out
 
 
+@torch.no_grad()
 @checks_enums
 def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
     """Repack, one matrix at a time, into the codes' memory where the sizes allow it.

@@ -7,6 +7,7 @@ import triton
 
 from epfuse.arguments import checks_enums
 from epfuse.config import SwiGLUOAI
+from epfuse.errors import DtypeError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK
 from epfuse.stages.activate.kernel import activate_kernel
@@ -41,12 +42,19 @@ def launch_activate(
     Returns:
         ``out``.
 
+    Raises:
+        DtypeError: out is in another format than is asked for.
+
     Host syncs: none; graph-capturable; bitwise repeatable.
     """
     intermediate = gate_up.shape[1] // 2
     groups = groups_of(intermediate, group)
     if out is None:
         out = FP8Rows.empty(routes.num_routes, intermediate, group, dtype, gate_up.device)
+    elif out.values.dtype != dtype or out.group != group:
+        raise DtypeError(
+            f"out is in {out.values.dtype} with groups of {out.group}; it must be in {dtype} with groups of {group}"
+        )
     rows = min(_ROWS, routes.block_m)
     block = min(_VALUES // group, triton.next_power_of_2(groups))
     activate_kernel[(triton.cdiv(routes.max_padded, rows), triton.cdiv(groups, block))](

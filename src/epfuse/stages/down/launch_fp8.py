@@ -9,7 +9,7 @@ from epfuse.arguments import checks_enums
 from epfuse.config import Combine
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel_fp8 import down_fp8_kernel
-from epfuse.stages.quantize.rows import FP8Rows
+from epfuse.stages.quantize.rows import FP8Rows, require_alike
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
@@ -39,8 +39,12 @@ def launch_down_fp8(
     Returns:
         ``out``.
 
+    Raises:
+        DtypeError, ShapeError: y is in another E4M3, or in other groups, than w2.
+
     Host syncs: none; graph-capturable.
     """
+    require_alike("y", y, w2)
     intermediate, hidden = y.values.shape[1], w2.shape[1]
     grid = (routes.max_blocks * triton.cdiv(hidden, tile.block_n),)
     down_fp8_kernel[grid](

@@ -7,7 +7,7 @@ import triton
 
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.gate_up.kernel_fp8 import gate_up_fp8_kernel
-from epfuse.stages.quantize.rows import FP8Rows
+from epfuse.stages.quantize.rows import FP8Rows, require_alike
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
@@ -36,8 +36,12 @@ def launch_gate_up_fp8(
     Returns:
         ``out``.
 
+    Raises:
+        DtypeError, ShapeError: x is in another E4M3, or in other groups, than w13.
+
     Host syncs: none; graph-capturable.
     """
+    require_alike("x", x, w13)
     hidden, twice = x.values.shape[1], w13.shape[1]
     if out is None:
         out = torch.empty(routes.num_routes, twice, dtype=dtype, device=x.values.device)

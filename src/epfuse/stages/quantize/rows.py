@@ -8,7 +8,8 @@ import torch
 
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.numerics.e8m0 import as_e8m0_bytes, decode_scales
-from epfuse.numerics.mxfp8 import VALUE_DTYPES
+from epfuse.numerics.mxfp8 import MXFP8, VALUE_DTYPES
+from epfuse.weights.block_fp8 import BlockFP8, scale_block
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class FP8Rows:
 
     Args:
         values: ``[N, K]`` contiguous, float8_e4m3fn, or float8_e4m3fnuz for gfx94x.
-        scales: ``[N, ceil(K / group)]`` contiguous uint8.
+        scales: ``[N, ceil(K / group)]`` contiguous uint8, or float8_e8m0fnu (kept as uint8).
         group: values that share a scale.
 
     Raises:
@@ -33,7 +34,7 @@ class FP8Rows:
     def __post_init__(self) -> None:
         if self.values.dtype not in VALUE_DTYPES:
             raise DtypeError(f"values has dtype {self.values.dtype}; FP8 rows are float8_e4m3fn or float8_e4m3fnuz")
-        as_e8m0_bytes("scales", self.scales)
+        object.__setattr__(self, "scales", as_e8m0_bytes("scales", self.scales))
         if self.values.dim() != 2:
             raise ShapeError(f"values has shape {tuple(self.values.shape)}; FP8 rows are [N, K]")
         rows, columns = self.values.shape
@@ -64,6 +65,21 @@ class FP8Rows:
         """``[N, K]`` numbers; float64 is exact, float32 wherever the product is in its range."""
         scales = decode_scales(self.scales, dtype).repeat_interleave(self.group, 1)
         return self.values.to(dtype) * scales[:, : self.values.shape[1]]
+
+
+def require_alike(name: str, rows: FP8Rows, weights: MXFP8 | BlockFP8) -> None:
+    """Refuse rows whose bytes a kernel would take for others beside these weights.
+
+    Raises:
+        DtypeError: E4M3FN beside E4M3FNUZ.
+        ShapeError: scales of other groups.
+    """
+    ours, theirs = rows.values.dtype, weights.values.dtype
+    if ours != theirs:
+        raise DtypeError(f"{name} has dtype {ours} and the weights {theirs}; both must have one")
+    group = scale_block(weights)[1]
+    if rows.group != group:
+        raise ShapeError(f"{name} has groups of {rows.group}; beside these weights they must be of {group}")
 
 
 def groups_of(columns: int, group: int) -> int:
