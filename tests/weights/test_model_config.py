@@ -141,6 +141,26 @@ def test_qwen(tmp_path: Path) -> None:
         (GPT_OSS | {"swiglu_alpha": "1"}, "swiglu_alpha is '1'"),
         (M3_TEXT | {"moe_layer_freq": [1]}, "moe_layer_freq must be a list with 60 entries"),
         (M3_TEXT | {"moe_layer_freq": [0] * 60}, "no layer has experts"),
+        (M3_TEXT | {"moe_layer_freq": [0.0] * 60}, "moe_layer_freq has 0.0"),
+        (M3_TEXT | {"mlp_layer_types": ["dense"] * 60}, "mlp_layer_types and moe_layer_freq contradict"),
+        (M3_TEXT | {"mlp_layer_types": ["linear"] * 60}, "mlp_layer_types has 'linear'"),
+        (
+            MIXTRAL | {"num_hidden_layers": 2**31 - 1},
+            "num_hidden_layers is 2147483647; it must be an integer, at least 1",
+        ),
+        (MIXTRAL | {"num_hidden_layers": 32.0}, "num_hidden_layers is 32.0"),
+        (MIXTRAL | {"num_hidden_layers": True}, "num_hidden_layers is True"),
+        (MIXTRAL | {"hidden_size": 10**400}, "hidden_size is 1000"),
+        (MIXTRAL | {"num_experts": 16}, "num_local_experts=8 and num_experts=16 contradict"),
+        (MIXTRAL | {"swiglu_limit": 10}, "swiglu_limit is 10, which mixtral is not known to have"),
+        (MIXTRAL | {"zero_expert_num": 2}, "zero_expert_num is 2"),
+        (MIXTRAL | {"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
+        (MIXTRAL | {"vision_config": {"num_experts": 4}}, "vision_config has experts of its own"),
+        (MIXTRAL | {"model_type": ["mixtral"]}, "model_type is"),
+        (MIXTRAL | {"text_config": [1]}, "text_config is"),
+        ({"model_type": "minimax_m3_vl", "text_config": MIXTRAL | {"model_type": "unknown"}}, "of type 'unknown'"),
+        ({"model_type": "mixtral", "text_config": {"model_type": "unknown"}}, "of type 'unknown'"),
+        ({"model_type": "minimax_m3_vl", "text_config": MIXTRAL, "language_config": MIXTRAL}, "several of"),
         (QWEN | {"mlp_only_layers": 3}, "mlp_only_layers must be a list"),
     ],
 )
@@ -152,3 +172,73 @@ def test_what_is_not_understood_is_named(tmp_path: Path, config: Any, words: str
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't be read: No such file"):
         read_model(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("kind", ["minimax_m3_vl_text", "minimax_m3_text", "minimax_m3", None])
+@pytest.mark.parametrize("outer", ["minimax_m3_vl", "some_new_wrapper"])
+def test_the_language_models_type_counts(tmp_path: Path, kind: str | None, outer: str) -> None:
+    config = {"model_type": outer, "text_config": M3_TEXT | {"model_type": kind}}
+    if kind is None and outer == "some_new_wrapper":
+        with pytest.raises(ConfigError, match="of type None"):
+            read_model(write(tmp_path, config))
+    else:
+        assert read_model(write(tmp_path, config)).moe_layers == MINIMAX_M3.moe_layers
+
+
+def test_m3_alone_has_its_plain_names(tmp_path: Path) -> None:
+    for kind in ("minimax_m3", "minimax_m3_text"):
+        assert read_model(write(tmp_path, M3_TEXT | {"model_type": kind})).experts == 128
+
+
+def test_step_says_layers_and_limits_with_those_of_its_mtp_layers(tmp_path: Path) -> None:
+    """The fields of a hub file: an enumeration in a string, limits for 45 layers and 3 more."""
+    step = {
+        "model_type": "step3p5", "hidden_size": 4096, "moe_intermediate_size": 1280, "intermediate_size": 11264,
+        "num_hidden_layers": 45, "num_nextn_predict_layers": 3, "moe_num_experts": 288, "moe_top_k": 8,
+        "share_expert_dim": 1280, "moe_layers_enum": ",".join(map(str, range(3, 45))),
+        "swiglu_limits": [0.0] * 43 + [7, 7, 0.0, 0.0, 0.0], "swiglu_limits_shared": [0.0] * 48,
+    }  # fmt: skip
+    model = read_model(write(tmp_path, step))
+    assert (model.experts, model.top_k, model.moe_layers) == (288, 8, tuple(range(3, 45)))
+    assert model.other_activations == ((43, None), (44, None))
+    assert (model.activation_at(44), model.activation_at(42)) == (None, SwiGLUOAI(1.0, 0.0, math.inf))
+    with pytest.raises(ConfigError, match="moe_layers_enum is '3,x'"):
+        read_model(write(tmp_path, step | {"moe_layers_enum": "3,x"}))
+    with pytest.raises(ConfigError, match="moe_layers_enum has 99"):
+        read_model(write(tmp_path, step | {"moe_layers_enum": [3, 99]}))
+
+
+def test_activations_dtype(tmp_path: Path) -> None:
+    for said, dtype in (
+        ("float16", "float16"),
+        ("torch.bfloat16", "bfloat16"),
+        ("float32", "bfloat16"),
+        (None, "bfloat16"),
+    ):
+        assert read_model(write(tmp_path, MIXTRAL | {"torch_dtype": said})).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": NaN}', "NaN is no number"),
+        ('{"a": -Infinity}', "-Infinity is no number"),
+        ('{"a": 1e999}', "a number is too large"),
+        ('{"a": 1, "a": 2}', "has the key 'a' twice"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        ('{"a": ' * 70 + "1" + "}" * 70, "nested deeper than 64"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' + "1" * 5000 + "}", "digits"),
+    ],
+)
+def test_json_that_could_be_read_in_two_ways(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_model(write(tmp_path, text))
+
+
+def test_a_file_of_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(json.dumps(MIXTRAL).encode("utf-16"))
+    with pytest.raises(ConfigError, match="is not JSON"):
+        read_model(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(MIXTRAL).encode())
+    assert read_model(tmp_path).experts == 8

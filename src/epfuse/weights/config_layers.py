@@ -8,7 +8,7 @@ from typing import Any
 
 from epfuse.weights.config_fields import Fields
 
-MOST_LAYERS = 1024
+MOST_LAYERS = 512
 """Layers of a model; the deepest known has 126."""
 SPARSE = frozenset({"sparse", "moe", "hash_moe"})
 """Kinds of feed-forward layers that have experts."""

@@ -12,8 +12,8 @@ from itertools import product
 
 from epfuse.weights.config_fields import Fields
 
-MOST_PATTERNS = 256
-"""Globs and regexes of one list; plain names are not counted."""
+MOST_PATTERNS = 128
+"""Globs and regexes of one model, whose alternatives count; plain names don't. Each is tried on every layer."""
 MOST_ALTERNATIVES = 64
 HEADS = ("model.layers", "language_model.model.layers", "model.language_model.layers")
 """What stands before a layer's index."""
@@ -37,6 +37,8 @@ class ExpertModules:
     def __init__(self, layers: tuple[int, ...], module: str) -> None:
         self.layers = layers
         self.module = module
+        self._indices = frozenset(layers)
+        self._patterns = 0
         self._parts = module.split(".")
 
     def named_by(self, config: Fields, key: str, patterns: list[str]) -> frozenset[int]:
@@ -59,8 +61,9 @@ class ExpertModules:
                 found.update(self._plain(config, key, pattern))
                 continue
             globs |= dict.fromkeys(_globs(config, key, pattern), pattern)
-            if len(globs) > MOST_PATTERNS:
-                raise config.refuse(f"{key} has more than {MOST_PATTERNS} patterns")
+            if self._patterns + len(globs) > MOST_PATTERNS:
+                raise config.refuse(f"{key} has too many patterns; at most {MOST_PATTERNS} of a model are read")
+        self._patterns += len(globs)
         matches = [(re.compile(translate(glob)), pattern) for glob, pattern in globs.items()]
         return frozenset(found.union(layer for layer in self.layers if self._is_named(config, key, layer, matches)))
 
@@ -73,7 +76,9 @@ class ExpertModules:
             index = parts[at + 1]
             if not index.isascii() or not index.isdigit() or len(index) > 6:
                 return ()
-            layers = tuple(layer for layer in layers if layer == int(index))
+            if int(index) not in self._indices:
+                return ()
+            layers = (int(index),)
             within = parts[at + 2 :]
             if within and within[: len(self._parts)] != self._parts[: len(within)]:
                 return ()
