@@ -12,7 +12,7 @@ import pytest
 
 from epfuse import input_file
 from epfuse.errors import ConfigError
-from epfuse.input_file import read_file, read_json
+from epfuse.input_file import read_file, read_json, read_object
 
 
 def test_reads_files_and_pipes(tmp_path: Path) -> None:
@@ -68,3 +68,23 @@ def test_what_is_no_json(tmp_path: Path, data: bytes) -> None:
 def test_json(tmp_path: Path) -> None:
     (tmp_path / "file").write_text('{"a": [1, "\\ud800", Infinity]}')
     assert read_json(tmp_path / "file", "record") == {"a": [1, "\ud800", float("inf")]}
+
+
+def test_objects_are_read_in_one_way_only(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": [1, {"b": "\xc3\xa9"}]}')
+    assert read_object(path, "config") == {"a": [1, {"b": "é"}]}
+    for text in (
+        b'{"a": 1, "a": 1}',
+        b'{"a": NaN}',
+        b'{"a": 1e999}',
+        b'{"a": "\\ud800"}',
+        b'{"a": "\xff"}',
+        b"[" * 9999,
+    ):
+        path.write_bytes(text)
+        with pytest.raises(ConfigError, match=r"config\.json is (not JSON|nested too deeply)"):
+            read_object(path, "config")
+    path.write_bytes(b"[]")
+    with pytest.raises(ConfigError, match="is a list; it must be an object"):
+        read_object(path, "config")

@@ -11,25 +11,13 @@ import pytest
 from epfuse.errors import ConfigError
 from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.model_config import read_model
-from tests.weights.test_model_config import M3_TEXT, MIXTRAL, QWEN_FP8, write
+from tests.weights.test_model_config import M3_TEXT, MIXTRAL, MXFP8_GROUP, QWEN_FP8, groups, write
 
 FP8 = QWEN_FP8["quantization_config"]
-MXFP8_GROUP = {
-    "targets": ["Linear"],
-    "weights": {
-        "num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False,
-        "scale_dtype": "torch.uint8", "observer": "memoryless_minmax",
-    },
-    "input_activations": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "dynamic": True},
-}  # fmt: skip
 BLOCK_GROUP = {
     "targets": ["Linear"],
     "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
 }
-
-
-def groups(**made: Any) -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "config_groups": made}
 
 
 def weights(**changes: Any) -> dict[str, Any]:

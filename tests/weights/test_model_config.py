@@ -76,6 +76,18 @@ QWEN_FP8 = {
     },
 }
 """Qwen3-30B-A3B-FP8's."""
+MXFP8_GROUP = {
+    "targets": ["Linear"],
+    "weights": {
+        "num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False,
+        "scale_dtype": "torch.uint8", "observer": "memoryless_minmax",
+    },
+    "input_activations": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "dynamic": True},
+}  # fmt: skip
+
+
+def groups(**made: Any) -> dict[str, Any]:
+    return {"quant_method": "compressed-tensors", "config_groups": made}
 
 
 def write(tmp_path: Path, config: object) -> Path:
