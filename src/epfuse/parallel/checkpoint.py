@@ -74,8 +74,10 @@ def load_sharded(model: nn.Module, path: Path, sharded: Mapping[str, ExpertMap],
         ShapeError: a tensor of the file does not have the model's shape (before sharding).
         DtypeError: a tensor of the file would have to be cast.
         LayoutError: a tensor of the model is split over ranks, packed or sparse.
+        ConfigError: experts were prepared, so that their memory is in a GPU's own order.
     """
     path = Path(path)
+    model.state_dict()  # experts that can't be loaded any more refuse here
     wanted = _held_tensors(model)
     unknown = sorted(set(sharded) - {name for held in wanted for name in held.names})
     if unknown:
