@@ -27,10 +27,6 @@ def test_floor_without_roofs_is_zero() -> None:
     assert floor_of(Work(1.0, 1.0, Operand.BF16), Roofs(Roof(None, ""))).seconds == 0.0
 
 
-def test_json_round_trip() -> None:
-    assert Roofs.from_json(ROOFS.to_json()) == ROOFS
-
-
 def test_roofs_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("epfuse.bench.roofs.CPU_COPY_BYTES", 1 << 20)
     monkeypatch.setattr("epfuse.bench.roofs.CPU_MATRIX", 64)

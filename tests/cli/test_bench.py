@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from epfuse.bench import contender, measure, roofs
-from epfuse.bench.record import read_record
+from epfuse.bench.read_record import read_record
 from epfuse.cli.main import main
 
 SMALL = ["bench", "--device", "cpu", "--quick", "--shape", "custom", "--hidden", "64", "--intermediate", "32"]
@@ -148,7 +148,7 @@ def test_a_run_that_is_cut_off_leaves_its_record(tmp_path: Path, monkeypatch: py
         return right(hidden, *args, **kwargs)
 
     monkeypatch.setattr(contender, "fused_experts", interrupted)
-    assert run("--peers", "none", "--json", str(tmp_path / "r.json")).exit_code == 1
+    assert run("--peers", "none", "--json", str(tmp_path / "r.json")).exit_code == 130
     record = read_record(tmp_path / "r.json")
     assert not record.complete
     assert [row.tokens for row in record.rows] == [1]

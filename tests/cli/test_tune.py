@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from epfuse import Target
-from epfuse.cli import tune as tune_command
+from epfuse.cli import tune_run
 from epfuse.cli.main import main
 from epfuse.stages.tiles import LayerTiles
 from epfuse.tuning import bench as tuning_bench
@@ -61,9 +61,9 @@ class Bench:
 
 @pytest.fixture
 def _mi300x(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_command, "_gpu", lambda name: torch.device("meta"))
-    monkeypatch.setattr(tune_command, "target_of", lambda device: Target.GFX942)
-    monkeypatch.setattr(tune_command, "device_name", lambda device: "AMD Instinct MI300X")
+    monkeypatch.setattr(tune_run, "_gpu", lambda name: torch.device("meta"))
+    monkeypatch.setattr(tune_run, "target_of", lambda device: Target.GFX942)
+    monkeypatch.setattr(tune_run, "device_name", lambda device: "AMD Instinct MI300X")
     monkeypatch.setattr(tuning_bench, "DeviceBench", Bench)
     monkeypatch.setattr(prune, "unfit", lambda candidates, workers, progress: {})
 
@@ -110,7 +110,7 @@ def test_known_tiles_only(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_mi300x")
 def test_a_budget_that_compiling_took_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 23.0])
-    monkeypatch.setattr(tune_command, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(tune_run, "time", SimpleNamespace(monotonic=lambda: next(times)))
     result = tune(*RUN, "--out", str(tmp_path), "--budget", "20")
     assert result.exit_code == 2
     assert "--budget is 20 s and compiling took 23 s" in result.stderr
@@ -135,7 +135,7 @@ def test_hopper_paths_have_nothing_for_vllm(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_mi300x")
 def test_trials_are_timed_and_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_command.machine, "describe_device", lambda device: {"name": "AMD Instinct MI300X"})
+    monkeypatch.setattr(tune_run.machine, "describe_device", lambda device: {"name": "AMD Instinct MI300X"})
     tile = {"kind": "portable", "block_n": 64, "block_k": 128, "group_m": 0, "num_warps": 4, "num_stages": 2}
     trials = tmp_path / "trials.json"
     trials.write_text(json.dumps([{"path": "bf16", "tokens": 64, "block_m": 16, "gate_up": tile, "down": tile}]))

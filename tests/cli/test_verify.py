@@ -70,13 +70,13 @@ def test_too_little_memory_exits_2(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--path", "bf16"], "'bf16' has no kernel for cpu with weights in dense; it can run reference"),
         (["--experts", "7"], "epfuse: ep_size is 3; it must divide experts=7"),
         (["--top-k", "9"], "top_k is 9, more than experts=6"),
-        (["--hidden", "0"], "hidden is 0; it must be"),
-        (["--tokens", "0"], "tokens is (5, 0); it must name at least one count, each at least 1"),
+        (["--hidden", "0"], "0 is not in the range 1<=x<=1048576"),
+        (["--tokens", "0"], "'0' is not a token count"),
         (["--device", "tpu0"], "epfuse: device is 'tpu0'; it must be cpu, cuda or cuda:N"),
         (["--device", "meta"], "epfuse: device is 'meta'; it must be cpu, cuda or cuda:N"),
         (["--device", "cuda:97"], "epfuse: device is 'cuda:97'; torch"),
         (["--dtype", "int8"], "'int8' is not one of"),
-        (["--tokens", "many"], "'many' is not a valid integer"),
+        (["--tokens", "many"], "'many' is not a token count"),
     ],
 )
 def test_wrong_usage_exits_2(options: list[str], words: str) -> None:

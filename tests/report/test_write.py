@@ -231,8 +231,10 @@ OWN_WRITERS = {
     "src/epfuse/parallel/launch.py": "a failing rank's note, in a folder of the launcher's own",
     "src/epfuse/demo/progress.py": "appends to a channel between processes",
     "src/epfuse/integrations/vllm/patch/swap.py": "swaps vLLM's files under a journal, with kills tested",
-    "src/epfuse/integrations/vllm/patch/site.py": "locks a folder; writes nothing",
-    "src/epfuse/tuning/store.py": "locks a folder; writes nothing",
+    "src/epfuse/cli/exits.py": "the null device, in place of a stdout that is closed",
+    "src/epfuse/parallel/watch.py": "appends where a rank is, for the launcher",
+    "tools/gpu_suite/watch.py": "appends to a log while a suite runs",
+    "tools/gpu_suite/__main__.py": "logs of processes, written while they run",
     "tools/vllm_on_gpu/warm_up.py": "logs of processes, written while they run",
     "tools/beside_peers.py": "a harness in a temporary folder of its own",
     "tools/vllm_cpu.py": "makes an environment, before epfuse is in it",
@@ -248,7 +250,8 @@ def _writes(call: ast.Call) -> bool:
     if name == "open":
         modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         modes += [k.value.value for k in call.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
-        return of == "os" or any(set("wax+") & set(str(mode)) for mode in modes)
+        flags = {node.attr for node in ast.walk(call) if isinstance(node, ast.Attribute)}
+        return bool(flags & {"O_WRONLY", "O_RDWR", "O_CREAT"}) or any(set("wax+") & set(str(mode)) for mode in modes)
     return name in WRITERS or (of == "os" and name == "replace")
 
 

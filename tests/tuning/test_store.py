@@ -26,7 +26,7 @@ TILES = [
 
 @pytest.mark.parametrize("tile", TILES)
 def test_every_kind_of_tile_survives_the_disk(tmp_path: FilePath, tile: GemmTile) -> None:
-    write(tmp_path, measurement(row(1, block_m=8, tile=entry_of(tile))))
+    write(tmp_path, measurement(row(1, block_m=64, tile=entry_of(tile))))
     (read,) = store.read_table(tmp_path, Target.SM90, Stage.DOWN).measurements
     assert read.rows[0].tile.tile() == tile
     assert type(read.rows[0].tile.tile()) is type(tile)
@@ -125,7 +125,7 @@ def test_a_writer_that_fails_leaves_the_old_table(tmp_path: FilePath, monkeypatc
     def broken(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(store.os, "replace", broken)
+    monkeypatch.setattr("epfuse.report.write.os.replace", broken)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path, measurement(row(2)))
     assert store.table_path(tmp_path, Target.SM90, Stage.GATE_UP).read_text() == before

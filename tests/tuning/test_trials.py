@@ -135,7 +135,7 @@ def test_what_is_no_json_and_what_is_too_long_are_refused(tmp_path: FilePath) ->
     with pytest.raises(ConfigError, match="Invalid JSON"):
         read_trials(file)
     file.write_bytes(b" " * (1 << 20) + b"[]")
-    with pytest.raises(ConfigError, match="1048578 bytes"):
+    with pytest.raises(ConfigError, match="more than 1048576 bytes"):
         read_trials(file)
 
 

@@ -68,6 +68,12 @@ def test_hopper_tiles_are_not_vllms(tmp_path: FilePath) -> None:
         ([], NAME, "is a list"),
         ({"1": {}}, NAME, "BLOCK_SIZE_M is None"),
         ({"1": ENTRY | {"num_warps": 0}}, NAME, "num_warps is 0"),
+        ({"1": ENTRY | {"num_stages": -1}}, NAME, "num_stages is -1"),
+        ({"1": ENTRY | {"num_warps": 10**30}}, NAME, "num_warps is 10"),
+        ({"²": ENTRY}, NAME, "has the key '²'"),
+        ({"0": ENTRY}, NAME, "has the key '0'"),
+        ({"batch": ENTRY}, NAME, "has the key 'batch'"),
+        ({"1": ENTRY}, NAME.replace("16", "\N{FULLWIDTH DIGIT ONE}6"), "no name of vLLM's form"),
         ({"1": 3}, NAME, "BLOCK_SIZE_M is None"),
         ({"1": ENTRY | {"BLOCK_SIZE_M": 24}}, NAME, "block_m is 24"),
     ],
@@ -75,3 +81,30 @@ def test_hopper_tiles_are_not_vllms(tmp_path: FilePath) -> None:
 def test_what_is_refused(tmp_path: FilePath, content: object, name: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         vllm_files.read(put(tmp_path, content, name), M3)
+
+
+@pytest.mark.parametrize(
+    ("device", "folded"),
+    [
+        ("NVIDIA H200", "NVIDIA_H200"),
+        ("NVIDIA H200 NVL", "NVIDIA_H200"),
+        ("NVIDIA GH200 480GB", "NVIDIA_GH200_480GB"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA_H100_80GB_HBM3"),
+        ("NVIDIA RTX PRO 6000 Blackwell / Max-Q", "NVIDIA_RTX_PRO_6000_Blackwell_Max-Q"),
+        ("AMD Instinct MI300X", "AMD_Instinct_MI300X"),
+        ("AMD Instinct MI300X VF", "AMD_Instinct_MI300X"),
+    ],
+)
+def test_families_are_folded_as_vllm_does(device: str, folded: str) -> None:
+    assert vllm_files.file_name(M3, device) == f"E=16,N=3072,device_name={folded}.json"
+
+
+def test_no_stages_are_what_triton_then_meant(tmp_path: FilePath) -> None:
+    tile = GemmTile(64, 128, 1, 4, 2)
+    assert vllm_files.read(put(tmp_path, {"1": ENTRY | {"num_stages": 0}}), M3) == {1: LayerTiles(16, tile, tile)}
+
+
+def test_a_folder_is_no_tile_file(tmp_path: FilePath) -> None:
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(ConfigError, match="Is a directory"):
+        vllm_files.read(tmp_path / NAME, M3)

@@ -89,6 +89,13 @@ def draw_inputs(
     return drawn
 
 
+def least_bytes(layer: Layer, tokens: tuple[int, ...]) -> int:
+    """What a run holds at the least, in bytes: one copy of the weights, and one call's activations and oracle."""
+    shape = layer.shape
+    token = 12 * shape.hidden + 16 * shape.top_k  # float32 activations and a float64 oracle; weights and ids
+    return layer.expert_weights * shape.local_experts + max(tokens) * token
+
+
 def rotated_bytes(drawn: list[Inputs], layer: Layer, form: WeightFormat) -> float:
     """Bytes of the different experts that calls in turn read."""
     return len({e for inputs in drawn for e in inputs.active}) * layer.expert_weights * BYTES_PER_WEIGHT[form]

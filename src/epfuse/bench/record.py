@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from epfuse.bench.contender import Absent, Kind
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Timing
 from epfuse.bench.roofline import Roofs
-from epfuse.config import LayerShape, SwiGLUOAI
-from epfuse.errors import ConfigError, EpfuseError
 
 FORMAT = "epfuse-bench-1"
 """First field of every record; a reader refuses others."""
@@ -92,12 +89,6 @@ class Row:
         values["relative_error"] = error if error is not None and math.isfinite(error) else None
         return values
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Row:
-        """The inverse of `to_json`."""
-        plain = {name: value for name, value in values.items() if name not in ("over_floor", "ok", "kind", "time")}
-        return cls(**plain, kind=Kind(values["kind"]), time=Timing(**values["time"]) if values["time"] else None)
-
 
 @dataclass(frozen=True)
 class Record:
@@ -167,47 +158,7 @@ class Record:
             "notes": self.notes,
         }
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Record:
-        """The inverse of `to_json`; raises KeyError, TypeError or ValueError on anything else."""
-        layer = dict(values["layer"])
-        gate = dict(layer.pop("activation"))
-        gate["limit"] = math.inf if gate["limit"] is None else gate["limit"]
-        rows = [{name: value for name, value in row.items() if name != "over_best_peer"} for row in values["rows"]]
-        return cls(
-            layer=Layer(layer.pop("name"), LayerShape(**layer), SwiGLUOAI(**gate)),
-            device=values["device"],
-            roofs=Roofs.from_json(values["roofs"]),
-            rows=[Row.from_json(row) for row in rows],
-            absent=[Absent(**peer) for peer in values["absent"]],
-            notes=values["notes"],
-            run=values["run"],
-            complete=values["complete"],
-        )
-
 
 def to_text(record: Record) -> str:
     """The record as a JSON document."""
     return json.dumps(record.to_json(), indent=2, allow_nan=False) + "\n"
-
-
-def read_record(path: Path) -> Record:
-    """A record from a file.
-
-    Raises:
-        ConfigError: the file can't be read or is no record of this format.
-    """
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"record {path} can't be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"record {path} is not JSON: {error}") from None
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
-        raise ConfigError(f"record {path} has the format {found!r}; it must be {FORMAT!r}, as 'epfuse bench' writes it")
-    try:
-        return Record.from_json(values)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = str(error) if isinstance(error, EpfuseError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"record {path} is damaged: {reason}") from None

@@ -60,13 +60,6 @@ class Roofs:
         named = {"read": self.read} | {f"matmul_{operand.value}": roof for operand, roof in self.matmul.items()}
         return {name: {"rate": r.rate, "method": r.method, "spread": r.spread} for name, r in named.items()}
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Roofs:
-        """The inverse of `to_json`."""
-        roofs = {name: Roof(r["rate"], r["method"], r["spread"]) for name, r in values.items()}
-        matmul = {Operand(name.removeprefix("matmul_")): roof for name, roof in roofs.items() if name != "read"}
-        return cls(roofs["read"], matmul)
-
 
 @dataclass(frozen=True)
 class Work:

@@ -15,17 +15,17 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from epfuse.aot.calls import DTYPES, SHAPES
-from epfuse.cli.main import EXIT_CHECK_FAILED
+from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import comma_names
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, MissingDependency
-from epfuse.policy import READABLE
-from epfuse.target import Target
 
-TARGETS = tuple(target.value for target in Target if target.is_gpu)
+TARGETS = ("sm_90", "gfx942", "gfx950")
 STAGES = ("route", "gather", "quantize", "gate_up", "activate", "down", "gate_up_down", "combine")
-PATHS = tuple(path.value for path in READABLE[Target.GFX942])
+PATHS = ("w8a16", "bf16", "w8a8", "block_fp8")
+SHAPES = ("minimax-m3", "gpt-oss-120b")
+DTYPES = ("bf16", "fp16", "fp32")
+"""Names of what is behind them, here so that the help needs no torch."""
 Command = Callable[..., Any]
 
 
@@ -47,7 +47,7 @@ def names_option(option: str, variable: str, known: Iterable[str]) -> Callable[[
 @names_option("--path", "paths", PATHS)
 @names_option("--shape", "shapes", SHAPES)
 @names_option("--dtype", "dtypes", DTYPES)
-@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes.  [default: the CPUs]")
+@click.option("--workers", type=click.IntRange(1, 1024), help="Compiling processes.  [default: the CPUs]")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the assembly of every kernel."
 )
@@ -75,8 +75,10 @@ def aot(
         raise ConfigError("--json and --markdown exclude each other")
     if find_spec("triton") is None:
         raise MissingDependency("'epfuse aot' needs triton: pip install 'epfuse[cpu]'")
+    delivery = Delivery(folders={"--out": out})
     from epfuse.aot import mca, tables
     from epfuse.aot.run import Request, run
+    from epfuse.target import Target
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -94,18 +96,18 @@ def aot(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"compiling for {', '.join(targets)}", total=None)
         record = run(request, lambda done, total: progress.update(task, completed=done, total=total))
-    if as_json:
-        click.echo(json.dumps(record.to_json(_command()), indent=2, allow_nan=False))
-    elif as_markdown:
-        click.echo(tables.markdown(record, _command()), nl=False)
-    else:
-        tables.show(record, Console(width=None if sys.stdout.isatty() else 240))
+    with delivery.of(STDOUT):
+        if as_json:
+            click.echo(json.dumps(record.to_json(_command()), indent=2, allow_nan=False))
+        elif as_markdown:
+            click.echo(tables.markdown(record, _command()), nl=False)
+        else:
+            tables.show(record, Console(width=None if sys.stdout.isatty() else 240))
     for target in record.targets:
         for gate in target.gates:
             if not gate.ok:
                 click.echo(f"FAIL {target.target.value}, {gate.name}: {gate.detail}", err=True)
-    if not record.ok:
-        sys.exit(EXIT_CHECK_FAILED)
+    delivery.exit(passed=record.ok)
 
 
 def _command() -> str:

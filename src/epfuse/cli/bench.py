@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as jsonlib
 import shlex
 import sys
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from epfuse.cli.main import EXIT_CHECK_FAILED
-from epfuse.cli.names import comma_names
+from epfuse.cli.delivery import STDOUT, Delivery
+from epfuse.cli.names import SIZE, comma_names, token_count
 
 if TYPE_CHECKING:
     from epfuse.bench.compare import Comparison
@@ -41,29 +42,25 @@ Examples:
   epfuse bench --quick --device cpu
 
 \b
-Exit status: 0 good; 1 a result was wrong, a path failed, or with --fail-on-slower a path became slower; 2 usage.
+Exit status: 0 good; 1 a result was wrong, a path failed, or with --fail-on-slower a path became slower; 2 usage, or
+an output that could not be written.
 """
 
 
 def _counts(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
     """Token counts: the option several times, or commas, or both."""
-    found: list[int] = []
-    for text in ",".join(values).split(",") if values else ():
-        if not text.isdecimal() or int(text) < 1:
-            raise click.BadParameter(f"{text!r} is not a token count; it must be an integer, at least 1")
-        found.append(int(text))
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(token_count(text) for text in ",".join(values).split(","))) if values else ()
 
 
 @click.command(epilog=EPILOG)
 @click.option(
     "--shape", type=click.Choice(SHAPE_NAMES), help="The layer.  [default: minimax-m3-ep8 on a GPU, small on a CPU]"
 )
-@click.option("--hidden", type=int, metavar="H", help="Model dimension, in place of the shape's.")
-@click.option("--intermediate", type=int, metavar="I", help="Width of an expert on this rank.")
-@click.option("--experts", type=int, metavar="E", help="Experts over all ranks.")
-@click.option("--top-k", type=int, metavar="K", help="Routes per token.")
-@click.option("--ep-size", type=int, metavar="P", help="Expert-parallel ranks, of which the first is measured.")
+@click.option("--hidden", type=SIZE, metavar="H", help="Model dimension, in place of the shape's.")
+@click.option("--intermediate", type=SIZE, metavar="I", help="Width of an expert on this rank.")
+@click.option("--experts", type=SIZE, metavar="E", help="Experts over all ranks.")
+@click.option("--top-k", type=SIZE, metavar="K", help="Routes per token.")
+@click.option("--ep-size", type=SIZE, metavar="P", help="Expert-parallel ranks, of which the first is measured.")
 @click.option("--activation", type=click.Choice(["swiglu-oai", "silu"]), help="Between the two projections.")
 @click.option(
     "--tokens",
@@ -156,16 +153,16 @@ def bench(
         raise click.UsageError("--fail-on-slower needs --compare")
     if peers is not None and "none" in peers and len(peers) > 1:
         raise click.BadParameter("none excludes all others", param_hint="--peers")
-    for option, file in (("--json", None if json_file in (None, "-") else Path(str(json_file))), ("--html", html)):
-        if file is not None and not file.parent.is_dir():
-            raise click.BadParameter(f"the folder {file.parent} does not exist", param_hint=option)
+    kept = None if json_file in (None, "-") else Path(str(json_file))
+    delivery = Delivery({"--json": kept, "--html": html}, folders={"--pictures": pictures})
     from epfuse.bench.compare import check_comparable, compare_records
+    from epfuse.bench.inputs import least_bytes
     from epfuse.bench.layers import make_layer
     from epfuse.bench.measure import QUICK, THOROUGH
-    from epfuse.bench.record import read_record
+    from epfuse.bench.read_record import read_record
     from epfuse.bench.routing import Routing
     from epfuse.bench.run import Plan
-    from epfuse.cli.device import choose_device
+    from epfuse.cli.device import check_memory, choose_device
 
     if html is not None or pictures is not None:
         import epfuse.report.page  # noqa: F401  (refuses now, not after the run, if jinja2 is missing)
@@ -187,14 +184,15 @@ def bench(
     if before is not None:
         check_comparable(before.layer, layer)
     chosen_peers = PEER_NAMES if peers is None else () if "none" in peers else peers
-    record = _run(plan, paths or (), chosen_peers, json_file)
+    check_memory(least_bytes(layer, plan.tokens), where, f"{layer.name} and {max(plan.tokens)} tokens")
+    record = _run(plan, paths or (), chosen_peers, kept)
     comparison = None if before is None else compare_records(before, record)
-    _report(record, comparison, json_file, html, pictures)
+    _report(delivery, record, comparison, kept, html, pictures, print_json=json_file == "-")
     slower = fail_on_slower and comparison is not None and bool(comparison.slower)
-    sys.exit(EXIT_CHECK_FAILED if not record.ok or slower else 0)
+    delivery.exit(passed=record.ok and not slower)
 
 
-def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], json_file: str | None) -> Record:
+def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path | None) -> Record:
     """Measure, with a bar on stderr. A record file is written after each point: a run that is cut off leaves one."""
     import torch
     from rich.console import Console
@@ -203,10 +201,11 @@ def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], json_file: 
     from epfuse.bench import machine
     from epfuse.bench.contender import Kind, paths_of
     from epfuse.bench.peers.find import find_peers
-    from epfuse.bench.record import Record
+    from epfuse.bench.record import Record, to_text
     from epfuse.bench.roofs import measure_roofs
     from epfuse.bench.run import on_device, run_points
     from epfuse.bench.weights import LayerWeights
+    from epfuse.report.write import write_atomic
     from epfuse.verify.problem import Problem
 
     shape, device = plan.layer.shape, plan.device
@@ -257,42 +256,50 @@ def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], json_file: 
 
         for rows in run_points(plan, weights, contenders, roofs, advance):
             record.rows.extend(rows)
-            _write_record(record, json_file)
+            if kept is not None:
+                with contextlib.suppress(OSError):  # the measurement goes on; the last write, of all, counts
+                    write_atomic(kept, to_text(record))
     clocks["at the end"] = machine.read_clocks(device)
     return replace(record, complete=True)
 
 
-def _write_record(record: Record, json_file: str | None) -> None:
+def _report(
+    delivery: Delivery,
+    record: Record,
+    comparison: Comparison | None,
+    kept: Path | None,
+    html: Path | None,
+    pictures: Path | None,
+    print_json: bool,
+) -> None:
+    """The record's file; results to stdout: the record if it was asked for there, tables otherwise; page, pictures."""
     from epfuse.bench.record import to_text
     from epfuse.report.write import write_atomic
 
-    if json_file not in (None, "-"):
-        write_atomic(Path(str(json_file)), to_text(record))
+    if kept is not None:
+        with delivery.of("--json"):
+            write_atomic(kept, to_text(record))
+    with delivery.of(STDOUT):
+        if print_json:
+            values = record.to_json() | ({"comparison": comparison.to_json()} if comparison else {})
+            click.echo(jsonlib.dumps(values, indent=2, allow_nan=False))
+        else:
+            from rich.console import Console
 
+            from epfuse.bench.console import print_record
 
-def _report(
-    record: Record, comparison: Comparison | None, json_file: str | None, html: Path | None, pictures: Path | None
-) -> None:
-    """Results to stdout: the record if it was asked for there, tables otherwise; and the files."""
-    from epfuse.report.write import write_atomic
-
-    _write_record(record, json_file)
-    if json_file == "-":
-        values = record.to_json() | ({"comparison": comparison.to_json()} if comparison else {})
-        click.echo(jsonlib.dumps(values, indent=2, allow_nan=False))
-    else:
-        from rich.console import Console
-
-        from epfuse.bench.console import print_record
-
-        print_record(record, comparison, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
+            print_record(record, comparison, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
+            if "--json" in delivery.failed:  # the tables have not all of it
+                click.echo(to_text(record), nl=False)
     if html is not None:
-        from epfuse.bench.page import bench_page
+        with delivery.of("--html"):
+            from epfuse.bench.page import bench_page
 
-        write_atomic(html, bench_page(record, comparison))
-        click.echo(f"page: {html}", err=True)
+            write_atomic(html, bench_page(record, comparison))
+            click.echo(f"page: {html}", err=True)
     if pictures is not None:
-        _write_pictures(record, pictures)
+        with delivery.of("--pictures"):
+            _write_pictures(record, pictures)
 
 
 def _write_pictures(record: Record, folder: Path) -> None:

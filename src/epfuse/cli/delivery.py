@@ -10,9 +10,11 @@ from typing import NoReturn
 
 import click
 
-from epfuse.cli.main import EXIT_CHECK_FAILED, EXIT_USAGE
+from epfuse.cli.exits import EXIT_CHECK_FAILED, EXIT_USAGE, give_up_stdout
 from epfuse.errors import ConfigError, EpfuseError
-from epfuse.report.write import check_output
+from epfuse.report.write import check_output, check_output_folder
+
+STDOUT = "standard output"
 
 
 class Delivery:
@@ -23,7 +25,7 @@ class Delivery:
 
         delivery = Delivery({"--html": html})
         record = work()
-        with delivery.of("standard output"):
+        with delivery.of(STDOUT):
             show(record)
         with delivery.of("--html"):
             write_atomic(html, page(record))
@@ -31,12 +33,15 @@ class Delivery:
 
     Args:
         files: option -> the file that it names, None where it was not given.
+        folders: the same of folders, which are made when they are written to.
 
     Raises:
-        ConfigError: a file can't be written, or two options name one file.
+        ConfigError: a file or folder can't be written, or two options name one file.
     """
 
-    def __init__(self, files: Mapping[str, Path | None] | None = None) -> None:
+    def __init__(
+        self, files: Mapping[str, Path | None] | None = None, folders: Mapping[str, Path | None] | None = None
+    ) -> None:
         self.failed: list[str] = []
         seen: dict[Path, str] = {}
         for option, file in (files or {}).items():
@@ -47,16 +52,21 @@ class Delivery:
             if place in seen and not (place.exists() and not place.is_file()):  # /dev/null may take both
                 raise ConfigError(f"{seen[place]} and {option} are one file, {str(file)!r}; give each its own")
             seen[place] = option
+        for option, folder in (folders or {}).items():
+            if folder is not None:
+                check_output_folder(folder, option)
 
     @contextlib.contextmanager
     def of(self, output: str) -> Iterator[None]:
         """Write one output: a failure is told, and kept for the exit code."""
         try:
             yield
-            if output == "standard output" and sys.stdout is not None:
+            if output == STDOUT:
                 sys.stdout.flush()
         except (OSError, EpfuseError) as error:
             self.failed.append(output)
+            if output == STDOUT:
+                give_up_stdout()
             with contextlib.suppress(OSError):
                 click.echo(f"epfuse: {output} could not be written: {error}", err=True)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from epfuse import __version__
-from epfuse.errors import EpfuseError
+from epfuse.cli.exits import EXIT_CHECK_FAILED, EXIT_USAGE, exit_code
+from epfuse.environment import environment
+from epfuse.errors import MissingDependency
 
-EXIT_CHECK_FAILED = 1
-EXIT_USAGE = 2
+__all__ = ["COMMANDS", "EXIT_CHECK_FAILED", "EXIT_USAGE", "LazyGroup", "main"]
 
 COMMANDS = {
     "aot": "Compile every kernel for a GPU that is not there: resources, gates, predictions.",
@@ -41,8 +43,10 @@ class LazyGroup(click.Group):
             command = getattr(importlib.import_module(module), cmd_name)
         except ModuleNotFoundError as error:
             if error.name != module:
-                _refuse(f"'epfuse {cmd_name}' needs the package {error.name!r}, which is not installed")
-            _refuse(f"'epfuse {cmd_name}' is not part of this version ({__version__})")
+                raise MissingDependency(
+                    f"'epfuse {cmd_name}' needs the package {error.name!r}, which is not installed"
+                ) from error
+            raise MissingDependency(f"'epfuse {cmd_name}' is not part of this version ({__version__})") from error
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}.{cmd_name} is a {type(command).__name__}, not a click command")
         return command
@@ -51,16 +55,25 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except EpfuseError as error:
-            _refuse(str(error))
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command line and exit; click's own, but for the exit codes and what a foreign error looks like."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
 
+        def command() -> None:
+            name = prog_name or "epfuse"
+            self._main_shell_completion(extra, name, complete_var)
+            with self.make_context(name, list(sys.argv[1:] if args is None else args), **extra) as context:
+                self.invoke(context)
 
-def _refuse(message: str) -> NoReturn:
-    click.echo(f"epfuse: {message}", err=True)
-    sys.exit(EXIT_USAGE)
+        sys.exit(exit_code(command))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,6 +81,7 @@ def _refuse(message: str) -> NoReturn:
 def main() -> None:
     """Routed experts of a mixture-of-experts model, on one expert-parallel rank.
 
-    Exit codes: 0 good, 1 a check failed, 2 wrong usage or input that can't be used. Progress goes to stderr, results
-    to stdout.
+    Exit codes: 0 good, 1 a check failed, 2 wrong usage, or input or an environment that can't be used (a result that
+    could not be written too), 70 a bug of epfuse, 130 interrupted. Progress goes to stderr, results to stdout.
     """
+    environment()  # a wrong variable is refused before any work

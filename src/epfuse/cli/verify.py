@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+from typing import TYPE_CHECKING
 
 import click
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from epfuse.cli.device import choose_device
-from epfuse.cli.main import EXIT_CHECK_FAILED
-from epfuse.config import Combine, LayerShape, Path
+from epfuse.cli.delivery import STDOUT, Delivery
+from epfuse.cli.names import SIZE, token_count
+from epfuse.config import Combine, Path
 from epfuse.errors import DeviceError
-from epfuse.verify import suite
-from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem
-from epfuse.verify.record import ORACLE, CaseResult, Record
-from epfuse.verify.subject import subjects_of
+
+if TYPE_CHECKING:
+    from epfuse.verify.record import CaseResult, Record
 
 PATH_CHOICES = ["all", *(path.value for path in Path)]
+SHAPE_NAMES = ["small", "minimax-m3"]
+DTYPE_NAMES = ["bfloat16", "float16", "float32"]
+
+
+def _tokens(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(token_count(text) for text in values)
 
 
 @click.command()
 @click.option(
-    "--shape", type=click.Choice(list(SHAPES)), default="small", show_default=True, help="Sizes to start from."
+    "--shape", type=click.Choice(SHAPE_NAMES), default="small", show_default=True, help="Sizes to start from."
 )
-@click.option("--tokens", type=int, multiple=True, metavar="T", help="Token count; may be given several times.")
-@click.option("--hidden", type=int, metavar="H", help="Model dimension.")
-@click.option("--intermediate", type=int, metavar="I", help="Width of an expert.")
-@click.option("--experts", type=int, metavar="E", help="Experts over all ranks.")
-@click.option("--top-k", type=int, metavar="K", help="Routes per token.")
-@click.option("--ep-size", type=int, metavar="P", help="Ranks; the device plays them in turn.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
+@click.option("--tokens", multiple=True, callback=_tokens, metavar="T", help="Token count; may be given several times.")
+@click.option("--hidden", type=SIZE, metavar="H", help="Model dimension.")
+@click.option("--intermediate", type=SIZE, metavar="I", help="Width of an expert.")
+@click.option("--experts", type=SIZE, metavar="E", help="Experts over all ranks.")
+@click.option("--top-k", type=SIZE, metavar="K", help="Routes per token.")
+@click.option("--ep-size", type=SIZE, metavar="P", help="Ranks; the device plays them in turn.")
+@click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="bfloat16", show_default=True)
 @click.option("--device", help="cpu, cuda or cuda:N (CUDA and ROCm).  [default: cuda if there is one]")
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True)
 @click.option("--path", "choice", type=click.Choice(PATH_CHOICES), default="all", show_default=True)
@@ -62,15 +66,28 @@ def verify(
     and on a GPU also replayed from a captured graph. Paths with FP8 weights start from the same weights in MXFP8, which
     need sizes that are multiples of 32.
     """
-    problem = _problem(
-        SHAPES[shape],
-        {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size},
-        tokens or DEFAULT_TOKENS,
-        DTYPES[dtype],
-        choose_device(device),
-        seed,
+    import torch
+
+    from epfuse.cli.device import check_memory, choose_device
+    from epfuse.verify import suite
+    from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem
+    from epfuse.verify.subject import subjects_of
+
+    named = SHAPES[shape]
+    problem = Problem(
+        hidden=hidden or named.hidden,
+        intermediate=intermediate or named.intermediate,
+        experts=experts or named.experts,
+        top_k=top_k or named.top_k,
+        ep_size=ep_size or named.experts // named.local_experts,
+        tokens=tokens or DEFAULT_TOKENS,
+        dtype=DTYPES[dtype],
+        device=choose_device(device),
+        seed=seed,
     )
     subjects = subjects_of(problem, choice)
+    delivery = Delivery()
+    check_memory(suite.least_bytes(problem, subjects), problem.device, "these sizes")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(
@@ -83,35 +100,17 @@ def verify(
             raise DeviceError(
                 f"{problem.device} is out of memory; it needs fewer --tokens or a larger --ep-size"
             ) from None
-    if as_json:
-        click.echo(json.dumps(record.to_json(), indent=2, allow_nan=False))
-    else:
-        _show(record)
-    if not record.ok:
-        sys.exit(EXIT_CHECK_FAILED)
-
-
-def _problem(
-    shape: LayerShape,
-    sizes: dict[str, int | None],
-    tokens: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-) -> Problem:
-    """``shape`` with the sizes that were given in place of its own."""
-    defaults = {
-        "hidden": shape.hidden,
-        "intermediate": shape.intermediate,
-        "experts": shape.experts,
-        "top_k": shape.top_k,
-        "ep_size": shape.experts // shape.local_experts,
-    }
-    chosen = defaults | {name: value for name, value in sizes.items() if value is not None}
-    return Problem(**chosen, tokens=tokens, dtype=dtype, device=device, seed=seed)
+    with delivery.of(STDOUT):
+        if as_json:
+            click.echo(json.dumps(record.to_json(), indent=2, allow_nan=False))
+        else:
+            _show(record)
+    delivery.exit(passed=record.ok)
 
 
 def _show(record: Record) -> None:
+    from epfuse.verify.record import ORACLE
+
     console = Console()
     problem = record.problem
     console.print(

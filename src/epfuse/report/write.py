@@ -91,7 +91,8 @@ def check_output(path: Path, option: str) -> None:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
         if not target.parent.is_dir():
-            raise ConfigError(f"{option} is {str(path)!r}: the folder {target.parent} does not exist; make it first")
+            folder = target.parent if path.is_symlink() else path.parent
+            raise ConfigError(f"{option} is {str(path)!r}: the folder {folder} does not exist; make it first")
         if _stat(target) is not None and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         _probe(target)

@@ -29,6 +29,8 @@ from epfuse.tuning.space import (
     two_part_block_ms,
 )
 
+Write = Callable[["Request", Path, WeightFormat, Mapping[Stage, Iterable[Row]]], None]
+
 
 @dataclass(frozen=True)
 class Device:
@@ -164,7 +166,13 @@ def plan_of(request: Request, point: Point) -> Plan:
 
 
 def run(
-    request: Request, plans: Sequence[Plan], bench: Bench, watch: Watch, seconds: float, clock: Callable[[], float]
+    request: Request,
+    plans: Sequence[Plan],
+    bench: Bench,
+    watch: Watch,
+    seconds: float,
+    clock: Callable[[], float],
+    write: Write | None = None,
 ) -> list[Outcome]:
     """Search every point; each is written as soon as it is done, so a run that ends early can be taken up again.
 
@@ -176,6 +184,7 @@ def run(
         seconds: for the whole run; of what is left each point gets a part in proportion to what it has to try. Points
             that are not begun in time are left for the next run.
         clock: seconds.
+        write: writes a point's rows; `write_rows` if None.
     """
     end = clock() + seconds
     found = []
@@ -186,7 +195,7 @@ def run(
         watch.begin(plan, index, len(plans))
         share = plan.steps / max(1, sum(later.steps for later in plans[index:]))
         outcome = search(plan, bench, clock() + left * share, clock, watch.advance)
-        write_rows(request, plan.point.path, plan.point.weights, outcome.rows)
+        (write or write_rows)(request, plan.point.path, plan.point.weights, outcome.rows)
         watch.end(outcome)
         found.append(outcome)
     return found

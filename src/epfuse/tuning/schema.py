@@ -10,8 +10,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from epfuse.config import LayerShape, Path, WeightFormat
-from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.target import Target
+
+LARGEST = 1 << 24
+"""No size in a table is as large."""
 
 
 class Stage(enum.Enum):
@@ -22,18 +25,18 @@ class Stage(enum.Enum):
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PortableEntry(_Entry):
     """A `GemmTile`."""
 
     kind: Literal["portable"] = "portable"
-    block_n: Annotated[int, Field(ge=16)]
-    block_k: Annotated[int, Field(ge=16)]
-    group_m: Annotated[int, Field(ge=0)]
-    num_warps: Annotated[int, Field(ge=1)]
-    num_stages: Annotated[int, Field(ge=1)]
+    block_n: Annotated[int, Field(ge=16, le=LARGEST)]
+    block_k: Annotated[int, Field(ge=16, le=LARGEST)]
+    group_m: Annotated[int, Field(ge=0, le=LARGEST)]
+    num_warps: Annotated[int, Field(ge=1, le=LARGEST)]
+    num_stages: Annotated[int, Field(ge=1, le=LARGEST)]
 
     def tile(self) -> GemmTile:
         """As the launchers take it."""
@@ -44,8 +47,8 @@ class Sm90Entry(PortableEntry):
     """A `Sm90Tile`."""
 
     kind: Literal["sm90"] = "sm90"  # type: ignore[assignment]
-    split_k: Annotated[int, Field(ge=1)] = 1
-    guess_bytes: Annotated[int, Field(ge=0, multiple_of=16)] = 0
+    split_k: Annotated[int, Field(ge=1, le=LARGEST)] = 1
+    guess_bytes: Annotated[int, Field(ge=0, le=LARGEST, multiple_of=16)] = 0
 
     def tile(self) -> GemmTile:
         return Sm90Tile(**self.model_dump(exclude={"kind"}))
@@ -55,8 +58,8 @@ class Sm90PersistentEntry(PortableEntry):
     """A `Sm90PersistentTile`."""
 
     kind: Literal["sm90_persistent"] = "sm90_persistent"  # type: ignore[assignment]
-    parts: Annotated[int, Field(ge=1)] = 2
-    head: Annotated[int, Field(ge=0)] = 0
+    parts: Annotated[int, Field(ge=1, le=LARGEST)] = 2
+    head: Annotated[int, Field(ge=0, le=LARGEST)] = 0
 
     def tile(self) -> GemmTile:
         return Sm90PersistentTile(**self.model_dump(exclude={"kind"}))
@@ -83,6 +86,11 @@ class ShapeEntry(_Entry):
     local_experts: int
     top_k: int
 
+    @model_validator(mode="after")
+    def _check(self) -> ShapeEntry:
+        self.shape()
+        return self
+
     @classmethod
     def of(cls, shape: LayerShape) -> ShapeEntry:
         """``shape`` as it stands in a table."""
@@ -106,12 +114,18 @@ class Row(_Entry):
             only the stages were timed.
     """
 
-    tokens: Annotated[int, Field(ge=1)]
-    block_m: Annotated[int, Field(ge=8)]
+    tokens: Annotated[int, Field(ge=1, le=LARGEST)]
+    block_m: Annotated[int, Field(ge=8, le=LARGEST)]
     tile: TileEntry
     microseconds: Annotated[float, Field(gt=0)]
     roofline: Annotated[float, Field(gt=0)]
     layer_microseconds: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Row:
+        tile = self.tile.tile()
+        LayerTiles(self.block_m, tile, tile)  # here, where the file is known, not in the first call that takes it
+        return self
 
 
 BEFORE = "; before: "

@@ -7,19 +7,27 @@ import fcntl
 import functools
 import json
 import os
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from epfuse.errors import ConfigError, first_fault
+from epfuse.input_file import read_file
+from epfuse.report.write import remove_leftovers, write_atomic
 from epfuse.target import Target
 from epfuse.tuning.schema import Measurement, Stage, Table
 
 TABLES = Path(__file__).parent / "tables"
 """The tables that calls read."""
+JOURNAL = "merging.json"
+LARGEST_TABLE = 64 << 20
+"""Bytes; the largest that ships has some 50 KiB."""
+PATIENCE = 60.0
+"""Seconds that a merge waits for others; it takes milliseconds."""
 
 
 @functools.cache
@@ -37,40 +45,102 @@ def read_table(folder: Path, target: Target, stage: Stage) -> Table:
     """A table, checked; an empty one where there is no file.
 
     Raises:
-        ConfigError: the file is not a table of this target and stage; the message says where it goes wrong.
+        ConfigError: the file can't be read or is not a table of this target and stage; the message says where it goes
+            wrong.
     """
+    journal = _unfinished(folder, target)
+    if stage in journal:
+        return journal[stage]
     path = table_path(folder, target, stage)
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return Table(target=target, stage=stage)
-    try:
-        table = Table.model_validate_json(text)
-    except ValidationError as error:
-        place, fault = first_fault(error, "the top")
-        raise ConfigError(f"tuned table {path} is wrong at {place}: {fault}") from None
-    if (table.target, table.stage) != (target, stage):
-        raise ConfigError(
-            f"tuned table {path} is of {table.target.value}, {table.stage.value}; it must be of"
-            f" {target.value}, {stage.value}"
-        )
+    table = _parse(path, Table)
+    _check(path, table, target, stage)
     return table
+
+
+def check_tables(folder: Path, target: Target) -> None:
+    """Read both tables, so that a damaged one is found before anything is measured.
+
+    Raises:
+        ConfigError: as `read_table`.
+    """
+    for stage in Stage:
+        read_table(folder, target, stage)
 
 
 def merge(folder: Path, target: Target, measurements: dict[Stage, Measurement]) -> None:
     """Put measurements of both stages into a folder's tables; several processes may do so at once.
 
+    A process that is killed at any moment loses nothing of what was there: the new tables are written to a journal
+    first, and whoever reads or merges next goes on from it.
+
     Args:
         folder: made if it is not there.
         target: where they were measured.
         measurements: by stage.
+
+    Raises:
+        ConfigError: a table in the folder is damaged.
+        OSError: the folder can't be written; nothing of what was there is lost.
     """
     place = folder / target.value
     place.mkdir(parents=True, exist_ok=True)
     with _locked(place):
+        tables = _unfinished(folder, target)
         for stage, measurement in measurements.items():
-            table = read_table(folder, target, stage).merged(measurement)
-            _replace(table_path(folder, target, stage), _text(table))
+            tables[stage] = read_table(folder, target, stage).merged(measurement)
+        journal = place / JOURNAL
+        write_atomic(journal, _Journal(tables=tuple(tables.values())).model_dump_json())
+        for stage, table in tables.items():
+            remove_leftovers(table_path(folder, target, stage))
+            write_atomic(table_path(folder, target, stage), _text(table))
+        remove_leftovers(journal)
+        journal.unlink()
+
+
+class _Journal(BaseModel):
+    """The tables that a merge is about to write."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tables: tuple[Table, ...]
+
+
+def _unfinished(folder: Path, target: Target) -> dict[Stage, Table]:
+    """What a merge that was killed, or is at work now, writes; empty without one."""
+    path = folder / target.value / JOURNAL
+    if not path.exists():
+        return {}
+    try:
+        tables = _parse(path, _Journal).tables
+    except ConfigError:
+        if path.exists():
+            raise
+        return {}  # that merge is done
+    for table in tables:
+        _check(path, table, target, table.stage)
+    return {table.stage: table for table in tables}
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def _parse(path: Path, kind: type[T]) -> T:
+    data = read_file(path, "tuned table", LARGEST_TABLE)
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        place, fault = first_fault(error, "the top")
+        raise ConfigError(f"tuned table {path} is wrong at {place}: {fault}") from None
+
+
+def _check(path: Path, table: Table, target: Target, stage: Stage) -> None:
+    if (table.target, table.stage) != (target, stage):
+        raise ConfigError(
+            f"tuned table {path} is of {table.target.value}, {table.stage.value}; it must be of"
+            f" {target.value}, {stage.value}"
+        )
 
 
 def _text(table: Table) -> str:
@@ -84,27 +154,20 @@ def _text(table: Table) -> str:
     return f'{json.dumps(values, indent=2)[:-2]},\n  "measurements": [\n{listed}\n  ]\n}}\n'
 
 
-def _replace(path: Path, text: str) -> None:
-    """All of it or nothing: a reader never sees half a table."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a folder's lock; it ends with the process, so none is ever stale, and there is no file to leave behind."""
     handle = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + PATIENCE
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ConfigError(f"another process has had {folder} locked for {PATIENCE:.0f} seconds") from None
+                time.sleep(0.05)
         yield
     finally:
         os.close(handle)

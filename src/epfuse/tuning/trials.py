@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, first_fault
+from epfuse.input_file import read_file
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
 from epfuse.tuning.run import Request, point_of, write_rows
@@ -89,10 +90,9 @@ def read_trials(file: File) -> tuple[Trial, ...]:
     Raises:
         ConfigError: the file is no such list, or a tile is none that a kernel takes; names the place.
     """
-    if file.stat().st_size > LARGEST_FILE:
-        raise ConfigError(f"{file} has {file.stat().st_size} bytes; a list of trials has at most {LARGEST_FILE}")
+    data = read_file(file, "list of trials", LARGEST_FILE)
     try:
-        trials = TypeAdapter(tuple[Trial, ...]).validate_json(file.read_bytes())
+        trials = TypeAdapter(tuple[Trial, ...]).validate_json(data)
     except ValidationError as error:
         place, fault = first_fault(error, "the file")
         raise ConfigError(f"{file}: {place}: {fault}") from None

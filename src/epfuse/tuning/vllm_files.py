@@ -14,13 +14,19 @@ from pathlib import Path as FilePath
 
 from epfuse.config import LayerShape
 from epfuse.errors import ConfigError
+from epfuse.input_file import read_object
 from epfuse.report.write import write_atomic
 from epfuse.stages.tiles import GemmTile, LayerTiles
 
 ALL_BLOCKS = 1024
 """A GROUP_SIZE_M that no call's blocks exceed: what group_m 0 means."""
+LARGEST = 1 << 20
+"""No size of a tile is as large."""
 SIZES = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
-NAME = re.compile(r"E=(\d+),N=(\d+),device_name=([^,]+)(?:,.*)?\.json")
+NAME = re.compile(r"E=([0-9]+),N=([0-9]+),device_name=([^,]+)(?:,.*)?\.json")
+TOKENS = re.compile(r"[1-9][0-9]{0,8}")
+NOTES = ("triton_version",)
+"""Keys that are no token counts; vLLM leaves them out too."""
 
 
 def file_name(shape: LayerShape, device_name: str, dtype: str | None = None) -> str:
@@ -31,8 +37,20 @@ def file_name(shape: LayerShape, device_name: str, dtype: str | None = None) -> 
         device_name: the product, as torch names it.
         dtype: vLLM's name of the number format; None for BF16.
     """
-    words = f"E={shape.local_experts},N={shape.intermediate},device_name={device_name.replace(' ', '_')}"
+    words = f"E={shape.local_experts},N={shape.intermediate},device_name={folded_name(device_name)}"
     return f"{words}{f',dtype={dtype}' if dtype else ''}.json"
+
+
+def folded_name(device_name: str) -> str:
+    """A product as vLLM's files name it.
+
+    Spaces become underscores, every H200 is one family (get_config_file_name), and a virtual function of an Instinct
+    has the card's own name (vllm/platforms/rocm.py, _ROCM_DEVICE_ID_NAME_MAP).
+    """
+    name = re.sub(r"[\s/]+", "_", device_name)
+    if "H200" in name.split("_"):
+        return "NVIDIA_H200"
+    return name.removesuffix("_VF") if name.startswith("AMD_Instinct_") else name
 
 
 def read(path: FilePath, shape: LayerShape) -> dict[int, LayerTiles]:
@@ -45,36 +63,36 @@ def read(path: FilePath, shape: LayerShape) -> dict[int, LayerTiles]:
     Raises:
         ConfigError: the file is not one of vLLM's, or is for another layer.
     """
-    found = NAME.fullmatch(path.name)
-    if found is None:
+    named = NAME.fullmatch(path.name)
+    if named is None:
         raise ConfigError(f"tile file {path} has no name of vLLM's form, E=..,N=..,device_name=...json")
-    if (int(found[1]), int(found[2])) != (shape.local_experts, shape.intermediate):
+    if (int(named[1]), int(named[2])) != (shape.local_experts, shape.intermediate):
         raise ConfigError(
-            f"tile file {path} is for E={found[1]}, N={found[2]}; the layer has L={shape.local_experts},"
+            f"tile file {path} is for E={named[1]}, N={named[2]}; the layer has L={shape.local_experts},"
             f" I={shape.intermediate}"
         )
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"tile file {path} can't be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ConfigError(f"tile file {path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"tile file {path} is a {type(content).__name__}; it must be an object")
-    # newer files also name the triton that they were measured with
-    return {int(tokens): _tiles(path, entry) for tokens, entry in content.items() if tokens.isdigit()}
+    found = {}
+    for tokens, entry in read_object(path, "tile file").items():
+        if tokens in NOTES:
+            continue
+        if TOKENS.fullmatch(tokens) is None:
+            raise ConfigError(f"tile file {path} has the key {tokens!r}; it must be a token count")
+        found[int(tokens)] = _tiles(path, entry)
+    return found
 
 
 def _tiles(path: FilePath, entry: object) -> LayerTiles:
     block_m, block_n, block_k, group_m, warps, stages = (_size(path, entry, name) for name in SIZES)
-    tile = GemmTile(block_n, block_k, 0 if group_m >= ALL_BLOCKS else group_m, warps, stages)
+    # Triton for AMD read 0 stages as what it now calls 2 (its backend's own message, third_party/amd, 3.2 to 3.4)
+    tile = GemmTile(block_n, block_k, 0 if group_m >= ALL_BLOCKS else group_m, warps, stages or 2)
     return LayerTiles(block_m, tile, tile)
 
 
 def _size(path: FilePath, entry: object, name: str) -> int:
     value = entry.get(name) if isinstance(entry, dict) else None
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"tile file {path}: {name} is {value!r}; it must be an integer, at least 1")
+    least = 0 if name == "num_stages" else 1
+    if type(value) is not int or not least <= value < LARGEST:
+        raise ConfigError(f"tile file {path}: {name} is {value!r}; it must be an integer, {least} to {LARGEST}")
     return value
 
 

@@ -38,6 +38,13 @@ def steps_of(problem: Problem, subjects: tuple[Subject, ...]) -> int:
     return len(_kinds_stored(subjects)) * problem.ep_size * len(problem.tokens) * len(KINDS)
 
 
+def least_bytes(problem: Problem, subjects: tuple[Subject, ...]) -> int:
+    """What `run` holds at the least, in bytes: one rank's weights, and every scenario's activations and sums."""
+    weights = 3 * problem.hidden * problem.intermediate * problem.local_experts
+    each = 2 * problem.hidden + 8 * problem.hidden * (2 + len(subjects)) + 8 * problem.top_k
+    return weights + sum(problem.tokens) * len(KINDS) * each
+
+
 def run(problem: Problem, subjects: tuple[Subject, ...], advance: Callable[[], None] = lambda: None) -> Record:
     """Verify ``subjects``: on each rank, each scenario against the float64 oracle; then the sum over the ranks.
 

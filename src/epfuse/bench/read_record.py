@@ -1,0 +1,179 @@
+"""Read a benchmark's record, checked in full before anything is done with it: it may be old, cut off or hostile."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from epfuse.bench.contender import Absent, Kind
+from epfuse.bench.layers import Layer
+from epfuse.bench.measure import Timing
+from epfuse.bench.record import FORMAT, Record, Row
+from epfuse.bench.roofline import Operand, Roof, Roofs
+from epfuse.config import LayerShape, SwiGLUOAI
+from epfuse.errors import ConfigError, first_fault
+from epfuse.input_file import read_file
+
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=1000)]
+"""A name that a terminal shows: without control characters."""
+Size = Annotated[int, Field(ge=1, le=1 << 40)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Timing(_Entry):
+    median_us: Positive
+    q1_us: Amount
+    q3_us: Positive
+    min_us: Amount
+    max_us: Positive
+    samples: Size
+    calls: Size
+    method: Text
+
+
+class _Row(_Entry):
+    contender: Annotated[Text, Field(min_length=1)]
+    weights: Text
+    kind: Kind
+    routing: Text
+    tokens: Size
+    rows: Amount
+    active_experts: Amount
+    weight_bytes: Amount
+    flops: Amount
+    floor_us: Amount
+    floor_bound: Text
+    variants: Size
+    rotated_bytes: Amount
+    error_limit: Amount
+    block_m: Size | None
+    relative_error: Amount | None
+    time: _Timing | None
+    failure: str | None
+    wrong: bool
+    over_floor: Amount | None
+    over_best_peer: Amount | None = None
+    ok: bool
+
+    def row(self) -> Row:
+        plain = self.model_dump(exclude={"over_floor", "over_best_peer", "ok", "time"})
+        return Row(**plain, time=Timing(**self.time.model_dump()) if self.time else None)
+
+
+class _Activation(_Entry):
+    alpha: float
+    beta: float
+    limit: float | None
+
+
+class _Layer(_Entry):
+    name: Text
+    hidden: int
+    intermediate: int
+    experts: int
+    local_experts: int
+    top_k: int
+    activation: _Activation
+
+    def layer(self) -> Layer:
+        gate = self.activation
+        limit = math.inf if gate.limit is None else gate.limit
+        shape = LayerShape(self.hidden, self.intermediate, self.experts, self.local_experts, self.top_k)
+        return Layer(self.name, shape, SwiGLUOAI(gate.alpha, gate.beta, limit))
+
+
+class _Roof(_Entry):
+    rate: Positive | None
+    method: str
+    spread: Amount
+
+
+class _Absent(_Entry):
+    name: Text
+    reason: str
+
+
+class _Commit(_Entry):
+    hash: Text
+    changed: bool
+
+
+class _Run(BaseModel):
+    """What comparisons and pages read of it; the rest is as the machine gave it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    date: Text
+    commit: _Commit | None = None
+    clocks: dict[str, dict[str, float | str | None] | None] = Field(default_factory=dict)
+    versions: dict[str, str | None] = Field(default_factory=dict)
+
+
+class _Device(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: Text
+
+
+def _roofs(entries: dict[str, _Roof]) -> Roofs:
+    if "read" not in entries:
+        raise ValueError("the roof 'read' is missing")
+    roofs = {name: Roof(**entry.model_dump()) for name, entry in entries.items()}
+    read = roofs.pop("read")
+    return Roofs(read, {Operand(name.removeprefix("matmul_")): roof for name, roof in roofs.items()})
+
+
+class _File(BaseModel):
+    """A record as it stands in a file."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    format: Literal["epfuse-bench-1"]
+    complete: bool
+    run: _Run
+    device: _Device
+    layer: _Layer
+    roofs: dict[str, _Roof]
+    rows: list[_Row]
+    absent: list[_Absent]
+    notes: dict[str, str]
+
+    def record(self) -> Record:
+        """As data; ValueError for what each part may be and the whole may not."""
+        rows = [entry.row() for entry in self.rows]
+        if len({row.key for row in rows}) != len(rows):
+            raise ValueError("two rows are of one contender, weights, routing and token count")
+        return Record(
+            layer=self.layer.layer(),
+            device=self.device.model_dump(),
+            roofs=_roofs(self.roofs),
+            rows=rows,
+            absent=[Absent(**peer.model_dump()) for peer in self.absent],
+            notes=self.notes,
+            run=self.run.model_dump(exclude_unset=True),
+            complete=self.complete,
+        )
+
+
+def read_record(path: Path) -> Record:
+    """A record from a file, checked in full: what is read can be compared and shown.
+
+    Raises:
+        ConfigError: the file can't be read or is no record of this format; the message says where it goes wrong.
+    """
+    data = read_file(path, "record")
+    try:
+        return _File.model_validate_json(data).record()
+    except ValueError as error:  # pydantic's are among them, and those of sizes that no layer has
+        place, fault = first_fault(error, "the top") if isinstance(error, ValidationError) else ("the top", str(error))
+        raise ConfigError(
+            f"record {path} is wrong at {place}: {fault}; it must be {FORMAT!r}, as 'epfuse bench --json' writes it"
+        ) from None

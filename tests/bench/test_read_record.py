@@ -1,0 +1,56 @@
+"""Records from outside: 300 mutations of a valid one are read or refused, never anything else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+from epfuse.bench.compare import compare_records
+from epfuse.bench.page import bench_page
+from epfuse.bench.read_record import read_record
+from epfuse.bench.record import to_text
+from epfuse.errors import ConfigError
+from tests.bench.records import peer, record, row
+from tests.mutations import mutated_bytes, mutated_values
+
+NOW = record(row(), row("bf16", us=None), peer("vLLM Marlin", 250.0))
+RUN = {"clocks": {"at the start": {"sm_mhz": 1.0, "driver": "5"}, "then": None}, "versions": {"vllm": None}}
+THEN = record(*NOW.rows, run=NOW.run | RUN | {"commit": {"hash": "0" * 40, "changed": False}})
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_mutated_record_is_read_in_full_or_refused(tmp_path: Path, part: int) -> None:
+    """What is read can be compared and shown: nothing is left to fail after minutes of measurement."""
+    file, read = tmp_path / "record.json", 0
+    values = json.loads(to_text(THEN))
+    for text in [*mutated_values(values, 80, seed=part), *mutated_bytes(to_text(THEN).encode(), 20, seed=part)]:
+        file.write_bytes(text)
+        with contextlib.suppress(ConfigError):
+            before = read_record(file)
+            if (before.layer.shape, before.layer.activation) == (NOW.layer.shape, NOW.layer.activation):
+                comparison = compare_records(before, NOW)
+                json.dumps(comparison.to_json(), allow_nan=False)
+                if read < 3:
+                    bench_page(NOW, comparison)
+                read += 1
+    assert read > 3  # else the mutations are too coarse to say anything
+
+
+def test_two_rows_of_one_point_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(to_text(record(row(us=100), row(us=200))))
+    with pytest.raises(ConfigError, match="two rows are of one contender"):
+        read_record(tmp_path / "record.json")
+
+
+def test_a_name_that_would_steer_a_terminal_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(to_text(record(row("\x1b[2J"))))
+    with pytest.raises(ConfigError, match=r"rows\.0\.contender"):
+        read_record(tmp_path / "record.json")
+
+
+def test_a_record_without_an_end_is_left() -> None:
+    with pytest.raises(ConfigError, match="more than"):
+        read_record(Path("/dev/zero"))
