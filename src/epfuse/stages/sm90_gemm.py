@@ -190,10 +190,14 @@ def copy_rows(stage, ptrs, live, k, K, EVEN_K: gl.constexpr):
 
 @gluon.jit
 def share_of(total, split, SPLIT_K: gl.constexpr):
-    """First step and number of steps of one of SPLIT_K programs that share a tile's reduction."""
+    """First step and number of steps of one of SPLIT_K programs that share a tile's reduction.
+
+    Where there are more programs than steps, those without one get the last step as their first: its scales are read
+    ahead, whether it is multiplied or not.
+    """
     each = (total + SPLIT_K - 1) // SPLIT_K
     first = split * each
-    return first, gl.maximum(gl.minimum(each, total - first), 0)
+    return gl.minimum(first, total - 1), gl.maximum(gl.minimum(each, total - first), 0)
 
 
 @gluon.jit

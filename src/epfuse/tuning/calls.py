@@ -125,6 +125,7 @@ class StageInputs:
         local = self.weights.local_experts
         arrivals = LayerTiles(block_m, tile, tile).arrivals(self.weights.hidden, self.weights.intermediate)
         routes = launch_route(self.topk_ids, self.slots, local, block_m, arrivals_per_block=arrivals)
+        _step_between(routes.num_padded)
         if self.path in FP8_PATHS:
             if isinstance(tile, Sm90PersistentTile):
                 return self._bind_packed_fp8(stage, routes, tile)
@@ -172,7 +173,7 @@ class StageInputs:
             y[: self.local_routes.numel()] = self.gate_up[self.local_routes]
 
         def run() -> torch.Tensor:
-            arrivals.zero_()
+            _zero(arrivals)
             launch_gate_up_down(x, w13, w2, routes, self.topk_weights, self.activation, tile, y, out, nobody)
             return y if stage is Stage.GATE_UP else out
 
@@ -206,7 +207,7 @@ class StageInputs:
             y = launch_quantize_packed(packed, routes, None)
 
         def run() -> torch.Tensor:
-            arrivals.zero_()
+            _zero(arrivals)
             if stage is Stage.GATE_UP:
                 return launch_gate_up_sm90_fp8(x, w13, routes, self.activation, tile)
             return launch_down_sm90_fp8(y, w2, routes, self.topk_weights, tile, lone=nobody)
@@ -241,3 +242,17 @@ def _clear(arrivals: torch.Tensor | None, tile: GemmTile) -> None:
     """Kernels that share a reduction count arrivals from zero; in a whole call routing clears them."""
     if arrivals is not None and isinstance(tile, Sm90Tile) and tile.split_k > 1:
         arrivals.zero_()
+
+
+def _zero(arrivals: torch.Tensor) -> None:
+    """`_clear` for persistent tiles, which count before they wait for the kernel before them."""
+    arrivals.zero_()
+    _step_between(arrivals)
+
+
+def _step_between(like: torch.Tensor) -> None:
+    """A kernel that waits for all before it: Hopper's read the route table before the kernel before them has ended.
+
+    In a whole call what makes the rows lies between.
+    """
+    like.new_zeros(1)

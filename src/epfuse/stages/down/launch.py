@@ -27,7 +27,8 @@ def launch_down(
         y: ``[R, I]`` contiguous, from `launch_gate_up`; only rows of local routes count; bf16 with MXFP8 weights.
         w2: ``[L, H, I]``: dense in y's dtype, MXFP8 (dequantised in registers; scales in ROWS layout), or MXFP8 in
             fragment order with rows in order PLAIN (Hopper).
-        routes: RouteTable of this call.
+        routes: RouteTable of this call. Like w2 not written by the launch right before this one, which on Hopper may
+            still be running when they are read.
         topk_weights: ``[T, K]`` float32 contiguous; None leaves the weighting to combine.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
         out: ``[R, H]``, dtype of y; only rows of local routes are written, row r for route r. Allocated if None.

@@ -26,7 +26,8 @@ def launch_down_sm90_fp8(
     Args:
         y: ``[R, I]`` from `launch_quantize_packed`.
         w2: ``[L, H, I]`` with rows in order PLAIN.
-        routes: RouteTable of this call, with arrivals, zeros: the second one is used.
+        routes: RouteTable of this call, with arrivals, zeros: the second one is used. Like w2 not written by the launch
+            right before this one, which may still be running when they are read.
         topk_weights: ``[T, K]`` float32 contiguous.
         tile: of the GEMM; block_k is 128, parts 1.
         out: ``[R, H]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated

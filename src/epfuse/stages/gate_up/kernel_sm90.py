@@ -34,10 +34,11 @@ def guess_weights(
 ):  # fmt: skip
     """While the route table is being made, bring into L2 what will be needed if every expert has one row block.
 
-    GUESS bytes at the beginning of each weight row (dense), or as much of each panel, for the first wave of programs.
+    GUESS bytes at the beginning of each weight row (dense), or as much of each panel, for the first wave of programs,
+    of which a small layer has tiles for some only.
     """
-    if gl.program_id(0) < FIRST_WAVE:
-        n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
+    n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
+    if gl.program_id(0) < gl.minimum(FIRST_WAVE, LOCAL * n_blocks):
         expert, n = tile_of(gl.program_id(0), LOCAL, n_blocks, GROUP_M)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         row = gl.arange(0, BLOCK_N, layout=layout)

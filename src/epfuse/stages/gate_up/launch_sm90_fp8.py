@@ -27,7 +27,8 @@ def launch_gate_up_sm90_fp8(
     Args:
         x: ``[R, H]`` from `launch_quantize_packed`.
         w13: ``[L, 2I, H]`` with rows in order GATE_UP.
-        routes: RouteTable of this call, with arrivals, zeros: the first one is used.
+        routes: RouteTable of this call, with arrivals, zeros: the first one is used. Like w13 not written by the launch
+            right before this one, which may still be running when they are read.
         activation: its parameters.
         tile: of the GEMM; block_k is 128, parts 1.
         out: ``[R, I]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated

@@ -33,7 +33,8 @@ def launch_gate_up_down(
         x: ``[R, H]`` BF16 from `launch_gather`.
         w13: ``[L, 2I, H]`` with rows in order GATE_UP; None to have only down run, on the rows that y has.
         w2: ``[L, H, I]`` with rows in order PLAIN; None to have only gate_up run.
-        routes: RouteTable of this call, with arrivals, zeros: two or more a block.
+        routes: RouteTable of this call, with arrivals, zeros: two or more a block. Like the weights not written by the
+            launch right before this one, which may still be running when they are read.
         topk_weights: ``[T, K]`` float32 contiguous; None leaves the weighting to combine.
         activation: its parameters.
         tile: of both GEMMs.

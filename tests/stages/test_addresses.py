@@ -1,0 +1,65 @@
+"""Where the Hopper kernels read at the edges: small layers, more programs than work. On a CPU, in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from epfuse.stages import sm90_gemm
+from epfuse.stages.gate_up import kernel_sm90
+from tests.stages.plain_gluon import numbers, plain
+
+PANEL = 64
+FIRST_WAVE = 2 * 132
+
+
+@pytest.mark.parametrize("split_k", [1, 2, 4, 8])
+@pytest.mark.parametrize("total", [1, 2, 3, 6, 24, 48])
+def test_programs_that_share_a_reduction_stay_in_the_weights(total: int, split_k: int) -> None:
+    """Their steps are all steps once; also a program without one reads the scales of its first."""
+    block_k, panels, local = 128, 3, 2
+    columns, taken = total * block_k, []
+    words = local * panels * (columns // 128) * PANEL
+    with plain(sm90_gemm):
+        for split in range(split_k):
+            first, steps = (int(value) for value in sm90_gemm.share_of(total, split, split_k))
+            taken += range(first, first + steps)
+            for panel in range(local * panels):
+                at = sm90_gemm.fragment_scale_pointers(
+                    first * (block_k // 2), numbers(panel), local * panels - 1, columns, PANEL, block_k // 2
+                )
+                assert at.min() >= 0
+                assert at.max() < words
+    assert taken == list(range(total))
+
+
+@pytest.mark.parametrize("group_m", [0, 2, 4])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("local", "intermediate", "block_n"), [(3, 96, 64), (3, 96, 128), (1, 32, 64), (16, 3072, 128)]
+)
+def test_guessed_weights_are_weights(local: int, intermediate: int, block_n: int, dense: bool, group_m: int) -> None:
+    """No program of the first wave asks for memory outside of w13, however few tiles a small layer has."""
+    hidden = 256
+    panels = -(-2 * intermediate // PANEL)
+    size = local * 2 * intermediate * hidden * 2 if dense else local * panels * PANEL * hidden
+    item, asked = (2, []) if dense else (1, [])
+
+    def fetch(pointers: np.ndarray, count: int) -> None:
+        asked.append((pointers.astype(np.int64) * item, count))
+
+    with plain(kernel_sm90, sm90_gemm, fetch_into_l2=fetch) as language:
+        for program in range(FIRST_WAVE + 2):
+            language.program = program
+            with np.errstate(divide="ignore", over="ignore"):
+                kernel_sm90.guess_weights(
+                    numbers(0, np.int64), dense, hidden, intermediate, hidden, panels, local, FIRST_WAVE,
+                    block_n, group_m, item * hidden,  # as launch_sm90 cuts it to a row
+                )  # fmt: skip
+    assert asked
+    assert min(int(at.min()) for at, _ in asked) >= 0
+    assert max(int(at.max()) + count for at, count in asked) <= size
+    tiles = local * -(-panels * PANEL // block_n)
+    assert len(asked) == min(tiles, FIRST_WAVE)
