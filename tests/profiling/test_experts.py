@@ -90,13 +90,15 @@ def test_configs_of_model_families(tmp_path: Path) -> None:
     assert (shape.layer, shape.weights) == (MINIMAX_M3_EP8, "mxfp8")
     block = QWEN | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     assert read_config(config(tmp_path, block)).weights == "block_fp8"
+    nvfp4 = QWEN | {"quantization_config": {"quant_method": "mxfp8", "moe_quant_algo": "NVFP4"}}
+    assert read_config(config(tmp_path, nvfp4)).weights is None
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
+        ("[" * 100_000, "nested too deeply"),
         ("[]", "it must be an object"),
         ({"hidden_size": 64, "intermediate_size": 64}, "has no experts"),
         (QWEN | {"hidden_size": -1}, "hidden_size is -1; it must be a positive integer"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from epfuse.config import MINIMAX_M3_EP8, LayerShape
 from epfuse.errors import ConfigError
-from epfuse.weights.model_config import load_config
+from epfuse.weights.model_config import load_config, read_checkpoint
 
 WEIGHT_BYTES = {"bf16": 2.0, "mxfp8": 1 + 1 / 32, "block_fp8": 1 + 4 / 128**2, "mxfp4": 0.5 + 1 / 32}
 """Format -> bytes of a weight in memory, scales included: one E8M0 byte per 32 values, one float per 128 x 128."""
@@ -75,9 +75,8 @@ def read_config(path: Path, ep_size: int = 1, tp_size: int = 1) -> ExpertShape:
         local_experts=sizes["experts"] // ep_size,
         top_k=sizes["top_k"],
     ).with_distinct_experts()
-    quantization = config.get("quantization_config") or content.get("quantization_config")
     name = str(content.get("model_type", path.name))[:80]
-    return ExpertShape(name, layer, _weights(quantization), "the config")
+    return ExpertShape(name, layer, _weights(path), "the config")
 
 
 def _size(path: Path, config: dict[str, Any], name: str, keys: tuple[str, ...]) -> int:
@@ -90,12 +89,9 @@ def _size(path: Path, config: dict[str, Any], name: str, keys: tuple[str, ...]) 
     raise ConfigError(f"config {path} has no {name} ({', '.join(keys)}); it must be that of a mixture of experts")
 
 
-def _weights(quantization: Any) -> str | None:
-    if not isinstance(quantization, dict):
-        return "bf16"
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method in ("mxfp4", "mxfp8"):
-        return str(method)
-    if method == "fp8" and block == [128, 128]:
-        return "block_fp8"
-    return None
+def _weights(path: Path) -> str | None:
+    """What all that says it agrees on; None if it does not, or it is a format that epfuse does not read."""
+    try:
+        return read_checkpoint(path).value
+    except ConfigError:
+        return None

@@ -120,6 +120,23 @@ def read_model(source: Path) -> ExpertModel:
     return replace(model, checkpoint=checkpoint, dtype=_dtype(content, config))
 
 
+def read_checkpoint(source: Path) -> Checkpoint:
+    """The experts' numbers alone, of a model of any family; all of its layers are taken to have experts.
+
+    Args:
+        source: as of `read_model`; nothing beside the file is read.
+
+    Raises:
+        ConfigError: the file can't be read, or what says the numbers is not understood or contradicts itself.
+    """
+    path = source / CONFIG if source.is_dir() else source
+    content = Fields(load_config(path), f"config {path}")
+    kind, config = _innermost(content)
+    layers = config.size("num_hidden_layers", most=MOST_LAYERS, default=1)
+    module = FAMILIES[kind].module if kind in FAMILIES else Family.module
+    return experts_format(_quantization(content, config, None), ExpertModules(tuple(range(layers)), module))
+
+
 def load_config(source: Path) -> dict[str, Any]:
     """The object in a config.json that nobody has checked yet.
 
@@ -130,6 +147,16 @@ def load_config(source: Path) -> dict[str, Any]:
 
 
 def _language_model(content: Fields) -> tuple[str, Fields]:
+    """The language model's type and its config."""
+    kind, config = _innermost(content)
+    for fields in {id(content): content, id(config): config}.values():
+        _one_model(fields)
+    if kind not in FAMILIES:
+        raise content.refuse(f"it is of a model of type {kind!r:.60}; known are {', '.join(FAMILIES)}")
+    return kind, config
+
+
+def _innermost(content: Fields) -> tuple[str | None, Fields]:
     """The language model's type and its config: that inside, if there is one, and never that outside in its place."""
     outer, config = content.text("model_type"), content
     kind = outer
@@ -141,13 +168,8 @@ def _language_model(content: Fields) -> tuple[str, Fields]:
             break
         config = inner[0]
         kind = config.text("model_type")
-    for fields in {id(content): content, id(config): config}.values():
-        _one_model(fields)
     known = kind or OUTER.get(outer or "")
-    known = OUTER.get(known or "", known)
-    if known not in FAMILIES:
-        raise content.refuse(f"it is of a model of type {known!r:.60}; known are {', '.join(FAMILIES)}")
-    return known, config
+    return OUTER.get(known or "", known), config
 
 
 def _one_model(content: Fields) -> None:
