@@ -182,7 +182,7 @@ def test_fuzz_no_gate_is_taken_that_is_not_what_it_is_taken_for() -> None:
     assert taken >= 3
 
 
-TILE = GemmTile(block_n=128, block_k=128, group_m=0, num_warps=4, num_stages=2)
+TILE = GemmTile(block_n=64, block_k=128, group_m=0, num_warps=4, num_stages=2)
 TILES = LayerTiles(16, TILE, TILE)
 
 
@@ -192,10 +192,10 @@ def test_silu_with_a_limit_is_right_on_every_path(device: torch.device, path: Pa
     """DeepSeek-V4's activation, with accumulators far beyond the limit; every portable kernel."""
     generator = torch.Generator().manual_seed(0)
     experts = Experts(clamped(10.0), limit=10.0)
-    stacks = [MXFP8.quantize(torch.randn(shape, generator=generator) * 0.5) for shape in ((4, 256, 128), (4, 128, 128))]
+    stacks = [MXFP8.quantize(torch.randn(shape, generator=generator) * 0.5) for shape in ((4, 64, 64), (4, 64, 32))]
     for name, stack in zip(("gate_up_proj", "down_proj"), stacks, strict=True):
         setattr(experts, name, nn.Parameter(stack.dequantize(torch.float64)))
-    hidden = (torch.randn(5, 128, generator=generator) * 8).bfloat16()
+    hidden = (torch.randn(5, 64, generator=generator) * 6).bfloat16()
     ids = torch.rand(5, 4, generator=generator).topk(2).indices
     factors = torch.rand(5, 2, generator=generator)
     expected = experts(hidden.double(), ids, factors.double())
@@ -218,7 +218,7 @@ def test_silu_with_a_limit_is_right_on_every_path(device: torch.device, path: Pa
     else:
         pipeline_fp8.run_fp8_kernels(*call, activation, form, TILES, Combine.DETERMINISTIC, out)
     error = (out.cpu().double() - expected).norm() / expected.norm()
-    # FP8 rows: 2.5 % of accumulators of 45 is 1.1, a tenth of the limit
+    # FP8 rows and blocks: 4 % of accumulators of 24 is 1, a tenth of the limit
     assert float(error) < (0.15 if path in (Path.W8A8, Path.BLOCK_FP8) else 0.01)
     assert float((wrong - expected).norm() / expected.norm()) > 1.0
 
