@@ -13,6 +13,13 @@ if not GPU:
     from tests import interpreter
 
     interpreter.install()
+else:
+    from tests.gpu_process import (  # noqa: F401 - hooks of pytest
+        pytest_runtest_makereport,
+        pytest_runtest_setup,
+        pytest_runtest_teardown,
+        pytest_sessionstart,
+    )
 
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 

@@ -38,24 +38,46 @@ def routing(device, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.rand(tokens, M3.top_k, generator=g).to(device), ids.int().to(device)
 
 
+PATHS = {
+    "bf16": Path.BF16,
+    "w8a16": Path.W8A16,
+    "w8a16 portable": Path.W8A16,
+    "w8a8": Path.W8A8,
+    "w8a8 one scale a row": Path.W8A8,
+}
+
+
+class Layers:
+    """M3's experts of one rank as a checkpoint has them (0.9 GB), and in one other format at a time (up to 1.8 GB).
+
+    Many processes run these tests side by side.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rows = ExpertWeights.mxfp8(*mxfp8_tensors(device, M3.local_experts, M3.hidden, M3.intermediate))
+        self._made: tuple[str, ExpertWeights] | None = None
+
+    def __getitem__(self, name: str) -> tuple[Path, ExpertWeights]:
+        if name in ("w8a16 portable", "w8a8"):
+            return PATHS[name], self.rows
+        if self._made is None or self._made[0] != name:
+            self._made = None  # before the next one is made
+            self._made = name, self._make(name)
+        return PATHS[name], self._made[1]
+
+    def _make(self, name: str) -> ExpertWeights:
+        stacks = self.rows.kept[WeightFormat.MXFP8]
+        if name == "bf16":
+            return ExpertWeights.bf16(*(stack.dequantize(torch.bfloat16) for stack in (stacks.w13, stacks.w2)))
+        tensors = (t.clone() for stack in (stacks.w13, stacks.w2) for t in (stack.values, stack.scales))
+        return ExpertWeights.mxfp8(*tensors).prepare(path=PATHS[name])
+
+
 @pytest.fixture(scope="module")
 def m3():
     """M3's experts of one rank in the formats under test, and its map."""
     device = torch.device("cuda", 0)
-    tensors = mxfp8_tensors(device, M3.local_experts, M3.hidden, M3.intermediate)
-    rows = ExpertWeights.mxfp8(*(t.clone() for t in tensors))
-    dense = ExpertWeights.bf16(
-        *(getattr(rows.kept[WeightFormat.MXFP8], name).dequantize(torch.bfloat16) for name in ("w13", "w2"))
-    )
-    by_row = ExpertWeights.mxfp8(*(t.clone() for t in tensors)).prepare(path=Path.W8A8)
-    prepared = ExpertWeights.mxfp8(*tensors).prepare()
-    return {
-        "bf16": (Path.BF16, dense),
-        "w8a16": (Path.W8A16, prepared),
-        "w8a16 portable": (Path.W8A16, rows),
-        "w8a8": (Path.W8A8, rows),
-        "w8a8 one scale a row": (Path.W8A8, by_row),
-    }, ExpertMap.contiguous(M3.experts, M3.experts // M3.local_experts, 0, device)
+    return Layers(device), ExpertMap.contiguous(M3.experts, M3.experts // M3.local_experts, 0, device)
 
 
 def relative_error(out: torch.Tensor, oracle: torch.Tensor) -> float:
@@ -76,7 +98,8 @@ def test_true_size(m3, tokens, scale):
     ).bfloat16()
     oracle = run_reference(hidden, layers["w8a16 portable"][1], weights, ids, slots, SwiGLUOAI(), torch.float64)
     results = {}
-    for name, (path, experts) in layers.items():
+    for name in PATHS:
+        path, experts = layers[name]
         out = torch.full_like(hidden, float("nan"))
         fused_experts(hidden, experts, weights, ids, slots, path=path, out=out)
         results[name] = out

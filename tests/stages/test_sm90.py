@@ -120,6 +120,7 @@ def launch(out, stage, rows, weights, routes, tile, topk_weights=None):
     """One stage, with rows and results by route; persistent tiles have theirs packed in the table's order."""
     if routes.arrivals is not None:
         routes.arrivals.zero_()
+    torch.cuda.synchronize()  # weights and counters must be older than the kernel before
     if not isinstance(tile, Sm90PersistentTile):
         if stage == "gate_up":
             launch_gate_up(rows, weights, routes, TOP_K, ACTIVATION, tile, out)
@@ -166,6 +167,7 @@ def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing,
             launch_gate_up_down(rows, w13, None, routes, topk_weights, ACTIVATION, tile, y, found[0])
             assert found[0].isnan().all()
             routes.arrivals.zero_()
+            torch.cuda.synchronize()  # or the kernel would count before it has waited for this
             launch_gate_up_down(rows, None, w2, routes, topk_weights, ACTIVATION, tile, y, found[0])
         else:
             launch_gate_up_down(rows, w13, w2, routes, topk_weights, ACTIVATION, tile, y, rows, lone)

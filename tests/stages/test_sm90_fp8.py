@@ -57,9 +57,8 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
 
     w13 = random_mxfp8(device, 2 * intermediate, hidden, 1)
     y = poisoned(rows, intermediate, device)
-    launch_gate_up_sm90_fp8(
-        launch_quantize_packed(x, routes, TOP_K), pack_rows(clone(w13), RowOrder.GATE_UP), routes, ACTIVATION, tile, y
-    )
+    packed = pack_rows(clone(w13), RowOrder.GATE_UP)
+    launch_gate_up_sm90_fp8(launch_quantize_packed(x, routes, TOP_K), packed, routes, ACTIVATION, tile, y)
     quantised = quantize(x, group=hidden).dequantize(torch.float64)
     want = gate_up_reference.gate_up(quantised, w13, routes, TOP_K, ACTIVATION, torch.float64)
     check(y[:local], want[order])
@@ -67,9 +66,8 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
 
     w2 = random_mxfp8(device, hidden, intermediate, 2)
     out = poisoned(rows, hidden, device)
-    launch_down_sm90_fp8(
-        launch_quantize_packed(y, routes, None), pack_rows(clone(w2), RowOrder.PLAIN), routes, topk_weights, tile, out
-    )
+    packed = pack_rows(clone(w2), RowOrder.PLAIN)
+    launch_down_sm90_fp8(launch_quantize_packed(y, routes, None), packed, routes, topk_weights, tile, out)
     by_route = torch.zeros(rows, intermediate, dtype=torch.float64, device=device)
     by_route[order] = quantize(y[:local], group=intermediate).dequantize(torch.float64)
     check(out[:local], down_reference.down(by_route, w2, routes, topk_weights, torch.float64)[order])
