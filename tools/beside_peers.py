@@ -33,6 +33,7 @@ from epfuse.bench.page import chart_svg
 from epfuse.bench.routing import Kind, Routing
 from epfuse.cli.names import token_counts
 from epfuse.errors import ConfigError
+from epfuse.family import Family
 from epfuse.report.write import write_atomic
 
 IMPLEMENTATION = f"{Path(__file__).resolve().parents[1]}/benchmarks/peer_layer.py:w8a16"
@@ -93,7 +94,12 @@ def run_harness(harness: Path, layer: Layer, arguments: list[str], folder: Path)
     environment = os.environ | {f"PEER_{name}": str(size) for name, size in sizes.items()}
     command = [sys.executable, str(harness), "--impl", IMPLEMENTATION, *arguments, "--out", str(out)]
     lines = []
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        Family() as family,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, process_group=family.id
+        ) as process,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             click.echo(line, nl=False, err=True)

@@ -26,6 +26,7 @@ from epfuse import ExpertMap, ExpertWeights, SwiGLUOAI, Target, fused_experts
 from epfuse import Path as ComputePath
 from epfuse.bench.machine import commit, describe_device, versions
 from epfuse.config import LayerShape, silu_gate
+from epfuse.family import Family, join
 from epfuse.report.write import write_atomic
 from epfuse.target import target_of
 
@@ -119,7 +120,8 @@ def main(record: Path, before: Path | None, jobs: int, kinds: str) -> None:
     layers = list(LAYERS) if device.type == "cuda" else ["small"]
     bits: dict[str, str] = {}
     refused: dict[str, str] = {}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with Family() as family, ProcessPoolExecutor(jobs, spawn, initializer=join, initargs=(family.id,)) as pool:
         waiting = {
             pool.submit(bits_of, layer, kind, str(device)): f"{layer}/{kind}" for layer in layers for kind in asked
         }

@@ -11,6 +11,10 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))  # the interpreter that makes the environment need not have epfuse
+
+from epfuse.family import Family  # noqa: E402
+
 PACKAGES = Path(__file__).with_suffix(".txt")
 SHIM = ROOT / "tests" / "integrations" / "vllm_e2e" / "shim"
 """The test-only plugin without which stock vLLM can't serve MiniMax-M3 on a CPU."""
@@ -32,7 +36,8 @@ def create(directory: Path) -> None:
 def install(directory: Path, *arguments: str) -> None:
     """Run the environment's pip."""
     pip = [str(directory / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-    subprocess.run([*pip, *arguments], check=True)
+    with Family() as family:  # a pip that outlived this would write into the environment of the next run
+        subprocess.run([*pip, *arguments], check=True, process_group=family.id)
 
 
 def installed_version(site: Path) -> str:

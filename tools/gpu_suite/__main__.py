@@ -27,6 +27,7 @@ from tools.gpu_suite.watch import FOLDER
 
 from epfuse.bench.machine import commit, describe_device, read_clocks, versions
 from epfuse.errors import ConfigError
+from epfuse.family import Family
 from epfuse.report.write import write_atomic
 
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
@@ -77,12 +78,18 @@ def run_round(processes: int, arguments: tuple[str, ...], log: Path, seconds: fl
             *arguments,
         ]
         start = time.monotonic()
-        with log.open("w", encoding="utf-8") as output:
+        with log.open("w", encoding="utf-8") as output, Family() as family:
             try:
                 done = subprocess.run(
-                    command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=seconds
+                    command,
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                    timeout=seconds,
+                    process_group=family.id,
                 ).returncode
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired:  # xdist's workers would go on
                 done = 124
         took = time.monotonic() - start
         notes = [json.loads(line) for file in Path(folder).iterdir() for line in file.read_text().splitlines()]
