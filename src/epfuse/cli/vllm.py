@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from epfuse.cli.main import EXIT_CHECK_FAILED
+from epfuse.cli.delivery import Delivery
 from epfuse.config import Policy
 from epfuse.integrations.vllm.patch import run
 from epfuse.integrations.vllm.patch.site import find_site
+
+if TYPE_CHECKING:
+    from epfuse.integrations.vllm.explain import LayerGroup
 
 GPUS = ("gfx942", "gfx950", "sm_90")
 
@@ -60,7 +63,7 @@ def explain(
     as_json: bool,
 ) -> None:
     """Show what runs a model's experts without epfuse and with it, and why. Needs neither a GPU nor vLLM."""
-    from epfuse.integrations.vllm.explain import Deployment, LayerGroup, paths
+    from epfuse.integrations.vllm.explain import Deployment
     from epfuse.integrations.vllm.explain import explain as explain_layers
     from epfuse.target import Target
     from epfuse.weights.model_config import MINIMAX_M3, read_model
@@ -68,12 +71,20 @@ def explain(
     experts = MINIMAX_M3 if model is None else read_model(model / "config.json" if model.is_dir() else model)
     deployment = Deployment(Target(target), vllm_version, tp, ep, max_model_len, moe_backend)
     groups = explain_layers(experts, deployment, None if policy is None else Policy(policy))
-    if as_json:
-        click.echo(json.dumps({"model": experts.name, "groups": [group.to_json() for group in groups]}, indent=2))
-        return
-    table = Table(
-        box=SIMPLE_HEAD, title=f"{experts.name}, vLLM {vllm_version}, {target}, tp {tp}{', ep' if ep else ''}"
-    )
+    delivery = Delivery()
+    with delivery.of("standard output"):
+        if as_json:
+            click.echo(json.dumps({"model": experts.name, "groups": [group.to_json() for group in groups]}, indent=2))
+        else:
+            title = f"{experts.name}, vLLM {vllm_version}, {target}, tp {tp}{', ep' if ep else ''}"
+            Console().print(_table(groups, title))
+    delivery.exit(passed=True)
+
+
+def _table(groups: list[LayerGroup], title: str) -> Table:
+    from epfuse.integrations.vllm.explain import paths
+
+    table = Table(box=SIMPLE_HEAD, title=title)
     for column in ("layers", "without epfuse", "with epfuse", "why"):
         table.add_column(column, overflow="fold")
 
@@ -88,7 +99,7 @@ def explain(
         table.add_row(
             shown_layers(group.layers), f"{group.own.name}. {group.own.effect}", ours(group), group.choice.reason
         )
-    Console().print(table)
+    return table
 
 
 def shown_layers(layers: Sequence[int]) -> str:
@@ -133,9 +144,7 @@ def apply(root: Path | None, as_json: bool) -> None:
 def verify(root: Path | None, as_json: bool) -> None:
     """Exit with 1 unless vLLM is patched by this version and otherwise as its wheel installed it."""
     report = run.status(find_site(root))
-    _show(report, as_json)
-    if report.state is not run.State.APPLIED:
-        sys.exit(EXIT_CHECK_FAILED)
+    _show(report, as_json, passed=report.state is run.State.APPLIED)
 
 
 @patch.command()
@@ -146,11 +155,15 @@ def revert(root: Path | None, as_json: bool) -> None:
     _show(run.revert(find_site(root)), as_json)
 
 
-def _show(report: run.Report, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
-        return
-    did = " (changed)" if report.changed else ""
-    click.echo(f"vLLM {report.site.release} in {report.site.root}: {report.state.value}{did}")
-    if report.detail:
-        click.echo(report.detail)
+def _show(report: run.Report, as_json: bool, passed: bool = True) -> NoReturn:
+    """Print it, and exit with 0, 1 if ``passed`` is not true, or 2 if it can't be printed."""
+    delivery = Delivery()
+    with delivery.of("standard output"):
+        if as_json:
+            click.echo(json.dumps(report.to_json(), indent=2))
+        else:
+            did = " (changed)" if report.changed else ""
+            click.echo(f"vLLM {report.site.release} in {report.site.root}: {report.state.value}{did}")
+            if report.detail:
+                click.echo(report.detail)
+    delivery.exit(passed=passed)

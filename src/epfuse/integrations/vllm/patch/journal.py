@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from epfuse.errors import ConfigError
 from epfuse.integrations.vllm.patch.block import BEGIN, TARGETS, without_block
 from epfuse.integrations.vllm.patch.site import Site
-from epfuse.integrations.vllm.patch.swap import discard, swap, temporary
+from epfuse.integrations.vllm.patch.swap import bring_back, discard, kept_link, swap, temporary
 
 NAME = "epfuse-patch.journal"
 
@@ -17,16 +19,23 @@ def journal(site: Site) -> Path:
     return site.metadata / NAME
 
 
-def change(site: Site, contents: dict[str, bytes]) -> None:
-    """Swap files in; call under the lock, with every content checked.
+def change(site: Site, paths: Iterable[str], step: Callable[[str], None]) -> None:
+    """Change files one by one; call under the lock, with everything checked.
 
     Args:
         site: whose.
-        contents: path relative to the site -> what it becomes.
+        paths: relative to the site.
+        step: what is done with each; before and after it, and in between, a file is whole.
     """
-    swap(journal(site), "".join(f"{path}\n" for path in contents).encode())
-    for path, content in contents.items():
-        swap(site.root / path, content)
+    paths = tuple(paths)
+    swap(journal(site), "".join(f"{path}\n" for path in paths).encode())
+    try:
+        for path in paths:
+            step(path)
+    except BaseException:  # a full disk, or Ctrl-C
+        with suppress(OSError, ConfigError):  # else the next call does it
+            undo_interrupted(site)
+        raise
     discard(journal(site))
 
 
@@ -47,7 +56,9 @@ def undo_interrupted(site: Site) -> bool:
     for path in TARGETS:
         content = read(site, path)
         if BEGIN in content:
-            swap(site.root / path, without_block(content))
+            bring_back(site.root / path, without_block(content))
+        else:
+            discard(kept_link(site.root / path))
     discard(left_behind)
     return True
 
@@ -56,13 +67,18 @@ def read(site: Site, path: str) -> bytes:
     """A file that the block is or can be in.
 
     Raises:
-        ConfigError: it is missing, or neither the wheel's nor the wheel's with a block; its name is in the message.
+        ConfigError: it can't be read, is neither the wheel's nor the wheel's with a block, or is a link to a file with
+            one; its name is in the message.
     """
     file = site.root / path
     try:
         content = file.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{file} is missing; vLLM {site.release} has it") from None
+    except OSError as error:  # a directory
+        raise ConfigError(f"{file} can't be read: {error.strerror or error}") from None
     if not site.is_recorded(path, without_block(content)):
         raise ConfigError(f"{file} is not the file that vLLM {site.release}'s wheel installed; it is left as it is")
+    if BEGIN in content and file.is_symlink():
+        raise ConfigError(f"{file} is a link to {file.resolve()}, which is patched itself; revert it where it lies")
     return content

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from epfuse.errors import ConfigError
+from epfuse.integrations.vllm.interfaces import nearest
 from epfuse.integrations.vllm.patch.block import BEGIN, END, TARGETS, has_this_block, with_block, without_block
 from epfuse.integrations.vllm.patch.journal import change, journal, read, undo_interrupted
 from epfuse.integrations.vllm.patch.site import Site
+from epfuse.integrations.vllm.patch.swap import bring_back, keep_link, swap
+from epfuse.integrations.vllm.releases import TESTED
 
 
 class State(enum.Enum):
@@ -63,33 +66,59 @@ def apply(site: Site) -> Report:
     """Patch what is not patched; does nothing where it is done already, however many call at once.
 
     Raises:
-        ConfigError: a file is unknown; nothing was changed.
+        ConfigError: the vLLM does not look like a tested release, a file is unknown or can't be written, or another
+            process holds the lock; nothing was changed.
     """
     with site.locked():
         undone = undo_interrupted(site)
         contents = {path: read(site, path) for path in TARGETS}
+        _check_interfaces(site)
         wanted = {path: with_block(without_block(content)) for path, content in contents.items()}
         todo = {path: content for path, content in wanted.items() if content != contents[path]}
         for path, content in todo.items():
-            compile(content, path, "exec")  # before anything is swapped in
+            _check_source(site, path, content)  # before anything is swapped in
+
+        def patch(path: str) -> None:
+            if BEGIN not in contents[path]:
+                keep_link(site.root / path)
+            swap(site.root / path, todo[path])
+
         if todo:
-            change(site, todo)
+            change(site, todo, patch)
         return Report(site, _checked(site), undone or bool(todo))
 
 
 def revert(site: Site) -> Report:
-    """Bring back the wheel's own bytes.
+    """Bring back the wheel's own bytes, and the link if the file was one.
 
     Raises:
-        ConfigError: a file is unknown; nothing was changed.
+        ConfigError: a file is unknown or can't be written, or another process holds the lock; nothing was changed.
     """
     with site.locked():
         undone = undo_interrupted(site)
         contents = {path: read(site, path) for path in TARGETS}
         todo = {path: without_block(content) for path, content in contents.items() if BEGIN in content}
         if todo:
-            change(site, todo)
+            change(site, todo, lambda path: bring_back(site.root / path, todo[path]))
         return Report(site, _look(site).state, undone or bool(todo))
+
+
+def _check_interfaces(site: Site) -> None:
+    match = nearest(site.root / "vllm")
+    if match.differences:
+        raise ConfigError(
+            f"vLLM {site.release} in {site.root} is not as the releases that epfuse was tested with,"
+            f" {', '.join(TESTED)}: {match}; it is left as it is"
+        )
+
+
+def _check_source(site: Site, path: str, content: bytes) -> None:
+    try:
+        compile(content, path, "exec")
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{site.root / path} with the patch is no Python source: {error}; it is left as it is"
+        ) from None
 
 
 def _look(site: Site) -> Report:

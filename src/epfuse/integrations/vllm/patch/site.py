@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+from email.parser import BytesHeaderParser
 from pathlib import Path
 
 from epfuse.errors import ConfigError
-from epfuse.integrations.vllm.releases import DISTRIBUTIONS, TESTED
+from epfuse.input_file import read_file
+from epfuse.integrations.vllm.patch.lock import locked
+from epfuse.integrations.vllm.releases import DISTRIBUTIONS
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Site:
     Attributes:
         root: the directory that ``vllm/`` is in.
         metadata: its ``.dist-info`` directory.
-        release: its version, without a local part.
+        release: its version, without a local part; ``unknown`` where its metadata does not say it.
         recorded: path relative to root -> SHA-256 as RECORD writes it.
     """
 
@@ -37,16 +41,20 @@ class Site:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time; the lock is on the metadata directory and leaves no file."""
-        import fcntl  # here, so that other commands' help works where there is none
-        import os
+        """One process at a time; the lock is on the metadata directory and leaves no file.
 
-        descriptor = os.open(self.metadata, os.O_RDONLY)
+        Raises:
+            ConfigError: another process holds it for too long, or a file can't be read or written.
+        """
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+            with locked(self.metadata):
+                yield
+        except OSError as error:
+            place = error.filename2 or error.filename or self.root
+            raise ConfigError(
+                f"{place} can't be read or replaced: {error.strerror or error}; vLLM's files are patched by who may"
+                " write them"
+            ) from None
 
 
 def record_hash(content: bytes) -> str:
@@ -55,36 +63,51 @@ def record_hash(content: bytes) -> str:
 
 
 def find_site(root: Path | None = None) -> Site:
-    """The vLLM in ``root``, or the one that this interpreter would import.
+    """The vLLM in ``root``, or the first one on this interpreter's path.
 
     Raises:
-        ConfigError: there is none, it has no RECORD, or its release was never tested.
+        ConfigError: there is none, there are several, or its RECORD is not there or none.
     """
-    found = _distribution(root)
-    metadata = Path(str(getattr(found, "_path", "")))
-    record = metadata / "RECORD"
-    if not record.is_file():
-        raise ConfigError(f"{metadata} has no RECORD; only a vLLM that was installed from a wheel can be patched")
-    release = found.version.partition("+")[0]
-    if release not in TESTED:
-        raise ConfigError(f"vLLM in {metadata.parent} is {release}; the patch is for {', '.join(TESTED)}")
+    metadata = _metadata(root)
     recorded = {}
-    with record.open(newline="") as lines:
-        for row in csv.reader(lines):
+    content = read_file(metadata / "RECORD", "vLLM's RECORD").decode("utf-8", "surrogateescape")  # names are bytes
+    try:
+        for row in csv.reader(content.splitlines()):
             if len(row) > 1 and row[1].startswith("sha256="):
                 recorded[row[0]] = row[1].removeprefix("sha256=")
-    return Site(metadata.parent, metadata, release, recorded)
+    except csv.Error as error:
+        raise ConfigError(f"{metadata / 'RECORD'} is no RECORD: {error}; install vLLM again") from None
+    return Site(metadata.parent, metadata, _release(metadata), recorded)
 
 
-def _distribution(root: Path | None) -> Distribution:
-    if root is not None:
-        for found in distributions(path=[str(root)]):
-            if found.name in DISTRIBUTIONS:
-                return found
-        raise ConfigError(f"no vLLM is installed in {root}")
-    for name in DISTRIBUTIONS:
-        try:
-            return distribution(name)
-        except PackageNotFoundError:
-            continue
-    raise ConfigError("no vLLM is installed; name the directory that has it with --site")
+def _metadata(root: Path | None) -> Path:
+    """The ``.dist-info`` directory of the one vLLM that was installed from a wheel."""
+    for place in [root] if root is not None else [Path(entry or os.curdir) for entry in sys.path]:
+        found = [each for each in _dist_infos(place) if os.path.lexists(each / "RECORD")]
+        if len(found) > 1:
+            names = " and ".join(each.name for each in found)
+            raise ConfigError(f"{place} has {names}; which of them is installed can't be known: remove the other")
+        if found:
+            return found[0]
+        left = _dist_infos(place)
+        if left:
+            raise ConfigError(f"{left[0]} has no RECORD; only a vLLM that was installed from a wheel can be patched")
+    where = "" if root is None else f" in {root}"
+    raise ConfigError(f"no vLLM is installed{where}; name the directory that has it with --site")
+
+
+def _dist_infos(place: Path) -> list[Path]:
+    prefixes = tuple(f"{name.replace('-', '_')}-" for name in DISTRIBUTIONS)
+    try:
+        entries = sorted(os.listdir(place))
+    except (OSError, ValueError):  # no directory, or a name that is none
+        return []
+    return [place / entry for entry in entries if entry.startswith(prefixes) and entry.endswith(".dist-info")]
+
+
+def _release(metadata: Path) -> str:
+    try:
+        found = BytesHeaderParser().parsebytes(read_file(metadata / "METADATA", "vLLM's METADATA"))["Version"]
+    except ConfigError:
+        found = None
+    return str(found).partition("+")[0].strip() if found else "unknown"
