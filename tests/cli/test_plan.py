@@ -101,3 +101,15 @@ def test_the_environments_policy(monkeypatch: pytest.MonkeyPatch) -> None:
         assert json.loads(plan(*M3, "--target", "gfx942", "--json").stdout)["policy"] == "seed-1782"
     finally:
         environment.cache_clear()
+
+
+def test_plan_and_explain_refuse_by_the_same_rules(tmp_path: Path) -> None:
+    """gpt-oss in BF16: its experts have biases, whatever the number format."""
+    bf16 = {key: value for key, value in GPT_OSS.items() if key != "quantization_config"}
+    (tmp_path / "config.json").write_text(json.dumps(bf16))
+    record = json.loads(plan("--config", str(tmp_path), *M3[2:], "--target", "gfx942", "--json").stdout)
+    assert {entry["storage"] for entry in record["layers"]} == {"untouched"}
+    assert {entry["reason"] for entry in record["refused"]} == {"The experts have biases."}
+    arguments = ["vllm", "explain", "--model", str(tmp_path), "--target", "gfx942", "--json"]
+    explained = json.loads(CliRunner().invoke(main, arguments).stdout)
+    assert {group["with_epfuse"]["reason"] for group in explained["groups"]} == {"the experts have biases."}
