@@ -156,6 +156,7 @@ def test_modelopts_file_beside_the_config(tmp_path: Path) -> None:
         read_model(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("prefix", ["model.", "language_model.model.", ""])
 @pytest.mark.parametrize(
     ("ends", "quantization", "words"),
     [
@@ -166,9 +167,9 @@ def test_modelopts_file_beside_the_config(tmp_path: Path) -> None:
         (["weight", "weight_scale", "weight_scale_2"], {"quant_method": "mxfp8"}, "'weight_scale_2'"),
     ],
 )
-def test_names_of_weights(tmp_path: Path, ends: list[str], quantization: Any, words: str | None) -> None:
+def test_names_of_weights(tmp_path: Path, prefix: str, ends: list[str], quantization: Any, words: str | None) -> None:
     write(tmp_path, M3_TEXT | {"quantization_config": quantization})
-    names = [f"model.layers.3.block_sparse_moe.experts.0.w1.{end}" for end in ends] + [
+    names = [f"{prefix}layers.3.block_sparse_moe.experts.0.w1.{end}" for end in ends] + [
         "model.layers.0.mlp.w.weight_scale"
     ]
     index = tmp_path / "model.safetensors.index.json"

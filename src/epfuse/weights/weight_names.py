@@ -33,7 +33,9 @@ def check_names(folder: Path, checkpoint: Checkpoint, module: str) -> None:
     names = read_object(path, "index", LARGEST_INDEX).get("weight_map")
     if not isinstance(names, dict):
         raise ConfigError(f"index {path} has no weight_map")
-    ends = {name.rpartition(".")[2] for name in names if f".{module}." in name and ".layers." in name}
+    ends = {
+        name.rpartition(".")[2] for name in names if re.search(rf"(^|\.)layers\.[0-9]+\.{re.escape(module)}\.", name)
+    }
     if not ends:
         return
     second = sorted(end for end in ends if SECOND_SCALE.fullmatch(end))
