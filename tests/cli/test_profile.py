@@ -161,7 +161,7 @@ def test_markup_in_names_is_text(tmp_path: Path) -> None:
         ([MI300X, "--shape", "gpt-oss-20b", "--config", "c.json"], "exclude each other"),
         ([MI300X, "--ep-size", "8"], "belong to --config"),
         ([MI300X, "--shape", "llama"], "'llama' is not one of"),
-        ([MI300X, "--html", "/gone/profile.html"], "the folder /gone does not exist"),
+        ([MI300X, "--html", "/gone/profile.html"], "--html is '/gone/profile.html'"),
         ([MI300X, "--tokens", "0"], "is not in the range"),
         ([__file__], "is not a JSON trace"),
     ],
@@ -171,3 +171,60 @@ def test_wrong_usage_exits_2(arguments: list[str | Path], words: str) -> None:
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stdout == ""
+
+
+def unwritable(folder: Path) -> Path:
+    """A name too long for any file system: refused for root too."""
+    return folder / ("x" * 300)
+
+
+@pytest.mark.parametrize("option", ["--html", "--svg"])
+def test_an_output_that_can_not_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("epfuse.profiling.read_trace.read_trace", lambda *_: pytest.fail("the trace was read"))
+    for file in (unwritable(tmp_path), tmp_path, tmp_path / "gone" / "x"):
+        result = run(MI300X, option, file)
+        assert result.exit_code == 2
+        assert f"{option} is" in result.stderr or "directory" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--html", "--svg"])
+def test_the_table_is_not_lost_when_the_report_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("epfuse.cli.profile.write_atomic", full)
+    result = run(MI300X, option, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "all kernels" in result.stdout
+    assert "No space left on device" in result.stderr
+    assert json.loads(run(MI300X, "--json", option, tmp_path / "out").stdout)["kernels_total"] == 425
+
+
+def test_all_that_can_be_refused_is_refused_before_a_trace_is_read(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("epfuse.profiling.read_trace.read_trace", lambda *_: pytest.fail("the trace was read"))
+    (tmp_path / "other.json").write_text('{"schema": 1, "measurements": []}')
+    (tmp_path / "rules.yaml").write_text("rules: 3")
+    for arguments in (
+        ["--compare", trace, tmp_path / "other.json"],
+        ["--compare", trace, "gone.json"],
+        [trace, "--window", "first"],
+        [trace, "--map", tmp_path / "rules.yaml"],
+    ):
+        result = run(*arguments)
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    made = TraceFile()
+    made.kernel("gate_up_kernel", 0, 5)
+    odd = made.write(tmp_path / "odd\x1b[31m\udcff.json")
+    result = run(odd, "--html", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "odd\ufffd[31m\ufffd.json" in result.stdout
+    assert "odd\ufffd[31m\ufffd.json" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json as jsonlib
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from epfuse.cli.main import EXIT_CHECK_FAILED
-from epfuse.errors import ConfigError, TraceError
+from epfuse.cli.delivery import Delivery
+from epfuse.errors import TraceError
+from epfuse.report.write import write_atomic
 
 if TYPE_CHECKING:
     from epfuse.profiling.record import Profile
@@ -31,7 +32,8 @@ Examples:
   epfuse profile rank0.pt.trace.json.gz --json | jq '.phases[] | [.name, .us]'
 
 \b
-Exit status: 0 good, 1 not one kernel was recognised, 2 usage or a trace that can't be used.
+Exit status: 0 good, 1 not one kernel was recognised, 2 usage, a trace that can't be used, or a result that could not
+be written; 130 interrupted.
 """
 
 
@@ -83,44 +85,41 @@ def profile(
     """
     if compare and len(traces) != 2:
         raise click.UsageError(f"--compare takes two traces, not {len(traces)}")
-    for option, file in (("--html", html), ("--svg", svg)):
-        if file is not None and not file.parent.is_dir():
-            raise click.BadParameter(f"the folder {file.parent} does not exist", param_hint=option)
+    delivery = Delivery({"--html": html, "--svg": svg})
+    if html is not None or svg is not None:
+        importlib.import_module("epfuse.profiling.page")  # what it needs is missed now, and not after the work
     experts = _experts(shape, config, ep_size, tp_size)
-    found = [_profiles(path, window, rules, experts, weights, tokens) for path in traces]
+    found = _profiles(traces, window, rules, experts, weights, tokens)
     profiles = [one for group in found for one in group]
     if compare:
         for path, group in zip(traces, found, strict=True):
             if len(group) > 1:
                 raise TraceError(f"{path} has kernels of {len(group)} devices; --compare takes one a trace")
-    _print(profiles, json, compare)
-    _write(profiles, html, svg, compare)
-    for one in profiles:
-        if not one.phases:
-            click.echo(f"epfuse: no kernel of {one.path} was recognised; --map takes rules for it", err=True)
-            sys.exit(EXIT_CHECK_FAILED)
+    with delivery.of("standard output"):
+        _print(profiles, json, compare)
+    _write(profiles, html, svg, compare, delivery)
+    unknown = [one.path for one in profiles if not one.phases]
+    for name in unknown:
+        click.echo(f"epfuse: no kernel of {name} was recognised; --map takes rules for it", err=True)
+    delivery.exit(passed=not unknown)
 
 
-def _write(profiles: list[Profile], html: Path | None, svg: Path | None, compare: bool) -> None:
+def _write(profiles: list[Profile], html: Path | None, svg: Path | None, compare: bool, delivery: Delivery) -> None:
     """The page of all profiles and the picture of the first one, as far as they are wanted."""
-    if html is None and svg is None:
-        return
-    from epfuse.profiling.page import profile_page, timeline_svg
-    from epfuse.report.write import write_atomic
-
-    contents = []
     if html is not None:
-        contents.append((html, profile_page(profiles, compare)))
+        from epfuse.profiling.page import profile_page
+
+        with delivery.of("--html"):
+            write_atomic(html, profile_page(profiles, compare))
+            click.echo(f"written: {html}", err=True)
     if svg is not None:
-        if not profiles[0].timeline:
-            raise TraceError(f"{profiles[0].path} has no layers that repeat; there is no timeline to draw")
-        contents.append((svg, timeline_svg(profiles[0])))
-    for file, content in contents:
-        try:
-            write_atomic(file, content)
-        except OSError as error:
-            raise ConfigError(f"{file} can't be written: {error.strerror or error}") from None
-        click.echo(f"written: {file}", err=True)
+        from epfuse.profiling.page import timeline_svg
+
+        with delivery.of("--svg"):
+            if not profiles[0].timeline:
+                raise TraceError(f"{profiles[0].path} has no layers that repeat; there is no timeline to draw")
+            write_atomic(svg, timeline_svg(profiles[0]))
+            click.echo(f"written: {svg}", err=True)
 
 
 def _experts(shape: str | None, config: Path | None, ep_size: int, tp_size: int) -> ExpertShape | None:
@@ -136,22 +135,31 @@ def _experts(shape: str | None, config: Path | None, ep_size: int, tp_size: int)
 
 
 def _profiles(
-    path: Path,
+    paths: tuple[Path, ...],
     window: str,
     rules: Path | None,
     experts: ExpertShape | None,
     weights: str | None,
     tokens: int | None,
-) -> list[Profile]:
+) -> list[list[Profile]]:
+    """The profiles of each trace's devices. What can be refused at once is refused before the first trace is read."""
     from epfuse.profiling.classify import Classifier
+    from epfuse.profiling.json_stream import check_trace
     from epfuse.profiling.profile import profile_trace
     from epfuse.profiling.read_trace import read_trace
     from epfuse.profiling.rules import RuleSet
+    from epfuse.profiling.steps import check_window
 
+    check_window(window)
     classifier = Classifier(RuleSet.load(rules))
-    with _LateBar(path) as bar:
-        trace = read_trace(path, bar.update)
-    return profile_trace(trace, classifier, window=window, shape=experts, weights=weights, tokens=tokens)
+    for path in paths:
+        check_trace(path)
+    found = []
+    for path in paths:
+        with _LateBar(path) as bar:
+            trace = read_trace(path, bar.update)
+        found.append(profile_trace(trace, classifier, window=window, shape=experts, weights=weights, tokens=tokens))
+    return found
 
 
 def _print(profiles: list[Profile], json: bool, compare: bool) -> None:
@@ -187,9 +195,11 @@ class _LateBar:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+        from epfuse.profiling.text import printable
+
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.task = self.progress.add_task(f"reading {path.name}")
+        self.task = self.progress.add_task(f"reading {printable(path.name)}")
         self.began = time.monotonic()
         self.shown = False
 

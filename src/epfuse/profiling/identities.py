@@ -186,9 +186,9 @@ class Calls:
         if not isinstance(correlation, int | str) or correlation not in callers:
             return []
         origin = origins.get(activity.device, "")
+        if len(callers[correlation]) > MOST_CANDIDATES:
+            return callers[correlation][:2]
         processes = [p for p in callers[correlation] if not origin or p[0] == origin]
-        if len(processes) > MOST_CANDIDATES:
-            return processes
         return [p for p in processes if self._calls[p][correlation].start <= activity.start + SKEW]
 
 

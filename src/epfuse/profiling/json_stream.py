@@ -9,20 +9,30 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from epfuse.errors import TraceError
+from epfuse.profiling.text import printable
 
 CHUNK = 4 << 20
 """Bytes read at a time."""
-LARGEST_VALUE = 64 << 20
+LARGEST_VALUE = 16 << 20
 """Characters that one event or one value beside the events may take: what is longer is no trace."""
 SPLIT_TOKEN = 16
 """A JSON token that a chunk's end cut is reported by the scanner within this many characters of the end."""
+
+MOST_UNPACKED = 1 << 30
+"""Bytes that come out of a gzip file before it is asked whether it is a bomb."""
+LARGEST_RATIO = 200
+"""Bytes out of one byte of gzip: profilers' traces have 10 to 40; the format allows 1032, for nothing but one byte."""
+MOST_BLANKS = 16 << 20
+"""Characters of white space in a row."""
 
 GZIP_MAGIC = b"\x1f\x8b"
 BETWEEN = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")
@@ -45,30 +55,57 @@ def stream_events(
     Raises:
         TraceError: the file can't be read, is not JSON, is no trace, or ends early.
     """
+    name = printable(str(path))
     try:
-        with path.open("rb") as raw:
-            size = path.stat().st_size
+        with _open_regular(path, name) as raw:
+            size = os.fstat(raw.fileno()).st_size
             if not size:
-                raise TraceError(f"{path} is empty; it must be a Chrome trace (JSON, plain or gzipped)")
+                raise TraceError(f"{name} is empty; it must be a Chrome trace (JSON, plain or gzipped)")
             magic = raw.read(2)
             raw.seek(0)
             data: Any = gzip.GzipFile(fileobj=raw) if magic == GZIP_MAGIC else raw
+            unpacked = 0
 
-            def report() -> None:
+            def report(read: int) -> None:
+                nonlocal unpacked
+                unpacked += read
+                if unpacked > MOST_UNPACKED and unpacked > LARGEST_RATIO * size:
+                    raise TraceError(f"{name} has {size} bytes and unpacks to more than {unpacked}: that is no trace")
                 if progress:
                     progress(min(raw.tell(), size), size)
 
-            yield from _Window(path, data, report).events(on_value)
+            yield from _Window(name, data, report).events(on_value)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise TraceError(f"{path} is damaged or cut short: gzip says {error}") from None
+        raise TraceError(f"{name} is damaged or cut short: gzip says {error}") from None
     except OSError as error:
-        raise TraceError(f"{path} can't be read: {error.strerror or error}") from None
+        raise TraceError(f"{name} can't be read: {error.strerror or error}") from None
+
+
+def check_trace(path: Path) -> None:
+    """Refuse, before minutes of work on another trace, what can't be one: read its first event, or find out why not.
+
+    Raises:
+        TraceError: as `stream_events`.
+    """
+    next(stream_events(path, lambda *_: None), None)
+
+
+def _open_regular(path: Path, name: str) -> BinaryIO:
+    """The file, if it is one: a pipe or a device may have no end, and opening a FIFO may wait for ever."""
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb")
+    except ValueError as error:  # a NUL in the name
+        raise TraceError(f"{name} can't be read: {error}") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise TraceError(f"{name} can't be read: it is no regular file; write the trace to one first")
+    return file
 
 
 class _Window:
     """The undecoded part of the text."""
 
-    def __init__(self, path: Path, data: BinaryIO, report: Callable[[], None]) -> None:
+    def __init__(self, path: str, data: BinaryIO, report: Callable[[int], None]) -> None:
         self.path = path
         self.data = data
         self.report = report
@@ -170,11 +207,14 @@ class _Window:
 
     def peek(self, or_end: bool = False) -> str:
         """The next character that is no space; empty at the end if that is allowed."""
+        blanks_end = self.before + self.at + MOST_BLANKS
         while True:
             match = SEPARATORS.match(self.text, self.at)
             self.at = match.end() if match else self.at
             if self.at < len(self.text):
                 return self.text[self.at]
+            if self.before + self.at > blanks_end:
+                raise self.broken(f"more than {MOST_BLANKS} characters of white space")
             if not self.fill():
                 if or_end:
                     return ""
@@ -185,7 +225,7 @@ class _Window:
         if self.ended:
             return False
         chunk = self.data.read(CHUNK)
-        self.report()
+        self.report(len(chunk))
         if not chunk:
             self.ended = True
             self.text += self.decode(b"", final=True)

@@ -10,7 +10,7 @@ from epfuse.errors import ConfigError, TraceError
 from epfuse.profiling.annotations import parse_label
 from epfuse.profiling.classify import JOINED_BY, Classifier, Verdicts
 from epfuse.profiling.devices import product_of
-from epfuse.profiling.events import Kernel, Trace
+from epfuse.profiling.events import Kernel, Range, Trace
 from epfuse.profiling.experts import ExpertStep, view_experts
 from epfuse.profiling.layers import Layers, find_layers
 from epfuse.profiling.phases import EXPERT_PHASES, Phase
@@ -19,6 +19,9 @@ from epfuse.profiling.record import KernelTotal, LayerTime, PhaseTotal, Profile,
 from epfuse.profiling.shapes import ExpertShape
 from epfuse.profiling.steps import AUTO, DeviceSteps, Step, choose_steps, find_steps
 from epfuse.profiling.timing import busy, length, merge_steps, streams_of, union
+
+LONGEST_TEXT = 8192
+"""Characters of the names of the ranges around a launch, of which rules are tried on."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ Sequences = tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]
 def _classify(
     step: Step, classifier: Classifier, trace: Trace, known: dict[Sequences, tuple[Verdicts, Layers]]
 ) -> _Classified:
+    joined: dict[int, str] = {}  # by identity of the tuple: what encloses neighbours is one object
     texts = tuple(
         # a graph's kernels share one launch: what encloses it says nothing about each of them
-        "" if _in_graph(kernel, trace) else JOINED_BY.join(item.name for item in around)
+        "" if _in_graph(kernel, trace) else joined.get(id(around)) or joined.setdefault(id(around), _joined(around))
         for kernel, around in zip(step.kernels, step.ranges, strict=True)
     )
     key = tuple(kernel.name for kernel in step.kernels), tuple(kernel.stream for kernel in step.kernels), texts
@@ -130,6 +134,18 @@ def _classify(
         classifier.by_context(step.kernels, texts, layers, verdicts)
         known[key] = verdicts, layers
     return _Classified(step, *known[key])
+
+
+def _joined(around: tuple[Range, ...]) -> str:
+    """The ranges' names, outermost first; of a text that is too long the outermost are left out."""
+    names: list[str] = []
+    room = LONGEST_TEXT
+    for item in reversed(around):
+        room -= len(item.name) + len(JOINED_BY)
+        if room < 0:
+            break
+        names.append(item.name)
+    return JOINED_BY.join(reversed(names))
 
 
 def _in_graph(kernel: Kernel, trace: Trace) -> bool:

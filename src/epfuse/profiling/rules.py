@@ -8,28 +8,40 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from epfuse.errors import ConfigError, MissingDependency, first_fault
+from epfuse.errors import ConfigError, MissingDependency
+from epfuse.input_file import read_file
+from epfuse.profiling.cpu_budget import CpuBudget
 from epfuse.profiling.phases import Phase
+from epfuse.profiling.text import printable
 
 try:
-    import yaml
-    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+    from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+    from epfuse.profiling.yaml_tree import YamlFault, YamlTree
 except ImportError as error:
     raise MissingDependency(
         f"'epfuse profile' needs the package {error.name!r}: pip install 'epfuse[profile]'"
     ) from error
 
-LARGEST_FILE = 1 << 20
+LARGEST_FILE = 1 << 18
 """Bytes of a rules file."""
+MOST_RULES = 500
+"""In one file; each is tried on every kernel."""
+LONGEST_PATTERN = 2000
+"""Characters of a regular expression."""
+READING_SECONDS = 10.0
+"""CPU time in which a file must be read and its patterns compiled."""
 
 
 def _pattern(value: Any) -> re.Pattern[str]:
     if not isinstance(value, str) or not value:
         raise ValueError("it must be a regular expression")
+    if len(value) > LONGEST_PATTERN:
+        raise ValueError(f"a regular expression may have {LONGEST_PATTERN} characters, and not {len(value)}")
     try:
         return re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        raise ValueError(f"{value!r:.200} is no regular expression: {error}") from None
 
 
 def _phases(value: Any) -> Any:
@@ -85,11 +97,11 @@ class Rule(_Strict):
 
 class _RulesFile(_Strict):
     version: Literal[1] = Field(alias="schema")
-    name: str
+    name: Annotated[str, AfterValidator(printable)]
     source: str = ""
     patterns: dict[str, Any] = {}  # a place for YAML anchors
-    glue: list[Pattern] = []
-    rules: list[Rule]
+    glue: Annotated[list[Pattern], Field(max_length=MOST_RULES)] = []
+    rules: Annotated[list[Rule], Field(max_length=MOST_RULES)]
 
 
 class RuleSet:
@@ -100,6 +112,15 @@ class RuleSet:
         self.rules: list[Rule] = [rule for file in files for rule in file.rules]
         self.origins: list[str] = [file.name for file in files for _ in file.rules]
         self.glue: list[re.Pattern[str]] = [pattern for file in files for pattern in file.glue]
+        self.where: dict[re.Pattern[str] | None, str] = {}
+        """Pattern -> file and key, for messages; of a pattern that stands twice the first place."""
+        for file in files:
+            for number, pattern in enumerate(file.glue):
+                self.where.setdefault(pattern, f"{file.name}: glue.{number}")
+            for number, rule in enumerate(file.rules):
+                for key in ("kernel", "range", "previous", "next"):
+                    if (pattern := getattr(rule, key)) is not None:
+                        self.where.setdefault(pattern, f"{file.name}: rules.{number}.{key}")
 
     @classmethod
     def load(cls, user_file: Path | None = None) -> RuleSet:
@@ -108,7 +129,12 @@ class RuleSet:
         Raises:
             ConfigError: the file can't be read or does not fit the schema; the message names file and place.
         """
-        files = [_parse(_read(user_file), str(user_file))] if user_file else []
+        files = []
+        if user_file is not None:
+            where = printable(str(user_file))
+            text = _decoded(read_file(user_file, "rules", LARGEST_FILE), where)
+            with CpuBudget(READING_SECONDS).spend(lambda: f"reading rules {where}"):
+                files.append(_parse(text, where))
         shipped = resources.files("epfuse.profiling") / "rules"
         for entry in sorted(shipped.iterdir(), key=lambda entry: entry.name):
             if entry.name.endswith(".yaml"):
@@ -116,27 +142,22 @@ class RuleSet:
         return cls(files)
 
 
-def _read(path: Path) -> str:
+def _decoded(data: bytes, where: str) -> str:
     try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise ConfigError(f"rules {path} can't be read: {error.strerror or error}") from None
-    if len(data) > LARGEST_FILE:
-        raise ConfigError(f"rules {path} has more than {LARGEST_FILE} bytes")
-    try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"rules {path} is not UTF-8: {error}") from None
+        raise ConfigError(f"rules {where} is not UTF-8: {error}") from None
 
 
 def _parse(text: str, where: str) -> _RulesFile:
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"rules {where} is not YAML: {' '.join(str(error).split())}") from None
+        tree = YamlTree(text)
+    except YamlFault as fault:
+        raise ConfigError(f"rules {where} is not YAML: {fault}") from None
     try:
-        return _RulesFile.model_validate(content)
+        return _RulesFile.model_validate(tree.values)
     except ValidationError as error:
-        place, fault = first_fault(error, "the file")
-        raise ConfigError(f"rules {where}: {place}: {fault}") from None
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        path = first["loc"]
+        place = ".".join(printable(str(step))[:80] for step in path) or "the file"
+        raise ConfigError(f"rules {where}, line {tree.line(path)}: {place}: {first['msg']}") from None

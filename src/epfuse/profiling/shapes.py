@@ -8,6 +8,7 @@ from typing import Any
 
 from epfuse.config import MINIMAX_M3_EP8, LayerShape
 from epfuse.errors import ConfigError
+from epfuse.profiling.text import printable
 from epfuse.weights.model_config import load_config, read_checkpoint
 
 WEIGHT_BYTES = {"bf16": 2.0, "mxfp8": 1 + 1 / 32, "block_fp8": 1 + 4 / 128**2, "mxfp4": 0.5 + 1 / 32}
@@ -75,7 +76,7 @@ def read_config(path: Path, ep_size: int = 1, tp_size: int = 1) -> ExpertShape:
         local_experts=sizes["experts"] // ep_size,
         top_k=sizes["top_k"],
     ).with_distinct_experts()
-    name = str(content.get("model_type", path.name))[:80]
+    name = printable(str(content.get("model_type", path.name)))[:80]
     return ExpertShape(name, layer, _weights(path), "the config")
 
 

@@ -172,6 +172,23 @@ _INDEX = re.compile(r"\d{1,9}")
 _SPAN = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
 
 
+def check_window(window: str) -> tuple[int, int] | None:
+    """First and last index that a window names; None for ``auto``.
+
+    Raises:
+        ConfigError: it is not ``auto``, an index or ``first..last``.
+    """
+    if window == AUTO:
+        return None
+    if match := _SPAN.fullmatch(window):
+        first, last = int(match[1]), int(match[2])
+        if first <= last:
+            return first, last
+    elif _INDEX.fullmatch(window):
+        return int(window), int(window)
+    raise ConfigError(f"window is {window!r:.80}; it must be 'auto', an index or first..last, first not after last")
+
+
 def choose_steps(found: DeviceSteps, window: str) -> list[Step]:
     """The steps that a window names.
 
@@ -184,15 +201,11 @@ def choose_steps(found: DeviceSteps, window: str) -> list[Step]:
         ConfigError: it is none of these, or the trace has no such step.
     """
     steps = found.steps
-    if window == AUTO:
+    bounds = check_window(window)
+    if bounds is None:
         decode = [step for step in steps if step.label.kind is StepKind.DECODE] or steps
         return [sorted(decode, key=lambda step: step.span)[(len(decode) - 1) // 2]]
-    if match := _SPAN.fullmatch(window):
-        first, last = int(match[1]), int(match[2])
-    elif _INDEX.fullmatch(window):
-        first = last = int(window)
-    else:
-        raise ConfigError(f"window is {window!r}; it must be 'auto', an index or first..last")
-    if not first <= last < len(steps):
+    first, last = bounds
+    if last >= len(steps):
         raise ConfigError(f"window is {window!r}; device {found.device} has the steps 0..{len(steps) - 1}")
     return steps[first : last + 1]
