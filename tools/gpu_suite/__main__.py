@@ -3,6 +3,12 @@
     PYTHONPATH=src python3 -m tools.gpu_suite --processes 15 --rounds 3 --json gpu-suite.json
     PYTHONPATH=src python3 -m tools.gpu_suite --rounds 1 --json gpu-suite.json -- tests/stages -k gather
 
+To look for a kernel that reads or writes where it must not:
+
+    ... --rounds 1 --repeat 50 ...         each test often, in all processes
+    ... --rounds 1 --fenced ...            tensors end where mapped memory does (no tests that capture graphs)
+    ... --rounds 1 --sanitize memcheck ... under compute-sanitizer, a tensor an allocation (few tests: it is slow)
+
 A round is green if pytest is. Of a round that is not, the record has the first error of each process, whether the
 device still answered after it, and how much of its memory was free.
 """
@@ -23,13 +29,20 @@ from typing import Any
 
 import click
 import torch
-from tools.gpu_suite.watch import FOLDER
+from tools.gpu_suite.watch import FENCED, FOLDER, REPEAT
 
 from epfuse.bench.machine import commit, describe_device, read_clocks, versions
 from epfuse.errors import ConfigError
 from epfuse.family import Family
 from epfuse.report.write import write_atomic
 
+SANITIZER = (
+    "compute-sanitizer",
+    "--target-processes=all",
+    "--error-exitcode=99",
+    "--print-limit=20",
+    "--launch-timeout=0",
+)
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 EXAMPLE = "Example: PYTHONPATH=src python3 -m tools.gpu_suite --processes 15 --rounds 3 --json gpu-suite.json"
 
@@ -60,12 +73,25 @@ class MemoryWatch:
             self.host_mib = max(self.host_mib, used >> 10)
 
 
-def run_round(processes: int, arguments: tuple[str, ...], log: Path, seconds: float) -> dict[str, Any]:
+def run_round(
+    processes: int,
+    arguments: tuple[str, ...],
+    log: Path,
+    seconds: float,
+    repeat: int = 1,
+    fenced: bool = False,
+    sanitize: str | None = None,
+) -> dict[str, Any]:
     """One run of pytest: counts, first errors, memory, the slowest and the largest tests."""
     with tempfile.TemporaryDirectory() as folder, MemoryWatch() as memory:
-        environment = os.environ | {FOLDER: folder}
-        spread = ["-n", str(processes)] if processes > 1 else []
+        environment = os.environ | {FOLDER: folder, REPEAT: str(repeat)}
+        if fenced:
+            environment[FENCED] = "1"
+        if sanitize:
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        spread = ["-n", str(processes)] if processes > 1 or fenced else []
         command = [
+            *([*SANITIZER, f"--tool={sanitize}"] if sanitize else []),
             sys.executable,
             "-m",
             "pytest",
@@ -95,7 +121,8 @@ def run_round(processes: int, arguments: tuple[str, ...], log: Path, seconds: fl
         notes = [json.loads(line) for file in Path(folder).iterdir() for line in file.read_text().splitlines()]
     notes.sort(key=lambda note: note["time"])
     text = log.read_text(encoding="utf-8", errors="replace")
-    summary = text.strip().splitlines()[-1] if text.strip() else ""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("=========")]
+    summary = lines[-1] if lines else ""
     first: dict[str, dict[str, Any]] = {}
     for note in notes:
         if "failed" in note:
@@ -103,6 +130,7 @@ def run_round(processes: int, arguments: tuple[str, ...], log: Path, seconds: fl
     tests = [note for note in notes if "test" in note]
     return {
         "returncode": done,
+        "sanitizer": [line for line in text.splitlines() if line.startswith("=========")][:400],
         "seconds": round(took, 1),
         "counts": {word.rstrip("s"): int(number) for number, word in COUNT.findall(summary)},
         "summary": summary,
@@ -121,8 +149,26 @@ def run_round(processes: int, arguments: tuple[str, ...], log: Path, seconds: fl
 @click.option("--rounds", type=click.IntRange(1, 10), default=3, show_default=True, help="How often all of it runs.")
 @click.option("--seconds", type=click.FloatRange(1), default=560.0, show_default=True, help="Limit of all rounds.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True, help="The record.")
+@click.option(
+    "--repeat", type=click.IntRange(1, 10_000), default=1, show_default=True, help="How often each test runs."
+)
+@click.option("--fenced", is_flag=True, help="Tensors end where mapped memory does.")
+@click.option(
+    "--sanitize",
+    type=click.Choice(["memcheck", "racecheck", "initcheck", "synccheck"]),
+    help="Under compute-sanitizer.",
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def main(processes: int, rounds: int, seconds: float, json_file: Path, arguments: tuple[str, ...]) -> None:
+def main(
+    processes: int,
+    rounds: int,
+    seconds: float,
+    json_file: Path,
+    repeat: int,
+    fenced: bool,
+    sanitize: str | None,
+    arguments: tuple[str, ...],
+) -> None:
     """Run the rounds, write the record after each, exit with 1 unless all were green."""
     if not torch.cuda.is_available():
         raise click.UsageError("no GPU is visible to torch; these tests need one")
@@ -130,7 +176,7 @@ def main(processes: int, rounds: int, seconds: float, json_file: Path, arguments
     end = time.monotonic() + seconds
     record: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["tools.gpu_suite --processes", str(processes), "--rounds", str(rounds), *arguments]),
+        "command": " ".join(["tools.gpu_suite", *sys.argv[1:]]),
         "commit": commit(),
         "versions": versions(),
         "device": describe_device(device),
@@ -143,7 +189,8 @@ def main(processes: int, rounds: int, seconds: float, json_file: Path, arguments
         if left < 30:
             click.echo(f"round {number} not started: {left:.0f} s are left")
             break
-        found = run_round(processes, arguments, json_file.with_suffix(f".round-{number}.log"), left)
+        log = json_file.with_suffix(f".round-{number}.log")
+        found = run_round(processes, arguments, log, left, repeat, fenced, sanitize)
         record["rounds"].append(found)
         write_atomic(json_file, json.dumps(record, indent=1) + "\n")
         click.echo(
