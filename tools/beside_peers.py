@@ -25,15 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tools.draw_peers import chart_of
+from tools.draw_peers import chart_of, check_rows
 
 from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.machine import commit, versions
 from epfuse.bench.page import chart_svg
 from epfuse.bench.routing import Kind, Routing
+from epfuse.cli.delivery import STDOUT, Delivery
+from epfuse.cli.exits import PlainCommand
 from epfuse.cli.names import token_counts
 from epfuse.errors import ConfigError
 from epfuse.family import Family
+from epfuse.input_file import read_file, read_json
 from epfuse.report.write import write_atomic
 
 IMPLEMENTATION = f"{Path(__file__).resolve().parents[1]}/benchmarks/peer_layer.py:w8a16"
@@ -106,7 +109,7 @@ def run_harness(harness: Path, layer: Layer, arguments: list[str], folder: Path)
             lines.append(line)
     if process.returncode:
         raise ConfigError(f"the harness ended with exit code {process.returncode}; what it printed says why")
-    return "".join(lines), json.loads(out.read_text()) if out.exists() else []
+    return "".join(lines), check_rows(read_json(out, "rows of the harness")) if out.exists() else []
 
 
 def record_of(printed: str, rows: list[dict[str, Any]], layer: Layer, routing: Routing) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def measure(
     return record_of(more if CEILING.search(more) else printed, rows + others, layer, routing)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLE)
+@click.command(cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLE)
 @click.argument("harness", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("record", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--layer", "name", type=click.Choice(list(LAYERS)), default="minimax-m3-ep8", show_default=True)
@@ -193,26 +196,26 @@ def main(
 ) -> None:  # fmt: skip
     """Compile, time ours, time the peers, and write RECORD.
 
-    Exit code 1: no time of ours, or none of any peer.
+    Exit code 1: no time of ours, or none of any peer; 2: usage, or an output that could not be written.
     """
     layer = LAYERS[name]
-    for path in (record, picture):  # before minutes on a GPU have gone into what can't be written
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.ClickException(f"the folder of {path} does not exist; make it first")
-    try:
-        chosen = Routing.parse(routing)
-        chosen.check(layer.shape)
-        source = harness_for(harness.read_text(), layer, chosen)
-        found = measure(source, layer, chosen, tokens, peers, seconds, jobs)
-        write_atomic(record, json.dumps(found, indent=1) + "\n")
-        click.echo(table_of(found))
-        if picture is not None:
+    delivery = Delivery({"RECORD": record, "--picture": picture})
+    chosen = Routing.parse(routing)
+    chosen.check(layer.shape)
+    source = harness_for(read_file(harness, "harness").decode(), layer, chosen)
+    found = measure(source, layer, chosen, tokens, peers, seconds, jobs)
+    text = json.dumps(found, indent=1) + "\n"
+    with delivery.of("RECORD"):
+        write_atomic(record, text)
+    with delivery.of(STDOUT):
+        click.echo(text if "RECORD" in delivery.failed else table_of(found))
+    if picture is not None:
+        with delivery.of("--picture"):
             write_atomic(picture, chart_svg(chart_of(found)))
-    except (ValueError, OSError) as error:  # ours are among them
-        raise click.ClickException(str(error)) from error
     timed = {row["peer"] == OURS for row in found["rows"]}
     if timed != {True, False}:
-        raise click.ClickException("no time of ours" if True not in timed else "no time of any peer")
+        click.echo("no time of ours" if True not in timed else "no time of any peer", err=True)
+    delivery.exit(passed=timed == {True, False})
 
 
 if __name__ == "__main__":

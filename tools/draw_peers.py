@@ -8,15 +8,20 @@ matmul rate, both as the harness measured them in the same run.
 
 from __future__ import annotations
 
-import json
-import sys
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import click
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from epfuse.bench.charts import Curve, CurveChart, Point, time_axis, tokens_axis
 from epfuse.bench.page import chart_svg
+from epfuse.cli.delivery import Delivery
+from epfuse.cli.exits import PlainCommand
+from epfuse.errors import ConfigError, first_fault
+from epfuse.input_file import read_json
 from epfuse.report.write import write_atomic
 
 NAMES = {
@@ -28,17 +33,69 @@ NAMES = {
 }
 
 
-def main(record: str, picture: str) -> None:
-    """Write ``picture`` from ``record``."""
+Rate = Annotated[float, Field(ge=1e-9, le=1e12)]
+"""Or a time in microseconds: what a chart can show."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Row(_Entry):
+    peer: str
+    T: Annotated[int, Field(ge=1, le=1 << 30)]
+    us: Rate
+    tbs: Annotated[float, Field(ge=0, le=1e9)]
+    tflops: Annotated[float, Field(ge=0, le=1e9)]
+    best: bool
+
+
+class _Record(_Entry):
+    """What the chart reads of a record; there is more in it."""
+
+    device: str
+    read_tb_s: Rate
+    bf16_tflop_s: Rate
+    rows: Annotated[list[_Row], Field(min_length=1)]
+
+
+@click.command(cls=PlainCommand)
+@click.argument("record", type=click.Path(path_type=Path))
+@click.argument("picture", type=click.Path(path_type=Path))
+def main(record: Path, picture: Path) -> None:
+    """Write PICTURE from RECORD."""
+    delivery = Delivery({"PICTURE": picture})
+    drawn = chart_svg(chart_of(read_json(record, "record")))
+    with delivery.of("PICTURE"):
+        write_atomic(picture, drawn)
+    delivery.exit(passed=True)
+
+
+def check_rows(rows: Any) -> list[dict[str, Any]]:
+    """The rows of a harness, as they are.
+
+    Raises:
+        ConfigError: they are none; the message says where it goes wrong.
+    """
+    _checked(TypeAdapter(list[_Row]), rows)
+    return list(rows)
+
+
+def _checked(kind: TypeAdapter[Any], values: Any) -> None:
     try:
-        drawn = chart_svg(chart_of(json.loads(Path(record).read_text())))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"{record} is no record of the peers' harness: {type(error).__name__}: {error}")
-    write_atomic(Path(picture), drawn)
+        kind.validate_python(values)
+    except ValidationError as error:
+        place, fault = first_fault(error, "the top")
+        raise ConfigError(f"this is no record of the peers' harness: {place}: {fault}") from None
 
 
 def chart_of(record: dict[str, Any]) -> CurveChart:
-    """The chart of a record: the best configuration of each kernel."""
+    """The chart of a record: the best configuration of each kernel.
+
+    Raises:
+        ConfigError: it is no record of the harness.
+    """
+    _checked(TypeAdapter(_Record), record)
     best = sorted((row for row in record["rows"] if row["best"]), key=itemgetter("peer", "T"))
     peers = {peer: list(rows) for peer, rows in groupby(best, key=itemgetter("peer"))}
     curves = [
@@ -66,6 +123,4 @@ def _floor_us(row: dict[str, Any], record: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(f"usage: python -m tools.draw_peers RECORD PICTURE; {len(sys.argv) - 1} arguments given")
-    main(sys.argv[1], sys.argv[2])
+    main()

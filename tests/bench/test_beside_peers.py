@@ -100,7 +100,7 @@ def test_without_a_peer_s_time_the_exit_code_says_so(harness: Path) -> None:
 @pytest.mark.parametrize("options", [("--routing", "zipf"), ("--routing", "all-to:17")])
 def test_a_routing_that_is_none(harness: Path, options: tuple[str, ...]) -> None:
     code, output, path = run(harness, *options)
-    assert code == 1
+    assert code == 2
     assert options[1] in output or "17" in output
     assert not path.exists()
 
@@ -110,7 +110,7 @@ def test_a_routing_that_is_none(harness: Path, options: tuple[str, ...]) -> None
     [
         (("--tokens", "1,x"), "'1,x' is no list of token counts"),
         (("--seconds", "0"), "0.0 is not in the range"),
-        (("--picture", "missing/picture.svg"), "the folder of missing/picture.svg does not exist"),
+        (("--picture", "missing/picture.svg"), "the folder missing does not exist"),
         (("--peers", "refused"), "the harness ended with exit code 3"),
     ],
 )
@@ -124,7 +124,7 @@ def test_what_cannot_work_ends_in_an_error(harness: Path, options: tuple[str, ..
 def test_a_harness_that_is_no_text(harness: Path) -> None:
     harness.write_bytes(b"\xff\xfe\x00")
     code, output, _ = run(harness)
-    assert code == 1
+    assert code == 2
     assert "can't decode" in output
 
 

@@ -17,7 +17,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import click
 
@@ -32,6 +33,30 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory")
 """Words of the RuntimeErrors that torch raises where Python has MemoryError."""
+
+
+class PlainCommand(click.Command):
+    """A click command that ends as the table above says."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command line and exit; click's own, but for the exit codes and what a foreign error looks like."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+
+        def command() -> None:
+            name = prog_name or self.name or "epfuse"
+            self._main_shell_completion(extra, name, complete_var)
+            with self.make_context(name, list(sys.argv[1:] if args is None else args), **extra) as context:
+                self.invoke(context)
+
+        sys.exit(exit_code(command))
 
 
 def exit_code(command: Callable[[], object]) -> int:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Sequence
-from typing import Any
 
 import click
 
 from epfuse import __version__
-from epfuse.cli.exits import EXIT_CHECK_FAILED, EXIT_USAGE, exit_code
+from epfuse.cli.exits import EXIT_CHECK_FAILED, EXIT_USAGE, PlainCommand
 from epfuse.environment import environment
 from epfuse.errors import MissingDependency
 
@@ -29,7 +26,7 @@ COMMANDS = {
 """Subcommand -> its line in the help; ``epfuse.cli.NAME`` holds a click command of the same name."""
 
 
-class LazyGroup(click.Group):
+class LazyGroup(PlainCommand, click.Group):
     """A group whose commands are imported when they run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -54,26 +51,6 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Run a command line and exit; click's own, but for the exit codes and what a foreign error looks like."""
-        if not standalone_mode:
-            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
-
-        def command() -> None:
-            name = prog_name or "epfuse"
-            self._main_shell_completion(extra, name, complete_var)
-            with self.make_context(name, list(sys.argv[1:] if args is None else args), **extra) as context:
-                self.invoke(context)
-
-        sys.exit(exit_code(command))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
