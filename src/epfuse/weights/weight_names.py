@@ -10,8 +10,8 @@ from epfuse.input_file import read_object
 from epfuse.weights.checkpoint_format import Checkpoint
 
 INDEX = "model.safetensors.index.json"
-LARGEST_INDEX = 128 << 20
-"""Bytes of an index; Kimi-K2's, with 70,000 matrices and their scales, has some 20 MB."""
+LARGEST_INDEX = 24 << 20
+"""Bytes of an index; Kimi-K2's, with 70,000 matrices and their scales, has some 16 MB."""
 SECOND_SCALE = re.compile(r"weight_scale_2|\w*global_scale|input_scale|g_idx|\w*zero_point|qzeros")
 """Tensors that none of the formats that are read has: NVFP4's second scales, static scales, integer formats."""
 
