@@ -11,7 +11,7 @@ from epfuse.weights.checkpoint_format import Checkpoint
 
 INDEX = "model.safetensors.index.json"
 LARGEST_INDEX = 24 << 20
-"""Bytes of an index; Kimi-K2's, with 70,000 matrices and their scales, has some 16 MB."""
+"""Bytes of an index; 70,000 matrices and their scales take some 16 MB of names."""
 SECOND_SCALE = re.compile(r"weight_scale_2|\w*global_scale|input_scale|g_idx|\w*zero_point|qzeros")
 """Tensors that none of the formats that are read has: NVFP4's second scales, static scales, integer formats."""
 
