@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from epfuse.arguments import shown
+from epfuse.arguments import checks_enums, shown
 from epfuse.errors import DeviceError, UnsupportedTarget
 
 
@@ -49,6 +49,7 @@ REFERENCE_DEVICE = {
 
 
 @contextmanager
+@checks_enums
 def planning_for(target: Target) -> Iterator[None]:
     """Inside, the meta device stands for a ``target``: launchers can be called with tensors that have no data.
 
@@ -133,6 +134,7 @@ def _forget_devices() -> None:
     compute_units.cache_clear()
 
 
+@checks_enums
 def overlap_previous(target: Target) -> dict[str, bool]:
     """Launch arguments of a Triton kernel that may start while the kernel before it drains, where the target can.
 

@@ -7,9 +7,22 @@ import math
 import pytest
 import torch
 
+from epfuse.errors import ConfigError
 from epfuse.stages.quantize.reference import quantize
-from epfuse.verify.budget import E4M3_ERROR, compare, dense_tolerance, fp8_tolerance
+from epfuse.verify.budget import (
+    E4M3_ERROR,
+    LEAST_SIZE,
+    MARGIN_DB,
+    compare,
+    dense_tolerance,
+    fp8_tolerance,
+    margin_db,
+)
+from epfuse.verify.problem import Problem
+from epfuse.verify.subject import subjects_of
+from epfuse.verify.suite import run
 
+CPU = torch.device("cpu")
 ORACLE = torch.randn(300, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -83,3 +96,29 @@ def test_fp8s_budget_notices_a_wrong_scale() -> None:
     tolerance = fp8_tolerance()
     assert 18 < tolerance.snr_db < 22
     assert tolerance.relative_error < 0.5
+
+
+def test_short_rows_get_a_wider_margin_and_ordinary_ones_do_not() -> None:
+    assert margin_db(3072) == margin_db(80) == MARGIN_DB
+    widths = [margin_db(size) for size in (8, 16, 32, 64, 80)]
+    assert widths == sorted(widths, reverse=True)
+    # the rule against draws: of 2**16 rows of 8 numbers none is smaller than the margin allows, and some come near it
+    rows = torch.randn(2**16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).square().mean(1)
+    least_db = float(-10 * torch.log10(rows.min()))
+    assert margin_db(8) - 6 < least_db < margin_db(8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_smallest_sizes_raise_no_false_alarm(dtype: torch.dtype) -> None:
+    for seed in range(3):
+        problem = Problem(LEAST_SIZE, LEAST_SIZE, 4, 2, 2, (1, 3, 37), dtype, torch.device("cpu"), seed)
+        record = run(problem, subjects_of(problem, "reference"))
+        assert not [case.failures for case in record.cases if not case.ok]
+
+
+@pytest.mark.parametrize("size", ["hidden", "intermediate"])
+@pytest.mark.parametrize("value", [1, 2, 3, LEAST_SIZE - 1])
+def test_sizes_that_no_budget_can_judge_are_refused(size: str, value: int) -> None:
+    sizes = {"hidden": 32, "intermediate": 32} | {size: value}
+    with pytest.raises(ConfigError, match=f"{size} is {value}; to be verified it must be at least {LEAST_SIZE}"):
+        Problem(**sizes, experts=2, top_k=1, ep_size=1, tokens=(1,), dtype=torch.float32, device=CPU, seed=0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from epfuse.arguments import checks_enums
+from epfuse.arguments import checks_enums, integer
 from epfuse.config import Combine, LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.policy.decision import Considered, Decision, Verdict
@@ -59,8 +59,10 @@ def decide(
         device_name: the product, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
 
     Raises:
+        ConfigError: ``tokens`` is no integer or out of range.
         UnsupportedTarget: ``target`` can't run ``path`` so; the message names what it can run.
     """
+    tokens = integer("tokens", tokens, least=1)
     return call_table(path, target, shape, formats, dtype, combine, device_name or REFERENCE_DEVICE[target]).at(tokens)
 
 

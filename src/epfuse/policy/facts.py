@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError
 from epfuse.expert_map import experts_of_rank
@@ -16,6 +17,7 @@ from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.model_config import ExpertModel
 
 
+@checks_enums
 @dataclass(frozen=True)
 class LayerFacts:
     """What is about to be built for one MoE layer on one rank.
@@ -75,6 +77,7 @@ class LayerFacts:
     is_batched: bool = False
 
 
+@checks_enums
 def model_facts(
     model: ExpertModel,
     layer: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from epfuse.arguments import checks_enums
+from epfuse.arguments import checks_enums, integer, shown
 from epfuse.config import LayerShape, Policy, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.expert_map import experts_of_rank
@@ -102,9 +102,12 @@ class LayerRequest:
 
     def __post_init__(self) -> None:
         for name in ("ep_size", "max_model_len", "tp_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+            object.__setattr__(self, name, integer(name, getattr(self, name), least=1))
+        for name in ("layer", "shared_experts"):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        for name, kind in (("shape", LayerShape), ("activation", SwiGLUOAI), ("moe_layers", tuple)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}; it must be a {kind.__name__}")
         held = {len(experts_of_rank(self.shape.experts, self.ep_size, rank)) for rank in (0, self.ep_size - 1)}
         if self.shape.local_experts not in held:
             raise ConfigError(
@@ -113,8 +116,8 @@ class LayerRequest:
             )
         if self.layer not in self.moe_layers:
             raise ConfigError(f"layer is {self.layer}; it must be one of the layers with experts, {self.moe_layers}")
-        if self.hbm_bytes is not None and self.hbm_bytes < 1:
-            raise ConfigError(f"hbm_bytes is {self.hbm_bytes}; it must be at least 1, or None for no limit")
+        if self.hbm_bytes is not None:
+            object.__setattr__(self, "hbm_bytes", integer("hbm_bytes", self.hbm_bytes, least=1, most=2**63 - 1))
 
     @property
     def model_intermediate(self) -> int:
@@ -181,6 +184,5 @@ class LayerPlan:
         """
         if self.is_untouched:
             raise ConfigError(f"layer {self.request.layer} is untouched: {self.reason}")
-        if tokens < 1:
-            raise ConfigError(f"tokens is {tokens}; it must be at least 1")
+        tokens = integer("tokens", tokens, least=1)
         return next(r.decision for r in self.ranges if r.max_tokens is None or tokens <= r.max_tokens)

@@ -16,8 +16,12 @@ FP8_ROUNDINGS = 3 + 1
 # Root mean square of E4M3's relative rounding error: a number x in [1, 2) is off by up to 1/16, uniformly, whatever x
 # is; averaged over numbers that are spread evenly in log x.
 E4M3_ERROR = math.sqrt((1 / 8) ** 2 / 12 * 3 / (8 * math.log(2)))
-# Twice the derived root mean square, for the worst token of a run: short rows average over few elements.
+# Twice the derived root mean square, for the worst token of a run; more where rows are short (`margin_db`).
 MARGIN_DB = 6.0
+# How rare a row may be whose own numbers happen to be so small that its error looks large.
+RARE = 1e-6
+LEAST_SIZE = 16
+"""Of H and I. Below, a row of few numbers can be so small by chance that no budget tells a bug from bad luck."""
 # One element's error, in root mean squares of its token's: with the margin 12 sigma of a typical token.
 PEAK = 6.0
 
@@ -70,7 +74,20 @@ def dense_tolerance(dtype: torch.dtype, hidden: int, intermediate: int) -> Toler
     """
     rounding = torch.finfo(dtype).eps / 2
     accumulation = torch.finfo(torch.float32).eps / 2
-    return _with_margin(math.sqrt((ROUNDINGS * rounding**2 + (hidden + intermediate) * accumulation**2) / 3))
+    relative = math.sqrt((ROUNDINGS * rounding**2 + (hidden + intermediate) * accumulation**2) / 3)
+    # of I products of two numbers few are large
+    return _with_margin(relative, margin_db(min(hidden, intermediate // 2)))
+
+
+def margin_db(elements: int) -> float:
+    """What a row of so many numbers needs: its error does not shrink when the numbers happen to be small.
+
+    The sum of squares of n numbers of unit variance is below x with probability (x/2)^(n/2) / Gamma(n/2 + 1): the
+    leading term of the chi-squared distribution near 0. That x which is as likely as `RARE` is the smallest row of a
+    run. From some 70 numbers on the ordinary margin covers it.
+    """
+    smallest = 2 * math.exp((math.log(RARE) + math.lgamma(elements / 2 + 1)) * 2 / elements)
+    return max(MARGIN_DB, -10 * math.log10(smallest / elements))
 
 
 def fp8_tolerance() -> Tolerance:
@@ -83,8 +100,8 @@ def fp8_tolerance() -> Tolerance:
     return _with_margin(math.sqrt(FP8_ROUNDINGS) * E4M3_ERROR)
 
 
-def _with_margin(relative: float) -> Tolerance:
-    relative *= 10 ** (MARGIN_DB / 20)
+def _with_margin(relative: float, margin: float = MARGIN_DB) -> Tolerance:
+    relative *= 10 ** (margin / 20)
     return Tolerance(snr_db=-20 * math.log10(relative), max_error=PEAK * relative, relative_error=relative)
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import integer
 from epfuse.config import MINIMAX_M3_EP8, LayerShape
 from epfuse.errors import ConfigError
 from epfuse.target import Target, target_of
+from epfuse.verify.budget import LEAST_SIZE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -26,8 +28,8 @@ class Problem:
     """One layer, split over ``ep_size`` ranks that one device plays in turn.
 
     Args:
-        hidden: H.
-        intermediate: I.
+        hidden: H, at least `LEAST_SIZE`.
+        intermediate: I, at least `LEAST_SIZE`.
         experts: E, a multiple of ``ep_size``.
         top_k: K, at most E.
         ep_size: P.
@@ -51,9 +53,17 @@ class Problem:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.ep_size < 1 or self.experts % self.ep_size:
+        for name, least in (("ep_size", 1), ("experts", 1), ("seed", 0)):
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
+        if self.experts % self.ep_size:
             raise ConfigError(f"ep_size is {self.ep_size}; it must divide experts={self.experts}")
         _ = self.shape.with_distinct_experts()
+        for name in ("hidden", "intermediate"):
+            if getattr(self, name) < LEAST_SIZE:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; to be verified it must be at least {LEAST_SIZE}: an error is"
+                    " judged beside a row's own numbers, and few of them may all be near zero"
+                )
         if not self.tokens or min(self.tokens) < 1:
             raise ConfigError(f"tokens is {self.tokens}; it must name at least one count, each at least 1")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from epfuse.arguments import checks_enums
 from epfuse.config import SwiGLUOAI
 from epfuse.input_file import read_object
 from epfuse.weights.checkpoint_format import Checkpoint
@@ -31,6 +32,7 @@ DTYPES = {"bfloat16": "bfloat16", "float32": "bfloat16", "float16": "float16"}
 """dtype of a checkpoint -> of the activations that it is served with."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class ExpertModel:
     """The experts of one model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_object
 from epfuse.weights.checkpoint_format import Checkpoint
@@ -16,6 +17,7 @@ SECOND_SCALE = re.compile(r"weight_scale_2|\w*global_scale|input_scale|g_idx|\w*
 """Tensors that none of the formats that are read has: NVFP4's second scales, static scales, integer formats."""
 
 
+@checks_enums
 def check_names(folder: Path, checkpoint: Checkpoint, module: str) -> None:
     """Compare the names in a folder's index with the format that its config says.
 
