@@ -117,3 +117,31 @@ def test_explain_spreads_experts_that_do_not_divide(tmp_path):
     assert group["with_epfuse"]["experts"] == "EpfuseExperts"
     # the first four of eight ranks hold 8 experts, the others 7
     assert group["with_epfuse"]["bytes_per_layer_and_rank"] == 8 * 3 * 2048 * 1408 * 2
+
+
+@pytest.mark.parametrize(
+    "quantization", [{"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "mxfp4"}]
+)
+@pytest.mark.parametrize("target", ["gfx942", "gfx950", "sm_90"])
+def test_explain_leaves_formats_that_the_plugin_does_not_replace(target, quantization, tmp_path):
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 4}
+    content = {"hidden_act": "silu", "num_hidden_layers": 4, "quantization_config": quantization} | sizes
+    (group,) = groups("--model", config(tmp_path, model_type="qwen3_moe", **content), "--target", target)
+    assert group["with_epfuse"]["experts"] == group["without_epfuse"]["experts"]
+    assert group["with_epfuse"]["reason"].endswith("is not one of the weight formats that epfuse replaces.")
+
+
+@pytest.mark.parametrize(
+    "args", [("explain",), ("explain", "--json"), ("patch", "status"), ("patch", "verify", "--json")]
+)
+def test_a_result_that_can_not_be_printed_is_told(args, tmp_path, monkeypatch):
+    make_site(tmp_path)
+    site = ("--site", str(tmp_path)) if args[0] == "patch" else ()
+
+    def full(*_, **named):
+        if not named.get("err"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("click.echo", full)
+    monkeypatch.setattr("rich.console.Console.print", full)
+    assert run(*args, *site).exit_code == 2

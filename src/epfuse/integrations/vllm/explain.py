@@ -46,7 +46,16 @@ _HUMMING = {True: _HUMMING_GROUPED, False: _HUMMING_INDEXED}
 WITH_HUMMING = {"0.32.0": _HUMMING, "0.33.0": _HUMMING}
 """Releases that require humming and prefer it to Marlin -> whether experts are spread over ranks -> their choice."""
 
-METHODS = {Checkpoint.BF16: "UnquantizedFusedMoEMethod", Checkpoint.MXFP8: "ModelOptMxFp8FusedMoE"}
+_FP8 = OwnExperts("vLLM's choice for Fp8MoEMethod", "Block FP8 weights; which class multiplies them is not known here.")
+_FP4 = OwnExperts("vLLM's choice for MXFP4", "MXFP4 weights; which class multiplies them is not known here.")
+_LEFT = {Checkpoint.BLOCK_FP8: _FP8, Checkpoint.MXFP4: _FP4}
+"""Weights that epfuse replaces nobody for in vLLM."""
+METHODS = {
+    Checkpoint.BF16: "UnquantizedFusedMoEMethod",
+    Checkpoint.MXFP8: "ModelOptMxFp8FusedMoE",
+    Checkpoint.BLOCK_FP8: "Fp8MoEMethod",
+    Checkpoint.MXFP4: "vLLM's MXFP4 method",
+}
 """Numbers of the weights -> vLLM's quantisation method."""
 INTERLEAVED = {"gpt_oss": "swigluoai"}
 """Models whose gate and up rows alternate in vLLM's w13 -> vLLM's word for their activation."""
@@ -58,7 +67,8 @@ def own_experts(model: ExpertModel, deployment: Deployment) -> OwnExperts:
     Raises:
         ConfigError: nothing is known of this release, GPU and checkpoint.
     """
-    own = OWN_EXPERTS.get(deployment.release, {}).get((deployment.target, model.checkpoint))
+    known = OWN_EXPERTS.get(deployment.release, {})
+    own = known.get((deployment.target, model.checkpoint), _LEFT.get(model.checkpoint) if known else None)
     if own is None:
         raise ConfigError(
             f"what vLLM {deployment.release} chooses for {model.checkpoint.value} experts on {deployment.target.value}"
@@ -169,7 +179,13 @@ def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: in
     )
     if model.name in INTERLEAVED:
         found = replace(found, activation=None, activation_name=INTERLEAVED[model.name])
-    return replace(found, method=METHODS[model.checkpoint], own_experts=own.name, asked_backend=deployment.backend)
+    return replace(
+        found,
+        method=METHODS[model.checkpoint],
+        own_experts=own.name,
+        checkpoint=None if model.checkpoint in _LEFT else model.checkpoint,
+        asked_backend=deployment.backend,
+    )
 
 
 def _same(first: Choice, second: Choice) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from epfuse.errors import ConfigError
+from epfuse.input_file import read_file
 from epfuse.integrations.vllm.patch.block import BEGIN, TARGETS, without_block
 from epfuse.integrations.vllm.patch.site import Site
 from epfuse.integrations.vllm.patch.swap import bring_back, discard, kept_link, swap, temporary
@@ -71,12 +73,9 @@ def read(site: Site, path: str) -> bytes:
             one; its name is in the message.
     """
     file = site.root / path
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; vLLM {site.release} has it") from None
-    except OSError as error:  # a directory
-        raise ConfigError(f"{file} can't be read: {error.strerror or error}") from None
+    if not os.path.lexists(file):
+        raise ConfigError(f"{file} is missing; vLLM {site.release} has it")
+    content = read_file(file, "vLLM's file")
     if not site.is_recorded(path, without_block(content)):
         raise ConfigError(f"{file} is not the file that vLLM {site.release}'s wheel installed; it is left as it is")
     if BEGIN in content and file.is_symlink():

@@ -6,6 +6,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from epfuse.errors import ConfigError
+from epfuse.input_file import read_file
+
 
 def temporary(path: Path) -> Path:
     """Where the next content of ``path`` is prepared; always the same, so that a leftover is found."""
@@ -60,8 +63,8 @@ def bring_back(path: Path, content: bytes) -> None:
 
 def _holds(file: Path, content: bytes) -> bool:
     try:
-        return file.read_bytes() == content
-    except OSError:  # what it points to has gone
+        return read_file(file, "vLLM's file") == content
+    except ConfigError:  # what it points to has gone
         return False
 
 
