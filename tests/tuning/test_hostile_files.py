@@ -29,8 +29,8 @@ def _fill(folder: FilePath) -> None:
     write(folder, measurement(row(1, 8, tile=HOPPER), row(64)), measurement(row(1), device=H200))
 
 
-def _texts(valid: bytes, part: int) -> Iterable[bytes]:
-    yield from mutated_values(json.loads(valid), 80, seed=part)
+def _texts(valid: bytes, part: int, values: int = 80) -> Iterable[bytes]:
+    yield from mutated_values(json.loads(valid), values, seed=part)
     yield from mutated_bytes(valid, 20, seed=part)
 
 
@@ -68,7 +68,7 @@ def test_a_mutated_tile_file_is_read_in_full_or_refused(tmp_path: FilePath, part
     tile = GemmTile(64, 128, 8, 4, 2)
     tiles = {count: LayerTiles(16, tile, tile) for count in (1, 64)}
     path, read = vllm_files.write(tmp_path, vllm_files.file_name(M3, H200), tiles, "3.6.0"), 0
-    for text in _texts(path.read_bytes(), part):
+    for text in _texts(path.read_bytes(), part, values=250):
         path.write_bytes(text)
         with contextlib.suppress(ConfigError):
             assert all(count >= 1 for count in vllm_files.read(path, M3))
