@@ -161,12 +161,15 @@ def test_markup_in_names_is_text(tmp_path: Path) -> None:
         ([MI300X, "--shape", "gpt-oss-20b", "--config", "c.json"], "exclude each other"),
         ([MI300X, "--ep-size", "8"], "belong to --config"),
         ([MI300X, "--shape", "llama"], "'llama' is not one of"),
-        ([MI300X, "--html", "/gone/profile.html"], "--html is '/gone/profile.html'"),
+        ([MI300X, "--html", "gone/profile.html"], "--html is 'gone/profile.html'"),
         ([MI300X, "--tokens", "0"], "is not in the range"),
         ([__file__], "is not a JSON trace"),
     ],
 )
-def test_wrong_usage_exits_2(arguments: list[str | Path], words: str) -> None:
+def test_wrong_usage_exits_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str | Path], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert result.exit_code == 2
     assert words in result.stderr
