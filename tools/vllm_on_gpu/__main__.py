@@ -255,7 +255,7 @@ def _device() -> torch.device:
 
     if not torch.cuda.is_available():
         raise click.UsageError("there is no GPU that torch can use")
-    found = releases.installed()
+    found = releases.installed().partition("+")[0]
     if found != RELEASE:
         raise click.UsageError(f"the vLLM on the path is {found}; this needs {RELEASE}")
     return torch.device("cuda", torch.cuda.current_device())

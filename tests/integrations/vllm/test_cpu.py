@@ -19,7 +19,7 @@ from tests.integrations.vllm.deployments import M3_EP8, build
 
 M3_ON_CPU = M3_EP8.but(target=Target.CPU)
 
-REFUSES = releases.installed() == "0.25.1"
+REFUSES = releases.installed().startswith("0.25.1")
 has_mxfp8 = pytest.mark.skipif(REFUSES, reason="vLLM 0.25.1 builds no MXFP8 experts on a CPU")
 
 

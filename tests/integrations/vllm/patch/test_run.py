@@ -97,6 +97,7 @@ def test_a_vllm_that_looks_otherwise_is_refused_by_what_differs(tmp_path):
     with pytest.raises(ConfigError, match=r"fields of FusedMoEConfig .* lacks swiglu_limit and adds swiglu_bound"):
         run.apply(site)
     assert snapshot(tmp_path) == before
+    assert "lacks swiglu_limit and adds swiglu_bound" in run.status(site).detail
 
 
 def test_a_vllm_without_a_version_is_patched(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from epfuse.errors import ConfigError
@@ -57,9 +57,13 @@ class Report:
 
 
 def status(site: Site) -> Report:
-    """Look, and change nothing."""
+    """Look, and change nothing; says too where this vLLM does not look like a tested release."""
     with site.locked():
-        return _look(site)
+        report = _look(site)
+    match = nearest(site.root / "vllm")
+    if match.differences and not report.detail:
+        return replace(report, detail=f"It is not as the releases that epfuse was tested with: {match}")
+    return report
 
 
 def apply(site: Site) -> Report:
