@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from epfuse.cli.delivery import Delivery
+from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.errors import TraceError
 from epfuse.report.write import write_atomic
 
@@ -95,7 +95,7 @@ def profile(
         for path, group in zip(traces, found, strict=True):
             if len(group) > 1:
                 raise TraceError(f"{path} has kernels of {len(group)} devices; --compare takes one a trace")
-    with delivery.of("standard output"):
+    with delivery.of(STDOUT):
         _print(profiles, json, compare)
     _write(profiles, html, svg, compare, delivery)
     unknown = [one.path for one in profiles if not one.phases]

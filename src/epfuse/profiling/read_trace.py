@@ -111,7 +111,7 @@ class _Builder:
         trace.devices = describe_devices(final, self.properties, is_rocm)
         self._link({number: key.owner[0] for number, key in final.values()})
         for activities in (trace.kernels, trace.copies):
-            activities.sort(key=lambda one: (one.start, one.device, one.stream, one.duration, one.name))
+            activities.sort(key=_place)
         trace.warnings += implausible_times(trace, self.clock.read())
         return trace
 
@@ -274,6 +274,11 @@ def _arguments(event: dict[str, Any]) -> dict[str, Any]:
 def _integer(*candidates: Any) -> int | None:
     ids = map(identity, candidates)
     return next((value for value in ids if isinstance(value, int)), None)
+
+
+def _place(one: Kernel) -> tuple[int, int, int, int, str, str]:
+    """Where an activity stands, whatever the file's order."""
+    return one.start, one.device, one.stream, one.duration, one.name, str(one.correlation)
 
 
 def _moved(item: Range, numbers: dict[int, int]) -> Range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -135,11 +136,14 @@ class RuleSet:
             text = _decoded(read_file(user_file, "rules", LARGEST_FILE), where)
             with CpuBudget(READING_SECONDS).spend(lambda: f"reading rules {where}"):
                 files.append(_parse(text, where))
-        shipped = resources.files("epfuse.profiling") / "rules"
-        for entry in sorted(shipped.iterdir(), key=lambda entry: entry.name):
-            if entry.name.endswith(".yaml"):
-                files.append(_parse(entry.read_text(encoding="utf-8"), entry.name))
-        return cls(files)
+        return cls([*files, *_shipped()])
+
+
+@functools.cache
+def _shipped() -> tuple[_RulesFile, ...]:
+    folder = resources.files("epfuse.profiling") / "rules"
+    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    return tuple(_parse(e.read_text(encoding="utf-8"), e.name) for e in entries if e.name.endswith(".yaml"))
 
 
 def _decoded(data: bytes, where: str) -> str:
@@ -160,4 +164,4 @@ def _parse(text: str, where: str) -> _RulesFile:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         path = first["loc"]
         place = ".".join(printable(str(step))[:80] for step in path) or "the file"
-        raise ConfigError(f"rules {where}, line {tree.line(path)}: {place}: {first['msg']}") from None
+        raise ConfigError(f"rules {where}, line {tree.line(path)}: {place}: {printable(first['msg'])}") from None
