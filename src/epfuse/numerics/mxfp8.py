@@ -115,7 +115,7 @@ def decode(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torc
     _check_values(values)
     if dtype not in DECODED_DTYPES:
         raise DtypeError(f"dtype is {dtype}; MXFP8 decodes to bfloat16, float32 or float64")
-    blocked = _blocked("values", values)
+    blocked, scales = _blocked("values", values), as_e8m0_bytes("scales", scales)
     if scales.shape != blocked[:-1]:
         raise ShapeError(
             f"scales has shape {tuple(scales.shape)}; beside values {tuple(values.shape)} it must be {blocked[:-1]}"
