@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from epfuse.aot.assembly import Counts, Dialect
+from epfuse.arguments import checks_enums
 from epfuse.target import Target
 
 SIMDS = 4
@@ -83,6 +84,7 @@ def register_waves(resources: Resources) -> int:
     return min(waves, MOST_WAVES if resources.sgprs <= FEW_SGPRS else MOST_WAVES - 1)
 
 
+@checks_enums
 def occupancy(resources: Resources, target: Target) -> Occupancy:
     """Workgroups that fit a compute unit of ``target``."""
     lds = LDS[target]

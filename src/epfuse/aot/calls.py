@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from epfuse.api import fused_experts
+from epfuse.arguments import checks_enums
 from epfuse.config import MINIMAX_M3_EP8, Combine, LayerShape, Path, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
@@ -34,6 +35,7 @@ SHAPES = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Call:
     """One call of the layer, without data.
@@ -126,6 +128,7 @@ WEIGHTS: dict[WeightFormat, Callable[[LayerShape, torch.dtype], ExpertWeights]] 
 """How weights of each format are made without data."""
 
 
+@checks_enums
 def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str]) -> list[Call]:
     """Every call that reaches a kernel or a tile of its own.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from epfuse.aot import amdgcn, sass
 from epfuse.aot.kernels import Kernel
+from epfuse.arguments import checks_enums
 from epfuse.target import Target
 
 DECODE_ROWS = 16
@@ -57,6 +58,7 @@ class Rule:
     shortfall: Callable[[Kernel], str | None]
 
 
+@checks_enums
 def check(target: Target, kernels: Sequence[Kernel]) -> list[Gate]:
     """Every gate of ``target`` on ``kernels``."""
     gates = []

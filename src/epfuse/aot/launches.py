@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource
 
+from epfuse.arguments import checks_enums
 from epfuse.target import Target, planning_for
 
 TRITON_TARGETS = {
@@ -27,6 +28,7 @@ MACHINE_OPTIONS = ("extern_libs", "warp_size", "arch", "backend_name")
 """Options that the compiler fills in itself; the first one holds paths of this machine."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Launch:
     """One specialisation of one kernel.

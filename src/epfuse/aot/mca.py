@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 
+from epfuse.arguments import checks_enums
 from epfuse.target import Target
 
 NAMES = ("llvm-mca", "llvm-mca-20", "llvm-mca-19")
@@ -29,6 +30,7 @@ def find() -> str | None:
     return None
 
 
+@checks_enums
 def clocks_of(mca: str, target: Target, body: list[str]) -> dict[str, float] | None:
     """Clocks that one turn of a loop keeps each unit busy for one wave; None if llvm-mca can't read it."""
     instructions = (line for line in body if re.match(r"^\s+[a-z]", line) and "branch" not in line)

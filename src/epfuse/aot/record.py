@@ -10,10 +10,12 @@ from epfuse.aot.gates import Gate
 from epfuse.aot.kernels import Kernel
 from epfuse.aot.model import MI300X, MI300X_ROUTING
 from epfuse.aot.predict import Prediction, published
+from epfuse.arguments import checks_enums
 from epfuse.target import Target
 from epfuse.verify.record import versions
 
 
+@checks_enums
 @dataclass(frozen=True)
 class TargetRecord:
     """One target's kernels and gates.

@@ -11,12 +11,14 @@ from epfuse.aot.kernels import Kernel
 from epfuse.aot.predict import Prediction, predictions
 from epfuse.aot.record import Record, TargetRecord
 from epfuse.aot.tasks import Broken, Job, compile_job, list_jobs, start
+from epfuse.arguments import checks_enums
 from epfuse.config import Path as LayerPath
 from epfuse.errors import CompilerDied
 from epfuse.target import Target
 from epfuse.workers import Died, Workers
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Request:
     """What to compile.

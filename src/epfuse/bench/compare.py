@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
+from epfuse.arguments import checks_enums
 from epfuse.bench.contender import Kind
 from epfuse.bench.layers import Layer
 from epfuse.bench.record import Record, Row
@@ -32,6 +33,7 @@ class Verdict(enum.Enum):
     GONE = "gone"
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Change:
     """One row, then and now.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from epfuse.api import fused_experts
+from epfuse.arguments import checks_enums
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.measure import Call, Method
 from epfuse.bench.roofline import Operand
@@ -35,6 +36,7 @@ class Kind(enum.Enum):
     PEER = "peer"
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Contender:
     """One way to compute the layer.

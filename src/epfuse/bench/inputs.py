@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.bench.layers import Layer
 from epfuse.bench.roofline import BYTES_PER_WEIGHT, Operand, Work
 from epfuse.bench.routing import Routing
@@ -53,6 +54,7 @@ class Inputs:
         """T."""
         return self.hidden.shape[0]
 
+    @checks_enums
     def work(self, layer: Layer, form: WeightFormat, operand: Operand) -> Work:
         """What this call has to do with weights in ``form``."""
         weights = len(self.active) * layer.expert_weights
@@ -96,6 +98,7 @@ def least_bytes(layer: Layer, tokens: tuple[int, ...]) -> int:
     return layer.expert_weights * shape.local_experts + max(tokens) * token
 
 
+@checks_enums
 def rotated_bytes(drawn: list[Inputs], layer: Layer, form: WeightFormat) -> float:
     """Bytes of the different experts that calls in turn read."""
     return len({e for inputs in drawn for e in inputs.active}) * layer.expert_weights * BYTES_PER_WEIGHT[form]

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from epfuse.arguments import checks_enums
+
 Call = Callable[[], torch.Tensor]
 
 MOST_CALLS = 400
@@ -64,6 +66,7 @@ class Timing:
     method: str
 
     @classmethod
+    @checks_enums
     def of(cls, seconds: Sequence[float], calls: int, method: Method) -> Timing:
         """Statistics of samples, each the seconds of ``calls`` calls."""
         each = sorted(1e6 * sample / calls for sample in seconds)
@@ -97,6 +100,7 @@ class _Round:
     outputs: Callable[[], list[torch.Tensor]]
 
 
+@checks_enums
 def time_calls(calls: Sequence[Call], device: torch.device, sampling: Sampling, method: Method) -> Measured:
     """Time ``calls``, run in turn: the time of one is the mean over them.
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from epfuse.arguments import checks_enums
 from epfuse.bench.contender import Absent, Kind
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Timing
@@ -16,6 +17,7 @@ FORMAT = "epfuse-bench-1"
 """First field of every record; a reader refuses others."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Row:
     """One contender at one token count with one routing. It has a time only if its results were right.

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from epfuse.arguments import checks_enums
 from epfuse.config import WeightFormat
 
 BYTES_PER_WEIGHT = {
@@ -61,6 +62,7 @@ class Roofs:
         return {name: {"rate": r.rate, "method": r.method, "spread": r.spread} for name, r in named.items()}
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Work:
     """What one call has to do, whoever does it.

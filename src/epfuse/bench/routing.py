@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape
 from epfuse.errors import ConfigError
 
@@ -26,6 +27,7 @@ class Kind(enum.Enum):
     """Every token goes to the same n experts of this rank."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Routing:
     """One way to route.

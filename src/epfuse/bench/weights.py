@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.layers import Layer
 from epfuse.config import WeightFormat
@@ -45,6 +46,7 @@ class LayerWeights:
         """As a checkpoint has them: MXFP8, or BF16 if the sizes are no multiples of its block."""
         return self._draw_mxfp8() if self.quantised else self._draw_dense()
 
+    @checks_enums
     def in_format(self, form: WeightFormat) -> ExpertWeights:
         """The weights in ``form`` alone, made once and kept."""
         if form not in self._made:

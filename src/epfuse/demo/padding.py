@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import decide
@@ -13,6 +14,7 @@ from epfuse.target import Target
 GLOBAL_TILE = 64
 
 
+@checks_enums
 def planned_block_m(target: Target, shape: LayerShape, tokens: int, weights: WeightFormat = WeightFormat.DENSE) -> int:
     """BLOCK_M of a call; on a CPU, which has no tiles, that of gfx942."""
     tiles = decide(Path.AUTO, target if target.is_gpu else Target.GFX942, shape, tokens, frozenset({weights})).tiles

@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from epfuse.arguments import checks_enums
+
 SCHEMA = "epfuse.demo/1"
 
 
@@ -19,6 +21,7 @@ class Verdict(enum.StrEnum):
     """Measured, but not required of this run."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Check:
     """One comparison.

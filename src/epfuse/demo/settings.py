@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError
 
@@ -38,6 +39,7 @@ class ModelSize:
     top_k: int = 4
 
 
+@checks_enums
 @dataclass(frozen=True)
 class DemoSettings:
     """One run.

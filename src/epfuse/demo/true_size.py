@@ -8,6 +8,7 @@ import torch
 
 from epfuse import pipeline
 from epfuse.api import fused_experts
+from epfuse.arguments import checks_enums
 from epfuse.config import MINIMAX_M3_EP8, Path, SwiGLUOAI, WeightFormat
 from epfuse.demo.record import TrueSizeRecord
 from epfuse.demo.untouched import max_abs
@@ -21,6 +22,7 @@ RANK = 3
 
 
 @torch.no_grad()
+@checks_enums
 def run_true_size(device: torch.device, seed: int, form: WeightFormat = WeightFormat.DENSE) -> TrueSizeRecord:
     """H=6144, I=3072, 16 of 128 experts in BF16 or MXFP8: the kernels' path against the reference in float64.
 

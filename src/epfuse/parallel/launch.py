@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.family import Family, join
 from epfuse.parallel.group import EPGroup
@@ -116,6 +117,7 @@ class _Report:
     waited: float | None = None
 
 
+@checks_enums
 def launch_ranks(
     entry: Callable[..., Any],
     args: tuple[Any, ...],

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, Policy
 from epfuse.planning.products import Product
 from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, Storage, TokenRange, Verdict, plan_layer
@@ -15,6 +16,7 @@ from epfuse.policy.refusals import refusal
 from epfuse.weights.model_config import ExpertModel
 
 
+@checks_enums
 def storages(checkpoint: Checkpoint) -> tuple[Storage, ...]:
     """What a model can be stored as, whoever decides."""
     every = (Storage.BF16, Storage.MXFP8, Storage.HYBRID)
@@ -90,6 +92,7 @@ class LayerGroup:
         return None if self.plan.is_untouched else len(self.layers) * self.plan.nbytes
 
 
+@checks_enums
 @dataclass(frozen=True)
 class ModelPlan:
     """What `plan_model` found.
@@ -111,6 +114,7 @@ class ModelPlan:
         """One rank's layer."""
         return self.serving.shape(self.model)
 
+    @checks_enums
     def stored_bytes(self, storage: Storage) -> int:
         """Bytes a rank if every layer were stored so."""
         return storage.bytes_of(self.shape) * len(self.model.moe_layers)
@@ -195,6 +199,7 @@ def _kind(plan: LayerPlan) -> tuple[object, ...]:
     return plan.storage, plan.reason, tuple((r.min_tokens, r.max_tokens, r.decision) for r in plan.ranges)
 
 
+@checks_enums
 def plan_model(model: ExpertModel, serving: Serving, policy: Policy) -> ModelPlan:
     """Plan every layer of a model that has experts.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from epfuse.aot.model import PATHS, predicted_ms
+from epfuse.arguments import checks_enums
 from epfuse.config import Path
 from epfuse.errors import ConfigError
 from epfuse.planning.model_plan import ModelPlan
@@ -22,6 +23,7 @@ STORED_PATHS = {
 """What could run on each storage; an activation is rounded to FP8 only where nothing else reads the weights."""
 
 
+@checks_enums
 def stored_ms(plan: ModelPlan, storage: Storage, tokens: int) -> float | None:
     """Milliseconds a step if every layer were stored so; of several paths the fastest; None without a machine."""
     times = [_path_ms(plan, path, tokens) for path in STORED_PATHS[storage]]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from epfuse.aot.h100 import H100
 from epfuse.aot.model import BALANCED, MI300X, MI300X_ROUTING, Machine, Routing
+from epfuse.arguments import checks_enums
 from epfuse.target import REFERENCE_DEVICE, Target
 
 GIB = 1 << 30
@@ -24,6 +25,7 @@ MI325X = replace(
 )
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Product:
     """One GPU.
@@ -53,6 +55,7 @@ PRODUCTS = {
 """By the names that people use; the first of a target stands for it."""
 
 
+@checks_enums
 def product_of(target: Target) -> Product:
     """The product that stands for ``target``; a GPU's."""
     return next(product for product in PRODUCTS.values() if product.target is target)

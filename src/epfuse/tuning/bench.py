@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.bench.inputs import Inputs, cache_bytes_of, draw_inputs
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import QUICK, Method, Sampling, time_calls
@@ -96,6 +97,7 @@ class DeviceBench:
             ]
         return Timed(measured.timing.median_us, fault)
 
+    @checks_enums
     def stage(self, point: Point, stage: Stage, block_m: int, tile: GemmTile) -> Timed:
         """One stage alone; a call must have passed at this point before."""
         assert point == self._point
@@ -113,6 +115,7 @@ class DeviceBench:
         tolerance = dense_tolerance(torch.bfloat16, shape.hidden, shape.intermediate)
         return Timed(measured.timing.median_us, _fault(results, expected, tolerance, "tiles that are right"))
 
+    @checks_enums
     def floor_us(self, point: Point, stage: Stage) -> float:
         """From the device's own measured rates."""
         if self._roofs is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from epfuse import pipeline, pipeline_fp8
+from epfuse.arguments import checks_enums
 from epfuse.config import Combine, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from epfuse.stages.gather.launch import LoneTokens
 
 
+@checks_enums
 def call_layer(
     path: Path,
     form: WeightFormat,
@@ -47,6 +49,7 @@ def call_layer(
     return pipeline.run_kernels(*call, out)
 
 
+@checks_enums
 @dataclass(frozen=True)
 class StageInputs:
     """What the two GEMMs of a call read, and what they make of it in tiles that are known to be right.
@@ -77,6 +80,7 @@ class StageInputs:
     down: torch.Tensor
 
     @classmethod
+    @checks_enums
     def of(
         cls,
         path: Path,
@@ -118,6 +122,7 @@ class StageInputs:
             return output[: self.local_routes.numel()]
         return output[self.local_routes]
 
+    @checks_enums
     def bind(self, stage: Stage, block_m: int, tile: GemmTile) -> Callable[[], torch.Tensor]:
         """A call of one stage, with its routes sorted and its rows quantised beforehand."""
         from epfuse.stages.route.launch import launch_route

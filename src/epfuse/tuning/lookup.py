@@ -16,6 +16,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
@@ -103,6 +104,7 @@ class Found:
     factor: float
 
 
+@checks_enums
 def sources(
     target: Target, device_name: str, path: Path, weights: WeightFormat, shape: LayerShape
 ) -> tuple[Source, ...]:

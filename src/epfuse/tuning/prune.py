@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from epfuse.aot.tasks import start
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.stages.tiles import GemmTile, Sm90PersistentTile
 from epfuse.target import Target
@@ -19,6 +20,7 @@ RESOURCE_GATES = ("no spills", "no scratch", "LDS fits", "no spills in the main 
 """Those of `epfuse.aot.gates` that no time can make up for. The others are rules for kernels that ship."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Candidate:
     """A tile to compile.

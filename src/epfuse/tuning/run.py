@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.policy.call import decide
@@ -32,6 +33,7 @@ from epfuse.tuning.space import (
 Write = Callable[["Request", Path, WeightFormat, Mapping[Stage, Iterable[Row]]], None]
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Device:
     """Where a run measures.
@@ -48,6 +50,7 @@ class Device:
     triton: str
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Request:
     """What to tune.
@@ -81,6 +84,7 @@ class Request:
         return [point_of(self.device.target, path, tokens) for path in self.paths for tokens in self.tokens]
 
 
+@checks_enums
 def point_of(target: Target, path: Path, tokens: int) -> Point:
     """T on a path, with the weights that it reads best.
 
@@ -201,6 +205,7 @@ def run(
     return found
 
 
+@checks_enums
 def write_rows(request: Request, path: Path, weights: WeightFormat, rows: Mapping[Stage, Iterable[Row]]) -> None:
     """Merge rows of both stages into the tables of the request's folder."""
     found = {stage: _measurement(request, path, weights, rows[stage]) for stage in Stage}

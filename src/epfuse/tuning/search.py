@@ -11,6 +11,7 @@ from functools import partial
 from itertools import product
 from typing import Protocol
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import TuningError
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
@@ -25,6 +26,7 @@ STAGE_SHARE = 0.75
 """Part of a point's time for the stages; the rest is for whole calls."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Point:
     """One token count of one path.

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.policy.kernels import FP8_PATHS
 from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
@@ -41,6 +42,7 @@ class Space(enum.Enum):
     """Tiles that are known to be good for some layer."""
 
 
+@checks_enums
 def takes_hopper_tiles(target: Target, weights: WeightFormat, shape: LayerShape) -> bool:
     """Whether the Hopper kernels read ``weights`` of this shape."""
     whole = shape.hidden % 128 == shape.intermediate % 128 == 0
@@ -60,6 +62,7 @@ def block_ms(rows: float, least: int) -> list[int]:
     return [size for size in (fitting // 2, fitting, fitting * 2) if least <= size <= LARGEST_BLOCK_M]
 
 
+@checks_enums
 def two_part_block_ms(rows: float, weights: WeightFormat = WeightFormat.FRAGMENT) -> list[int]:
     """Those of TWO_PARTS that hold ``rows`` expected rows in one block and are less than half padding, or the largest.
 
@@ -77,6 +80,7 @@ def two_part_block_ms(rows: float, weights: WeightFormat = WeightFormat.FRAGMENT
     ]
 
 
+@checks_enums
 def candidates(
     target: Target, path: Path, weights: WeightFormat, shape: LayerShape, stage: Stage, block_m: int, rows: float
 ) -> list[GemmTile]:
@@ -106,6 +110,7 @@ def candidates(
     return fitting
 
 
+@checks_enums
 def known_candidates(
     known: Iterable[GemmTile], weights: WeightFormat, shape: LayerShape, stage: Stage, block_m: int
 ) -> list[GemmTile]:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_file
 from epfuse.report.write import remove_leftovers, write_atomic
@@ -36,11 +37,13 @@ def shipped(target: Target, stage: Stage) -> Table:
     return read_table(TABLES, target, stage)
 
 
+@checks_enums
 def table_path(folder: Path, target: Target, stage: Stage) -> Path:
     """Where a table lies in a folder of tables."""
     return folder / target.value / f"{stage.value}.json"
 
 
+@checks_enums
 def read_table(folder: Path, target: Target, stage: Stage) -> Table:
     """A table, checked; an empty one where there is no file.
 
@@ -59,6 +62,7 @@ def read_table(folder: Path, target: Target, stage: Stage) -> Table:
     return table
 
 
+@checks_enums
 def check_tables(folder: Path, target: Target) -> None:
     """Read both tables, so that a damaged one is found before anything is measured.
 
@@ -69,6 +73,7 @@ def check_tables(folder: Path, target: Target) -> None:
         read_table(folder, target, stage)
 
 
+@checks_enums
 def merge(folder: Path, target: Target, measurements: dict[Stage, Measurement]) -> None:
     """Put measurements of both stages into a folder's tables; several processes may do so at once.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_file
@@ -46,6 +47,7 @@ class Trial(BaseModel):
         return LayerTiles(self.block_m, self.gate_up.tile(), self.down.tile())
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Result:
     """What came of a trial.
@@ -106,6 +108,7 @@ def read_trials(file: File) -> tuple[Trial, ...]:
     return trials
 
 
+@checks_enums
 def plans_of(trials: Iterable[Trial], target: Target) -> list[Plan]:
     """The trials as plans, for the compiler."""
     plans = []
@@ -116,6 +119,7 @@ def plans_of(trials: Iterable[Trial], target: Target) -> list[Plan]:
     return plans
 
 
+@checks_enums
 def run_trials(
     trials: Sequence[Trial], target: Target, bench: Bench, done: Callable[[Result], None] = lambda result: None
 ) -> list[Result]:

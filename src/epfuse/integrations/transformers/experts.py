@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from epfuse.api import fused_experts
+from epfuse.arguments import checks_enums
 from epfuse.config import Path, SwiGLUOAI, WeightFormat
 from epfuse.environment import environment
 from epfuse.errors import ConfigError
@@ -38,6 +39,7 @@ class EPExperts(nn.Module):
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
 
+    @checks_enums
     def __init__(
         self,
         weights: ExpertWeights,

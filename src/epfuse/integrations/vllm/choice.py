@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Policy
 from epfuse.environment import environment
 from epfuse.errors import ConfigError, UnsupportedTarget
@@ -30,6 +31,7 @@ class Choice:
         return self.plan is not None
 
 
+@checks_enums
 def choose(facts: LayerFacts, policy: Policy | None = None) -> Choice:
     """Refusals first, then the policy.
 
@@ -49,6 +51,7 @@ def choose(facts: LayerFacts, policy: Policy | None = None) -> Choice:
     return Choice(facts, plan, plan.reason)
 
 
+@checks_enums
 def ask_policy(facts: LayerFacts, policy: Policy) -> LayerPlan:
     """The core's plan for one layer.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Policy
 from epfuse.errors import ConfigError
 from epfuse.integrations.vllm.choice import Choice, choose
@@ -78,6 +79,7 @@ def own_experts(model: ExpertModel, deployment: Deployment) -> OwnExperts:
     return humming[deployment.expert_parallel] if own is _MARLIN and humming is not None else own
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Deployment:
     """The part of a ``vllm serve`` line that decides about experts.
@@ -140,6 +142,7 @@ def paths(plan: LayerPlan) -> list[dict[str, Any]]:
     return found
 
 
+@checks_enums
 def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = None) -> list[LayerGroup]:
     """Every MoE layer of the model, grouped by what happens to it.
 

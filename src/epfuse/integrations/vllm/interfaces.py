@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_file, read_json
 
@@ -40,6 +41,7 @@ class What(enum.Enum):
     """Those that are used, of a module, a class and what its methods set on ``self``."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Use:
     """One thing of vLLM's that epfuse calls, reads, overrides or replaces.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.policy import LayerFacts
@@ -17,6 +18,7 @@ from epfuse.target import Target, target_of
 from epfuse.weights.checkpoint_format import Checkpoint
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Method:
     """One of vLLM's quantisation methods whose experts can be replaced.

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, replace
 from typing import Any
 
+from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError
 from epfuse.integrations.vllm.interfaces import nearest
 from epfuse.integrations.vllm.patch.block import BEGIN, END, TARGETS, has_this_block, with_block, without_block
@@ -30,6 +31,7 @@ class State(enum.Enum):
     """A file is neither the wheel's nor the wheel's with a patch; nothing will be changed."""
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Report:
     """What was found, and what was done.
