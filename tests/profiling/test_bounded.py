@@ -183,6 +183,17 @@ def test_a_pattern_that_takes_for_ever(tmp_path: Path, monkeypatch: pytest.Monke
     assert "'^(a+)+$' of rules x: rules.0.kernel, takes more than 0.3 seconds of CPU time" in result.stderr
 
 
+def test_many_short_searches_spend_it_too(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classify, "MATCHING_SECONDS", 0.2)
+    trace = TraceFile()
+    for index in range(5000):
+        trace.kernel(f"n{index}" + "x" * 200, index, 1)
+    with pytest.raises(ConfigError, match=r"matching names, at last with .* takes more than 0.2 seconds"):
+        profiled(trace, tmp_path, Classifier(classifier.rules))
+
+
 def test_a_pattern_of_a_range_that_takes_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classify, "MATCHING_SECONDS", 0.3)
     rules = tmp_path / "slow.yaml"

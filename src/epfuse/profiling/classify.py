@@ -17,7 +17,7 @@ ROUNDS = 6
 
 JOINED_BY = " > "
 
-MATCHING_SECONDS = 30.0
+MATCHING_SECONDS = 20.0
 """CPU time for all searches of all patterns: a regular expression can take time that doubles with every character."""
 
 

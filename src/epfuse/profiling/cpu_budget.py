@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from epfuse.errors import ConfigError
@@ -38,12 +39,16 @@ class CpuBudget:
             yield
             return
         before = signal.signal(signal.SIGVTALRM, _ring)
+        began = time.process_time()  # the timer itself counts in ticks, of which a short block has none
         try:
             signal.setitimer(signal.ITIMER_VIRTUAL, max(self._left, 0.001))
             try:
                 yield
             finally:
-                self._left = signal.setitimer(signal.ITIMER_VIRTUAL, 0)[0]
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                self._left -= time.process_time() - began
+            if self._left < 0:
+                raise _Spent
         except _Spent:
             raise ConfigError(f"{what()} takes more than {self.seconds:g} seconds of CPU time; simplify it") from None
         finally:

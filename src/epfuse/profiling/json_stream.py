@@ -27,7 +27,7 @@ LARGEST_VALUE = 16 << 20
 SPLIT_TOKEN = 16
 """A JSON token that a chunk's end cut is reported by the scanner within this many characters of the end."""
 
-MOST_UNPACKED = 1 << 30
+MOST_UNPACKED = 32 << 20
 """Bytes that come out of a gzip file before it is asked whether it is a bomb."""
 LARGEST_RATIO = 200
 """Bytes out of one byte of gzip: profilers' traces have 10 to 40; the format allows 1032, for nothing but one byte."""

@@ -20,7 +20,7 @@ from epfuse.profiling.shapes import ExpertShape
 from epfuse.profiling.steps import AUTO, DeviceSteps, Step, choose_steps, find_steps
 from epfuse.profiling.timing import busy, length, merge_steps, streams_of, union
 
-LONGEST_TEXT = 8192
+LONGEST_TEXT = 4096
 """Characters of the names of the ranges around a launch, of which rules are tried on."""
 
 
