@@ -98,9 +98,9 @@ def events(count: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (events(2_000_000), "bytes and unpacks to more than"),
-        (b'{"traceEvents": [' + b" " * 3_000_000 + b"]}", "characters of white space|unpacks to more than"),
-        (b'{"traceEvents": [{"name": "' + b"a" * 8_000_000 + b'"}]}', "unpacks to more than|is longer than"),
+        (events(2_000_000), "bytes unpack to .*: that is no trace"),
+        (b'{"traceEvents": [' + b" " * 3_000_000 + b"]}", "characters of white space|bytes unpack to"),
+        (b'{"traceEvents": [{"name": "' + b"a" * 8_000_000 + b'"}]}', "bytes unpack to|is longer than"),
     ],
     ids=["events", "blanks", "text"],
 )

@@ -69,8 +69,8 @@ def stream_events(
             def report(read: int) -> None:
                 nonlocal unpacked
                 unpacked += read
-                if unpacked > MOST_UNPACKED and unpacked > LARGEST_RATIO * size:
-                    raise TraceError(f"{name} has {size} bytes and unpacks to more than {unpacked}: that is no trace")
+                if unpacked > MOST_UNPACKED and unpacked > LARGEST_RATIO * raw.tell():
+                    raise TraceError(f"{name}: its first {raw.tell()} bytes unpack to {unpacked}: that is no trace")
                 if progress:
                     progress(min(raw.tell(), size), size)
 
