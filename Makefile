@@ -3,6 +3,7 @@
 # make test-vllm   download the tested vLLM releases (once), run the integration's tests against their code, no GPU needed
 # make test-vllm-e2e   install vLLM for CPUs (once, in $(VLLM_TREES)/cpu), serve a small MiniMax-M3 with it
 # make aot    create .venv, install, compile every kernel for the GPUs and check it
+# make hooks  run `make lint typecheck` before each commit from now on (pre-commit; nothing is fetched then)
 #
 # PYTHON=python3.12   the interpreter to build .venv from (3.11 or newer)
 # KEEP_TORCH=1        use the torch (and triton, numpy) that PYTHON has installed, e.g. a ROCm build:
@@ -21,6 +22,9 @@ VLLM_TREES ?= .vllm
 
 BIN := $(VENV)/bin
 
+# Git's name of a tree without files: what differs from it is every line that there is.
+EMPTY_TREE := 4b825dc642cb6eb9a060e54bf8d69288fbee4904
+
 ifeq ($(KEEP_TORCH),)
 MODE := own-torch
 EXTRAS := cpu,demo,dev,profile,test
@@ -36,7 +40,7 @@ endif
 CREATED := $(VENV)/.created-$(MODE)
 INSTALLED := $(VENV)/.installed-$(MODE)
 
-.PHONY: demo test test-vllm test-vllm-e2e aot lint format typecheck clean
+.PHONY: demo test test-vllm test-vllm-e2e aot lint hooks format typecheck clean
 
 demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
@@ -60,6 +64,16 @@ aot: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m compileall -q benchmarks examples src tests tools
+	$(BIN)/shellcheck .ci/run docs/mi300x.sh
+	bash -n .ci/run
+	bash -n docs/mi300x.sh
+ifneq ($(wildcard .git),)
+	git diff --check $(EMPTY_TREE)
+endif
+
+hooks: $(INSTALLED)
+	$(BIN)/python -m pre_commit install
 
 format: $(INSTALLED)
 	$(BIN)/python -m ruff check --fix .
