@@ -6,6 +6,7 @@ import torch
 
 from epfuse import pipeline, pipeline_fp8
 from epfuse.arguments import member
+from epfuse.compile_ops import traced_experts
 from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI
 from epfuse.environment import environment
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
@@ -62,9 +63,12 @@ def fused_experts(
         ShapeError, DtypeError, DeviceError, LayoutError, ConfigError: an argument does not fit; the message names it.
         UnsupportedTarget: the device can't run ``path`` on these weights, or not with this ``combine``.
 
-    Host syncs: none on a GPU path; graph-capturable.
+    Host syncs: none on a GPU path; graph-capturable. `torch.compile` and `torch.export` trace it as one operator
+    (`epfuse.compile_ops`).
     """
     activation = MINIMAX_M3 if activation is None else activation
+    if torch.compiler.is_compiling():
+        return traced_experts(hidden, weights, topk_weights, topk_ids, expert_map, activation, path, combine, out)
     check_call(hidden, weights, topk_weights, topk_ids, expert_map, activation, path, combine, out, scratch)
     tokens, top_k = topk_ids.shape
     read: list[tuple[str, Span]] = []

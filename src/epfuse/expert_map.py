@@ -113,6 +113,19 @@ class ExpertMap:
         """One rank holds every expert: the identity."""
         return cls.contiguous(num_experts, 1, 0, device)
 
+    @classmethod
+    def of_checked(cls, slots: torch.Tensor, num_local: int) -> ExpertMap:
+        """A map of `nearest`'s tensor, ``[E]`` int32 with L slots, which was checked when the map was made."""
+        found = cls.__new__(cls)
+        found.num_experts, found.num_local = slots.shape[0], num_local
+        found._by_device = {slots.device: slots}
+        return found
+
+    def nearest(self, device: torch.device) -> torch.Tensor:
+        """The map as ``[E]`` int32: the copy on ``device`` if there is one, else another; nothing is made or kept."""
+        found = self._by_device.get(device)
+        return next(iter(self._by_device.values())) if found is None else found
+
     def on(self, device: torch.device) -> torch.Tensor:
         """The map as ``[E]`` int32 on ``device``; copied there once and kept.
 

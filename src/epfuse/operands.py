@@ -27,6 +27,8 @@ def require_plain(name: str, value: object) -> None:
     """
     if not isinstance(value, torch.Tensor):
         raise ConfigError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+    if torch.compiler.is_compiling():  # what is traced stands for other tensors; they are asked when the graph runs
+        return
     if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         kind = type(value).__name__
         raise ConfigError(f"{name} is a {kind}, which has no memory of its own; it must be a plain tensor")

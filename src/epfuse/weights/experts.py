@@ -85,6 +85,13 @@ def stack_rows(stack: Stack) -> int:
     return stack.rows if isinstance(stack, PanelStack) else stack.shape[1]
 
 
+def stack_tensors(stack: Stack) -> list[torch.Tensor]:
+    """What a stack lies in: the numbers or codes, then the scales if it has them."""
+    if isinstance(stack, torch.Tensor):
+        return [stack]
+    return [stack.codes if isinstance(stack, PanelStack) else stack.values, stack.scales]
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """What one rank holds of one layer, in one format or several.
@@ -354,14 +361,11 @@ class ExpertWeights:
 
     def spans(self) -> list[tuple[str, Span]]:
         """Where the weights lie, each tensor with its name."""
-        found = []
+        found: list[tuple[str, Span]] = []
         for experts in self.kept.values():
             for name, stack in (("w13", experts.w13), ("w2", experts.w2)):
-                if isinstance(stack, torch.Tensor):
-                    found.append((name, span(stack)))
-                else:
-                    codes = stack.codes if isinstance(stack, PanelStack) else stack.values
-                    found += [(name, span(codes)), (f"{name}'s scales", span(stack.scales))]
+                named = zip((name, f"{name}'s scales"), stack_tensors(stack), strict=False)
+                found += [(part, span(tensor)) for part, tensor in named]
         return found
 
     @property

@@ -74,11 +74,11 @@ class EPExperts(nn.Module):
         """The prepared weights, else the parameters as they are now: .to() and checkpoint loading replace them."""
         if self._prepared is not None:
             return self._prepared
-        gate_up, down = self.gate_up_proj.data, self.down_proj.data
+        gate_up, down = self.gate_up_proj.detach(), self.down_proj.detach()
         scales = [getattr(self, f"{name}_scale", None) for name in ("gate_up_proj", "down_proj")]
         if scales[0] is None or scales[1] is None:
             return ExpertWeights.dense(gate_up, down)
-        return ExpertWeights.mxfp8(gate_up, scales[0].data, down, scales[1].data)
+        return ExpertWeights.mxfp8(gate_up, scales[0].detach(), down, scales[1].detach())
 
     def local_output(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

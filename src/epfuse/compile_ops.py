@@ -1,0 +1,158 @@
+"""`fused_experts` as one operator of a graph: what `torch.compile` and `torch.export` see of a layer.
+
+A tracer can't look into a layer: it launches kernels, and it chooses them by what the device is. So a traced call is
+recorded as ``epfuse::fused_experts``, an operator of tensors and plain numbers, and runs as an ordinary call when the
+graph runs. The weights and the map are taken apart into their tensors, which become inputs or constants of the graph
+like any other weight: nothing is kept here, and a saved program needs ``import epfuse.compile_ops`` and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from epfuse.config import Combine, Path, SwiGLUOAI
+from epfuse.errors import ConfigError, DtypeError, ShapeError
+from epfuse.expert_map import ExpertMap
+from epfuse.weights.consistency import KINDS
+from epfuse.weights.experts import ExpertWeights, Projections, stack_tensors
+from epfuse.weights.panels import PanelStack, RowOrder
+
+
+def traced_experts(
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    activation: SwiGLUOAI,
+    path: Path,
+    combine: Combine,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Record a call of `fused_experts`, whose arguments these are. The call's own checks come when the graph runs.
+
+    A call's ``scratch`` is left out: the compiler plans memory itself. ``out`` is written by a copy, and a map that has
+    no copy on ``hidden``'s device is copied there at each run: make it there.
+
+    Raises:
+        ConfigError: hidden or topk_weights requires grad, and gradients are on.
+        ShapeError, DtypeError: out is not like hidden; a copy would hide it.
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or topk_weights.requires_grad):
+        raise ConfigError(
+            "hidden or topk_weights requires grad; there is no backward: call the model under torch.no_grad()"
+        )
+    formats, tensors = take_apart(weights)
+    slots = expert_map.nearest(hidden.device)
+    result: torch.Tensor = _operator(
+        hidden,
+        tensors,
+        formats,
+        weights.local_experts,
+        weights.intermediate,
+        topk_weights,
+        topk_ids,
+        slots if slots.device == hidden.device else slots.to(hidden.device),
+        [activation.alpha, activation.beta, activation.limit],
+        path.value,
+        combine.value,
+    )
+    if out is None:
+        return result
+    if out.shape != hidden.shape:
+        raise ShapeError(f"out has shape {tuple(out.shape)}; it must be hidden's shape {tuple(hidden.shape)}")
+    if out.dtype != hidden.dtype:
+        raise DtypeError(f"out has dtype {out.dtype}; it must be hidden's dtype {hidden.dtype}")
+    return out.copy_(result)
+
+
+def take_apart(weights: ExpertWeights) -> tuple[str, list[torch.Tensor]]:
+    """The names of the formats that are kept, joined by commas, and the tensors of each: w13's, then w2's."""
+    names, tensors = [], []
+    for name in KINDS:
+        experts = getattr(weights, name)
+        if experts is not None:
+            names.append(name)
+            tensors += [*stack_tensors(experts.w13), *stack_tensors(experts.w2)]
+    # a graph would carry their gradients to an operator that has none; the layer's result never requires one
+    return ",".join(names), [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+
+
+def put_together(
+    formats: str, tensors: Sequence[torch.Tensor], local_experts: int, hidden: int, intermediate: int
+) -> ExpertWeights:
+    """The inverse of `take_apart`, on the same memory.
+
+    Args:
+        formats: names of `ExpertWeights`' fields, joined by commas.
+        tensors: of each format.
+        local_experts: L.
+        hidden: H.
+        intermediate: I.
+
+    Raises:
+        EpfuseError: they don't describe one layer.
+    """
+    rest = list(tensors)
+    kept: dict[str, Any] = {}
+    for name in formats.split(","):
+        w13 = _stack(name, rest, 2 * intermediate, hidden, RowOrder.GATE_UP)
+        w2 = _stack(name, rest, hidden, intermediate, RowOrder.PLAIN)
+        kept[name] = Projections(w13, w2)
+    return ExpertWeights(local_experts, hidden, intermediate, **kept)
+
+
+def _stack(name: str, rest: list[torch.Tensor], rows: int, columns: int, order: RowOrder) -> Any:
+    """The next stack of ``rest``, which is taken from it."""
+    kind: Any = KINDS.get(name)
+    if kind is None or len(rest) < (1 if kind is torch.Tensor else 2):
+        raise ConfigError(
+            f"formats has {name!r} with {len(rest)} tensors left; the graph was not made by this version of epfuse"
+        )
+    first = rest.pop(0)
+    if kind is torch.Tensor:
+        return first
+    if issubclass(kind, PanelStack):
+        return kind(first, rest.pop(0), rows, columns, order)
+    return kind(first, rest.pop(0))
+
+
+@torch.library.custom_op(
+    "epfuse::fused_experts",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor[] weights, str formats, int local_experts, int intermediate, Tensor topk_weights,"
+    " Tensor topk_ids, Tensor slots, float[] activation, str path, str combine) -> Tensor",
+)
+def _operator(
+    hidden: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    formats: str,
+    local_experts: int,
+    intermediate: int,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    slots: torch.Tensor,
+    activation: Sequence[float],
+    path: str,
+    combine: str,
+) -> torch.Tensor:
+    from epfuse.api import fused_experts  # which imports this file
+
+    return fused_experts(
+        hidden,
+        put_together(formats, weights, local_experts, hidden.shape[1], intermediate),
+        topk_weights,
+        topk_ids,
+        ExpertMap.of_checked(slots, local_experts),
+        activation=SwiGLUOAI(*activation),
+        path=Path(path),
+        combine=Combine(combine),
+    )
+
+
+@_operator.register_fake
+def _(hidden: torch.Tensor, *operands: object) -> torch.Tensor:
+    return torch.empty_like(hidden)
