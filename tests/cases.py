@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from epfuse import ExpertMap, ExpertWeights
+from epfuse import Combine, ExpertMap, ExpertWeights, Path, Scratch, SwiGLUOAI
+from epfuse.config import WeightFormat
+from epfuse.families.registry import family_of
+from epfuse.stages.route.table import RouteTable
+from epfuse.stages.tiles import LayerTiles, RouteTiles
+from epfuse.tuning.calls import layer_call
 
 
 @dataclass(frozen=True)
@@ -82,3 +87,37 @@ def snr_db(out: torch.Tensor, reference: torch.Tensor) -> float:
     reference = reference.double()
     noise = (out.double() - reference).norm()
     return float("inf") if noise == 0 else float(20 * torch.log10(reference.norm() / noise))
+
+
+def routed(
+    ids: torch.Tensor,
+    slots: torch.Tensor,
+    local: int,
+    block_m: int,
+    tiles: RouteTiles | None = None,
+    arrivals_per_block: int = 0,
+) -> RouteTable:
+    """The kernels' route table, in memory of its own."""
+    from epfuse.stages.route.launch import launch_route
+
+    table = RouteTable.empty(ids.numel(), local, block_m, ids.device, arrivals_per_block)
+    return launch_route(ids, slots, local, table, tiles)
+
+
+def run_in_tiles(
+    path: Path,
+    form: WeightFormat,
+    tiles: LayerTiles,
+    case: Case,
+    weights: ExpertWeights,
+    combine: Combine = Combine.DETERMINISTIC,
+    out: torch.Tensor | None = None,
+    scratch: Scratch | None = None,
+) -> torch.Tensor:
+    """A call's steps in tiles that the caller names, into ``out`` or memory full of NaN."""
+    out = torch.full_like(case.hidden, torch.nan) if out is None else out
+    operands = (case.hidden, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    call = layer_call(form, weights, *operands)._replace(out=out, combine=combine, scratch=scratch)
+    for _, launch in family_of(path, form, tiles).steps(call, tiles).launches:
+        launch()
+    return out

@@ -8,7 +8,7 @@ import torch
 from epfuse import Combine, ExpertMap, ExpertWeights, Path, Scratch, SwiGLUOAI, fused_experts, scratch_size
 from epfuse.config import MINIMAX_M3_EP8 as M3
 from epfuse.config import WeightFormat
-from epfuse.pipeline import run_reference
+from epfuse.reference import run_reference
 from tests.cases import topk_ids_for
 
 pytestmark = pytest.mark.gpu

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI, silu_gate
     from epfuse.errors import EpfuseError
     from epfuse.expert_map import ExpertMap
-    from epfuse.scratch import Scratch, scratch_size
+    from epfuse.families.registry import scratch_size
+    from epfuse.scratch import Scratch
     from epfuse.target import Target, target_of
     from epfuse.weights.experts import ExpertWeights
 
@@ -31,7 +32,7 @@ _MODULE_OF = {
     "SwiGLUOAI": "epfuse.config",
     "Target": "epfuse.target",
     "fused_experts": "epfuse.api",
-    "scratch_size": "epfuse.scratch",
+    "scratch_size": "epfuse.families.registry",
     "silu_gate": "epfuse.config",
     "target_of": "epfuse.target",
 }

@@ -1,19 +1,21 @@
-"""fused_experts(): validate -> decide -> pipeline."""
+"""fused_experts(): validate -> decide -> the steps of a family."""
 
 from __future__ import annotations
 
 import torch
+from torch.profiler import record_function
 
-from epfuse import pipeline, pipeline_fp8
 from epfuse.arguments import member
 from epfuse.compile_ops import traced_experts
 from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI
 from epfuse.environment import environment
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
+from epfuse.families.family import LayerCall
 from epfuse.operands import Span, require_apart, require_plain, span
-from epfuse.policy import FP8_PATHS, decide
-from epfuse.scratch import Scratch, check_scratch, scratch_size
+from epfuse.policy.call import call_table
+from epfuse.reference import run_reference
+from epfuse.scratch import Scratch, check_scratch
 from epfuse.target import device_name, target_of
 from epfuse.weights.experts import ExpertWeights
 
@@ -86,20 +88,25 @@ def fused_experts(
         with torch.inference_mode():  # out may be made in it, and then is written in it alone
             return out.zero_()
     shape = LayerShape(weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, top_k)
-    kept = frozenset(weights.kept)
+    kept, device = weights.kept, hidden.device
     asked = environment().path if path is Path.AUTO else path
-    device = hidden.device
-    decision = decide(asked, target_of(device), shape, tokens, kept, hidden.dtype, combine, device_name(device))
-    if scratch is not None:
-        size = scratch_size(decision.path, tokens, top_k, weights.hidden, weights.intermediate)
-        check_scratch(scratch, size, hidden, out, read)
-    call = (hidden, weights, topk_weights, topk_ids, expert_map, activation)
-    if decision.weights is None or decision.tiles is None:
+    target, dtype = target_of(device), hidden.dtype
+    table = call_table(asked, target, shape, frozenset(kept), dtype, combine, device_name(device))
+    decision = table.at(tokens)
+    if decision.family is None or decision.weights is None or decision.tiles is None:
         with torch.inference_mode():
-            return out.copy_(pipeline.run_reference(*call))
-    if decision.path in FP8_PATHS:
-        return pipeline_fp8.run_fp8_kernels(*call, decision.weights, decision.tiles, combine, out, scratch)
-    return pipeline.run_kernels(*call, decision.weights, decision.tiles, out, scratch)
+            return out.copy_(run_reference(hidden, weights, topk_weights, topk_ids, expert_map, activation))
+    if scratch is not None:
+        size = decision.family.scratch(tokens, top_k, shape.hidden, shape.intermediate)
+        check_scratch(scratch, size, hidden, out, read)
+    experts, slots = kept[decision.weights], expert_map.on(device)
+    call = LayerCall(
+        hidden, experts.w13, experts.w2, topk_weights, topk_ids, slots, shape, activation, combine, out, scratch
+    )
+    for name, launch in decision.family.steps(call, decision.tiles).launches:
+        with record_function(f"epfuse::{name}"):
+            launch()
+    return out
 
 
 def check_call(

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from epfuse.arguments import checks_enums, integer
-from epfuse.config import Path
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.operands import NOWHERE, Span, require_apart, require_plain, span
 
 ALIGNMENT = 16
 """Bytes: the kernels load and store rows 16 bytes at a time."""
-_GROUP = 32
-"""FP8 values that share a scale byte, at least: MXFP8's group. Block FP8's, of 128, takes less."""
 
 
 @dataclass(frozen=True)
@@ -56,44 +52,6 @@ class Scratch:
     def __post_init__(self) -> None:
         require_plain("scratch.y", self.y)
         require_plain("scratch.routed", self.routed)
-
-
-@checks_enums
-def scratch_size(path: Path, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
-    """Elements that a call on ``path`` needs; ascending in ``tokens``.
-
-    Args:
-        path: what runs; AUTO takes what is enough for any path.
-        tokens: T.
-        top_k: K.
-        hidden: H.
-        intermediate: I.
-
-    Raises:
-        ConfigError: path is no `Path`, or a size is no integer or out of range (T may be 0).
-    """
-    tokens, top_k = integer("tokens", tokens), integer("top_k", top_k, least=1)
-    hidden, intermediate = integer("hidden", hidden, least=1), integer("intermediate", intermediate, least=1)
-    if path is Path.AUTO:
-        every = [scratch_size(each, tokens, top_k, hidden, intermediate) for each in Path if each is not Path.AUTO]
-        return ScratchSize(max(size.y for size in every), max(size.routed for size in every))
-    routes = tokens * top_k
-    if path is Path.REFERENCE:
-        return ScratchSize(0, 0)
-    if path in (Path.BF16, Path.W8A16):
-        return ScratchSize(routes * intermediate, routes * hidden)
-    # two bytes an element: activations are BF16 there
-    most = max(_fp8_bytes(tokens, hidden), _fp8_bytes(routes, intermediate))
-    return ScratchSize(-(-most // 2), routes * max(2 * intermediate, hidden))
-
-
-def _fp8_bytes(rows: int, columns: int) -> int:
-    return rows * (columns + -(-columns // _GROUP))
-
-
-def rows_in(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """``[rows, columns]`` at the beginning of a contiguous buffer."""
-    return buffer.view(-1)[: rows * columns].view(rows, columns)
 
 
 def check_scratch(

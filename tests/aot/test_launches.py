@@ -10,7 +10,7 @@ import torch
 
 from epfuse.aot.calls import SHAPES, WEIGHTS, calls, token_counts
 from epfuse.aot.tasks import Job, list_jobs, start
-from epfuse.config import Combine, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Combine, Path, WeightFormat
 from epfuse.policy import READABLE, decide
 from epfuse.target import COMPUTE_UNITS, Target, compute_units, planning_for, target_of
 
@@ -99,10 +99,11 @@ def test_the_meta_device_is_a_target_only_inside() -> None:
 
 def _constants(scratch: bool) -> list[dict[str, object]]:
     """Of Hopper calls with few and with many rows: the constants of combine's launches and of both GEMMs' one."""
-    from epfuse import pipeline
     from epfuse.aot.launches import launches_of
     from epfuse.expert_map import ExpertMap
+    from epfuse.families.registry import family_of
     from epfuse.scratch import Scratch
+    from epfuse.tuning.calls import layer_call
 
     shape, form = SHAPES["minimax-m3"], WeightFormat.FRAGMENT
     weights = WEIGHTS[form](shape, torch.bfloat16)
@@ -116,7 +117,9 @@ def _constants(scratch: bool) -> list[dict[str, object]]:
             ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device=META)
             rows = Scratch(hidden.repeat(shape.top_k, 1), hidden.repeat(shape.top_k, 1)) if scratch else None
             router = torch.empty(ids.shape, device=META)
-            pipeline.run_kernels(hidden, weights, router, ids, slots, SwiGLUOAI(), form, tiles, out, rows)
+            call = layer_call(form, weights, hidden, router, ids, slots)._replace(out=out, scratch=rows)
+            for _, launch in family_of(Path.W8A16, form, tiles).steps(call, tiles).launches:
+                launch()
 
     found = [launch for launch in launches_of(Target.SM90, call) if launch.stage in ("gate_up_down", "combine")]
     return [{"stage": launch.stage} | dict(launch.constants) for launch in found]
@@ -128,21 +131,20 @@ def test_nothing_is_stored_early_in_memory_that_y_may_have(scratch: bool) -> Non
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
         few, gemms, many = pool.submit(_constants, scratch).result()
     assert [few["stage"], gemms["stage"], many["stage"]] == ["combine", "gate_up_down", "combine"]
-    assert (few["LONE_STORED"], few["ZEROS_EARLY"]) == (False, not scratch)
-    assert (many["LONE_STORED"], many["ZEROS_EARLY"]) == (not scratch, not scratch)
+    assert few["OUT_IS_FREE"] is many["OUT_IS_FREE"] is not scratch
     assert ("lone_token" in gemms) is scratch  # None is a constant, a pointer is not
 
 
 def _largest_routing_code(target: Target) -> int:
     """Lines of intermediate code of the largest routing kernel of 128 local experts."""
     from epfuse.aot.launches import launches_of
-    from epfuse.stages.route.launch import launch_route
+    from tests.cases import routed
 
     def call() -> None:
         slots = torch.empty(128, dtype=torch.int32, device=META)
         for tokens in (64, 8192):
             for block_m in (128, 320):
-                launch_route(torch.empty(tokens, 8, dtype=torch.int32, device=META), slots, 128, block_m)
+                routed(torch.empty(tokens, 8, dtype=torch.int32, device=META), slots, 128, block_m)
 
     launches = launches_of(target, call)
     assert {launch.kernel for launch in launches} == {"route_kernel", "count_kernel", "place_kernel"}

@@ -9,7 +9,7 @@ from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.routing import Routing
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import LayerShape, SwiGLUOAI, WeightFormat
-from epfuse.pipeline import run_reference
+from epfuse.reference import run_reference
 
 CPU = torch.device("cpu")
 ODD = Layer("", LayerShape(40, 24, 8, 4, 2), SwiGLUOAI())

@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from epfuse import Target
 from epfuse.cli import tune_run
 from epfuse.cli.main import main
+from epfuse.families.family import Stage
 from epfuse.stages.tiles import LayerTiles
 from epfuse.tuning import bench as tuning_bench
 from epfuse.tuning import prune, store
-from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Point, Timed
 
 

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from epfuse.stages.activate.kernel import activate_kernel
 from epfuse.stages.down.kernel_fp8 import down_fp8_kernel
 from epfuse.stages.gate_up.kernel_fp8 import gate_up_fp8_kernel
-from epfuse.stages.tiles_fp8 import FP8
+from epfuse.families.portable_fp8 import FP8
 from epfuse.target import Target
 
 target, backend, arch, warp, values, stage = sys.argv[1:]

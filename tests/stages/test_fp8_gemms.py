@@ -162,7 +162,7 @@ def test_nan_in_a_scale_reaches_what_it_scales(device: torch.device) -> None:
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 def test_minimax_m3_tiles(device: torch.device, group: int, block_m: int) -> None:
-    from epfuse.stages.tiles_fp8 import FP8
+    from epfuse.families.portable_fp8 import FP8
     from epfuse.target import target_of
 
     target = target_of(device)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from epfuse.stages.gather.launch import LoneTokens, launch_gather
-from epfuse.stages.route.launch import launch_route
-from tests.cases import ROUTINGS, topk_ids_for
+from tests.cases import ROUTINGS, routed, topk_ids_for
 
 LOCAL, EXPERTS, TOP_K = 5, 24, 4
 
@@ -18,7 +17,7 @@ def test_gather(device, tokens, hidden, routing):
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
     slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
     slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
-    routes = launch_route(ids, slots, LOCAL, 48)
+    routes = routed(ids, slots, LOCAL, 48)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     route_row, of_row = (torch.full((tokens * TOP_K,), -7, dtype=torch.int32, device=device) for _ in range(2))
     lone = LoneTokens(ids, slots, LOCAL, of_row, torch.empty_like(x))

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from epfuse.stages.route import reference
-from epfuse.stages.route.launch import launch_route
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import RouteTiles
-from tests.cases import ROUTINGS, topk_ids_for
+from tests.cases import ROUTINGS, routed, topk_ids_for
 
 ONE_LAUNCH = RouteTiles(count=64)
 TWO_LAUNCHES = RouteTiles(one_launch_routes=0, chunk=16)
@@ -42,14 +41,14 @@ def test_matches_reference(device, routing, tokens, tiles):
     ids = topk_ids_for(routing, tokens, experts, local, top_k=4).to(device)
     slots = local_map(experts, local, device)
     for block_m in (16, 48, 64):
-        assert_same(launch_route(ids, slots, local, block_m, tiles), reference.route(ids, slots, local, block_m))
+        assert_same(routed(ids, slots, local, block_m, tiles), reference.route(ids, slots, local, block_m))
 
 
 @pytest.mark.parametrize("tiles", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one_launch", "two_launches"])
 def test_many_experts_and_int32_ids(device, tiles):
     ids = topk_ids_for("uniform", 50, 128, 127, top_k=8).int().to(device)
     slots = torch.arange(128, dtype=torch.int32, device=device)
-    assert_same(launch_route(ids, slots, 128, 16, tiles), reference.route(ids, slots, 128, 16))
+    assert_same(routed(ids, slots, 128, 16, tiles), reference.route(ids, slots, 128, 16))
 
 
 @pytest.mark.gpu
@@ -58,4 +57,4 @@ def test_many_tokens(device, tokens):
     ids = topk_ids_for("uniform", tokens, 128, 16, top_k=4).to(device)
     slots = local_map(128, 16, device)
     for block_m in (16, 64, 128, 144):
-        assert_same(launch_route(ids, slots, 16, block_m), reference.route(ids, slots, 16, block_m))
+        assert_same(routed(ids, slots, 16, block_m), reference.route(ids, slots, 16, block_m))

@@ -8,17 +8,16 @@ import torch
 from epfuse import SwiGLUOAI
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down import reference as down_reference
-from epfuse.stages.down.launch import launch_down
+from epfuse.stages.down.launch_sm90 import launch_down_sm90
 from epfuse.stages.gate_up import reference as gate_up_reference
-from epfuse.stages.gate_up.launch import launch_gate_up
+from epfuse.stages.gate_up.launch_sm90 import launch_gate_up_sm90
 from epfuse.stages.gate_up_down.launch import launch_gate_up_down
 from epfuse.stages.gather.launch import LoneTokens, launch_gather
-from epfuse.stages.route.launch import launch_route
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.weights.fragment import pack
 from epfuse.weights.panels import RowOrder
-from tests.cases import ROUTINGS, topk_ids_for
+from tests.cases import ROUTINGS, routed, topk_ids_for
 from tests.stages.test_gemms import SNR_FLOOR, check_rows
 
 pytestmark = pytest.mark.gpu
@@ -74,7 +73,7 @@ def slots_on(device) -> torch.Tensor:
 def table_of(ids, slots, block_m: int, tile, hidden: int, intermediate: int) -> RouteTable:
     """The routes cut for a tile of both stages, with the counters that it needs."""
     per_block = LayerTiles(block_m, tile, tile).arrivals(hidden, intermediate)
-    return launch_route(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
+    return routed(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
 
 
 def poisoned(rows: int, columns: int, device) -> torch.Tensor:
@@ -91,7 +90,7 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     routes = table_of(ids, slots, block_m, tile, hidden, intermediate)
     routes_in_memory, tile_in_memory = routes, tile
     if isinstance(tile, Sm90PersistentTile):
-        routes_in_memory, tile_in_memory = launch_route(ids, slots, LOCAL, IN_MEMORY[0]), IN_MEMORY[1]
+        routes_in_memory, tile_in_memory = routed(ids, slots, LOCAL, IN_MEMORY[0]), IN_MEMORY[1]
     rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
     g = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, hidden, generator=g).to(device, torch.bfloat16)
@@ -123,9 +122,9 @@ def launch(out, stage, rows, weights, routes, tile, topk_weights=None):
     torch.cuda.synchronize()  # weights and counters must be older than the kernel before
     if not isinstance(tile, Sm90PersistentTile):
         if stage == "gate_up":
-            launch_gate_up(rows, weights, routes, TOP_K, ACTIVATION, tile, out)
+            launch_gate_up_sm90(rows, weights, routes, TOP_K, ACTIVATION, tile, out)
         else:
-            launch_down(rows, weights, routes, topk_weights, tile, out)
+            launch_down_sm90(rows, weights, routes, topk_weights, tile, out)
         return
     order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=rows.device)])
     result = torch.full_like(out, float("nan"))

@@ -11,13 +11,12 @@ from epfuse.stages.down import reference as down_reference
 from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.quantize.launch_packed import launch_quantize_packed
 from epfuse.stages.quantize.reference import quantize
-from epfuse.stages.route.launch import launch_route
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
-from epfuse.tuning.calls import call_layer
+from epfuse.tuning.calls import bind_layer, layer_call
 from epfuse.verify.suite import same_bits
 from epfuse.weights.panels import RowOrder
 from epfuse.weights.row_fp8 import pack_rows
-from tests.cases import ROUTINGS, topk_ids_for
+from tests.cases import ROUTINGS, routed, topk_ids_for
 from tests.stages.test_sm90 import LOCAL, clone, poisoned, random_mxfp8, slots_on
 
 pytestmark = pytest.mark.gpu
@@ -48,7 +47,7 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
 
     block_m, tile = TILES[name]
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    routes = launch_route(ids, slots_on(device), LOCAL, block_m, arrivals_per_block=2)
+    routes = routed(ids, slots_on(device), LOCAL, block_m, arrivals_per_block=2)
     order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
     local, rows = order.numel(), tokens * TOP_K
     g = torch.Generator().manual_seed(tokens)
@@ -89,7 +88,7 @@ def test_nan_and_tiny_rows_keep_to_themselves(device):
     x[tiny] *= 5e-37
     assert quantize(x[tiny : tiny + 1].cpu(), group=hidden).scales.item() == 0
     block_m, tile = TILES["16"]
-    routes = launch_route(ids.int().to(device), slots_on(device), LOCAL, block_m, arrivals_per_block=2)
+    routes = routed(ids.int().to(device), slots_on(device), LOCAL, block_m, arrivals_per_block=2)
     order = torch.cat([found for _, found in routes.groups()])
     quantised = quantize(x, group=hidden).dequantize(torch.float64)
     want = gate_up_reference.gate_up(quantised, reference.w13, routes, TOP_K, ACTIVATION, torch.float64)[order]
@@ -127,9 +126,10 @@ def test_every_number_of_columns(device, counts, name):
     topk_weights = torch.rand(tokens, TOP_K, device=device)
     found = []
     for block_m, tile in (TILES["16"], TILES[name]):
-        tiles, experts = LayerTiles(block_m, tile, tile), ExpertMap(slots_on(device))
-        call = (Path.W8A8, WeightFormat.ROW_FP8, tiles, weights, x, topk_weights, ids, experts, ACTIVATION)
-        found.append(call_layer(*call, torch.full_like(x, float("nan"))))
+        operands = (x, topk_weights, ids, ExpertMap(slots_on(device)), ACTIVATION)
+        call = layer_call(WeightFormat.ROW_FP8, weights, *operands)
+        call.out.fill_(float("nan"))
+        found.append(bind_layer(Path.W8A8, WeightFormat.ROW_FP8, LayerTiles(block_m, tile, tile), call)())
     assert same_bits(found[0], found[1])
 
 

@@ -11,12 +11,13 @@ from epfuse import LayerShape, Path, SwiGLUOAI
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Sampling
 from epfuse.config import WeightFormat
-from epfuse.policy.kernels import FP8_PATHS, READABLE
+from epfuse.families.family import LayerCall, Stage, Steps
+from epfuse.families.portable import Portable
+from epfuse.families.registry import FP8_PATHS, READABLE
 from epfuse.stages.tiles import GemmTile, LayerTiles
 from epfuse.target import target_of
 from epfuse.tuning import bench as tuning_bench
 from epfuse.tuning.bench import DeviceBench
-from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Plan, Point, search
 
 LAYER = Layer("tiny", LayerShape(hidden=128, intermediate=128, experts=8, local_experts=4, top_k=2), SwiGLUOAI())
@@ -59,30 +60,27 @@ def test_calls_and_stages_are_timed_and_right(bench: DeviceBench, path: Path) ->
         assert bench.floor_us(point, stage) > 0
 
 
+def one_element_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Portable.steps
+
+    def steps(self: Portable, call: LayerCall, tiles: LayerTiles) -> Steps:
+        right = real(self, call, tiles)
+        return right._replace(launches=(*right.launches, ("spoil", lambda: call.out[0, 0].add_(40.0))))
+
+    monkeypatch.setattr(Portable, "steps", steps)
+
+
 def test_a_stage_that_computes_something_wrong_is_found(bench: DeviceBench, monkeypatch: pytest.MonkeyPatch) -> None:
     point = Point(Path.BF16, WeightFormat.DENSE, 3)
     assert bench.layer(point, tiles_of(Path.BF16)).fault is None
-    bind = tuning_bench.StageInputs.bind
-
-    def one_element_off(self: object, *arguments: object) -> object:
-        call = bind(self, *arguments)
-
-        def wrong() -> torch.Tensor:
-            out = call()
-            out[self.local_routes[0], 0] += 4.0
-            return out
-
-        return wrong
-
-    monkeypatch.setattr(tuning_bench.StageInputs, "bind", one_element_off)
+    one_element_off(monkeypatch)
     fault = bench.stage(point, Stage.DOWN, 16, TILE).fault
     assert fault is not None
-    assert "from tiles that are right" in fault
+    assert "from the oracle" in fault
 
 
 def test_a_call_that_computes_something_wrong_is_found(bench: DeviceBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tuning_bench.call_layer
-    monkeypatch.setattr(tuning_bench, "call_layer", lambda *arguments: real(*arguments).mul_(1.05))
+    one_element_off(monkeypatch)
     fault = bench.layer(Point(Path.BF16, WeightFormat.DENSE, 3), tiles_of(Path.BF16)).fault
     assert fault is not None
     assert "from the oracle" in fault

@@ -11,11 +11,12 @@ import torch
 
 from epfuse import LayerShape, Path, Target
 from epfuse.config import WeightFormat
+from epfuse.families.family import Stage
+from epfuse.families.registry import default_ranges
 from epfuse.policy import Decision, decide
-from epfuse.stages.tiles import default_ranges, rows_per_expert
+from epfuse.stages.tiles import rows_per_expert
 from epfuse.tuning import store
 from epfuse.tuning.lookup import Source, find, sources
-from epfuse.tuning.schema import Stage
 from tests.tuning.tables import H100, H200, M3, measurement, row, write
 
 DENSE = WeightFormat.DENSE
@@ -177,7 +178,7 @@ def test_other_dtypes_targets_and_paths_have_their_own_tiles(tables: FilePath) -
 
 
 def test_defaults_stay_what_they_were_without_a_table(tables: FilePath) -> None:
-    ranges = default_ranges(Target.SM90, DENSE, M3, torch.bfloat16)
+    ranges = default_ranges(Target.SM90, Path.BF16, DENSE, M3, torch.bfloat16)
     for tokens in range(1, 5000):
         expected = next(entry.tiles for entry in ranges if rows_per_expert(tokens, M3) <= entry.max_rows)
         assert decided(tokens).tiles == expected

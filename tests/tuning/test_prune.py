@@ -9,11 +9,11 @@ import pytest
 
 from epfuse import LayerShape, Path, Target
 from epfuse.config import WeightFormat
+from epfuse.families.family import Stage
 from epfuse.stages.tiles import GemmTile, Sm90PersistentTile
 from epfuse.tuning import prune
 from epfuse.tuning.prune import Candidate, candidates_of, distinct, unfit
 from epfuse.tuning.run import Device, Request, plan_of
-from epfuse.tuning.schema import Stage
 from tests import jobs
 from tests.tuning.tables import M3
 

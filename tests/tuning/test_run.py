@@ -10,11 +10,11 @@ import pytest
 from epfuse import Path, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import UnsupportedTarget
+from epfuse.families.family import Stage
 from epfuse.policy import decide
 from epfuse.stages.tiles import GemmTile, LayerTiles
 from epfuse.tuning import store
 from epfuse.tuning.run import Device, Request, pending, plan_of, run
-from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Outcome, Plan, Point, Timed
 from epfuse.tuning.space import Space
 from tests.tuning.clock import Clock

@@ -9,8 +9,8 @@ import pytest
 from epfuse import Path
 from epfuse.config import WeightFormat
 from epfuse.errors import TuningError
+from epfuse.families.family import Stage
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
-from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Plan, Point, Timed, search, without
 from tests.tuning.clock import Clock
 

@@ -6,13 +6,13 @@ import time
 
 import torch
 
-from epfuse import pipeline
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums
 from epfuse.config import MINIMAX_M3_EP8, Path, SwiGLUOAI, WeightFormat
 from epfuse.demo.record import TrueSizeRecord
 from epfuse.demo.untouched import max_abs
 from epfuse.expert_map import ExpertMap
+from epfuse.reference import run_reference
 from epfuse.stages.route.reference import local_experts
 from epfuse.weights.experts import ExpertWeights
 
@@ -59,7 +59,7 @@ def run_true_size(device: torch.device, seed: int, form: WeightFormat = WeightFo
     torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
 
-    exact = pipeline.run_reference(*call, activation, compute=torch.float64)
+    exact = run_reference(*call, activation, compute=torch.float64)
     return TrueSizeRecord(
         device=torch.cuda.get_device_name(device),
         tokens=TOKENS,

@@ -4,10 +4,10 @@ Two questions, asked at two times. `plan_layer`, at load: what is stored, and wh
 `decide`, at a call: the kernels on the weights that are there.
 """
 
+from epfuse.families.registry import FP8_PATHS, READABLE, readable_formats
 from epfuse.policy.call import decide
 from epfuse.policy.decision import Considered, Decision, TileChoice, Verdict
 from epfuse.policy.facts import LayerFacts, model_facts
-from epfuse.policy.kernels import FP8_PATHS, READABLE, readable_formats
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage, TokenRange
 from epfuse.policy.plan import plan_layer
 from epfuse.policy.refusals import refusal

@@ -12,8 +12,8 @@ import torch
 from epfuse.arguments import checks_enums, integer
 from epfuse.config import Combine, LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
+from epfuse.families.registry import FP8_PATHS, READABLE, family_of, readable_formats
 from epfuse.policy.decision import Considered, Decision, Verdict
-from epfuse.policy.kernels import FP8_PATHS, READABLE, readable_formats
 from epfuse.policy.tiles import tile_ranges
 from epfuse.target import REFERENCE_DEVICE, Target
 
@@ -99,7 +99,15 @@ def call_table(
     return CallTable(
         tuple(first for first, _ in ranges),
         tuple(
-            Decision(chosen, weights, choice.tiles, choice.source, choice.measured_us, considered)
+            Decision(
+                chosen,
+                family_of(chosen, weights, choice.tiles),
+                weights,
+                choice.tiles,
+                choice.source,
+                choice.measured_us,
+                considered,
+            )
             for _, choice in ranges
         ),
     )

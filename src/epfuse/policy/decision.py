@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
+from epfuse.families.family import Family
 from epfuse.stages.tiles import LayerTiles
 
 
@@ -50,6 +51,7 @@ class Decision:
 
     Attributes:
         path: never AUTO.
+        family: whose kernels run; None on the reference path.
         weights: the format that the kernels read; None on the reference path.
         tiles: tiles of the kernels; None on the reference path.
         tile_source: one sentence on where the tiles come from; empty on the reference path.
@@ -58,6 +60,7 @@ class Decision:
     """
 
     path: Path
+    family: Family | None = None
     weights: WeightFormat | None = None
     tiles: LayerTiles | None = None
     tile_source: str = field(default="", compare=False)

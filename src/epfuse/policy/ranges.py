@@ -9,8 +9,8 @@ import torch
 
 from epfuse.arguments import checks_enums
 from epfuse.config import Combine, Path
+from epfuse.families.registry import READABLE
 from epfuse.policy.call import call_table, considered_paths, path_refusals, why_not
-from epfuse.policy.kernels import READABLE
 from epfuse.policy.layer import LayerRequest, Storage, TokenRange
 
 MOST_TOKENS = 2**31 - 1

@@ -10,10 +10,9 @@ import torch
 
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.families.registry import default_ranges
 from epfuse.policy.decision import TileChoice
-from epfuse.policy.kernels import FP8_PATHS
-from epfuse.stages.tiles import LayerTiles, TileRange, default_ranges, rows_per_expert
-from epfuse.stages.tiles_fp8 import fp8_ranges
+from epfuse.stages.tiles import LayerTiles, TileRange, rows_per_expert
 from epfuse.target import Target
 from epfuse.tuning.lookup import Found, Source, change_points, find, sources
 
@@ -34,7 +33,7 @@ def tile_ranges(
         shape: the layer's sizes.
         dtype: of the activations; tables are measured in bfloat16 and serve nothing else.
     """
-    defaults = path_defaults(target, path, weights, shape, dtype)
+    defaults = default_ranges(target, path, weights, shape, dtype)
     measured = sources(target, device_name, path, weights, shape) if dtype == torch.bfloat16 else ()
     starts = sorted({1, *_default_starts(defaults, shape), *change_points(measured, shape)})
     answers = [
@@ -48,14 +47,6 @@ def tile_ranges(
         ranges.append((start, _choice(found, tiles, start, last, target, shape, measured)))
     _log(target, device_name, path, weights, shape, measured, ranges)
     return ranges
-
-
-@checks_enums
-def path_defaults(
-    target: Target, path: Path, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
-) -> tuple[TileRange, ...]:
-    """A path's default tiles, by expected rows per expert; arguments as of `tile_ranges`."""
-    return fp8_ranges(target, weights) if path in FP8_PATHS else default_ranges(target, weights, shape, dtype)
 
 
 def _default_starts(defaults: tuple[TileRange, ...], shape: LayerShape) -> list[int]:

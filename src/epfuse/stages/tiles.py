@@ -1,4 +1,4 @@
-"""Tiles of the two grouped GEMMs, and which of them a call takes.
+"""Tiles of the two grouped GEMMs.
 
 The two GEMMs of a layer share one RouteTable and so one block_m. It follows the rows that an expert can expect: a tile
 taller than that computes padding, a shorter one reads the weights again for every block of rows.
@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
 
-import torch
-
-from epfuse.arguments import checks_enums
-from epfuse.config import LayerShape, WeightFormat
+from epfuse.config import LayerShape
 from epfuse.errors import ConfigError
-from epfuse.target import Target
 
 FEW_ROWS = 16
 """Rows that a persistent tile copies of a block's rest if it has no more."""
@@ -208,88 +204,5 @@ def rows_per_expert(tokens: int, shape: LayerShape) -> float:
     return tokens * shape.top_k / shape.experts
 
 
-@checks_enums
-def default_ranges(
-    target: Target, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
-) -> tuple[TileRange, ...]:
-    """A target's default tiles, by expected rows per expert, ascending; the last range has no end.
-
-    Args:
-        target: a GPU.
-        weights: the format that the kernels read.
-        shape: the layer's sizes.
-        dtype: of the activations.
-    """
-    if weights is WeightFormat.FRAGMENT:
-        return SM90_FRAGMENT
-    if weights in (WeightFormat.MXFP8, WeightFormat.MXFP8_FNUZ):
-        return MXFP8[target]
-    if dtype == torch.float32:
-        return FLOAT32
-    if target is Target.SM90 and dtype == torch.bfloat16 and shape.hidden % 128 == shape.intermediate % 128 == 0:
-        return SM90_DENSE
-    return DENSE[target]
-
-
 ANY = float("inf")
-
-# A block holds twice the rows that an expert can expect, and costs little where it has no more than those.
-_SPARE = Sm90PersistentTile(192, 128, 2, 4, 3, 1, head=64)
-# Hopper, measured on an H100 (docs/performance.md). From 6 rows on blocks of 32: 0.6 % slower than 16 where rows are
-# spread evenly, and 1.7 times as fast where all tokens are on two experts.
-SM90_FRAGMENT = (
-    TileRange(0.1, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 3, split_k=8), Sm90Tile(64, 128, 0, 4, 3, split_k=8))),
-    TileRange(0.3, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4, split_k=2), Sm90Tile(64, 128, 0, 4, 4, split_k=2))),
-    TileRange(0.75, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 8, 5))),
-    TileRange(2, LayerTiles(8, Sm90Tile(128, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 4, 4))),
-    TileRange(6, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
-    TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
-    TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
-    TileRange(72, LayerTiles(128, _SPARE, _SPARE)),
-    TileRange(160, LayerTiles(144, Sm90PersistentTile(192, 128, 2, 4, 3, 1), Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
-    TileRange(288, LayerTiles(320, Sm90PersistentTile(128, 64, 1, 4, 4), Sm90PersistentTile(128, 64, 1, 4, 4))),
-    TileRange(ANY, LayerTiles(288, Sm90PersistentTile(128, 64, 1, 4, 5), Sm90PersistentTile(128, 64, 1, 4, 5))),
-)
-SM90_DENSE = (
-    TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
-    TileRange(4, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
-    TileRange(12, LayerTiles(16, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
-    TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(64, 128, 0, 4, 4))),
-    TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 2, guess_bytes=1024), Sm90Tile(128, 128, 4, 8, 2))),
-    TileRange(96, LayerTiles(128, Sm90Tile(256, 64, 8, 8, 4), Sm90Tile(256, 64, 8, 8, 4))),
-    TileRange(ANY, LayerTiles(128, Sm90Tile(256, 64, 16, 8, 4), Sm90Tile(256, 64, 16, 8, 4))),
-)
-# 16-bit weights in the portable kernels.
-_DENSE_AMD = (
-    # 64 KiB of LDS per compute unit; from the compiler's resources, not measured
-    TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 2), GemmTile(64, 128, 0, 4, 2))),
-    TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 2), GemmTile(128, 64, 0, 4, 2))),
-    TileRange(ANY, LayerTiles(128, GemmTile(256, 64, 8, 8, 2), GemmTile(256, 64, 8, 8, 2))),
-)
-DENSE: dict[Target, tuple[TileRange, ...]] = {
-    Target.SM90: (
-        TileRange(12, LayerTiles(16, GemmTile(64, 256, 0, 4, 3), GemmTile(64, 256, 0, 4, 3))),
-        TileRange(20, LayerTiles(32, GemmTile(128, 128, 0, 4, 3), GemmTile(128, 128, 0, 4, 3))),
-        TileRange(48, LayerTiles(64, GemmTile(256, 64, 0, 8, 3), GemmTile(256, 64, 0, 8, 3))),
-        TileRange(ANY, LayerTiles(128, GemmTile(256, 64, 8, 8, 3), GemmTile(256, 64, 8, 8, 3))),
-    ),
-    Target.GFX942: _DENSE_AMD,
-    Target.GFX950: _DENSE_AMD,
-}
-# MXFP8 weights in checkpoint order, dequantised by the portable kernels.
-_MXFP8_AMD = (
-    TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 2), GemmTile(64, 128, 0, 4, 2))),
-    TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 2), GemmTile(128, 64, 0, 4, 2))),
-    TileRange(ANY, LayerTiles(128, GemmTile(128, 64, 8, 8, 2), GemmTile(128, 64, 8, 8, 2))),
-)
-MXFP8: dict[Target, tuple[TileRange, ...]] = {
-    Target.SM90: (
-        TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 4), GemmTile(64, 128, 0, 4, 4))),
-        TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 4), GemmTile(128, 64, 0, 4, 4))),
-        TileRange(ANY, LayerTiles(128, GemmTile(128, 64, 8, 8, 3), GemmTile(128, 64, 8, 8, 3))),
-    ),
-    Target.GFX942: _MXFP8_AMD,
-    Target.GFX950: _MXFP8_AMD,
-}
-# FP32 has no tensor cores here: correctness, not speed.
-FLOAT32 = (TileRange(ANY, LayerTiles(16, GemmTile(64, 32, 0, 4, 2), GemmTile(64, 32, 0, 4, 2))),)
+"""A range without an end."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from epfuse.arguments import checks_enums
@@ -14,12 +12,12 @@ from epfuse.bench.roofline import BYTES_PER_WEIGHT, Operand, Roofs, Work, floor_
 from epfuse.bench.roofs import measure_roofs
 from epfuse.bench.routing import Kind, Routing
 from epfuse.bench.weights import LayerWeights
-from epfuse.policy.kernels import FP8_PATHS
+from epfuse.families.family import LayerCall, Stage
+from epfuse.families.registry import FP8_PATHS
 from epfuse.stages.tiles import GemmTile, LayerTiles
-from epfuse.tuning.calls import StageInputs, call_layer
-from epfuse.tuning.schema import Stage
+from epfuse.tuning.calls import bind_layer, bind_stage, layer_call
 from epfuse.tuning.search import Point, Timed
-from epfuse.verify.budget import Tolerance, compare, dense_tolerance, fp8_tolerance
+from epfuse.verify.budget import compare, dense_tolerance, fp8_tolerance
 
 SHARE = {Stage.GATE_UP: 2 / 3, Stage.DOWN: 1 / 3}
 """Each stage's part of an expert's weights."""
@@ -28,8 +26,8 @@ SHARE = {Stage.GATE_UP: 2 / 3, Stage.DOWN: 1 / 3}
 class DeviceBench:
     """A `search.Bench` on one device.
 
-    A whole call is held against the float64 oracle; a stage against the same stage in tiles whose call passed. Results
-    are read from memory that was filled with NaN before.
+    Every call is held against the float64 oracle, also that of a stage that is timed alone. Results are read from
+    memory that was filled with NaN before.
 
     Args:
         layer: sizes and activation.
@@ -49,71 +47,26 @@ class DeviceBench:
         self._point: Point | None = None
         self._inputs: list[Inputs] = []
         self._oracles: list[torch.Tensor] = []
-        self._stages: list[StageInputs] = []
+        self._calls: list[LayerCall] = []
 
     def layer(self, point: Point, tiles: LayerTiles) -> Timed:
-        """A whole call; the first one at a point, if it is right, is what its stages are held against."""
-        if point != self._point:
-            self._draw(point)
-        experts = self.weights.in_format(point.weights)
-        activation = self.layer_sizes.activation
-        calls = [
-            partial(
-                call_layer,
-                point.path,
-                point.weights,
-                tiles,
-                experts,
-                inputs.hidden,
-                inputs.topk_weights,
-                inputs.topk_ids,
-                inputs.expert_map,
-                activation,
-                torch.empty_like(inputs.hidden),
-            )
-            for inputs in self._inputs
-        ]
+        """A whole call."""
+        calls = [bind_layer(point.path, point.weights, tiles, call) for call in self._calls_at(point)]
         for call in calls:
             call()  # compiles
         measured = time_calls(calls, self.device, self._sampling, self._method)
-        shape = self.layer_sizes.shape
-        dense = dense_tolerance(torch.bfloat16, shape.hidden, shape.intermediate)
-        tolerance = fp8_tolerance() if point.path in FP8_PATHS else dense
-        fault = _fault(measured.outputs, self._oracles, tolerance, "the oracle")
-        if fault is None and not self._stages:
-            self._stages = [
-                StageInputs.of(
-                    point.path,
-                    point.weights,
-                    experts,
-                    inputs.hidden,
-                    inputs.topk_weights,
-                    inputs.topk_ids,
-                    inputs.expert_map,
-                    activation,
-                    tiles,
-                )
-                for inputs in self._inputs
-            ]
-        return Timed(measured.timing.median_us, fault)
+        return Timed(measured.timing.median_us, self._fault(point, measured.outputs))
 
     @checks_enums
     def stage(self, point: Point, stage: Stage, block_m: int, tile: GemmTile) -> Timed:
-        """One stage alone; a call must have passed at this point before."""
-        assert point == self._point
-        assert self._stages
-        calls = [inputs.bind(stage, block_m, tile) for inputs in self._stages]
+        """One stage alone, after a whole call in the same tile."""
+        tiles, calls = LayerTiles(block_m, tile, tile), self._calls_at(point)
         for call in calls:
-            call()  # compiles
-        measured = time_calls(calls, self.device, self._sampling, self._method)
-        shape = self.layer_sizes.shape
-        results, expected = [], []
-        for inputs, output in zip(self._stages, measured.outputs, strict=True):
-            right = inputs.gate_up if stage is Stage.GATE_UP else inputs.down
-            results.append(inputs.rows_of(output, tile))
-            expected.append(right[inputs.local_routes].double())
-        tolerance = dense_tolerance(torch.bfloat16, shape.hidden, shape.intermediate)
-        return Timed(measured.timing.median_us, _fault(results, expected, tolerance, "tiles that are right"))
+            call.out.fill_(torch.nan)
+        stages = [bind_stage(point.path, point.weights, tiles, call, stage) for call in calls]
+        fault = self._fault(point, [call.out for call in calls])
+        measured = time_calls(stages, self.device, self._sampling, self._method)
+        return Timed(measured.timing.median_us, fault)
 
     @checks_enums
     def floor_us(self, point: Point, stage: Stage) -> float:
@@ -135,23 +88,38 @@ class DeviceBench:
         ]
         return 1e6 * sum(floors) / len(floors)
 
-    def _draw(self, point: Point) -> None:
-        cache = cache_bytes_of(self.device)
-        self._inputs = draw_inputs(
-            self.layer_sizes, Routing(Kind.UNIFORM), point.tokens, self._seed, self.device, cache
-        )
-        self._oracles = [self.weights.oracle(inputs) for inputs in self._inputs]
-        self._stages = []
-        self._point = point
+    def _calls_at(self, point: Point) -> list[LayerCall]:
+        """The operands of the calls that are timed in turn."""
+        if point != self._point:
+            routing, cache = Routing(Kind.UNIFORM), cache_bytes_of(self.device)
+            self._inputs = draw_inputs(self.layer_sizes, routing, point.tokens, self._seed, self.device, cache)
+            self._oracles = [self.weights.oracle(inputs) for inputs in self._inputs]
+            experts, activation = self.weights.in_format(point.weights), self.layer_sizes.activation
+            self._calls = [
+                layer_call(
+                    point.weights,
+                    experts,
+                    inputs.hidden,
+                    inputs.topk_weights,
+                    inputs.topk_ids,
+                    inputs.expert_map,
+                    activation,
+                )
+                for inputs in self._inputs
+            ]
+            self._point = point
+        return self._calls
 
-
-def _fault(outputs: list[torch.Tensor], expected: list[torch.Tensor], tolerance: Tolerance, judge: str) -> str | None:
-    """What is wrong with the worst result; None if all are right."""
-    for output, oracle in zip(outputs, expected, strict=True):
-        difference = compare(output, oracle)
-        if not difference.within(tolerance):
-            return (
-                f"wrong: {difference.snr_db:.1f} dB from {judge}, of {tolerance.snr_db:.1f} needed; relative error"
-                f" {difference.relative_error:.1e} of {tolerance.relative_error:.1e} allowed"
-            )
-    return None
+    def _fault(self, point: Point, outputs: list[torch.Tensor]) -> str | None:
+        """What is wrong with the worst result; None if all are right."""
+        shape = self.layer_sizes.shape
+        dense = dense_tolerance(torch.bfloat16, shape.hidden, shape.intermediate)
+        tolerance = fp8_tolerance() if point.path in FP8_PATHS else dense
+        for output, oracle in zip(outputs, self._oracles, strict=True):
+            difference = compare(output, oracle)
+            if not difference.within(tolerance):
+                return (
+                    f"wrong: {difference.snr_db:.1f} dB from the oracle, of {tolerance.snr_db:.1f} needed; relative"
+                    f" error {difference.relative_error:.1e} of {tolerance.relative_error:.1e} allowed"
+                )
+        return None

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from epfuse.families.family import Stage
 from epfuse.tuning.run import Device, Request
-from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Outcome, Plan
 from epfuse.tuning.trials import Result, fastest
 

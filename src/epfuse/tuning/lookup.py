@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.families.family import Stage
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
-from epfuse.tuning.schema import Measurement, Row, Stage
+from epfuse.tuning.schema import Measurement, Row
 from epfuse.tuning.store import shipped
 
 CLOSE = 1.5

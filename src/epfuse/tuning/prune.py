@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from epfuse.aot.tasks import start
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
-from epfuse.stages.tiles import GemmTile, Sm90PersistentTile
+from epfuse.families.family import Stage
+from epfuse.families.registry import family_of
+from epfuse.stages.tiles import GemmTile, LayerTiles
 from epfuse.target import Target
 from epfuse.tuning.run import Request
-from epfuse.tuning.schema import Stage
 from epfuse.tuning.search import Plan
 from epfuse.workers import Died, Workers
 
@@ -55,8 +56,8 @@ class Candidate:
     @property
     def kernel(self) -> str:
         """The package of ``epfuse.stages`` whose kernel runs the stage: that of both where they are one launch."""
-        both = isinstance(self.tile, Sm90PersistentTile) and self.weights is WeightFormat.FRAGMENT
-        return "gate_up_down" if both else self.stage.value
+        tiles = LayerTiles(self.block_m, self.tile, self.tile)
+        return family_of(self.path, self.weights, tiles).step_of(self.stage)
 
 
 def candidates_of(request: Request, plan: Plan) -> list[Candidate]:
@@ -105,22 +106,21 @@ def shortfall(candidate: Candidate) -> str | None:
     from epfuse.aot.kernels import Use, build
     from epfuse.aot.launches import launches_of
     from epfuse.expert_map import ExpertMap
-    from epfuse.stages.tiles import LayerTiles
-    from epfuse.tuning.calls import call_layer
+    from epfuse.tuning.calls import bind_layer, layer_call
 
     shape, tokens = candidate.shape, candidate.tokens
+    tiles = LayerTiles(candidate.block_m, candidate.tile, candidate.tile)
 
     def call() -> None:
-        call_layer(
-            candidate.path,
+        operands = layer_call(
             candidate.weights,
-            LayerTiles(candidate.block_m, candidate.tile, candidate.tile),
             WEIGHTS[candidate.weights](shape, torch.bfloat16),
             torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta"),
             torch.empty(tokens, shape.top_k, dtype=torch.float32, device="meta"),
             torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta"),
             ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0),
         )
+        bind_layer(candidate.path, candidate.weights, tiles, operands)()
 
     use = Use((candidate.path.value,), ("bf16",), ("tuned",), (tokens, tokens))
     try:

@@ -13,22 +13,15 @@ import torch
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
+from epfuse.families.family import Stage
+from epfuse.families.registry import READABLE, default_ranges, serving
 from epfuse.policy.call import decide
-from epfuse.policy.kernels import READABLE
-from epfuse.policy.tiles import path_defaults
 from epfuse.stages.tiles import GemmTile, LayerTiles, rows_per_expert
 from epfuse.target import Target
 from epfuse.tuning import store
-from epfuse.tuning.schema import Measurement, Row, ShapeEntry, Stage
+from epfuse.tuning.schema import Measurement, Row, ShapeEntry
 from epfuse.tuning.search import Bench, Outcome, Plan, Point, search
-from epfuse.tuning.space import (
-    Space,
-    block_ms,
-    candidates,
-    known_candidates,
-    takes_hopper_tiles,
-    two_part_block_ms,
-)
+from epfuse.tuning.space import Space, block_ms, candidates, known_candidates
 
 Write = Callable[["Request", Path, WeightFormat, Mapping[Stage, Iterable[Row]]], None]
 
@@ -136,7 +129,7 @@ def pending(request: Request, part: tuple[int, int] = (1, 1)) -> list[Point]:
 
 def known_tiles(target: Target, path: Path, weights: WeightFormat, shape: LayerShape) -> list[GemmTile]:
     """Tiles of either stage that the target's defaults and its tables hold for a path, of every layer and device."""
-    defaults = [entry.tiles for entry in path_defaults(target, path, weights, shape, torch.bfloat16)]
+    defaults = [entry.tiles for entry in default_ranges(target, path, weights, shape, torch.bfloat16)]
     found = [tile for tiles in defaults for tile in (tiles.gate_up, tiles.down)]
     for stage in Stage:
         for measurement in store.shipped(target, stage).measurements:
@@ -152,19 +145,19 @@ def plan_of(request: Request, point: Point) -> Plan:
     before = decide(point.path, target, shape, point.tokens, formats, device_name=request.device.name).tiles
     assert before is not None
     rows = rows_per_expert(point.tokens, shape)
-    least = 8 if takes_hopper_tiles(target, point.weights, shape) else 16
     given = [before, *(tiles for tokens, tiles in request.extra if tokens == point.tokens)]
+    families = serving(target, point.path, point.weights, shape, torch.bfloat16)
     known = known_tiles(target, point.path, point.weights, shape) if request.space is Space.KNOWN else []
     tries: dict[int, dict[Stage, list[GemmTile]]] = {}
-    two_parts = two_part_block_ms(rows, point.weights)
-    for block_m in sorted({*block_ms(rows, least), *two_parts, *(tiles.block_m for tiles in given)}):
+    sizes = block_ms(families, point.weights, rows)
+    for block_m in sorted({*sizes, *(tiles.block_m for tiles in given)}):
         tries[block_m] = {}
         for stage in Stage:
             first = [getattr(tiles, stage.value) for tiles in given if tiles.block_m == block_m]
             if request.space is Space.KNOWN:
-                space = known_candidates(known, point.weights, shape, stage, block_m)
+                space = known_candidates(known, families, point.weights, shape, stage, block_m)
             else:
-                space = candidates(target, point.path, point.weights, shape, stage, block_m, rows)
+                space = candidates(target, families, point.weights, shape, stage, block_m, rows)
             tries[block_m][stage] = list(dict.fromkeys([*first, *space]))
     return Plan(point, before, tries)
 

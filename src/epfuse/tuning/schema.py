@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import enum
 from dataclasses import asdict
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.families.family import Stage
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.target import Target
 
 LARGEST = 1 << 24
 """No size in a table is as large."""
-
-
-class Stage(enum.Enum):
-    """The stages that have tiles of their own."""
-
-    GATE_UP = "gate_up"
-    DOWN = "down"
 
 
 class _Entry(BaseModel):

@@ -12,8 +12,8 @@ import torch
 from epfuse.api import fused_experts
 from epfuse.config import Combine, Path, SwiGLUOAI
 from epfuse.expert_map import ExpertMap
-from epfuse.pipeline import run_reference
 from epfuse.policy import FP8_PATHS
+from epfuse.reference import run_reference
 from epfuse.verify.budget import Tolerance, compare, dense_tolerance, fp8_tolerance
 from epfuse.verify.experts import in_format, rank_mxfp8, rank_weights
 from epfuse.verify.oracle import add_experts, plain_numbers

@@ -9,8 +9,7 @@ from epfuse.stages.gather.launch import LoneTokens
 from epfuse.stages.quantize.launch_packed import launch_quantize_packed
 from epfuse.stages.quantize.reference import quantize
 from epfuse.stages.quantize.rows import FP8Rows
-from epfuse.stages.route.launch import launch_route
-from tests.cases import ROUTINGS, topk_ids_for
+from tests.cases import ROUTINGS, routed, topk_ids_for
 
 LOCAL, EXPERTS, TOP_K = 5, 24, 4
 
@@ -35,7 +34,7 @@ def test_rows_are_those_of_the_reference(device, tokens, columns, block_m, routi
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
     slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
     slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
-    routes = launch_route(ids, slots, LOCAL, block_m)
+    routes = routed(ids, slots, LOCAL, block_m)
     order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
     x = hard_rows(tokens * TOP_K if packed_already else tokens, columns).to(device)
     source = x[: order.numel()] if packed_already else x[order // TOP_K]
@@ -56,7 +55,7 @@ def test_where_each_row_is_and_which_are_their_tokens_only_one(device):
     ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
     slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
     slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
-    routes = launch_route(ids, slots, LOCAL, 16)
+    routes = routed(ids, slots, LOCAL, 16)
     route_row, of_row = (torch.full((tokens * TOP_K,), -7, dtype=torch.int32, device=device) for _ in range(2))
     x = hard_rows(tokens, columns).to(device)
     lone = LoneTokens(ids, slots, LOCAL, of_row, torch.empty_like(x))

@@ -14,10 +14,11 @@ from vllm.platforms import current_platform
 from epfuse.api import fused_experts
 from epfuse.config import Path
 from epfuse.errors import ConfigError
+from epfuse.families.registry import scratch_size
 from epfuse.integrations.vllm import versions
 from epfuse.integrations.vllm.load import LoadedLayer, Parameters, load_layer
 from epfuse.policy import Checkpoint, LayerPlan, Storage
-from epfuse.scratch import Scratch, scratch_size
+from epfuse.scratch import Scratch
 
 _READ = frozenset({"w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"})
 """What `load` takes of a layer."""

@@ -14,11 +14,9 @@ def launch_combine(
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor,
     local: int,
-    topk_weights: torch.Tensor | None,
     out: torch.Tensor,
     route_row: torch.Tensor | None = None,
-    lone_stored: bool = False,
-    zeros_early: bool = False,
+    out_is_free: bool = False,
 ) -> torch.Tensor:
     """Sum a token's local routes in route order, in FP32; remote rows are never read.
 
@@ -28,12 +26,10 @@ def launch_combine(
             Hopper may still be running when they are read.
         expert_map: ``[E]`` int32.
         local: L.
-        topk_weights: ``[T, K]`` float32 contiguous to weight here; None if the rows are weighted already.
         out: ``[T, H]``; every element is written, zero for a token without a local route.
         route_row: ``[R]`` int32 from what packed the rows, where they lie packed; None if row r is of route r.
-        lone_stored: whether ``out`` has the rows of tokens with a single local route already (`LoneTokens`).
-        zeros_early: whether nothing that runs before uses the memory of ``out`` for anything else, so that zeros may be
-            written while it still runs.
+        out_is_free: whether nothing that runs before uses the memory of ``out`` for anything else. Then zeros are
+            written while it still runs, and where rows lie packed ``out`` has those of `LoneTokens` already.
 
     Returns:
         ``out``.
@@ -47,7 +43,6 @@ def launch_combine(
     combine_kernel[(tokens, triton.cdiv(hidden, block))](
         routed,
         topk_ids,
-        topk_weights,
         expert_map,
         route_row,
         out,
@@ -58,8 +53,7 @@ def launch_combine(
         K=top_k,
         K_LANES=triton.next_power_of_2(top_k),
         BLOCK_H=block,
-        LONE_STORED=lone_stored,
-        ZEROS_EARLY=zeros_early,
+        OUT_IS_FREE=out_is_free,
         num_warps=4,
         **overlap_previous(target_of(out.device)),
     )

@@ -11,7 +11,6 @@ def combine(
     routed: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor,
-    topk_weights: torch.Tensor | None,
     dtype: torch.dtype,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
@@ -21,7 +20,6 @@ def combine(
         routed: ``[R, H]``; rows of remote routes may hold anything, NaN too.
         topk_ids: ``[T, K]``.
         expert_map: ``[E]`` int32.
-        topk_weights: ``[T, K]`` float32 to weight here, None if the rows are weighted already.
         dtype: dtype of the result.
         compute: dtype of the sum.
 
@@ -34,8 +32,5 @@ def combine(
     acc = torch.zeros(tokens, routed.shape[1], dtype=compute, device=routed.device)
     for k in range(top_k):
         hit = live[:, k].nonzero().squeeze(1)
-        row = rows[hit, k].to(compute)
-        if topk_weights is not None:
-            row = row * topk_weights[hit, k, None].to(compute)
-        acc[hit] += row
+        acc[hit] += rows[hit, k].to(compute)
     return acc.to(dtype)

@@ -15,8 +15,7 @@ def down_kernel(
 ):  # fmt: skip
     """out[r, h] = topk_weights[r] * (y[r] . w2[e, h]) for the routes r of one block, rounded once.
 
-    w2_scale is None for dense weights, else the E8M0 bytes [L, H, I/32] of MXFP8 ones; topk_weights is None to leave
-    the weighting to combine.
+    w2_scale is None for dense weights, else the E8M0 bytes [L, H, I/32] of MXFP8 ones.
     """
     pid = tl.program_id(0)
     m_blocks = tl.load(num_padded) // BLOCK_M
@@ -36,7 +35,6 @@ def down_kernel(
     if w2_scale is not None:
         scales = w2_scale + rows * (I // 32)
     acc = grouped_dot(y + routes.to(tl.int64) * I, w2 + rows * I, scales, I, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
-    if topk_weights is not None:
-        acc *= tl.load(topk_weights + routes)[:, None]
+    acc *= tl.load(topk_weights + routes)[:, None]
     where = routes.to(tl.int64)[:, None] * H + columns[None, :]
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=live[:, None] & (columns < H)[None, :])

@@ -28,9 +28,8 @@ def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
     EVICT: gl.constexpr = "" if first_row is None else "evict_last"
-    if topk_weights is not None:
-        weighted = gl.load(block_routes + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc.type.layout)))
-        acc *= gl.load(topk_weights + weighted, mask=weighted < R, other=0.0)[None, :]
+    weighted = gl.load(block_routes + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc.type.layout)))
+    acc *= gl.load(topk_weights + weighted, mask=weighted < R, other=0.0)[None, :]
     layout: gl.constexpr = row_store_layout(ROWS, gl.num_warps())
     result = gl.convert_layout(acc.to(gl.bfloat16), layout)
     columns = first_column + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.stages.gather.launch import LoneTokens
 from epfuse.stages.quantize.rows import FP8Rows
-from epfuse.stages.route.table import RouteTable
+from epfuse.stages.route.table import LoneTokens, RouteTable
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
 from epfuse.weights.row_fp8 import RowFP8

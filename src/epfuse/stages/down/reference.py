@@ -12,7 +12,7 @@ def down(
     y: torch.Tensor,
     w2: Stack,
     routes: RouteTable,
-    topk_weights: torch.Tensor | None,
+    topk_weights: torch.Tensor,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """One matmul per active expert, times the router weight; rows of remote routes are left unwritten.
@@ -21,7 +21,7 @@ def down(
         y: ``[R, I]``, output of gate_up.
         w2: ``[L, H, I]`` in any format.
         routes: RouteTable of this call.
-        topk_weights: ``[T, K]`` float32, or None to leave the weighting to combine.
+        topk_weights: ``[T, K]`` float32.
         compute: dtype of the matmul; the product with the router weight is rounded once, to y's dtype.
 
     Returns:
@@ -30,7 +30,6 @@ def down(
     out = torch.empty(routes.num_routes, stack_rows(w2), dtype=y.dtype, device=y.device)
     for expert, rows in routes.groups():
         acc = y[rows].to(compute) @ expert_matrix(w2, expert, compute).T
-        if topk_weights is not None:
-            acc *= topk_weights.reshape(-1)[rows, None].to(compute)
+        acc *= topk_weights.reshape(-1)[rows, None].to(compute)
         out[rows] = acc.to(y.dtype)
     return out

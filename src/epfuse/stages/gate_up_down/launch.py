@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from epfuse.config import SwiGLUOAI
-from epfuse.stages.gather.launch import LoneTokens
-from epfuse.stages.route.table import RouteTable
+from epfuse.stages.route.table import LoneTokens, RouteTable
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
 from epfuse.weights.fragment import FragmentMXFP8
@@ -17,7 +16,7 @@ def launch_gate_up_down(
     w13: FragmentMXFP8 | None,
     w2: FragmentMXFP8 | None,
     routes: RouteTable,
-    topk_weights: torch.Tensor | None,
+    topk_weights: torch.Tensor,
     activation: SwiGLUOAI,
     tile: Sm90PersistentTile,
     y: torch.Tensor,
@@ -35,7 +34,7 @@ def launch_gate_up_down(
         w2: ``[L, H, I]`` with rows in order PLAIN; None to have only gate_up run.
         routes: RouteTable of this call, with arrivals, zeros: two or more a block. Like the weights not written by the
             launch right before this one, which may still be running when they are read.
-        topk_weights: ``[T, K]`` float32 contiguous; None leaves the weighting to combine.
+        topk_weights: ``[T, K]`` float32 contiguous.
         activation: its parameters.
         tile: of both GEMMs.
         y: ``[R, I]`` BF16, written: the rows between the two.

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 
 from epfuse.stages.gather.kernel import gather_kernel
-from epfuse.stages.route.table import RouteTable
+from epfuse.stages.route.table import LoneTokens, RouteTable
 from epfuse.target import compute_units, overlap_previous, target_of
 
 PROGRAMS_PER_UNIT = 4
 """More of them find places only one after another, and a program starts in the time of a row."""
-
-
-@dataclass(frozen=True)
-class LoneTokens:
-    """Which gathered rows are all that their token gets from this rank: what down makes of them is the result.
-
-    Args:
-        topk_ids: ``[T, K]`` int32 or int64, contiguous.
-        expert_map: ``[E]`` int32.
-        local: L.
-        of_row: ``[R]`` int32, written by what packs the rows: the token of a row, or -1 if it has another local route.
-        out: ``[T, H]``, dtype of the rows: where down leaves the result of such a token; other rows stay as they are.
-    """
-
-    topk_ids: torch.Tensor
-    expert_map: torch.Tensor
-    local: int
-    of_row: torch.Tensor
-    out: torch.Tensor
 
 
 def launch_gather(

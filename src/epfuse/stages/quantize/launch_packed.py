@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 
-from epfuse.stages.gather.launch import LoneTokens
 from epfuse.stages.quantize.kernel_packed import quantize_packed_kernel
 from epfuse.stages.quantize.rows import FP8Rows
-from epfuse.stages.route.table import RouteTable
+from epfuse.stages.route.table import LoneTokens, RouteTable
 from epfuse.target import Target, compute_units, overlap_previous, target_of
 
 PROGRAMS_PER_UNIT = 6

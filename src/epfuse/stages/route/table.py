@@ -33,6 +33,29 @@ class RouteTable:
     block_m: int
     arrivals: torch.Tensor | None = None
 
+    @classmethod
+    def empty(
+        cls, num_routes: int, local_experts: int, block_m: int, device: torch.device, arrivals_per_block: int = 0
+    ) -> RouteTable:
+        """Memory for the table of R routes over L experts, which `launch_route` fills.
+
+        Args:
+            num_routes: R.
+            local_experts: L.
+            block_m: rows of one block.
+            device: where.
+            arrivals_per_block: counters for each block that the table can hold, for kernels that share a tile.
+        """
+        size = max_padded(num_routes, local_experts, block_m)
+        blocks = size // block_m
+
+        def empty(count: int) -> torch.Tensor:
+            return torch.empty(count, dtype=torch.int32, device=device)
+
+        counters = blocks * arrivals_per_block
+        arrivals = empty(counters) if counters else None
+        return cls(empty(size), empty(blocks), empty(blocks), empty(1), num_routes, block_m, arrivals)
+
     @property
     def max_padded(self) -> int:
         """Slots that the buffers have; every launch is sized from it."""
@@ -50,6 +73,30 @@ class RouteTable:
         for expert in torch.unique(owners).tolist():
             routes = slots[owners == expert].reshape(-1)
             yield expert, routes[routes < self.num_routes].long()
+
+
+@dataclass(frozen=True)
+class LoneTokens:
+    """Which packed rows are all that their token gets from this rank: what down makes of them is the result.
+
+    Args:
+        topk_ids: ``[T, K]`` int32 or int64, contiguous.
+        expert_map: ``[E]`` int32.
+        local: L.
+        of_row: ``[R]`` int32, written by what packs the rows: the token of a row, or -1 if it has another local route.
+        out: ``[T, H]``, dtype of the rows: where down leaves the result of such a token; other rows stay as they are.
+    """
+
+    topk_ids: torch.Tensor
+    expert_map: torch.Tensor
+    local: int
+    of_row: torch.Tensor
+    out: torch.Tensor
+
+    @classmethod
+    def of(cls, topk_ids: torch.Tensor, expert_map: torch.Tensor, local: int, out: torch.Tensor) -> LoneTokens:
+        """With new memory for ``of_row``."""
+        return cls(topk_ids, expert_map, local, expert_map.new_empty(topk_ids.numel()), out)
 
 
 def max_padded(num_routes: int, local_experts: int, block_m: int) -> int:

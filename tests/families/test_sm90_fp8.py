@@ -7,21 +7,22 @@ import torch
 
 import epfuse.stages.down.launch_sm90_fp8 as down_module
 import epfuse.stages.gate_up.launch_sm90_fp8 as gate_up_module
-from epfuse import ExpertWeights, Path, Scratch, SwiGLUOAI, Target, pipeline, pipeline_fp8, scratch_size
-from epfuse.config import Combine, WeightFormat
+from epfuse import ExpertWeights, Path, Scratch, SwiGLUOAI, Target, scratch_size
+from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError
+from epfuse.families.family import Stage
+from epfuse.reference import run_reference
 from epfuse.stages.gate_up.reference import swiglu_oai
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile
-from epfuse.tuning.calls import StageInputs
-from epfuse.tuning.schema import Stage
+from epfuse.tuning.calls import bind_stage, layer_call
 from epfuse.verify.suite import poisoned_memory, same_bits
-from tests.cases import ROUTINGS, Case, make_case, snr_db
+from tests.cases import ROUTINGS, Case, make_case, run_in_tiles, snr_db
 
 TILE = Sm90PersistentTile(192, 128, 0, 4, 4, parts=1)
 TILES = LayerTiles(16, TILE, TILE)
 FLOOR = 24.0
-"""dB, as in test_pipeline_fp8.py."""
+"""dB, as in test_portable_fp8.py."""
 
 
 seen: list[object] = []
@@ -88,11 +89,8 @@ def hopper(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.devic
 
 
 def run(case: Case, weights: ExpertWeights, out: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
-    call = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
     with poisoned_memory():
-        way = (WeightFormat.ROW_FP8, TILES, Combine.DETERMINISTIC)
-        assert pipeline_fp8.run_fp8_kernels(*call, *way, out, scratch) is out
-    return out
+        return run_in_tiles(Path.W8A8, WeightFormat.ROW_FP8, TILES, case, weights, out=out, scratch=scratch)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -101,7 +99,7 @@ def test_against_the_oracle_in_any_memory(hopper, hidden: int, intermediate: int
     case = make_case(hopper, 9, hidden, intermediate, routing=routing, scale=4.0)
     weights = ExpertWeights.quantize(case.weights).prepare(Target.SM90, Path.W8A8)
     call = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
-    want = pipeline.run_reference(*call, compute=torch.float64)
+    want = run_reference(*call, compute=torch.float64)
     got = run(case, weights, torch.full_like(case.hidden, torch.nan))
     empty = want.abs().sum(1) == 0
     assert not got[empty].any()
@@ -122,26 +120,22 @@ def test_against_the_oracle_in_any_memory(hopper, hidden: int, intermediate: int
 def test_another_tile_is_refused(hopper) -> None:
     case = make_case(hopper, 9, 160, 96)
     weights = ExpertWeights.quantize(case.weights).prepare(Target.SM90, Path.W8A8)
-    call = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
     portable = GemmTile(128, 128, 0, 4, 2)
-    way = (WeightFormat.ROW_FP8, LayerTiles(16, portable, portable), Combine.DETERMINISTIC)
-    with pytest.raises(ConfigError, match="is not persistent; with one scale a row it must be"):
-        pipeline_fp8.run_fp8_kernels(*call, *way, torch.empty_like(case.hidden))
+    with pytest.raises(ConfigError, match="read row_fp8 weights take Sm90PersistentTile"):
+        run_in_tiles(Path.W8A8, WeightFormat.ROW_FP8, LayerTiles(16, portable, portable), case, weights)
 
 
-def test_each_gemm_alone_is_what_the_call_makes(hopper) -> None:
-    """As the tuner times them: the same rows in blocks of another size."""
+@pytest.mark.parametrize("stage", list(Stage))
+def test_a_stage_can_run_again_alone(hopper, stage: Stage) -> None:
+    """As the tuner times it: what the call left is there still, and the call was right."""
     case = make_case(hopper, 9, 160, 96)
     weights = ExpertWeights.quantize(case.weights).prepare(Target.SM90, Path.W8A8)
-    call = (weights, case.hidden, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    want = run(case, weights, torch.empty_like(case.hidden))
+    operands = (case.hidden, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    call = layer_call(WeightFormat.ROW_FP8, weights, *operands)
     seen.clear()
-    inputs = StageInputs.of(Path.W8A8, WeightFormat.ROW_FP8, *call, TILES)
-    for stage, right in ((Stage.GATE_UP, inputs.gate_up), (Stage.DOWN, inputs.down)):
-        for block_m in (16, 32):
-            got = inputs.rows_of(inputs.bind(stage, block_m, TILE)(), TILE)
-            torch.testing.assert_close(got, right[inputs.local_routes], rtol=2**-7, atol=1e-6)
+    step = bind_stage(Path.W8A8, WeightFormat.ROW_FP8, TILES, call, stage)
+    assert same_bits(call.out, want)
+    step()
+    step()
     assert None not in seen  # the kernel that a call compiles
-    rows = inputs.down[inputs.local_routes].double()
-    total = torch.zeros(case.hidden.shape, dtype=torch.float64, device=hopper)
-    total.index_add_(0, inputs.local_routes // case.topk_ids.shape[1], rows)
-    assert snr_db(total, run(case, weights, torch.empty_like(case.hidden))) > 45

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epfuse import ExpertMap, ExpertWeights, Target, pipeline, pipeline_fp8
+from epfuse import ExpertMap, ExpertWeights, Path, Target
 from epfuse.config import Combine, SwiGLUOAI, WeightFormat
+from epfuse.reference import run_reference
 from epfuse.stages.tiles import GemmTile, LayerTiles
 from epfuse.verify.suite import poisoned_memory, same_bits
 from epfuse.weights.block_fp8 import BlockScale
-from tests.cases import ROUTINGS, Case, make_case, snr_db
+from tests.cases import ROUTINGS, Case, make_case, run_in_tiles, snr_db
 
 TILE = GemmTile(block_n=128, block_k=128, group_m=0, num_warps=4, num_stages=2)
 TILES = LayerTiles(16, TILE, TILE)
@@ -51,16 +52,14 @@ def run(
     case: Case, weights: ExpertWeights, combine: Combine = Combine.DETERMINISTIC, tiles: LayerTiles = TILES
 ) -> torch.Tensor:
     form = next(iter(weights.kept))
-    call = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    path = Path.BLOCK_FP8 if form in FORMS[2:] else Path.W8A8
     with poisoned_memory():
-        out = torch.full_like(case.hidden, torch.nan)
-        assert pipeline_fp8.run_fp8_kernels(*call, form, tiles, combine, out) is out
-    return out
+        return run_in_tiles(path, form, tiles, case, weights, combine)
 
 
 def oracle(case: Case, weights: ExpertWeights) -> torch.Tensor:
     call = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
-    return pipeline.run_reference(*call, compute=torch.float64)
+    return run_reference(*call, compute=torch.float64)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -144,7 +143,7 @@ def test_error_of_block_fp8_against_the_mxfp8_oracle(device: torch.device, rule:
 @pytest.mark.parametrize("combine", list(Combine))
 @pytest.mark.parametrize("tokens", [1, 37, 300, 2048])
 def test_larger_layers(device: torch.device, tokens: int, form: WeightFormat, combine: Combine) -> None:
-    from epfuse.stages.tiles_fp8 import FP8
+    from epfuse.families.portable_fp8 import FP8
     from epfuse.target import target_of
 
     case = make_case(device, tokens=tokens, hidden=2048, intermediate=1024, experts=32, local=8)

@@ -1,0 +1,150 @@
+"""What a family of kernels is: the questions that policy, api, tuner, bench and the compiler's gates ask of each."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+
+from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.scratch import Scratch, ScratchSize
+from epfuse.stages.route.table import RouteTable
+from epfuse.stages.tiles import GemmTile, LayerTiles, TileRange
+from epfuse.target import Target
+
+Step: TypeAlias = tuple[str, Callable[[], object]]
+"""A stage's name, as profiles show it, and its launch."""
+
+
+class Steps(NamedTuple):
+    """What a call launches, in order.
+
+    Attributes:
+        table: of the routes; the first launch fills it.
+        launches: each may run again; what shares a reduction wants the table's arrivals cleared before.
+    """
+
+    table: RouteTable
+    launches: tuple[Step, ...]
+
+
+class Stage(enum.Enum):
+    """The stages that have tiles of their own: the two grouped GEMMs."""
+
+    GATE_UP = "gate_up"
+    DOWN = "down"
+
+
+class LayerCall(NamedTuple):
+    """The operands of one call, checked.
+
+    Attributes:
+        hidden: ``[T, H]``.
+        w13: ``[L, 2I, H]`` in a format that the family reads.
+        w2: ``[L, H, I]`` in the same format.
+        topk_weights: ``[T, K]`` float32.
+        topk_ids: ``[T, K]`` int32 or int64.
+        slots: ``[E]`` int32, local slot or -1.
+        shape: the layer's sizes.
+        activation: between the two GEMMs.
+        combine: how a token's routes are summed.
+        out: ``[T, H]``, the result.
+        scratch: memory for the rows between the stages; None to allocate.
+    """
+
+    hidden: torch.Tensor
+    w13: Any
+    w2: Any
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    slots: torch.Tensor
+    shape: LayerShape
+    activation: SwiGLUOAI
+    combine: Combine
+    out: torch.Tensor
+    scratch: Scratch | None
+
+    @property
+    def routes(self) -> int:
+        """R = T*K."""
+        return self.topk_ids.numel()
+
+    def table(self, block_m: int, arrivals_per_block: int = 0) -> RouteTable:
+        """Memory for the call's routes."""
+        return RouteTable.empty(self.routes, self.shape.local_experts, block_m, self.hidden.device, arrivals_per_block)
+
+
+class Family(ABC):
+    """Kernels that go together: a call runs on one family from its first step to its last.
+
+    Attributes:
+        name: in one word.
+        reads: target -> path -> the weights that the kernels read, best first.
+        tile: class of its tiles. Of families that read the same weights a call's tiles tell which one runs.
+        combines: how it can sum a token's routes.
+        least_block_m: rows of its smallest block.
+        every_gpu: whether it gives way where a GPU has kernels of its own for the same weights.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[Mapping[Target, Mapping[Path, tuple[WeightFormat, ...]]]]
+    tile: ClassVar[type[GemmTile]]
+    combines: ClassVar[frozenset[Combine]] = frozenset({Combine.DETERMINISTIC})
+    least_block_m: ClassVar[int] = 16
+    every_gpu: ClassVar[bool] = False
+
+    def accepts(
+        self, target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype, combine: Combine
+    ) -> str | None:
+        """Why calls can't run on this family, in a sentence; None if they can.
+
+        Args:
+            target: a GPU.
+            path: neither AUTO nor REFERENCE.
+            form: the weights' format.
+            shape: the layer's sizes.
+            dtype: of the activations.
+            combine: how routes are summed.
+        """
+        if form not in self.reads.get(target, {}).get(path, ()):
+            return f"{self.name} has no kernel for {target.value} that reads {form.value} weights on {path.value}."
+        if combine not in self.combines:
+            return f"{self.name} does not sum routes by {combine.value}."
+        if path is not Path.BF16 and dtype != torch.bfloat16:
+            return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
+        return None
+
+    @abstractmethod
+    def defaults(
+        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
+    ) -> tuple[TileRange, ...]:
+        """Tiles where nothing was measured, by expected rows per expert, ascending."""
+
+    @abstractmethod
+    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+        """Row blocks that are worth trying for ``rows`` expected rows per expert."""
+
+    @abstractmethod
+    def candidates(
+        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
+    ) -> Iterator[GemmTile]:
+        """Tiles of either GEMM that are worth trying with ``block_m``."""
+
+    @abstractmethod
+    def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
+        """Whether a tile of this family can be launched with ``block_m``, as far as that is known before compiling."""
+
+    @abstractmethod
+    def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
+        """Memory of the rows between the stages, in elements of the activations' dtype."""
+
+    @abstractmethod
+    def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
+        """The launches of a call, on memory that is there before the first one runs. No host sync in any."""
+
+    def step_of(self, stage: Stage) -> str:
+        """The step that a stage is launched in."""
+        return stage.value

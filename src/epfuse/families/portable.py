@@ -1,0 +1,123 @@
+"""Triton kernels for every GPU: activations as they are, weights dense or MXFP8 as checkpoints have them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.families import blocks
+from epfuse.families.family import Family, LayerCall, Step, Steps
+from epfuse.families.memory import rows_between
+from epfuse.scratch import ScratchSize
+from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, TileRange
+from epfuse.target import Target
+
+
+class Portable(Family):
+    """route -> gate_up -> down -> combine."""
+
+    name: ClassVar[str] = "portable"
+    tile: ClassVar[type[GemmTile]] = GemmTile
+    every_gpu: ClassVar[bool] = True
+    reads: ClassVar = {
+        Target.SM90: {Path.W8A16: (WeightFormat.MXFP8,), Path.BF16: (WeightFormat.DENSE,)},
+        Target.GFX942: {
+            Path.W8A16: (WeightFormat.MXFP8_FNUZ, WeightFormat.MXFP8),
+            Path.BF16: (WeightFormat.DENSE,),
+        },
+        Target.GFX950: {Path.W8A16: (WeightFormat.MXFP8,), Path.BF16: (WeightFormat.DENSE,)},
+    }
+
+    def defaults(
+        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
+    ) -> tuple[TileRange, ...]:
+        """Dense or MXFP8 tables; FP32 has one tile."""
+        if form is not WeightFormat.DENSE:
+            return MXFP8[target]
+        return FLOAT32 if dtype == torch.float32 else DENSE[target]
+
+    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+        """Powers of two."""
+        return blocks.powers_of_two(rows, self.least_block_m)
+
+    def candidates(
+        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
+    ) -> Iterator[GemmTile]:
+        """Tiles whose accumulators fill the warps and whose weights fit shared memory."""
+        wide = (64, 128, 256) if form is WeightFormat.DENSE else (64, 128)
+        for block_n, block_k, group_m, warps, stages in itertools.product(
+            (32, 64, 128, 256), wide, blocks.groups(block_m), (4, 8), (2,) if target.is_amd else (3, 4)
+        ):
+            filled = block_m * block_n >= 512 * warps // 4
+            if block_k <= max(64, shape.hidden) and filled and block_n * block_k <= 1 << 15:
+                yield GemmTile(block_n, block_k, group_m, warps, stages)
+
+    def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
+        """The compiler has the last word."""
+        return block_m >= self.least_block_m and block_m.bit_count() == 1
+
+    def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
+        """``[R, I]`` and ``[R, H]``."""
+        return ScratchSize(tokens * top_k * intermediate, tokens * top_k * hidden)
+
+    def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
+        """A row per route between the stages."""
+        from epfuse.stages.combine.launch import launch_combine
+        from epfuse.stages.down.launch import launch_down
+        from epfuse.stages.gate_up.launch import launch_gate_up
+        from epfuse.stages.route.launch import launch_route
+
+        rows, table, local = rows_between(call), call.table(tiles.block_m), call.shape.local_experts
+        x = (call.hidden, call.w13, table, call.shape.top_k, call.activation, tiles.gate_up, rows.y)
+        y = (rows.y, call.w2, table, call.topk_weights, tiles.down, rows.routed)
+        routed = (rows.routed, call.topk_ids, call.slots, local, call.out)
+        launches: tuple[Step, ...] = (
+            ("route", partial(launch_route, call.topk_ids, call.slots, local, table)),
+            ("gate_up", partial(launch_gate_up, *x)),
+            ("down", partial(launch_down, *y)),
+            ("combine", partial(launch_combine, *routed, out_is_free=rows.out_is_free)),
+        )
+        return Steps(table, launches)
+
+
+# 16-bit weights.
+_DENSE_AMD = (
+    # 64 KiB of LDS per compute unit; from the compiler's resources, not measured
+    TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 2), GemmTile(64, 128, 0, 4, 2))),
+    TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 2), GemmTile(128, 64, 0, 4, 2))),
+    TileRange(ANY, LayerTiles(128, GemmTile(256, 64, 8, 8, 2), GemmTile(256, 64, 8, 8, 2))),
+)
+DENSE: dict[Target, tuple[TileRange, ...]] = {
+    Target.SM90: (
+        TileRange(12, LayerTiles(16, GemmTile(64, 256, 0, 4, 3), GemmTile(64, 256, 0, 4, 3))),
+        TileRange(20, LayerTiles(32, GemmTile(128, 128, 0, 4, 3), GemmTile(128, 128, 0, 4, 3))),
+        TileRange(48, LayerTiles(64, GemmTile(256, 64, 0, 8, 3), GemmTile(256, 64, 0, 8, 3))),
+        TileRange(ANY, LayerTiles(128, GemmTile(256, 64, 8, 8, 3), GemmTile(256, 64, 8, 8, 3))),
+    ),
+    Target.GFX942: _DENSE_AMD,
+    Target.GFX950: _DENSE_AMD,
+}
+# MXFP8 weights in checkpoint order, dequantised in registers.
+_MXFP8_AMD = (
+    TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 2), GemmTile(64, 128, 0, 4, 2))),
+    TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 2), GemmTile(128, 64, 0, 4, 2))),
+    TileRange(ANY, LayerTiles(128, GemmTile(128, 64, 8, 8, 2), GemmTile(128, 64, 8, 8, 2))),
+)
+MXFP8: dict[Target, tuple[TileRange, ...]] = {
+    Target.SM90: (
+        TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 4), GemmTile(64, 128, 0, 4, 4))),
+        TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 4), GemmTile(128, 64, 0, 4, 4))),
+        TileRange(ANY, LayerTiles(128, GemmTile(128, 64, 8, 8, 3), GemmTile(128, 64, 8, 8, 3))),
+    ),
+    Target.GFX942: _MXFP8_AMD,
+    Target.GFX950: _MXFP8_AMD,
+}
+# FP32 has no tensor cores here: correctness, not speed.
+FLOAT32 = (TileRange(ANY, LayerTiles(16, GemmTile(64, 32, 0, 4, 2), GemmTile(64, 32, 0, 4, 2))),)
+
+PORTABLE = Portable()

@@ -1,0 +1,111 @@
+"""All families, and which of them serve a call; AUTO's order of preference."""
+
+from __future__ import annotations
+
+import torch
+
+from epfuse.arguments import integer, member
+from epfuse.config import Combine, LayerShape, Path, WeightFormat
+from epfuse.errors import ConfigError
+from epfuse.families.family import Family
+from epfuse.families.portable import PORTABLE
+from epfuse.families.portable_fp8 import PORTABLE_FP8
+from epfuse.families.sm90 import SM90
+from epfuse.families.sm90_fp8 import SM90_FP8
+from epfuse.families.sm90_packed import SM90_PACKED
+from epfuse.scratch import ScratchSize
+from epfuse.stages.tiles import LayerTiles, TileRange
+from epfuse.target import Target
+
+FAMILIES: tuple[Family, ...] = (SM90, SM90_PACKED, SM90_FP8, PORTABLE, PORTABLE_FP8)
+"""Best first: kernels of one GPU come before those for every GPU."""
+
+PREFERENCE = (Path.W8A16, Path.BF16, Path.W8A8, Path.BLOCK_FP8)
+"""The order in which AUTO prefers paths. FP8 activations come last: AUTO gives up accuracy only where the weights leave
+no other choice."""
+
+FP8_PATHS = frozenset({Path.W8A8, Path.BLOCK_FP8})
+"""Paths that quantise the activations; the only ones that can sum routes by atomics."""
+
+
+def _readable(target: Target, path: Path) -> tuple[WeightFormat, ...]:
+    found = (form for family in FAMILIES for form in family.reads.get(target, {}).get(path, ()))
+    return tuple(dict.fromkeys(found))
+
+
+READABLE: dict[Target, dict[Path, tuple[WeightFormat, ...]]] = {
+    target: {path: forms for path in PREFERENCE if (forms := _readable(target, path))} for target in Target
+}
+"""The paths of each target in AUTO's order, and the weights that each reads, best first."""
+
+
+def readable_formats(target: Target, path: Path, combine: Combine) -> tuple[WeightFormat, ...]:
+    """The weights that a path's kernels read and sum routes of so, best first; none where there is no kernel."""
+    return tuple(
+        form
+        for form in READABLE[target].get(path, ())
+        if any(form in family.reads.get(target, {}).get(path, ()) and combine in family.combines for family in FAMILIES)
+    )
+
+
+def serving(
+    target: Target,
+    path: Path,
+    form: WeightFormat,
+    shape: LayerShape,
+    dtype: torch.dtype,
+    combine: Combine = Combine.DETERMINISTIC,
+) -> tuple[Family, ...]:
+    """The families whose kernels such calls run; a call's tiles say which of them. Arguments as of `Family.accepts`."""
+    found = tuple(family for family in FAMILIES if family.accepts(target, path, form, shape, dtype, combine) is None)
+    return tuple(family for family in found if not family.every_gpu) or found
+
+
+def family_of(path: Path, form: WeightFormat, tiles: LayerTiles) -> Family:
+    """The family whose kernels take such tiles.
+
+    Raises:
+        ConfigError: none that reads these weights does.
+    """
+    readers = [family for family in FAMILIES if any(form in paths.get(path, ()) for paths in family.reads.values())]
+    for family in readers:
+        if type(tiles.gate_up) is type(tiles.down) is family.tile:
+            return family
+    known = " or ".join(dict.fromkeys(family.tile.__name__ for family in readers)) or "nothing"
+    raise ConfigError(
+        f"tiles {tiles.key} are {type(tiles.gate_up).__name__} and {type(tiles.down).__name__}; the kernels of"
+        f" {path.value} that read {form.value} weights take {known}"
+    )
+
+
+def default_ranges(
+    target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
+) -> tuple[TileRange, ...]:
+    """Default tiles of a path, by expected rows per expert, ascending; the last range has no end."""
+    families = serving(target, path, form, shape, dtype)
+    found = [entry for family in families for entry in family.defaults(target, form, shape, dtype)]
+    return tuple(sorted(found, key=lambda entry: entry.max_rows))
+
+
+def scratch_size(path: Path, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
+    """Elements of `Scratch` that a call on ``path`` needs, whatever family runs it; ascending in ``tokens``.
+
+    Args:
+        path: what runs; AUTO takes what is enough for any path.
+        tokens: T.
+        top_k: K.
+        hidden: H.
+        intermediate: I.
+
+    Raises:
+        ConfigError: path is no `Path`, or a size is no integer or out of range (T may be 0).
+    """
+    path = member("path", path, Path)
+    tokens, top_k = integer("tokens", tokens), integer("top_k", top_k, least=1)
+    hidden, intermediate = integer("hidden", hidden, least=1), integer("intermediate", intermediate, least=1)
+    sizes = [
+        family.scratch(tokens, top_k, hidden, intermediate)
+        for family in FAMILIES
+        if path is Path.AUTO or any(path in paths for paths in family.reads.values())
+    ]
+    return ScratchSize(max((size.y for size in sizes), default=0), max((size.routed for size in sizes), default=0))

@@ -1,0 +1,143 @@
+"""Gluon kernels for Hopper and few rows an expert: several programs share a multiprocessor.
+
+Weights are on the M side of wgmma, so that routed rows come in steps of 8.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from epfuse.config import Combine, LayerShape, Path, WeightFormat
+from epfuse.families import blocks
+from epfuse.families.family import Family, LayerCall, Step, Steps
+from epfuse.families.memory import rows_between
+from epfuse.scratch import ScratchSize
+from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90Tile, TileRange
+from epfuse.target import Target
+
+SPLIT_ROWS = 0.5
+"""Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
+SHARED_BYTES = 232_448
+"""Shared memory of a block on sm_90 (CUDA's programming guide, compute capability 9.0)."""
+
+
+class Sm90(Family):
+    """route -> gate_up -> down -> combine, on dense weights or MXFP8 in fragment order."""
+
+    name: ClassVar[str] = "sm90"
+    tile: ClassVar[type[GemmTile]] = Sm90Tile
+    least_block_m: ClassVar[int] = 8
+    reads: ClassVar = {
+        Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,), Path.BF16: (WeightFormat.DENSE,)},
+    }
+
+    def accepts(
+        self, target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype, combine: Combine
+    ) -> str | None:
+        """Dense weights in whole steps of 128 columns, and BF16."""
+        if (refusal := super().accepts(target, path, form, shape, dtype, combine)) is not None:
+            return refusal
+        if form is WeightFormat.DENSE and (shape.hidden % 128 or shape.intermediate % 128):
+            return (
+                f"It takes dense weights with H and I in multiples of 128, not {shape.hidden} and {shape.intermediate}."
+            )
+        if dtype != torch.bfloat16:
+            return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
+        return None
+
+    def defaults(
+        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
+    ) -> tuple[TileRange, ...]:
+        """Measured on an H100."""
+        return FRAGMENT if form is WeightFormat.FRAGMENT else DENSE
+
+    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+        """Powers of two."""
+        return blocks.powers_of_two(rows, self.least_block_m)
+
+    def candidates(
+        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
+    ) -> Iterator[GemmTile]:
+        """Rings that fit shared memory; shared reductions where there are few rows."""
+        if block_m.bit_count() > 1:
+            return
+        packed = form is WeightFormat.FRAGMENT
+        for block_k, (block_n, warps), group_m, stages, split_k in itertools.product(
+            (128,) if packed or block_m < 64 else (64, 128),
+            ((64, 4), (128, 4), (128, 8), (256, 8)),
+            blocks.groups(block_m),
+            (2, 3, 4, 5),
+            (1, 2, 4, 8) if rows <= SPLIT_ROWS else (1,),
+        ):
+            tile = Sm90Tile(block_n, block_k, group_m, warps, stages, split_k=split_k)
+            if ring_fits(tile, form, block_m):
+                yield tile
+
+    def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
+        """Where there are rows, there are tiles enough: no reduction is shared."""
+        assert isinstance(tile, Sm90Tile)
+        shared = tile.split_k > 1 and block_m > 16
+        return block_m.bit_count() == 1 and not shared and ring_fits(tile, form, block_m)
+
+    def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
+        """``[R, I]`` and ``[R, H]``."""
+        return ScratchSize(tokens * top_k * intermediate, tokens * top_k * hidden)
+
+    def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
+        """A row per route between the stages."""
+        from epfuse.stages.combine.launch import launch_combine
+        from epfuse.stages.down.launch_sm90 import launch_down_sm90
+        from epfuse.stages.gate_up.launch_sm90 import launch_gate_up_sm90
+        from epfuse.stages.route.launch import launch_route
+
+        assert isinstance(tiles.gate_up, Sm90Tile)
+        assert isinstance(tiles.down, Sm90Tile)
+        shape, rows = call.shape, rows_between(call)
+        table = call.table(tiles.block_m, tiles.arrivals(shape.hidden, shape.intermediate))
+        x = (call.hidden, call.w13, table, shape.top_k, call.activation, tiles.gate_up, rows.y)
+        y = (rows.y, call.w2, table, call.topk_weights, tiles.down, rows.routed)
+        routed = (rows.routed, call.topk_ids, call.slots, shape.local_experts, call.out)
+        launches: tuple[Step, ...] = (
+            ("route", partial(launch_route, call.topk_ids, call.slots, shape.local_experts, table)),
+            ("gate_up", partial(launch_gate_up_sm90, *x)),
+            ("down", partial(launch_down_sm90, *y)),
+            ("combine", partial(launch_combine, *routed, out_is_free=rows.out_is_free)),
+        )
+        return Steps(table, launches)
+
+
+def ring_fits(tile: Sm90Tile, form: WeightFormat, block_m: int) -> bool:
+    """Whether the ring fits shared memory, and the tile is not wasted on few rows."""
+    bytes_of_weight = 1 if form is WeightFormat.FRAGMENT else 2
+    ring = tile.num_stages * tile.block_k * (tile.block_n * bytes_of_weight + block_m * 2)
+    # a column of 256 weight rows leaves one program a multiprocessor, and too few of them for few rows
+    return ring <= SHARED_BYTES and not (tile.block_n == 256 and block_m < 32)
+
+
+# Measured on an H100 (docs/performance.md). From 6 rows on blocks of 32: 0.6 % slower than 16 where rows are spread
+# evenly, and 1.7 times as fast where all tokens are on two experts. From 44 rows on the packed kernels take over.
+FRAGMENT = (
+    TileRange(0.1, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 3, split_k=8), Sm90Tile(64, 128, 0, 4, 3, split_k=8))),
+    TileRange(0.3, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4, split_k=2), Sm90Tile(64, 128, 0, 4, 4, split_k=2))),
+    TileRange(0.75, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 8, 5))),
+    TileRange(2, LayerTiles(8, Sm90Tile(128, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 4, 4))),
+    TileRange(6, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
+    TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
+    TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
+)
+DENSE = (
+    TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
+    TileRange(4, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
+    TileRange(12, LayerTiles(16, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
+    TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(64, 128, 0, 4, 4))),
+    TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 2, guess_bytes=1024), Sm90Tile(128, 128, 4, 8, 2))),
+    TileRange(96, LayerTiles(128, Sm90Tile(256, 64, 8, 8, 4), Sm90Tile(256, 64, 8, 8, 4))),
+    TileRange(ANY, LayerTiles(128, Sm90Tile(256, 64, 16, 8, 4), Sm90Tile(256, 64, 16, 8, 4))),
+)
+
+SM90 = Sm90()

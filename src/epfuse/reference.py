@@ -1,0 +1,54 @@
+"""route -> gate_up -> down -> combine in plain PyTorch: the oracle of every family, and what a CPU runs."""
+
+from __future__ import annotations
+
+import torch
+from torch.profiler import record_function
+
+from epfuse.config import SwiGLUOAI
+from epfuse.expert_map import ExpertMap
+from epfuse.stages.combine import reference as combine_reference
+from epfuse.stages.down import reference as down_reference
+from epfuse.stages.gate_up import reference as gate_up_reference
+from epfuse.stages.route import reference as route_reference
+from epfuse.weights.experts import ExpertWeights
+
+
+def run_reference(
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    activation: SwiGLUOAI,
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The layer in plain PyTorch, on any device and weights of any format; syncs with the device.
+
+    ``compute=torch.float64`` rounds nowhere and returns float64: the oracle of every path. Neither autocast nor the
+    weights' ``requires_grad`` changes it: kernels don't ask for them either, and there is no backward.
+    """
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return _reference(hidden, weights, topk_weights, topk_ids, expert_map, activation, compute)
+
+
+def _reference(
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: ExpertMap,
+    activation: SwiGLUOAI,
+    compute: torch.dtype,
+) -> torch.Tensor:
+    experts = weights.reference_experts
+    slots = expert_map.on(hidden.device)
+    with record_function("epfuse::route"):
+        routes = route_reference.route(topk_ids, slots, weights.local_experts, block_m=1)
+    with record_function("epfuse::gate_up"):
+        y = gate_up_reference.gate_up(hidden, experts.w13, routes, topk_ids.shape[1], activation, compute)
+    with record_function("epfuse::down"):
+        routed = down_reference.down(y, experts.w2, routes, topk_weights, compute)
+    with record_function("epfuse::combine"):
+        dtype = torch.float64 if compute == torch.float64 else hidden.dtype
+        return combine_reference.combine(routed, topk_ids, slots, dtype, compute)

@@ -1,0 +1,52 @@
+"""Launch down on Hopper, for few rows an expert."""
+
+from __future__ import annotations
+
+import torch
+
+from epfuse.stages.down.kernel_sm90 import down_sm90_kernel
+from epfuse.stages.route.table import RouteTable
+from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums
+from epfuse.stages.tiles import Sm90Tile
+from epfuse.weights.experts import stack_rows
+from epfuse.weights.fragment import FragmentMXFP8
+
+
+def launch_down_sm90(
+    y: torch.Tensor,
+    w2: torch.Tensor | FragmentMXFP8,
+    routes: RouteTable,
+    topk_weights: torch.Tensor,
+    tile: Sm90Tile,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`launch_down` with the Hopper kernel.
+
+    Args:
+        y: ``[R, I]`` BF16 contiguous, from `launch_gate_up_sm90`; only rows of local routes count.
+        w2: ``[L, H, I]``: dense BF16, or MXFP8 in fragment order with rows in order PLAIN.
+        routes: RouteTable of this call; with arrivals if the tile shares reductions. Like w2 not written by the launch
+            right before this one, which may still be running when they are read.
+        topk_weights: ``[T, K]`` float32 contiguous.
+        tile: tile of the GEMM; its row block is ``routes.block_m``.
+        out: ``[R, H]`` BF16; only rows of local routes are written, row r for route r. Allocated if None.
+
+    Returns:
+        ``out``.
+
+    Host syncs: none; graph-capturable.
+    """
+    hidden, intermediate = stack_rows(w2), y.shape[1]
+    if out is None:
+        out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
+    w = operand_of(w2, hidden)
+    tiles = row_tiles(w, routes, tile)
+    options = constants(routes, tile)
+    table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
+    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels)
+    options |= {"BLOCK_N": tile.block_n, "EVEN_K": intermediate == w.columns}
+    shares = shared_sums(tile, tiles, routes, slice(-tiles, None))
+    down_sm90_kernel[(tiles * tile.split_k,)](
+        y, w.weights, w.scales, topk_weights, out, *table, *shares, *sizes, SPLIT_K=tile.split_k, **options
+    )
+    return out

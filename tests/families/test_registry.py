@@ -1,0 +1,131 @@
+"""What the families say of themselves holds together: who serves which call, in which tiles, how far a call goes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from types import FrameType
+
+import pytest
+import torch
+
+from epfuse import Combine, Path, Target, scratch_size
+from epfuse.aot.calls import SHAPES, Call
+from epfuse.aot.tasks import start
+from epfuse.config import MINIMAX_M3_EP8 as M3
+from epfuse.config import LayerShape, WeightFormat
+from epfuse.families.family import Family, LayerCall
+from epfuse.families.registry import FAMILIES, READABLE, default_ranges, family_of, serving
+from epfuse.stages.tiles import LayerTiles
+
+GPUS = [target for target in Target if target.is_gpu]
+READS = [(target, path, form) for target in GPUS for path, forms in READABLE[target].items() for form in forms]
+ODD = LayerShape(hidden=2880, intermediate=2880, experts=128, local_experts=16, top_k=4)
+
+
+@pytest.mark.parametrize(("target", "path", "form"), READS)
+@pytest.mark.parametrize("shape", [M3, ODD], ids=["whole", "odd"])
+def test_every_format_that_is_read_is_served_at_any_number_of_rows(
+    target: Target, path: Path, form: WeightFormat, shape: LayerShape
+) -> None:
+    families = serving(target, path, form, shape, torch.bfloat16)
+    ranges = default_ranges(target, path, form, shape, torch.bfloat16)
+    assert families
+    assert [entry.max_rows for entry in ranges] == sorted({entry.max_rows for entry in ranges})
+    assert math.isinf(ranges[-1].max_rows)
+    for entry in ranges:
+        family = family_of(path, form, entry.tiles)
+        assert family in families
+        for tile in (entry.tiles.gate_up, entry.tiles.down):
+            assert type(tile) is family.tile
+
+
+@pytest.mark.parametrize(("target", "path", "form"), READS)
+@pytest.mark.parametrize("rows", [0.03, 4.0, 64.0, 300.0])
+def test_what_is_searched_belongs_to_the_family_that_names_it(
+    target: Target, path: Path, form: WeightFormat, rows: float
+) -> None:
+    for family in serving(target, path, form, M3, torch.bfloat16):
+        for block_m in family.block_ms(rows, form):
+            for tile in itertools.islice(family.candidates(target, form, M3, block_m, rows), 20):
+                assert family_of(path, form, LayerTiles(block_m, tile, tile)) is family
+                assert family.fits(tile, form, block_m)
+
+
+def test_who_does_not_accept_says_why() -> None:
+    for family in FAMILIES:
+        for target, path, form in itertools.product(GPUS, READABLE[Target.SM90], WeightFormat):
+            refusal = family.accepts(target, path, form, M3, torch.bfloat16, Combine.DETERMINISTIC)
+            assert (refusal is None) is (form in family.reads.get(target, {}).get(path, ()))
+            assert refusal is None or refusal.endswith(".")
+        target, (path, forms) = next(iter(family.reads)), next(iter(next(iter(family.reads.values())).items()))
+        atomic = family.accepts(target, path, forms[0], M3, torch.bfloat16, Combine.ATOMIC)
+        assert (atomic is None) is (Combine.ATOMIC in family.combines)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
+def test_no_path_takes_less_scratch_than_its_families(family: Family) -> None:
+    for paths in family.reads.values():
+        for path in paths:
+            whole, own = scratch_size(path, 37, 4, 512, 256), family.scratch(37, 4, 512, 256)
+            assert whole.y >= own.y
+            assert whole.routed >= own.routed
+
+
+def _way_of_hidden(call: Call) -> list[list[str]]:
+    """Of each launch that takes hidden: our functions that had it in hand on the way from `fused_experts`.
+
+    Those are the ones on the stack, and the one that bound the launch beforehand. A function that looks at hidden and
+    gives it to nobody (a check, memory for the rows between) is on no way.
+    """
+    from epfuse.aot.launches import launches_of
+
+    bound: list[str] = []
+    ways: list[list[str]] = []
+
+    def holds(frame: FrameType) -> bool:
+        values = [value for value in frame.f_locals.values() if isinstance(value, torch.Tensor | LayerCall)]
+        tensors = [value.hidden if isinstance(value, LayerCall) else value for value in values]
+        return any(tensor.shape == (call.tokens, SHAPES[call.shape].hidden) for tensor in tensors)
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        if event != "call" or f"{os.sep}epfuse{os.sep}" not in file or not holds(frame):
+            return
+        if name == "steps":
+            bound[:] = [name]
+        if name.startswith("launch_"):
+            above, stack = frame.f_back, [name]
+            while above is not None:
+                if f"{os.sep}epfuse{os.sep}" in above.f_code.co_filename and holds(above):
+                    stack.append(above.f_code.co_name)
+                above = above.f_back
+            ways.append([*stack[stack.index("fused_experts") :], *bound, *stack[: stack.index("fused_experts")]])
+
+    def run() -> None:
+        sys.setprofile(watch)
+        try:
+            call.run()
+        finally:
+            sys.setprofile(None)
+
+    launches_of(call.target, run)
+    return ways
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_hidden_goes_through_three_of_our_functions_to_a_launch(target: Target) -> None:
+    calls = [
+        Call(target, path, form, "bf16", "minimax-m3", Combine.DETERMINISTIC, tokens)
+        for path, forms in READABLE[target].items()
+        for form in forms
+        for tokens in (64, 4096)
+    ]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
+        for call, ways in zip(calls, pool.map(_way_of_hidden, calls), strict=True):
+            assert ways, call
+            assert all(len(way) <= 3 and way[:2] == ["fused_experts", "steps"] for way in ways), (call, ways)
