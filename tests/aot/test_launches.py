@@ -156,3 +156,36 @@ def test_many_local_experts_take_no_minutes_to_compile(target: Target) -> None:
     """A tensor of experts by padding slots in place_kernel did: it had not ended after five."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
         assert pool.submit(_largest_routing_code, target).result() < 20_000
+
+
+def _constants_of_one_step() -> list[dict[str, object]]:
+    """The constants of both FP8 GEMMs where each has one step of 128 columns."""
+    from epfuse.aot.launches import launches_of
+    from epfuse.config import LayerShape
+    from epfuse.expert_map import ExpertMap
+    from epfuse.families.registry import family_of
+    from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile
+    from epfuse.tuning.calls import layer_call
+
+    shape, form = LayerShape(hidden=96, intermediate=128, experts=8, local_experts=8, top_k=2), WeightFormat.ROW_FP8
+    tile = Sm90PersistentTile(192, 128, 0, 4, 5, 1)
+    tiles = LayerTiles(16, tile, tile)
+
+    def call() -> None:
+        hidden = torch.empty(20, shape.hidden, dtype=torch.bfloat16, device=META)
+        ids = torch.empty(20, shape.top_k, dtype=torch.int32, device=META)
+        weights, slots = WEIGHTS[form](shape, torch.bfloat16), ExpertMap.contiguous(8, 1, 0)
+        operands = layer_call(form, weights, hidden, torch.empty(ids.shape, device=META), ids, slots)
+        for _, launch in family_of(Path.W8A8, form, tiles).steps(operands, tiles).launches:
+            launch()
+
+    found = launches_of(Target.SM90, call)
+    return [dict(launch.constants) for launch in found if launch.stage in ("gate_up", "down")]
+
+
+def test_one_step_is_no_constant() -> None:
+    """ptxas of triton 3.6 made code of it whose products read outside of shared memory, on some tiles."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
+        constants = pool.submit(_constants_of_one_step).result()
+    assert len(constants) == 2
+    assert all("STEPS" not in found for found in constants)

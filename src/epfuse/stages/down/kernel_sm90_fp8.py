@@ -8,7 +8,8 @@ from epfuse.stages.sm90_fp8_gemm import run_tiles
 from epfuse.stages.sm90_gemm import let_next_kernel_start
 
 
-@gluon.jit(do_not_specialize=["R", "PANELS"])
+# STEPS as in kernel_sm90_fp8.py of gate_up.
+@gluon.jit(do_not_specialize=["R", "STEPS", "PANELS"])
 def down_sm90_fp8_kernel(
     y_head, y_few, y_rest, y_scale, w2, w2_scale, topk_weights, out, lone_token, final,
     sorted_routes, block_expert, block_row, num_padded, counter, R, H, STEPS, PANELS,
