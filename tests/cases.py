@@ -113,10 +113,11 @@ def run_in_tiles(
     combine: Combine = Combine.DETERMINISTIC,
     out: torch.Tensor | None = None,
     scratch: Scratch | None = None,
+    activation: SwiGLUOAI | None = None,
 ) -> torch.Tensor:
     """A call's steps in tiles that the caller names, into ``out`` or memory full of NaN."""
     out = torch.full_like(case.hidden, torch.nan) if out is None else out
-    operands = (case.hidden, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    operands = (case.hidden, case.topk_weights, case.topk_ids, case.expert_map, activation or SwiGLUOAI())
     call = layer_call(form, weights, *operands)._replace(out=out, combine=combine, scratch=scratch)
     for _, launch in family_of(path, form, tiles).steps(call, tiles).launches:
         launch()

@@ -77,7 +77,7 @@ def test_there_are_takers() -> None:
         "epfuse.weights.experts.ExpertWeights.quantize",
         "epfuse.weights.experts.ExpertWeights.prepare",
         "epfuse.numerics.mxfp8.MXFP8.__init__",
-        "epfuse.scratch.scratch_size",
+        "epfuse.families.registry.scratch_size",
         "epfuse.policy.plan.plan_layer",
         "epfuse.policy.layer.LayerRequest.__init__",
         "epfuse.policy.call.decide",

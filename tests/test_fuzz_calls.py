@@ -30,8 +30,8 @@ from epfuse import (
 from epfuse.errors import ConfigError, ExpertMapError, LayoutError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout, decode, encode
-from epfuse.pipeline import run_reference
 from epfuse.policy import decide
+from epfuse.reference import run_reference
 from epfuse.weights.block_fp8 import BlockFP8
 from epfuse.weights.experts import Projections
 

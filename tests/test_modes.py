@@ -7,12 +7,12 @@ from fractions import Fraction
 import numpy
 import pytest
 import torch
-from epfuse.pipeline import run_reference
 
 import epfuse.api
 from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, fused_experts
 from epfuse.errors import ConfigError
 from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.reference import run_reference
 from epfuse.target import REFERENCE_DEVICE
 from tests.cases import Case, make_case, snr_db
 

@@ -31,11 +31,11 @@ from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.machine import commit, versions
 from epfuse.bench.page import chart_svg
 from epfuse.bench.routing import Kind, Routing
+from epfuse.children import Children
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.exits import PlainCommand
 from epfuse.cli.names import token_counts
 from epfuse.errors import ConfigError
-from epfuse.family import Family
 from epfuse.input_file import read_file, read_json
 from epfuse.report.write import write_atomic
 
@@ -98,9 +98,9 @@ def run_harness(harness: Path, layer: Layer, arguments: list[str], folder: Path)
     command = [sys.executable, str(harness), "--impl", IMPLEMENTATION, *arguments, "--out", str(out)]
     lines = []
     with (
-        Family() as family,
+        Children() as children,
         subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True, process_group=family.id
+            command, env=environment, stdout=subprocess.PIPE, text=True, process_group=children.id
         ) as process,
     ):
         assert process.stdout is not None

@@ -25,8 +25,8 @@ import torch
 from epfuse import ExpertMap, ExpertWeights, SwiGLUOAI, Target, fused_experts
 from epfuse import Path as ComputePath
 from epfuse.bench.machine import commit, describe_device, versions
+from epfuse.children import Children, join
 from epfuse.config import LayerShape, silu_gate
-from epfuse.family import Family, join
 from epfuse.report.write import write_atomic
 from epfuse.target import target_of
 
@@ -121,7 +121,7 @@ def main(record: Path, before: Path | None, jobs: int, kinds: str) -> None:
     bits: dict[str, str] = {}
     refused: dict[str, str] = {}
     spawn = multiprocessing.get_context("spawn")
-    with Family() as family, ProcessPoolExecutor(jobs, spawn, initializer=join, initargs=(family.id,)) as pool:
+    with Children() as children, ProcessPoolExecutor(jobs, spawn, initializer=join, initargs=(children.id,)) as pool:
         waiting = {
             pool.submit(bits_of, layer, kind, str(device)): f"{layer}/{kind}" for layer in layers for kind in asked
         }

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # the interpreter that makes the environment need not have epfuse
 
-from epfuse.family import Family  # noqa: E402
+from epfuse.children import Children  # noqa: E402
 
 PACKAGES = Path(__file__).with_suffix(".txt")
 SHIM = ROOT / "tests" / "integrations" / "vllm_e2e" / "shim"
@@ -36,8 +36,8 @@ def create(directory: Path) -> None:
 def install(directory: Path, *arguments: str) -> None:
     """Run the environment's pip."""
     pip = [str(directory / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-    with Family() as family:  # a pip that outlived this would write into the environment of the next run
-        subprocess.run([*pip, *arguments], check=True, process_group=family.id)
+    with Children() as children:  # a pip that outlived this would write into the environment of the next run
+        subprocess.run([*pip, *arguments], check=True, process_group=children.id)
 
 
 def installed_version(site: Path) -> str:

@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from epfuse.family import Family
+from epfuse.children import Children
 from epfuse.integrations.vllm.interfaces import RECORD, read_interfaces
 from epfuse.integrations.vllm.releases import TESTED
 
@@ -26,8 +26,8 @@ PACKAGES = Path(__file__).with_name("vllm_releases.txt")
 def pip(*arguments: str) -> None:
     """Run this interpreter's pip."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    with Family() as family:
-        subprocess.run(command, check=True, process_group=family.id)
+    with Children() as children:
+        subprocess.run(command, check=True, process_group=children.id)
 
 
 def unpack(release: str, root: Path) -> None:

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from types import TracebackType
 from typing import Any, TypeVar
 
-from epfuse.family import Family, join
+from epfuse.children import Children, join
 
 JOB_SECONDS = 600.0
 """For one job; compiling the slowest kernel takes some 20 s on one core."""
@@ -86,7 +86,7 @@ class _Worker:
         self._start = start
         self._seconds = seconds
         self._lock = threading.Lock()
-        self._alive: tuple[Family, ProcessPoolExecutor] | None = None
+        self._alive: tuple[Children, ProcessPoolExecutor] | None = None
         self._ended = False
 
     def run(self, function: Callable[..., T], job: tuple[Any, ...]) -> T | Died:
@@ -94,11 +94,11 @@ class _Worker:
             if self._ended:
                 return Died("it was not begun")
             if self._alive is None:
-                family = Family()
+                children = Children()
                 pool = ProcessPoolExecutor(
-                    1, mp_context=get_context("spawn"), initializer=_begin, initargs=(family.id, self._start)
+                    1, mp_context=get_context("spawn"), initializer=_begin, initargs=(children.id, self._start)
                 )
-                self._alive = family, pool
+                self._alive = children, pool
             future = self._alive[1].submit(function, *job)
         late = bool(wait([future], timeout=self._seconds).not_done)
         if late:
@@ -119,12 +119,12 @@ class _Worker:
     def _stop(self) -> None:
         with self._lock:
             if self._alive is not None:
-                family, pool = self._alive
-                family.end()
+                children, pool = self._alive
+                children.end()
                 pool.shutdown()
                 self._alive = None
 
 
-def _begin(family: int, start: Callable[[], None]) -> None:
-    join(family)
+def _begin(children: int, start: Callable[[], None]) -> None:
+    join(children)
     start()

@@ -13,13 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, pipeline, pipeline_fp8
-from epfuse.config import Combine, silu_gate
+from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI
+from epfuse.config import silu_gate
 from epfuse.errors import ConfigError, EpfuseError
 from epfuse.integrations.transformers import activation_of, replace_experts
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.parallel.group import EPGroup
+from epfuse.reference import run_reference
 from epfuse.stages.tiles import GemmTile, LayerTiles
+from tests.cases import Case, run_in_tiles
 
 Gate = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 SILU = functional.silu
@@ -212,11 +214,9 @@ def test_silu_with_a_limit_is_right_on_every_path(device: torch.device, path: Pa
     activation = activation_of("layer", experts)
     out = torch.full_like(call[0], torch.nan)
     if path is Path.REFERENCE:
-        out = pipeline.run_reference(*call, activation)
-    elif path in (Path.BF16, Path.W8A16):
-        pipeline.run_kernels(*call, activation, form, TILES, out)
+        out = run_reference(*call, activation)
     else:
-        pipeline_fp8.run_fp8_kernels(*call, activation, form, TILES, Combine.DETERMINISTIC, out)
+        run_in_tiles(path, form, TILES, Case(*call), weights, out=out, activation=activation)
     error = (out.cpu().double() - expected).norm() / expected.norm()
     # FP8 rows and blocks: 4 % of accumulators of 24 is 1, a tenth of the limit
     assert float(error) < (0.15 if path in (Path.W8A8, Path.BLOCK_FP8) else 0.01)

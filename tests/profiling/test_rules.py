@@ -128,7 +128,7 @@ STAGES = {
     "down": Phase.GEMM2,
     "combine": Phase.COMBINE,
 }
-"""Folders of `epfuse.stages`, which are also what the pipelines call their ranges."""
+"""Folders of `epfuse.stages`, which are also what the families call their steps."""
 
 PACKAGE = Path(epfuse.__path__[0])
 
@@ -149,7 +149,7 @@ def test_every_kernel_of_this_package_has_its_stages_phase(classifier: Classifie
 
 
 def test_every_range_of_this_package_has_its_stages_phase(classifier: Classifier) -> None:
-    ranges = {name for _, name in found_in(PACKAGE.glob("pipeline*.py"), r'^ *with record_function\("epfuse::(\w+)"\)')}
+    ranges = {name for _, name in found_in((PACKAGE / "families").glob("*.py"), r'^ *\("(\w+)", ')}
     assert ranges == set(STAGES)
     for stage, phase in STAGES.items():
         assert classify(classifier, ["some_kernel"], [f"ProfilerStep#1 > epfuse::{stage}"]) == [phase]

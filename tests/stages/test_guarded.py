@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epfuse import ExpertMap, ExpertWeights, fused_experts, pipeline, pipeline_fp8
+from epfuse import ExpertMap, ExpertWeights, fused_experts
 from epfuse.config import Combine, Path, SwiGLUOAI, WeightFormat
 from epfuse.stages.tiles import GemmTile, LayerTiles
 from epfuse.verify.suite import same_bits
-from tests.cases import ROUTINGS, Case, make_case
+from tests.cases import ROUTINGS, Case, make_case, run_in_tiles
 from tests.stages.guarded import Guards
 
 TILE = GemmTile(block_n=64, block_k=128, group_m=2, num_warps=4, num_stages=2)
@@ -24,12 +24,14 @@ CASES = {
 }
 
 
+PATHS = {"mxfp8": Path.W8A16, "w8a8": Path.W8A8, "w8a8 atomic": Path.W8A8, "block_fp8": Path.BLOCK_FP8}
+
+
 def portable(name: str, call: tuple, out: torch.Tensor) -> torch.Tensor:
-    form = CASES[name][1]
-    if name in ("bf16", "fp16", "mxfp8"):
-        return pipeline.run_kernels(*call, form, TILES, out)
+    hidden, weights, topk_weights, topk_ids, expert_map, _ = call
+    case = Case(hidden, weights, topk_weights, topk_ids, expert_map)
     combine = Combine.ATOMIC if "atomic" in name else Combine.DETERMINISTIC
-    return pipeline_fp8.run_fp8_kernels(*call, form, TILES, combine, out)
+    return run_in_tiles(PATHS.get(name, Path.BF16), CASES[name][1], TILES, case, weights, combine, out)
 
 
 def stored(case: Case, form: WeightFormat) -> ExpertWeights:

@@ -32,8 +32,8 @@ import torch
 from tools.gpu_suite.watch import FENCED, FOLDER, REPEAT
 
 from epfuse.bench.machine import commit, describe_device, read_clocks, versions
+from epfuse.children import Children
 from epfuse.errors import ConfigError
-from epfuse.family import Family
 from epfuse.report.write import write_atomic
 
 SANITIZER = (
@@ -104,7 +104,7 @@ def run_round(
             *arguments,
         ]
         start = time.monotonic()
-        with log.open("w", encoding="utf-8") as output, Family() as family:
+        with log.open("w", encoding="utf-8") as output, Children() as children:
             try:
                 done = subprocess.run(
                     command,
@@ -113,7 +113,7 @@ def run_round(
                     stderr=subprocess.STDOUT,
                     check=False,
                     timeout=seconds,
-                    process_group=family.id,
+                    process_group=children.id,
                 ).returncode
             except subprocess.TimeoutExpired:  # xdist's workers would go on
                 done = 124

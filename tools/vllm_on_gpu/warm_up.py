@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from epfuse.family import Family
+from epfuse.children import Children
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,14 +32,14 @@ def warm_up(tokens: Sequence[int], jobs: int, seconds: float) -> list[str]:
     """
     end, waiting, trouble = time.monotonic() + seconds, sorted(tokens), list[str]()
     running: dict[int, subprocess.Popen[bytes]] = {}
-    with tempfile.TemporaryDirectory() as folder, Family() as family:
+    with tempfile.TemporaryDirectory() as folder, Children() as children:
         while waiting or running:
             late = time.monotonic() >= end
             while waiting and len(running) < jobs and not late:
                 count = waiting.pop()  # the largest first
                 with _log(folder, count).open("wb") as log:
                     running[count] = subprocess.Popen(
-                        command_for(count), cwd=ROOT, stdout=log, stderr=log, process_group=family.id
+                        command_for(count), cwd=ROOT, stdout=log, stderr=log, process_group=children.id
                     )
             for count, process in list(running.items()):
                 if process.poll() is None and not late:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.arguments import integer, member
+from epfuse.arguments import checks_enums, integer, member
 from epfuse.config import Combine, LayerShape, Path, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.families.family import Family
@@ -39,6 +39,7 @@ READABLE: dict[Target, dict[Path, tuple[WeightFormat, ...]]] = {
 """The paths of each target in AUTO's order, and the weights that each reads, best first."""
 
 
+@checks_enums
 def readable_formats(target: Target, path: Path, combine: Combine) -> tuple[WeightFormat, ...]:
     """The weights that a path's kernels read and sum routes of so, best first; none where there is no kernel."""
     return tuple(
@@ -48,6 +49,7 @@ def readable_formats(target: Target, path: Path, combine: Combine) -> tuple[Weig
     )
 
 
+@checks_enums
 def serving(
     target: Target,
     path: Path,
@@ -61,6 +63,7 @@ def serving(
     return tuple(family for family in found if not family.every_gpu) or found
 
 
+@checks_enums
 def family_of(path: Path, form: WeightFormat, tiles: LayerTiles) -> Family:
     """The family whose kernels take such tiles.
 
@@ -78,6 +81,7 @@ def family_of(path: Path, form: WeightFormat, tiles: LayerTiles) -> Family:
     )
 
 
+@checks_enums
 def default_ranges(
     target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
 ) -> tuple[TileRange, ...]:

@@ -26,7 +26,6 @@ import torch.distributed as dist
 
 from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError, UnsupportedTarget
-from epfuse.family import Family, join
 from epfuse.parallel.group import EPGroup
 from epfuse.parallel.limits import check_limits
 from epfuse.parallel.watch import WaitLog, Watch
@@ -97,7 +96,7 @@ class _Job:
     placement: Placement
     folder: Path
     log_dir: Path
-    family: int
+    children: int
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,8 @@ def launch_ranks(
     context: Any = multiprocessing.get_context("forkserver" if placement is Placement.CPU else "spawn")
     if placement is Placement.CPU:
         context.set_forkserver_preload(["epfuse.parallel.launch", *preload])
-    with _signals_raise(), tempfile.TemporaryDirectory() as name, Family() as family:
-        job = _Job(pickle.dumps((entry, args)), ranks, placement, Path(name), log_dir, family.id)
+    with _signals_raise(), tempfile.TemporaryDirectory() as name, Children() as children:
+        job = _Job(pickle.dumps((entry, args)), ranks, placement, Path(name), log_dir, children.id)
         processes: list[BaseProcess] = []
         try:
             for rank in range(ranks):
@@ -169,14 +168,14 @@ def launch_ranks(
                     raise RankFailed(f"rank {rank} of {ranks} failed: it couldn't be started: {error!r}") from error
             return _results(processes, job, stall_seconds)
         finally:
-            family.end()
+            children.end()
             for process in processes:
                 process.kill()  # one that was too young to have joined
                 process.join(GRACE_SECONDS)
 
 
 def _run_rank(job: _Job, rank: int) -> None:
-    join(job.family)
+    join(job.children)
     output = job.log_dir / f"rank-{rank}"
     output.mkdir(exist_ok=True)
     for stream, name in ((1, "stdout.log"), (2, "stderr.log")):

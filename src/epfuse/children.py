@@ -18,12 +18,12 @@ os.killpg(0, signal.SIGKILL)
 """
 
 
-class Family:
+class Children:
     """A process group of this process's children and theirs, which is killed when the ``with`` block is left.
 
     The group's leader is a small process that does nothing but read a pipe. This process holds the other end, so when
     it is gone, even by SIGKILL, the leader reads the end of file and kills the group, stopped processes too. A process
-    that makes a group of its own leaves the family.
+    that makes a group of its own is no longer one of them.
 
     A terminal's Ctrl-C reaches this process alone, for the group is another than its own.
 
@@ -45,7 +45,7 @@ class Family:
         )
         self.id = self._leader.pid
 
-    def __enter__(self) -> Family:
+    def __enter__(self) -> Children:
         return self
 
     def __exit__(
@@ -54,7 +54,7 @@ class Family:
         self.end()
 
     def end(self) -> None:
-        """Kill all of the family; nothing happens the second time."""
+        """Kill all of the children; nothing happens the second time."""
         if self._leader.returncode is None:  # as long as nobody has waited for the leader, the id is nobody else's
             with suppress(ProcessLookupError):
                 os.killpg(self.id, signal.SIGKILL)
@@ -63,13 +63,13 @@ class Family:
         self._leader.stdin.close()
 
 
-def join(family: int) -> None:
-    """Make the calling process a member of a family; it ends here if the family has ended already.
+def join(children: int) -> None:
+    """Make the calling process a member of a group of children; it ends here if the group has ended already.
 
     Args:
-        family: `Family.id` of the process that started this one.
+        children: `Children.id` of the process that started this one.
     """
     try:
-        os.setpgid(0, family)
+        os.setpgid(0, children)
     except OSError:  # the parent died while this process was starting
         os._exit(1)
