@@ -21,9 +21,9 @@ from epfuse.numerics.mxfp8 import MXFP8
 
 PACKAGES = (
     *("numerics", "policy", "stages", "verify", "weights"),
-    *("aot", "bench", "demo", "integrations", "parallel", "planning", "tuning"),
+    *("aot", "bench", "demo", "integrations", "parallel", "planning", "tuning", "measured", "hardware"),
 )
-MODULES = ("api", "config", "environment", "expert_map", "scratch", "target")
+MODULES = ("api", "config", "environment", "expert_map", "families.registry", "scratch", "target")
 
 
 def modules() -> Iterator[object]:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from epfuse.arguments import checks_enums
+from epfuse.children import Children, join
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.parallel.group import EPGroup
 from epfuse.parallel.limits import check_limits
