@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from epfuse.aot.model import MI300X, compare
 from epfuse.bench.model_points import measurements, routing_of
 from epfuse.errors import ConfigError
+from epfuse.hardware.time_model import MI300X, compare
 from tests.bench.records import peer, record, row
 
 MEASURED = record(

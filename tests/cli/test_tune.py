@@ -14,9 +14,10 @@ from epfuse import Target
 from epfuse.cli import tune_run
 from epfuse.cli.main import main
 from epfuse.families.family import Stage
+from epfuse.measured import store
 from epfuse.stages.tiles import LayerTiles
 from epfuse.tuning import bench as tuning_bench
-from epfuse.tuning import prune, store
+from epfuse.tuning import prune
 from epfuse.tuning.search import Point, Timed
 
 

@@ -14,10 +14,10 @@ from epfuse import Path
 from epfuse.config import LayerShape, Policy
 from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
+from epfuse.hardware.products import GIB, PRODUCTS
 from epfuse.planning.console import fewer_ranks, show
 from epfuse.planning.model_plan import ModelPlan, Serving, plan_model
 from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
-from epfuse.planning.products import GIB, PRODUCTS
 from epfuse.policy import Storage
 from epfuse.target import Target
 from epfuse.weights.block_fp8 import BlockFP8

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from epfuse.aot.model import MI300X
 from epfuse.config import MINIMAX_M3_EP8
 from epfuse.errors import ConfigError
+from epfuse.hardware.time_model import MI300X
 from epfuse.profiling.devices import product_of
 from epfuse.profiling.events import TracedDevice
 from epfuse.profiling.experts import ExpertStep, moved_bytes, view_experts

@@ -13,9 +13,9 @@ import pytest
 from epfuse import LayerShape, Path, Target
 from epfuse.config import WeightFormat
 from epfuse.families.family import Stage
+from epfuse.measured import store
+from epfuse.measured.schema import Measurement, PortableEntry, Row, ShapeEntry
 from epfuse.policy import call
-from epfuse.tuning import store
-from epfuse.tuning.schema import Measurement, PortableEntry, Row, ShapeEntry
 
 M3 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"

@@ -15,9 +15,10 @@ import pytest
 
 from epfuse import Path, Target
 from epfuse.errors import ConfigError
+from epfuse.measured import store
+from epfuse.measured.schema import Stage, entry_of
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
-from epfuse.tuning import store, vllm_files
-from epfuse.tuning.schema import Stage, entry_of
+from epfuse.tuning import vllm_files
 from epfuse.tuning.trials import plans_of, read_trials
 from tests.mutations import mutated_bytes, mutated_values
 from tests.tuning.tables import H200, M3, measurement, row, write

@@ -11,9 +11,9 @@ from epfuse import Path, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.families.family import Stage
+from epfuse.measured import store
 from epfuse.policy import decide
 from epfuse.stages.tiles import GemmTile, LayerTiles
-from epfuse.tuning import store
 from epfuse.tuning.run import Device, Request, pending, plan_of, run
 from epfuse.tuning.search import Outcome, Plan, Point, Timed
 from epfuse.tuning.space import Space

@@ -16,9 +16,9 @@ from epfuse.families.registry import serving
 from epfuse.families.sm90 import SM90
 from epfuse.families.sm90_fp8 import SM90_FP8
 from epfuse.families.sm90_packed import SM90_PACKED
+from epfuse.measured.schema import entry_of
 from epfuse.policy import READABLE
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
-from epfuse.tuning.schema import entry_of
 from epfuse.tuning.space import block_ms, candidates, known_candidates
 from tests.tuning.tables import M3
 

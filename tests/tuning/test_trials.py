@@ -12,8 +12,8 @@ from epfuse import Path, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.families.family import Stage
+from epfuse.measured import store
 from epfuse.stages.tiles import GemmTile, LayerTiles
-from epfuse.tuning import store
 from epfuse.tuning.run import Device, Request
 from epfuse.tuning.search import Point, Timed
 from epfuse.tuning.trials import Result, fastest, keep_fastest, plans_of, read_trials, run_trials

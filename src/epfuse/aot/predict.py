@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from epfuse.aot.kernels import Kernel
-from epfuse.aot.model import (
+from epfuse.config import MINIMAX_M3_EP8
+from epfuse.hardware.published import BF16_POINTS, BLOCK_FP8_POINT, MOE_LAYERS
+from epfuse.hardware.time_model import (
     MI300X,
     MI300X_ROUTING,
     PATHS,
@@ -20,8 +22,6 @@ from epfuse.aot.model import (
     expert_gemms,
     predicted_ms,
 )
-from epfuse.aot.published import BF16_POINTS, BLOCK_FP8_POINT, MOE_LAYERS
-from epfuse.config import MINIMAX_M3_EP8
 
 CLOCKS = 4
 """Clocks of a vector instruction: 64 lanes on a SIMD of 16."""

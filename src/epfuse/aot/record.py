@@ -8,9 +8,9 @@ from typing import Any
 
 from epfuse.aot.gates import Gate
 from epfuse.aot.kernels import Kernel
-from epfuse.aot.model import MI300X, MI300X_ROUTING
 from epfuse.aot.predict import Prediction, published
 from epfuse.arguments import checks_enums
+from epfuse.hardware.time_model import MI300X, MI300X_ROUTING
 from epfuse.target import Target
 from epfuse.verify.record import versions
 

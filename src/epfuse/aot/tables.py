@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from epfuse.aot import amdgcn, sass
-from epfuse.aot.h100 import FITTED_TOKENS, H100, h100
 from epfuse.aot.kernels import Kernel
-from epfuse.aot.model import MI300X, MI300X_ROUTING, mean_error
 from epfuse.aot.predict import published
-from epfuse.aot.published import BF16_POINTS
 from epfuse.aot.record import Record, TargetRecord
+from epfuse.hardware.h100 import FITTED_TOKENS, H100, h100
+from epfuse.hardware.published import BF16_POINTS
+from epfuse.hardware.time_model import MI300X, MI300X_ROUTING, mean_error
 from epfuse.verify.record import versions
 
 

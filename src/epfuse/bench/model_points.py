@@ -1,16 +1,16 @@
-"""A record as points of the time model (`epfuse.aot.model`)."""
+"""A record as points of the time model (`epfuse.hardware.time_model`)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from epfuse.aot import model
 from epfuse.bench.contender import Kind
 from epfuse.bench.measure import Method
 from epfuse.bench.record import Record
 from epfuse.bench.routing import Kind as RoutingKind
 from epfuse.bench.routing import Routing
 from epfuse.errors import ConfigError
+from epfuse.hardware import time_model as model
 
 
 def routing_of(text: str) -> model.Routing:

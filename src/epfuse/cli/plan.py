@@ -14,9 +14,9 @@ from rich.console import Console
 from epfuse.config import Policy
 from epfuse.environment import environment
 from epfuse.errors import ConfigError
+from epfuse.hardware.products import PRODUCTS, Product, product_of
 from epfuse.planning import console
 from epfuse.planning.model_plan import Serving, plan_model
-from epfuse.planning.products import PRODUCTS, Product, product_of
 from epfuse.target import Target
 from epfuse.weights.model_config import MODELS, ExpertModel, read_model
 

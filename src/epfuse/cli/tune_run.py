@@ -22,8 +22,9 @@ from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.device import choose_device
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, DeviceError, TuningError
+from epfuse.measured import store
 from epfuse.target import device_name, target_of
-from epfuse.tuning import console, store, vllm_files
+from epfuse.tuning import console, vllm_files
 from epfuse.tuning.run import Device, Request, pending, plan_of, run, write_rows
 from epfuse.tuning.search import Outcome, Plan, without
 from epfuse.tuning.space import Space

@@ -9,7 +9,7 @@ from typing import Any
 
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, Policy
-from epfuse.planning.products import Product
+from epfuse.hardware.products import Product
 from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, Storage, TokenRange, Verdict, plan_layer
 from epfuse.policy.facts import LayerFacts, model_facts
 from epfuse.policy.refusals import refusal

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from epfuse.aot.model import PATHS, predicted_ms
 from epfuse.arguments import checks_enums
 from epfuse.config import Path
 from epfuse.errors import ConfigError
+from epfuse.hardware.time_model import PATHS, predicted_ms
 from epfuse.planning.model_plan import ModelPlan
 from epfuse.policy import Decision, Storage, decide
 
 CONCURRENCIES = {"c1": 1, "c16": 16, "c256": 216}
-"""Requests in flight -> T of a decode step. Of 256, 216 were active in the published profile (`aot.published`)."""
+"""Requests in flight -> T of a decode step. Of 256, 216 were active in the published profile (`hardware.published`)."""
 
 STORED_PATHS = {
     Storage.BF16: (Path.BF16,),

@@ -11,10 +11,10 @@ import torch
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families.registry import default_ranges
+from epfuse.measured.lookup import Found, Source, change_points, find, sources
 from epfuse.policy.decision import TileChoice
 from epfuse.stages.tiles import LayerTiles, TileRange, rows_per_expert
 from epfuse.target import Target
-from epfuse.tuning.lookup import Found, Source, change_points, find, sources
 
 log = logging.getLogger(__name__)
 

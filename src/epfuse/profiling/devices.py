@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from epfuse.aot.model import MI300X, Machine
+from epfuse.hardware.time_model import MI300X, Machine
 from epfuse.profiling.events import TracedDevice
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from epfuse.aot.model import BALANCED, PATHS, Machine, expert_gemms
 from epfuse.config import LayerShape
+from epfuse.hardware.time_model import BALANCED, PATHS, Machine, expert_gemms
 from epfuse.profiling.phases import EXPERT_PHASES, Phase
 from epfuse.profiling.shapes import WEIGHT_BYTES, ExpertShape
 
@@ -53,7 +53,7 @@ class Prediction:
     """The expert phases' time on another path, by the time model: never measured.
 
     Attributes:
-        path: name in `epfuse.aot.model.PATHS`.
+        path: name in `epfuse.hardware.time_model.PATHS`.
         ns: predicted for both GEMMs with the activation fused, over the window.
         saved: the measured time of the expert phases minus that; negative if the path would be slower.
     """

@@ -15,11 +15,11 @@ from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.families.family import Stage
 from epfuse.families.registry import READABLE, default_ranges, serving
+from epfuse.measured import store
+from epfuse.measured.schema import Measurement, Row, ShapeEntry
 from epfuse.policy.call import decide
 from epfuse.stages.tiles import GemmTile, LayerTiles, rows_per_expert
 from epfuse.target import Target
-from epfuse.tuning import store
-from epfuse.tuning.schema import Measurement, Row, ShapeEntry
 from epfuse.tuning.search import Bench, Outcome, Plan, Point, search
 from epfuse.tuning.space import Space, block_ms, candidates, known_candidates
 

@@ -15,8 +15,8 @@ from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import TuningError
 from epfuse.families.family import Stage
+from epfuse.measured.schema import Row, entry_of
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
-from epfuse.tuning.schema import Row, entry_of
 from epfuse.tuning.space import GUESSES, guessing
 
 BEST_OF_STAGE = 3

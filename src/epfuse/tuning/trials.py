@@ -15,10 +15,10 @@ from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, first_fault
 from epfuse.families.family import Stage
 from epfuse.input_file import read_file
+from epfuse.measured.schema import TileEntry
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
 from epfuse.tuning.run import Request, point_of, write_rows
-from epfuse.tuning.schema import TileEntry
 from epfuse.tuning.search import Bench, Plan, Point, Timed, attempt, row_of
 
 LARGEST_FILE = 1 << 20

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from epfuse.aot.h100 import H100
-from epfuse.aot.model import BALANCED, MI300X, MI300X_ROUTING, Machine, Routing
 from epfuse.arguments import checks_enums
+from epfuse.hardware.h100 import H100
+from epfuse.hardware.time_model import BALANCED, MI300X, MI300X_ROUTING, Machine, Routing
 from epfuse.target import REFERENCE_DEVICE, Target
 
 GIB = 1 << 30

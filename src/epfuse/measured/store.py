@@ -19,9 +19,9 @@ from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError, first_fault
 from epfuse.families.family import Stage
 from epfuse.input_file import read_file
+from epfuse.measured.schema import Measurement, Table
 from epfuse.report.write import remove_leftovers, write_atomic
 from epfuse.target import Target
-from epfuse.tuning.schema import Measurement, Table
 
 TABLES = Path(__file__).parent / "tables"
 """The tables that calls read."""

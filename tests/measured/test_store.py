@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from epfuse import Path, Target
 from epfuse.errors import ConfigError
 from epfuse.families.family import Stage
+from epfuse.measured import store
+from epfuse.measured.schema import Table, entry_of
 from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
-from epfuse.tuning import store
-from epfuse.tuning.schema import Table, entry_of
 from tests.tuning.tables import H200, measurement, row, write
 
 TILES = [

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families.family import Stage
+from epfuse.measured.schema import Measurement, Row
+from epfuse.measured.store import shipped
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
-from epfuse.tuning.schema import Measurement, Row
-from epfuse.tuning.store import shipped
 
 CLOSE = 1.5
 """Rows per expert of a call, over those of a row or the other way round, up to which any product's row is used."""

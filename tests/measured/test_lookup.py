@@ -13,10 +13,10 @@ from epfuse import LayerShape, Path, Target
 from epfuse.config import WeightFormat
 from epfuse.families.family import Stage
 from epfuse.families.registry import default_ranges
+from epfuse.measured import store
+from epfuse.measured.lookup import Source, find, sources
 from epfuse.policy import Decision, decide
 from epfuse.stages.tiles import rows_per_expert
-from epfuse.tuning import store
-from epfuse.tuning.lookup import Source, find, sources
 from tests.tuning.tables import H100, H200, M3, measurement, row, write
 
 DENSE = WeightFormat.DENSE

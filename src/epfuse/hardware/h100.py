@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from epfuse.aot.model import PATHS, Comparison, Machine, Measurement, compare
 from epfuse.config import MINIMAX_M3_EP8
+from epfuse.hardware.time_model import PATHS, Comparison, Machine, Measurement, compare
 
 H100 = Machine(
     name="H100 80GB HBM3",

@@ -6,8 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from epfuse.aot.h100 import FITTED_TOKENS, H100, h100
-from epfuse.aot.model import (
+from epfuse.aot.predict import predictions, published
+from epfuse.config import MINIMAX_M3_EP8, LayerShape
+from epfuse.errors import ConfigError
+from epfuse.hardware.h100 import FITTED_TOKENS, H100, h100
+from epfuse.hardware.published import BF16_POINTS, MOE_LAYERS
+from epfuse.hardware.time_model import (
     BALANCED,
     MI300X,
     MI300X_ROUTING,
@@ -22,10 +26,6 @@ from epfuse.aot.model import (
     mean_error,
     predicted_ms,
 )
-from epfuse.aot.predict import predictions, published
-from epfuse.aot.published import BF16_POINTS, MOE_LAYERS
-from epfuse.config import MINIMAX_M3_EP8, LayerShape
-from epfuse.errors import ConfigError
 
 MEASURED = [
     Measurement(point.name, PROFILED_BF16, point.tokens, point.expert_gemms_ms, MOE_LAYERS) for point in BF16_POINTS

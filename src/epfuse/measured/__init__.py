@@ -1,0 +1,1 @@
+"""Tables of measured tiles: their form, their files, and how a call finds a row."""
