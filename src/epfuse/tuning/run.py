@@ -127,6 +127,7 @@ def pending(request: Request, part: tuple[int, int] = (1, 1)) -> list[Point]:
     return [point for point in mine if (point.path, point.weights, point.tokens) not in done]
 
 
+@checks_enums
 def known_tiles(target: Target, path: Path, weights: WeightFormat, shape: LayerShape) -> list[GemmTile]:
     """Tiles of either stage that the target's defaults and its tables hold for a path, of every layer and device."""
     defaults = [entry.tiles for entry in default_ranges(target, path, weights, shape, torch.bfloat16)]
