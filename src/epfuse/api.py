@@ -7,7 +7,7 @@ from torch.profiler import record_function
 
 from epfuse.arguments import member
 from epfuse.compile_ops import traced_experts
-from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI
+from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI
 from epfuse.environment import environment
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
@@ -30,7 +30,7 @@ def fused_experts(
     topk_ids: torch.Tensor,
     expert_map: ExpertMap,
     *,
-    activation: SwiGLUOAI | None = None,
+    activation: Activation | None = None,
     path: Path = Path.AUTO,
     combine: Combine = Combine.DETERMINISTIC,
     out: torch.Tensor | None = None,
@@ -48,7 +48,7 @@ def fused_experts(
         topk_weights: ``[T, K]`` float32 contiguous; a NaN reaches only its own token.
         topk_ids: ``[T, K]`` int32 or int64 contiguous, global expert ids; -1 and anything outside [0, E) is skipped.
         expert_map: which global experts are local, with L matching ``weights``.
-        activation: SwiGLU-OAI parameters; None means MiniMax-M3's.
+        activation: between the two projections: `SwiGLUOAI`; None means MiniMax-M3's.
         path: how to compute it; AUTO lets the policy choose (or EPFUSE_PATH, where it is set: `epfuse.environment`).
         combine: how a token's routes are summed. ATOMIC is for the paths with FP8 activations (W8A8, BLOCK_FP8) and not
             bitwise repeatable.
@@ -91,7 +91,7 @@ def fused_experts(
     kept, device = weights.kept, hidden.device
     asked = environment().path if path is Path.AUTO else path
     target, dtype = target_of(device), hidden.dtype
-    table = call_table(asked, target, shape, frozenset(kept), dtype, combine, device_name(device))
+    table = call_table(asked, target, shape, frozenset(kept), dtype, combine, device_name(device), type(activation))
     decision = table.at(tokens)
     if decision.family is None or decision.weights is None or decision.tiles is None:
         with torch.inference_mode():
@@ -115,7 +115,7 @@ def check_call(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: ExpertMap,
-    activation: SwiGLUOAI,
+    activation: Activation,
     path: Path,
     combine: Combine,
     out: torch.Tensor | None,
@@ -127,11 +127,12 @@ def check_call(
     for name, value, kind in (
         ("weights", weights, ExpertWeights),
         ("expert_map", expert_map, ExpertMap),
-        ("activation", activation, SwiGLUOAI),
+        ("activation", activation, Activation),
     ):
         if not isinstance(value, kind):
             hint = " (wrap a map tensor: ExpertMap(tensor))" if kind is ExpertMap else ""
-            raise ConfigError(f"{name} is a {type(value).__name__}; it must be an epfuse.{kind.__name__}{hint}")
+            wanted = SwiGLUOAI if kind is Activation else kind  # the one that there is
+            raise ConfigError(f"{name} is a {type(value).__name__}; it must be an epfuse.{wanted.__name__}{hint}")
     if scratch is not None and not isinstance(scratch, Scratch):
         raise ConfigError(f"scratch is a {type(scratch).__name__}; it must be an epfuse.Scratch")
     tensors = {"hidden": hidden, "topk_weights": topk_weights, "topk_ids": topk_ids}

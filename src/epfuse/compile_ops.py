@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from epfuse.config import Combine, Path, SwiGLUOAI
+from epfuse.config import Activation, Combine, Path, SwiGLUOAI
 from epfuse.errors import ConfigError, DtypeError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.weights.consistency import KINDS
@@ -27,7 +27,7 @@ def traced_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: ExpertMap,
-    activation: SwiGLUOAI,
+    activation: Activation,
     path: Path,
     combine: Combine,
     out: torch.Tensor | None,
@@ -38,13 +38,16 @@ def traced_experts(
     no copy on ``hidden``'s device is copied there at each run: make it there.
 
     Raises:
-        ConfigError: hidden or topk_weights requires grad, and gradients are on.
+        ConfigError: hidden or topk_weights requires grad, and gradients are on; or the activation is no `SwiGLUOAI`,
+            the one kind that the operator carries.
         ShapeError, DtypeError: out is not like hidden; a copy would hide it.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or topk_weights.requires_grad):
         raise ConfigError(
             "hidden or topk_weights requires grad; there is no backward: call the model under torch.no_grad()"
         )
+    if type(activation) is not SwiGLUOAI:
+        raise ConfigError(f"activation is a {type(activation).__name__}; a traced call takes an epfuse.SwiGLUOAI")
     formats, tensors = take_apart(weights)
     slots = expert_map.nearest(hidden.device)
     result: torch.Tensor = _operator(
@@ -56,7 +59,7 @@ def traced_experts(
         topk_weights,
         topk_ids,
         slots if slots.device == hidden.device else slots.to(hidden.device),
-        [activation.alpha, activation.beta, activation.limit],
+        list(activation.parameters),
         path.value,
         combine.value,
     )

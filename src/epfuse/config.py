@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import enum
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from epfuse.arguments import integer, real
 from epfuse.errors import ConfigError
@@ -70,8 +72,23 @@ class WeightFormat(enum.Enum):
     """Block FP8 with E4M3FNUZ values."""
 
 
+class Activation(ABC):
+    """What stands between the two GEMMs: a function of a gate and an up value.
+
+    Attributes:
+        kind: what kernels and reference know it by.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def parameters(self) -> tuple[float, ...]:
+        """What kernels take at run time, in the order of the device code; floats, as 1 would be a constant of them."""
+
+
 @dataclass(frozen=True)
-class SwiGLUOAI:
+class SwiGLUOAI(Activation):
     """The clamped SwiGLU of gpt-oss and MiniMax-M3.
 
     ``gate = min(g, limit); up = clamp(u, -limit, limit); y = gate * sigmoid(alpha * gate) * (up + beta)``
@@ -85,9 +102,16 @@ class SwiGLUOAI:
         ConfigError: a parameter is out of range.
     """
 
+    kind: ClassVar[str] = "swiglu_oai"
+
     alpha: float = 1.702
     beta: float = 1.0
     limit: float = 7.0
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """alpha, beta, limit."""
+        return self.alpha, self.beta, self.limit
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "limit"):

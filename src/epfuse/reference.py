@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.profiler import record_function
 
-from epfuse.config import SwiGLUOAI
+from epfuse.config import Activation
 from epfuse.expert_map import ExpertMap
 from epfuse.stages.combine import reference as combine_reference
 from epfuse.stages.down import reference as down_reference
@@ -20,7 +20,7 @@ def run_reference(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: ExpertMap,
-    activation: SwiGLUOAI,
+    activation: Activation,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The layer in plain PyTorch, on any device and weights of any format; syncs with the device.
@@ -38,7 +38,7 @@ def _reference(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: ExpertMap,
-    activation: SwiGLUOAI,
+    activation: Activation,
     compute: torch.dtype,
 ) -> torch.Tensor:
     experts = weights.reference_experts

@@ -12,7 +12,7 @@ from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.families.family import Stage
 from epfuse.reference import run_reference
-from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.stages.activation_reference import swiglu_oai
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile
 from epfuse.tuning.calls import bind_stage, layer_call

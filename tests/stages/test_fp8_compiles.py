@@ -31,7 +31,7 @@ def compile(kernel, types, constexprs, **options):
     names = kernel.arg_names
     constexprs = {name: value for name, value in constexprs.items() if name in names}
     signature = {name: types.get(name, "i32" if name in INTS else "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("H", "I", "G")]
+    aligned = [i for i, name in enumerate(names) if str(signature[name]).startswith("*") or name in ("H", "I", "G")]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     print("==", kernel.fn.__name__)
@@ -53,8 +53,9 @@ for tiles in {entry.tiles for entry in FP8[Target(target)]}:
             }
             compile(kernel, types, constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)
 for group in (32, 128):
-    types = {"gate_up": "*bf16", "codes": "*u8", "scales": "*u8", "alpha": "fp32", "beta": "fp32", "limit": "fp32"}
+    types = {"gate_up": "*bf16", "codes": "*u8", "scales": "*u8", "activation": ("fp32",) * 3}
     constexprs = {"BLOCK_R": 4, "BLOCK_G": 512 // group, "GROUP": group, "CEIL": True, "FNUZ": target == "gfx942"}
+    constexprs["ACTIVATION"] = "swiglu_oai"
     compile(activate_kernel, types | table, constexprs, num_warps=4)
 """
 

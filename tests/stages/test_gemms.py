@@ -146,7 +146,7 @@ def gpu_activation(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     activation_kernel[(rows,)](
-        gate_up, out, width, ACTIVATION.alpha, ACTIVATION.beta, ACTIVATION.limit, BLOCK=1 << (width - 1).bit_length()
+        gate_up, out, width, ACTIVATION.parameters, ACTIVATION.kind, BLOCK=1 << (width - 1).bit_length()
     )
     return out
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from epfuse.config import SwiGLUOAI, silu_gate
 from epfuse.integrations.transformers import check_layout
-from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.stages.activation_reference import swiglu_oai
 from epfuse.weights.config_families import FAMILIES, OUTER
 from epfuse.weights.model_config import ExpertModel, read_model
 

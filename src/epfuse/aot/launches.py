@@ -37,7 +37,7 @@ class Launch:
         target: what it is specialised for.
         module: of the kernel; ``epfuse.stages.STAGE.kernel*``.
         kernel: name in that module.
-        signature: argument name -> Triton type, "constexpr" for a constant.
+        signature: argument name -> Triton type, "constexpr" for a constant; of a tuple its items' types.
         constants: argument name -> value.
         attributes: argument name -> what is known of it (divisibility, 32-bit range).
         options: compiler options.
@@ -46,7 +46,7 @@ class Launch:
     target: Target
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[str, Any], ...]
     attributes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
     options: tuple[tuple[str, Any], ...]
@@ -128,10 +128,10 @@ def launches_of(target: Target, call: Callable[[], None]) -> list[Launch]:
                 module=fn.module,
                 kernel=fn.jit_function.__name__,
                 signature=tuple(compile["signature"].items()),
-                constants=tuple((names[path[0]], value) for path, value in compile["constants"].items()),
+                constants=tuple((names[place], value) for (place,), value in compile["constants"].items()),
                 attributes=tuple(
-                    (names[path[0]], tuple((name, value) for name, value in pairs))
-                    for path, pairs in compile["configs"][0].items()
+                    (names[place], tuple((name, value) for name, value in pairs))
+                    for (place,), pairs in compile["configs"][0].items()
                     if pairs
                 ),
                 options=tuple((name, _frozen(value)) for name, value in options.items() if name not in MACHINE_OPTIONS),

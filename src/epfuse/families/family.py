@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
-from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.scratch import Scratch, ScratchSize
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile, LayerTiles, TileRange
@@ -62,7 +62,7 @@ class LayerCall(NamedTuple):
     topk_ids: torch.Tensor
     slots: torch.Tensor
     shape: LayerShape
-    activation: SwiGLUOAI
+    activation: Activation
     combine: Combine
     out: torch.Tensor
     scratch: Scratch | None
@@ -85,6 +85,7 @@ class Family(ABC):
         reads: target -> path -> the weights that the kernels read, best first.
         tile: class of its tiles. Of families that read the same weights a call's tiles tell which one runs.
         combines: how it can sum a token's routes.
+        activations: what it has device code for (`epfuse.stages.activation`).
         least_block_m: rows of its smallest block.
         every_gpu: whether it gives way where a GPU has kernels of its own for the same weights.
     """
@@ -93,11 +94,19 @@ class Family(ABC):
     reads: ClassVar[Mapping[Target, Mapping[Path, tuple[WeightFormat, ...]]]]
     tile: ClassVar[type[GemmTile]]
     combines: ClassVar[frozenset[Combine]] = frozenset({Combine.DETERMINISTIC})
+    activations: ClassVar[frozenset[type[Activation]]] = frozenset({SwiGLUOAI})
     least_block_m: ClassVar[int] = 16
     every_gpu: ClassVar[bool] = False
 
     def accepts(
-        self, target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype, combine: Combine
+        self,
+        target: Target,
+        path: Path,
+        form: WeightFormat,
+        shape: LayerShape,
+        dtype: torch.dtype,
+        combine: Combine,
+        activation: type[Activation] = SwiGLUOAI,
     ) -> str | None:
         """Why calls can't run on this family, in a sentence; None if they can.
 
@@ -108,11 +117,14 @@ class Family(ABC):
             shape: the layer's sizes.
             dtype: of the activations.
             combine: how routes are summed.
+            activation: between the two GEMMs.
         """
         if form not in self.reads.get(target, {}).get(path, ()):
             return f"{self.name} has no kernel for {target.value} that reads {form.value} weights on {path.value}."
         if combine not in self.combines:
             return f"{self.name} does not sum routes by {combine.value}."
+        if activation not in self.activations:
+            return f"{self.name} has no code for {activation.__name__}."
         if path is not Path.BF16 and dtype != torch.bfloat16:
             return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from epfuse.arguments import checks_enums, integer, member
-from epfuse.config import Combine, LayerShape, Path, WeightFormat
+from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.families.family import Family
 from epfuse.families.portable import PORTABLE
@@ -40,12 +40,15 @@ READABLE: dict[Target, dict[Path, tuple[WeightFormat, ...]]] = {
 
 
 @checks_enums
-def readable_formats(target: Target, path: Path, combine: Combine) -> tuple[WeightFormat, ...]:
-    """The weights that a path's kernels read and sum routes of so, best first; none where there is no kernel."""
+def readable_formats(
+    target: Target, path: Path, combine: Combine, activation: type[Activation] = SwiGLUOAI
+) -> tuple[WeightFormat, ...]:
+    """The weights whose kernels on a path activate and sum routes so, best first; none where there is no kernel."""
+    able = [family for family in FAMILIES if combine in family.combines and activation in family.activations]
     return tuple(
         form
         for form in READABLE[target].get(path, ())
-        if any(form in family.reads.get(target, {}).get(path, ()) and combine in family.combines for family in FAMILIES)
+        if any(form in family.reads.get(target, {}).get(path, ()) for family in able)
     )
 
 
@@ -57,9 +60,11 @@ def serving(
     shape: LayerShape,
     dtype: torch.dtype,
     combine: Combine = Combine.DETERMINISTIC,
+    activation: type[Activation] = SwiGLUOAI,
 ) -> tuple[Family, ...]:
     """The families whose kernels such calls run; a call's tiles say which of them. Arguments as of `Family.accepts`."""
-    found = tuple(family for family in FAMILIES if family.accepts(target, path, form, shape, dtype, combine) is None)
+    call = (target, path, form, shape, dtype, combine, activation)
+    found = tuple(family for family in FAMILIES if family.accepts(*call) is None)
     return tuple(family for family in found if not family.every_gpu) or found
 
 
@@ -83,10 +88,15 @@ def family_of(path: Path, form: WeightFormat, tiles: LayerTiles) -> Family:
 
 @checks_enums
 def default_ranges(
-    target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
+    target: Target,
+    path: Path,
+    form: WeightFormat,
+    shape: LayerShape,
+    dtype: torch.dtype,
+    activation: type[Activation] = SwiGLUOAI,
 ) -> tuple[TileRange, ...]:
     """Default tiles of a path, by expected rows per expert, ascending; the last range has no end."""
-    families = serving(target, path, form, shape, dtype)
+    families = serving(target, path, form, shape, dtype, activation=activation)
     found = [entry for family in families for entry in family.defaults(target, form, shape, dtype)]
     return tuple(sorted(found, key=lambda entry: entry.max_rows))
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import Combine, LayerShape, Path, WeightFormat
+from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import Family, LayerCall, Step, Steps
 from epfuse.families.memory import rows_between
@@ -37,10 +37,17 @@ class Sm90(Family):
     }
 
     def accepts(
-        self, target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype, combine: Combine
+        self,
+        target: Target,
+        path: Path,
+        form: WeightFormat,
+        shape: LayerShape,
+        dtype: torch.dtype,
+        combine: Combine,
+        activation: type[Activation] = SwiGLUOAI,
     ) -> str | None:
         """Dense weights in whole steps of 128 columns, and BF16."""
-        if (refusal := super().accepts(target, path, form, shape, dtype, combine)) is not None:
+        if (refusal := super().accepts(target, path, form, shape, dtype, combine, activation)) is not None:
             return refusal
         if form is WeightFormat.DENSE and (shape.hidden % 128 or shape.intermediate % 128):
             return (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from epfuse.arguments import checks_enums, integer
-from epfuse.config import Combine, LayerShape, Path, WeightFormat
+from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.families.registry import FP8_PATHS, READABLE, family_of, readable_formats
 from epfuse.policy.decision import Considered, Decision, Verdict
@@ -45,6 +45,7 @@ def decide(
     dtype: torch.dtype = torch.bfloat16,
     combine: Combine = Combine.DETERMINISTIC,
     device_name: str | None = None,
+    activation: type[Activation] = SwiGLUOAI,
 ) -> Decision:
     """Resolve AUTO, then choose weights and tiles.
 
@@ -57,13 +58,15 @@ def decide(
         dtype: of the activations.
         combine: how routes are summed; ATOMIC leaves the paths with FP8 activations.
         device_name: the product, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
+        activation: between the two GEMMs.
 
     Raises:
         ConfigError: ``tokens`` is no integer or out of range.
         UnsupportedTarget: ``target`` can't run ``path`` so; the message names what it can run.
     """
     tokens = integer("tokens", tokens, least=1)
-    return call_table(path, target, shape, formats, dtype, combine, device_name or REFERENCE_DEVICE[target]).at(tokens)
+    device_name = device_name or REFERENCE_DEVICE[target]
+    return call_table(path, target, shape, formats, dtype, combine, device_name, activation).at(tokens)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -76,9 +79,10 @@ def call_table(
     dtype: torch.dtype,
     combine: Combine,
     device_name: str,
+    activation: type[Activation] = SwiGLUOAI,
 ) -> CallTable:
     """All of `decide`'s answers that differ in T alone."""
-    refusals = path_refusals(target, formats, dtype, combine)
+    refusals = path_refusals(target, formats, dtype, combine, activation)
     kernels = [candidate for candidate in READABLE[target] if refusals[candidate] is None]
     runs = [*kernels, Path.REFERENCE] if refusals[Path.REFERENCE] is None else kernels
     chosen = path
@@ -86,16 +90,17 @@ def call_table(
         chosen = runs[0] if runs else path
     if chosen not in runs:
         raise UnsupportedTarget(
-            f"path {path.value!r} has no kernel for {target.value} with {_described(formats, dtype, combine)}; it can"
-            f" run {', '.join(p.value for p in runs) or 'nothing so'}"
+            f"path {path.value!r} has no kernel for {target.value} with"
+            f" {_described(formats, dtype, combine, activation)}; it can run"
+            f" {', '.join(p.value for p in runs) or 'nothing so'}"
         )
     reason = "The caller asked for it." if path is chosen else _why_auto(chosen, target)
     passed_over = {other: why_not(other, path, chosen) for other in runs}
     considered = considered_paths(chosen, reason, refusals, passed_over)
     if chosen is Path.REFERENCE:
         return CallTable((1,), (Decision(chosen, considered=considered),))
-    weights = next(form for form in readable_formats(target, chosen, combine) if form in formats)
-    ranges = tile_ranges(target, device_name, chosen, weights, shape, dtype)
+    weights = next(form for form in readable_formats(target, chosen, combine, activation) if form in formats)
+    ranges = tile_ranges(target, device_name, chosen, weights, shape, dtype, activation)
     return CallTable(
         tuple(first for first, _ in ranges),
         tuple(
@@ -115,10 +120,14 @@ def call_table(
 
 @checks_enums
 def path_refusals(
-    target: Target, formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine
+    target: Target,
+    formats: frozenset[WeightFormat],
+    dtype: torch.dtype,
+    combine: Combine,
+    activation: type[Activation] = SwiGLUOAI,
 ) -> dict[Path, str | None]:
     """Every path with the sentence that says why it can't run; None for one that can."""
-    return {path: _refusal(path, target, formats, dtype, combine) for path in Path if path is not Path.AUTO}
+    return {path: _refusal(path, target, formats, dtype, combine, activation) for path in Path if path is not Path.AUTO}
 
 
 @checks_enums
@@ -141,7 +150,12 @@ def considered_paths(
 
 
 def _refusal(
-    path: Path, target: Target, formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine
+    path: Path,
+    target: Target,
+    formats: frozenset[WeightFormat],
+    dtype: torch.dtype,
+    combine: Combine,
+    activation: type[Activation],
 ) -> str | None:
     if combine is Combine.ATOMIC and path not in FP8_PATHS:
         return "It does not sum routes by atomics."
@@ -153,6 +167,8 @@ def _refusal(
     if not formats.intersection(readable):
         kept = ", ".join(sorted(form.value for form in formats))
         return f"It reads {' or '.join(form.value for form in readable)}; what is kept is {kept}."
+    if not formats.intersection(readable_formats(target, path, combine, activation)):
+        return f"It has no code for {activation.__name__}."
     if path is not Path.BF16 and dtype != torch.bfloat16:
         return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
     return None
@@ -181,11 +197,15 @@ def why_not(path: Path, asked: Path, chosen: Path) -> str:
     return f"{chosen.value} comes first."
 
 
-def _described(formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine) -> str:
+def _described(
+    formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine, activation: type[Activation]
+) -> str:
     """What of a call decides which paths can run."""
     text = f"weights in {', '.join(sorted(form.value for form in formats))}"
     if dtype != torch.bfloat16:
         text += f", activations in {str(dtype).removeprefix('torch.')}"
     if combine is not Combine.DETERMINISTIC:
         text += f", combine {combine.value!r}"
+    if activation is not SwiGLUOAI:
+        text += f", activation {activation.__name__}"
     return text

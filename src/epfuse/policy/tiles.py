@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import Activation, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.families.registry import default_ranges
 from epfuse.measured.lookup import Found, Source, change_points, find, sources
 from epfuse.policy.decision import TileChoice
@@ -21,7 +21,13 @@ log = logging.getLogger(__name__)
 
 @checks_enums
 def tile_ranges(
-    target: Target, device_name: str, path: Path, weights: WeightFormat, shape: LayerShape, dtype: torch.dtype
+    target: Target,
+    device_name: str,
+    path: Path,
+    weights: WeightFormat,
+    shape: LayerShape,
+    dtype: torch.dtype,
+    activation: type[Activation] = SwiGLUOAI,
 ) -> list[tuple[int, TileChoice]]:
     """The first T of every range, ascending from 1, and its tiles. What is not as measured is logged.
 
@@ -31,10 +37,14 @@ def tile_ranges(
         path: neither AUTO nor REFERENCE.
         weights: the format that the kernels read.
         shape: the layer's sizes.
-        dtype: of the activations; tables are measured in bfloat16 and serve nothing else.
+        dtype: of the activations.
+        activation: between the two GEMMs.
+
+    Tables are measured in bfloat16 with SwiGLU-OAI and serve nothing else.
     """
-    defaults = default_ranges(target, path, weights, shape, dtype)
-    measured = sources(target, device_name, path, weights, shape) if dtype == torch.bfloat16 else ()
+    defaults = default_ranges(target, path, weights, shape, dtype, activation)
+    as_measured = dtype == torch.bfloat16 and activation is SwiGLUOAI
+    measured = sources(target, device_name, path, weights, shape) if as_measured else ()
     starts = sorted({1, *_default_starts(defaults, shape), *change_points(measured, shape)})
     answers = [
         (start, find(measured, rows_per_expert(start, shape)), _default(defaults, start, shape)) for start in starts

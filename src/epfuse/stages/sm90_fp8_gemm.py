@@ -79,7 +79,8 @@ def multiply(
 @gluon.jit
 def consume_columns(
     w_scale, row_scale, block_routes, first_weight_row, first_row, panel,
-    heads, rests, panels, full, empty, done, steps, R, consumer: gl.constexpr, store: gl.constexpr, store_args,
+    heads, rests, panels, full, empty, done, steps, R,
+    consumer: gl.constexpr, store: gl.constexpr, ACTIVATION: gl.constexpr, store_args,
     COLUMNS: gl.constexpr, MORE: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile of one consumer, for its first COLUMNS routes, or for COLUMNS + MORE."""
@@ -87,18 +88,18 @@ def consume_columns(
         heads, rests, panels, full, empty, done, steps, consumer, COLUMNS, MORE, CONSUMERS, STAGES
     )  # fmt: skip
     acc = scale_sums(acc, w_scale, row_scale, first_weight_row, first_row, block_routes, R)
-    store(acc, block_routes, first_row, panel, R, store_args)
+    store(acc, block_routes, first_row, panel, R, store_args, ACTIVATION)
     if MORE > 0:
         block_routes += COLUMNS
         first_row += COLUMNS
         more = scale_sums(more, w_scale, row_scale, first_weight_row, first_row, block_routes, R)
-        store(more, block_routes, first_row, panel, R, store_args)
+        store(more, block_routes, first_row, panel, R, store_args, ACTIVATION)
     return done
 
 
 @gluon.jit
 def consume(
-    args, scales, store_args, consumer: gl.constexpr, store: gl.constexpr,
+    args, scales, store_args, consumer: gl.constexpr, store: gl.constexpr, ACTIVATION: gl.constexpr,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, GROUP_M: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Multiply and store this consumer's panel of every tile that the producer claims."""
@@ -123,7 +124,7 @@ def consume(
             if step == i:
                 done = consume_columns(
                     w_scale, row_scale, block_routes, first_weight_row, first_row, panel,
-                    heads, rests, panels, full, empty, done, steps, R, consumer, store, store_args,
+                    heads, rests, panels, full, empty, done, steps, R, consumer, store, ACTIVATION, store_args,
                     head_columns(BLOCK_M, HEAD, i), rest_columns(BLOCK_M, HEAD, i), CONSUMERS, STAGES,
                 )  # fmt: skip
         count += 1
@@ -180,7 +181,7 @@ def produce(
 @gluon.jit
 def run_tiles(
     w, w_scale, row_copies, row_scale, sorted_routes, block_expert, block_row, num_padded, counter, R, STEPS, PANELS,
-    store: gl.constexpr, store_args,
+    store: gl.constexpr, ACTIVATION: gl.constexpr, store_args,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -197,7 +198,8 @@ def run_tiles(
         counter: int32 zero: tiles claimed.
         STEPS: steps of BLOCK_K.
         store: function of (sums [64, columns], pointer to the columns' routes, packed row of the first one, the panel,
-            R, store_args).
+            R, store_args, ACTIVATION).
+        ACTIVATION: the kind of what store applies; None for nothing.
     """
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_tiles = (PANELS + CONSUMERS - 1) // CONSUMERS
@@ -216,8 +218,8 @@ def run_tiles(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (args, scales, store_args, 0, store, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
-                (consume, (args, scales, store_args, 1, store, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
+                (consume, (args, scales, store_args, 0, store, ACTIVATION, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
+                (consume, (args, scales, store_args, 1, store, ACTIVATION, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
                 (produce, (args, w, row_copies, counter, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES)),
             ],
             [4, 1],
@@ -226,9 +228,9 @@ def run_tiles(
     else:
         gl.warp_specialize(
             [
-                (consume, (args, scales, store_args, 0, store, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
-                (consume, (args, scales, store_args, 1, store, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
-                (consume, (args, scales, store_args, 2, store, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
+                (consume, (args, scales, store_args, 0, store, ACTIVATION, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
+                (consume, (args, scales, store_args, 1, store, ACTIVATION, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
+                (consume, (args, scales, store_args, 2, store, ACTIVATION, BLOCK_M, HEAD, GROUP_M, CONSUMERS, STAGES)),
                 (produce, (args, w, row_copies, counter, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES)),
             ],
             [4, 4, 1],

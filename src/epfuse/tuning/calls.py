@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.families.family import LayerCall, Stage, Steps
 from epfuse.families.registry import family_of
@@ -24,7 +24,7 @@ def layer_call(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: ExpertMap,
-    activation: SwiGLUOAI | None = None,
+    activation: Activation | None = None,
 ) -> LayerCall:
     """The operands of a call on the weights in ``form``, with memory for its result; they are taken to fit.
 

@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.experts import triton_moe
 
 from epfuse.config import SwiGLUOAI
-from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.stages.activation_reference import swiglu_oai
 
 
 def align(topk_ids, config, num_tokens, top_k, experts, expert_map, **_):

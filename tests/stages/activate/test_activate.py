@@ -10,7 +10,7 @@ from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.activate.launch import launch_activate
 from epfuse.stages.activate.reference import activate
-from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.stages.activation_reference import swiglu_oai
 from epfuse.stages.quantize.launch import launch_quantize
 from epfuse.stages.quantize.reference import quantize
 from epfuse.stages.quantize.rows import FP8Rows
@@ -61,8 +61,7 @@ def test_same_bits_as_unfused_and_remote_rows_untouched(
     assert (out.values.view(torch.uint8)[~local] == SENTINEL).all()
     assert (out.scales[~local] == SENTINEL).all()
     y = torch.empty(routes.num_routes, 96, device=device)
-    activation = (ACTIVATION.alpha, ACTIVATION.beta, ACTIVATION.limit)
-    activation_kernel[(routes.num_routes,)](gate_up, y, 96, *activation, BLOCK=128)
+    activation_kernel[(routes.num_routes,)](gate_up, y, 96, ACTIVATION.parameters, ACTIVATION.kind, BLOCK=128)
     unfused = launch_quantize(y, group, dtype=dtype)
     assert torch.equal(out.values.view(torch.uint8)[local], unfused.values.view(torch.uint8)[local])
     assert torch.equal(out.scales[local], unfused.scales[local])

@@ -3,16 +3,17 @@
 import triton
 import triton.language as tl
 
-from epfuse.stages.gate_up.kernel import swiglu_oai
+from epfuse.stages.activation import activate
 from epfuse.stages.grouped_gemm import tile_of
 
 
 @triton.jit(do_not_specialize=["R"])
 def two_tiles_kernel(
     x, w13, out, sorted_routes, block_expert, num_padded,
-    R, H, I, alpha, beta, limit,
+    R, H, I, activation,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """As gate_up_kernel, but BLOCK_N gate and BLOCK_N up rows have tiles and dots of their own; H % BLOCK_K == 0."""
     pid = tl.program_id(0)
@@ -41,6 +42,6 @@ def two_tiles_kernel(
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
     kind: tl.constexpr = out.dtype.element_ty
-    y = swiglu_oai(gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32), alpha, beta, limit).to(kind)
+    y = activate(gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32), activation, ACTIVATION).to(kind)
     where = routes.to(tl.int64)[:, None] * I + columns[None, :]
     tl.store(out + where, y, mask=live[:, None] & (columns < I)[None, :])

@@ -11,7 +11,7 @@ from epfuse.bench.roofline import Operand
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import WeightFormat
 from epfuse.errors import MissingDependency
-from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.stages.activation_reference import swiglu_oai
 
 NAME = "torch grouped_mm"
 

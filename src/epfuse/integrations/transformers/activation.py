@@ -18,7 +18,7 @@ from torch import nn
 
 from epfuse.config import SwiGLUOAI
 from epfuse.errors import ConfigError
-from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.stages.activation_reference import swiglu_oai
 
 _SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 _LIMITING = re.compile(r"limit|clamp|clip|cap|alpha|beta|bound|thresh", re.IGNORECASE)

@@ -1,19 +1,20 @@
-"""SwiGLU-OAI and quantisation between the two FP8 GEMMs, for local rows only."""
+"""The activation and quantisation between the two FP8 GEMMs, for local rows only."""
 
 import triton
 import triton.language as tl
 
-from epfuse.stages.gate_up.kernel import swiglu_oai
+from epfuse.stages.activation import activate
 from epfuse.stages.quantize.kernel import quantize_block, widen
 
 
 @triton.jit(do_not_specialize=["R"])
 def activate_kernel(
     gate_up, codes, scales, sorted_routes, num_padded,
-    R, I, G, alpha, beta, limit,
+    R, I, G, activation,
     BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, CEIL: tl.constexpr, FNUZ: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """codes[r, i], scales[r, g] of swiglu(gate_up[r, i], gate_up[r, I + i]) in G = ceil(I / GROUP) groups.
+    """codes[r, i], scales[r, g] of activate(gate_up[r, i], gate_up[r, I + i]) in G = ceil(I / GROUP) groups.
 
     A program takes BLOCK_R slots of the route table, so that only rows of local routes are read or written.
     """
@@ -29,6 +30,6 @@ def activate_kernel(
     gate = widen(tl.load(source, mask=inside, other=0.0))
     up = widen(tl.load(source + I, mask=inside, other=0.0))
     # not rounded in between: the quantisation is the activation's one rounding
-    code, scale = quantize_block(tl.where(inside, swiglu_oai(gate, up, alpha, beta, limit), 0.0), CEIL, FNUZ)
+    code, scale = quantize_block(tl.where(inside, activate(gate, up, activation, ACTIVATION), 0.0), CEIL, FNUZ)
     tl.store(codes + routes[:, None, None] * I + columns, code, mask=inside)
     tl.store(scales + routes[:, None] * G + groups[None, :], scale, mask=live & (groups < G)[None, :])

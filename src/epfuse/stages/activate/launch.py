@@ -6,7 +6,7 @@ import torch
 import triton
 
 from epfuse.arguments import checks_enums
-from epfuse.config import SwiGLUOAI
+from epfuse.config import Activation
 from epfuse.errors import DtypeError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK
@@ -22,7 +22,7 @@ _VALUES = 512  # of a row and a program: with 4 warps, 16 values of each half a 
 def launch_activate(
     gate_up: torch.Tensor,
     routes: RouteTable,
-    activation: SwiGLUOAI,
+    activation: Activation,
     group: int = BLOCK,
     rounding: ScaleRounding = ScaleRounding.CEIL,
     dtype: torch.dtype = torch.float8_e4m3fn,
@@ -33,7 +33,7 @@ def launch_activate(
     Args:
         gate_up: ``[R, 2I]`` contiguous; gate half, then up half; only rows of local routes are read.
         routes: RouteTable of this call. The launch is sized from its bound; programs past its counter do nothing.
-        activation: its parameters.
+        activation: between the two GEMMs.
         group: values that share a scale: 32 for MXFP8, 128 for block FP8; a power of two.
         rounding: rule of the shared exponent.
         dtype: float8_e4m3fn, or float8_e4m3fnuz for gfx94x.
@@ -66,9 +66,8 @@ def launch_activate(
         routes.num_routes,
         intermediate,
         groups,
-        activation.alpha,
-        activation.beta,
-        activation.limit,
+        activation.parameters,
+        ACTIVATION=activation.kind,
         BLOCK_R=rows,
         BLOCK_G=block,
         GROUP=group,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import SwiGLUOAI
+from epfuse.config import Activation
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK
-from epfuse.stages.gate_up.reference import swiglu_oai
+from epfuse.stages.activation_reference import activated
 from epfuse.stages.quantize.reference import quantize
 from epfuse.stages.quantize.rows import FP8Rows
 
@@ -16,10 +16,10 @@ from epfuse.stages.quantize.rows import FP8Rows
 @checks_enums
 def activate(
     gate_up: torch.Tensor,
-    activation: SwiGLUOAI,
+    activation: Activation,
     group: int = BLOCK,
     rounding: ScaleRounding = ScaleRounding.CEIL,
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> FP8Rows:
     """``[N, 2I]`` -> ``[N, I]`` quantised; every row, where the kernel takes those of local routes."""
-    return quantize(swiglu_oai(gate_up.float(), activation), group, rounding, dtype)
+    return quantize(activated(gate_up.float(), activation), group, rounding, dtype)

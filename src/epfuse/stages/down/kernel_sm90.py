@@ -46,8 +46,8 @@ def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column
 
 
 @gluon.jit
-def store_weighted_panel(acc, block_routes, first_row, panel, R, args):
-    """store_weighted for accumulators of one panel of weight rows."""
+def store_weighted_panel(acc, block_routes, first_row, panel, R, args, ACTIVATION: gl.constexpr):
+    """store_weighted for accumulators of one panel of weight rows; ACTIVATION is None."""
     topk_weights, out, H, lone_token, final = args
     store_weighted(acc, topk_weights, out, block_routes, first_row, panel * acc.shape[0], R, H, lone_token, final)
 

@@ -21,6 +21,6 @@ def down_sm90_fp8_kernel(
     run_tiles(
         w2, w2_scale, (y_head, y_few, y_rest), y_scale,
         sorted_routes, block_expert, block_row, num_padded, counter, R, STEPS, PANELS,
-        store_weighted_panel, (topk_weights, out, H, lone_token, final),
+        store_weighted_panel, None, (topk_weights, out, H, lone_token, final),
         BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES,
     )  # fmt: skip

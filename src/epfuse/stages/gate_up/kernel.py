@@ -1,28 +1,21 @@
-"""Grouped GEMM1: gather routed rows, multiply with gate and up weights, SwiGLU-OAI in the epilogue."""
+"""Grouped GEMM1: gather routed rows, multiply with gate and up weights, the activation in the epilogue."""
 
 import triton
 import triton.language as tl
 
+from epfuse.stages.activation import activate
 from epfuse.stages.grouped_gemm import grouped_dot, tile_of
-
-
-@triton.jit
-def swiglu_oai(gate, up, alpha, beta, limit):
-    """FP32 SwiGLU-OAI. Comparisons, not min/max: a NaN stays a NaN instead of becoming the limit."""
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return gate * tl.sigmoid(alpha * gate) * (up + beta)
 
 
 @triton.jit(do_not_specialize=["R"])
 def gate_up_kernel(
     x, w13, w13_scale, out, sorted_routes, block_expert, num_padded,
-    R, H, I, alpha, beta, limit,
+    R, H, I, activation,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """out[r, i] = swiglu(x[r // K] . w13[e, i], x[r // K] . w13[e, I + i]) for the routes r of one block.
+    """out[r, i] = activate(x[r // K] . w13[e, i], x[r // K] . w13[e, I + i]) for the routes r of one block.
 
     w13_scale is None for dense weights, else the E8M0 bytes [L, 2I, H/32] of MXFP8 ones.
 
@@ -49,7 +42,7 @@ def gate_up_kernel(
     # the rounding point of the unfused path: accumulators are stored in the activations' dtype
     acc = acc.to(out.dtype.element_ty).to(tl.float32)
     gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
-    y = swiglu_oai(gate, up, alpha, beta, limit).to(out.dtype.element_ty)
+    y = activate(gate, up, activation, ACTIVATION).to(out.dtype.element_ty)
     columns = n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     where = routes.to(tl.int64)[:, None] * I + columns[None, :]
     tl.store(out + where, y, mask=live[:, None] & (columns < I)[None, :])

@@ -3,6 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from epfuse.stages.activation import activate
 from epfuse.stages.sm90_gemm import (
     fetch_into_l2,
     fragment_pointers,
@@ -17,14 +18,6 @@ from epfuse.stages.sm90_gemm import (
     wait_for_previous_kernel,
     weights_times_rows,
 )
-
-
-@gluon.jit
-def swiglu_oai(gate, up, alpha, beta, limit):
-    """FP32 SwiGLU-OAI. Comparisons, not min/max: a NaN stays a NaN instead of becoming the limit."""
-    gate = gl.where(gate > limit, limit, gate)
-    up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up))
-    return gate / (1.0 + gl.exp(-(alpha * gate))) * (up + beta)
 
 
 @gluon.jit
@@ -52,7 +45,7 @@ def guess_weights(
 
 
 @gluon.jit
-def store_swiglu(acc, out, block_routes, first_row, first_output, R, I, alpha, beta, limit):
+def store_activated(acc, out, block_routes, first_row, first_output, R, I, activation, ACTIVATION: gl.constexpr):
     """Activate accumulators [rows, columns], 8 gate rows and their 8 up rows in turn, and store [columns, rows / 2].
 
     A column's row of out is its route, or with first_row the columns take rows from there on, and those are kept in L2.
@@ -63,7 +56,7 @@ def store_swiglu(acc, out, block_routes, first_row, first_output, R, I, alpha, b
     # the rounding point of the unfused path: accumulators are stored in the activations' dtype
     rounded = acc.to(gl.bfloat16).to(gl.float32)
     gate, up = rounded.reshape([ROWS // 16, 2, 8, COLUMNS]).permute((0, 2, 3, 1)).split()
-    y = swiglu_oai(gate, up, alpha, beta, limit).to(gl.bfloat16).reshape([ROWS // 2, COLUMNS])
+    y = activate(gate, up, activation, ACTIVATION, ONE_DIVISION=True).to(gl.bfloat16).reshape([ROWS // 2, COLUMNS])
     layout: gl.constexpr = row_store_layout(ROWS // 2, gl.num_warps())
     result = gl.convert_layout(y, layout)
     outputs = first_output + gl.arange(0, ROWS // 2, layout=gl.SliceLayout(1, layout))
@@ -77,19 +70,20 @@ def store_swiglu(acc, out, block_routes, first_row, first_output, R, I, alpha, b
 
 
 @gluon.jit
-def store_activated_panel(acc, block_routes, first_row, panel, R, args):
-    """store_swiglu for accumulators of one panel of weight rows."""
-    y, I, alpha, beta, limit = args
-    store_swiglu(acc, y, block_routes, first_row, panel * (acc.shape[0] // 2), R, I, alpha, beta, limit)
+def store_activated_panel(acc, block_routes, first_row, panel, R, args, ACTIVATION: gl.constexpr):
+    """store_activated for accumulators of one panel of weight rows."""
+    y, I, activation = args
+    first_output = panel * (acc.shape[0] // 2)
+    store_activated(acc, y, block_routes, first_row, first_output, R, I, activation, ACTIVATION)
 
 
 @gluon.jit
 def gate_up_tile(
     x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
-    R, H, I, H_PADDED, PANELS, alpha, beta, limit,
+    R, H, I, H_PADDED, PANELS, activation,
     K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_N weight rows of one expert, for the BLOCK_M routes at block_routes."""
     copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
@@ -116,18 +110,19 @@ def gate_up_tile(
     if SPLIT_K > 1:
         acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
     if last:
-        store_swiglu(acc, out, block_routes, None, n * (BLOCK_N // 2), R, I, alpha, beta, limit)
+        store_activated(acc, out, block_routes, None, n * (BLOCK_N // 2), R, I, activation, ACTIVATION)
 
 
 @gluon.jit(do_not_specialize=["R"])
 def gate_up_sm90_kernel(
     x, w13, w13_scale, out, sorted_routes, block_expert, num_padded, partials, arrivals,
-    R, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, alpha, beta, limit,
+    R, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, activation,
     K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr, GUESS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """out[r, i] = swiglu(x[r // K] . gate row i, x[r // K] . up row i) for the routes r of one block.
+    """out[r, i] = activate(x[r // K] . gate row i, x[r // K] . up row i) for the routes r of one block.
 
     Every 16 rows of a weight tile are 8 gate rows and their 8 up rows: the two that belong together are in one thread.
     w13_scale is None for dense weights [L, 2I, H]; MXFP8 ones are packed in that order. SPLIT_K programs share a tile
@@ -152,12 +147,12 @@ def gate_up_sm90_kernel(
         if gl.load(block_routes + BLOCK_M // 2) >= R:
             gate_up_tile(
                 x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
-                R, H, I, H_PADDED, PANELS, alpha, beta, limit,
-                K, BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
+                R, H, I, H_PADDED, PANELS, activation,
+                K, BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K, ACTIVATION,
             )  # fmt: skip
             return
     gate_up_tile(
         x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
-        R, H, I, H_PADDED, PANELS, alpha, beta, limit,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
+        R, H, I, H_PADDED, PANELS, activation,
+        K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K, ACTIVATION,
     )  # fmt: skip

@@ -12,14 +12,14 @@ from epfuse.stages.sm90_gemm import let_next_kernel_start
 @gluon.jit(do_not_specialize=["R", "STEPS", "PANELS"])
 def gate_up_sm90_fp8_kernel(
     x_head, x_few, x_rest, x_scale, w13, w13_scale, y, sorted_routes, block_expert, block_row, num_padded, counter,
-    R, I, STEPS, PANELS, alpha, beta, limit,
+    R, I, STEPS, PANELS, activation,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """y[packed row] = swiglu(w13[expert] @ x[packed row]); arguments as of run_tiles."""
+    """y[packed row] = activate(w13[expert] @ x[packed row]); arguments as of run_tiles."""
     let_next_kernel_start()
     run_tiles(
         w13, w13_scale, (x_head, x_few, x_rest), x_scale,
         sorted_routes, block_expert, block_row, num_padded, counter, R, STEPS, PANELS,
-        store_activated_panel, (y, I, alpha, beta, limit), BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES,
+        store_activated_panel, ACTIVATION, (y, I, activation), BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES,
     )  # fmt: skip

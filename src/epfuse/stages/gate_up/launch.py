@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from epfuse.config import SwiGLUOAI
+from epfuse.config import Activation
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.gate_up.kernel import gate_up_kernel
 from epfuse.stages.route.table import RouteTable
@@ -17,18 +17,18 @@ def launch_gate_up(
     w13: torch.Tensor | MXFP8,
     routes: RouteTable,
     top_k: int,
-    activation: SwiGLUOAI,
+    activation: Activation,
     tile: GemmTile,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gather routed rows, apply gate and up weights, then SwiGLU-OAI.
+    """Gather routed rows, apply gate and up weights, then the activation.
 
     Args:
         x: ``[T, H]``, contiguous; bf16, fp16 or fp32; bf16 with MXFP8 weights.
         w13: ``[L, 2I, H]``: dense in x's dtype, or MXFP8 (dequantised in registers; scales in ROWS layout).
         routes: RouteTable of this call; row r reads token ``r // K``.
         top_k: K.
-        activation: its parameters.
+        activation: between the two GEMMs.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
         out: ``[R, I]``, dtype of x; only rows of local routes are written, row r for route r. Allocated if None.
 
@@ -54,15 +54,14 @@ def launch_gate_up(
         routes.num_routes,
         hidden,
         intermediate,
-        activation.alpha,
-        activation.beta,
-        activation.limit,
+        activation.parameters,
         K=top_k,
         BLOCK_M=routes.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
         EVEN_K=hidden % tile.block_k == 0,
+        ACTIVATION=activation.kind,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

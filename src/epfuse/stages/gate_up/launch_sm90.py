@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.config import SwiGLUOAI
+from epfuse.config import Activation
 from epfuse.stages.gate_up.kernel_sm90 import gate_up_sm90_kernel
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums
@@ -19,7 +19,7 @@ def launch_gate_up_sm90(
     w13: torch.Tensor | FragmentMXFP8,
     routes: RouteTable,
     top_k: int,
-    activation: SwiGLUOAI,
+    activation: Activation,
     tile: Sm90Tile,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -30,7 +30,7 @@ def launch_gate_up_sm90(
         w13: ``[L, 2I, H]``: dense BF16, or MXFP8 in fragment order with rows in order GATE_UP.
         routes: RouteTable of this call; row r reads token ``r // K``; with arrivals if the tile shares reductions.
         top_k: K.
-        activation: its parameters.
+        activation: between the two GEMMs.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
         out: ``[R, I]`` BF16; only rows of local routes are written, row r for route r. Allocated if None.
 
@@ -44,7 +44,6 @@ def launch_gate_up_sm90(
         out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
     w = operand_of(w13, 2 * intermediate)
     tiles, programs = row_tiles(w, routes, tile), compute_units(x.device)
-    scalars = (activation.alpha, activation.beta, activation.limit)
     options = constants(routes, tile)
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
     sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, w.weights.shape[0], 2 * programs)
@@ -52,10 +51,11 @@ def launch_gate_up_sm90(
         "K": top_k,
         "BLOCK_N": tile.block_n,
         "EVEN_K": hidden == w.columns,
+        "ACTIVATION": activation.kind,
         "GUESS": min(tile.guess_bytes, w.columns * w.weights.element_size()) // 16 * 16,
     }
     shares = shared_sums(tile, tiles, routes, slice(None, tiles))
     gate_up_sm90_kernel[(tiles * tile.split_k,)](
-        x, w.weights, w.scales, out, *table, *shares, *sizes, *scalars, SPLIT_K=tile.split_k, **options
+        x, w.weights, w.scales, out, *table, *shares, *sizes, activation.parameters, SPLIT_K=tile.split_k, **options
     )
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.config import SwiGLUOAI
+from epfuse.config import Activation
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import Sm90PersistentTile
@@ -16,7 +16,7 @@ def launch_gate_up_sm90_fp8(
     x: FP8Rows,
     w13: RowFP8,
     routes: RouteTable,
-    activation: SwiGLUOAI,
+    activation: Activation,
     tile: Sm90PersistentTile,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -29,7 +29,7 @@ def launch_gate_up_sm90_fp8(
         w13: ``[L, 2I, H]`` with rows in order GATE_UP.
         routes: RouteTable of this call, with arrivals, zeros: the first one is used. Like w13 not written by the launch
             right before this one, which may still be running when they are read.
-        activation: its parameters.
+        activation: between the two GEMMs.
         tile: of the GEMM; block_k is 128, parts 1.
         out: ``[R, I]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
             if None.
@@ -65,11 +65,10 @@ def launch_gate_up_sm90_fp8(
         out.shape[1],
         w13.steps,
         w13.panels,
-        activation.alpha,
-        activation.beta,
-        activation.limit,
+        activation.parameters,
         HEAD=head,
         CONSUMERS=tile.consumers,
+        ACTIVATION=activation.kind,
         **constants(routes, tile),
     )
     return out

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.config import SwiGLUOAI
+from epfuse.config import Activation
+from epfuse.stages.activation_reference import activated
 from epfuse.stages.route.table import RouteTable
 from epfuse.weights.experts import Stack, expert_matrix, stack_rows
-
-
-def swiglu_oai(gate_up: torch.Tensor, activation: SwiGLUOAI) -> torch.Tensor:
-    """``[.., 2I]`` (gate half, then up half) -> ``[.., I]`` in the input's dtype."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(max=activation.limit)
-    up = up.clamp(-activation.limit, activation.limit)
-    return gate * torch.sigmoid(activation.alpha * gate) * (up + activation.beta)
 
 
 def gate_up(
@@ -22,7 +15,7 @@ def gate_up(
     w13: Stack,
     routes: RouteTable,
     top_k: int,
-    activation: SwiGLUOAI,
+    activation: Activation,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """One matmul per active expert; rows of remote routes are left unwritten.
@@ -32,7 +25,7 @@ def gate_up(
         w13: ``[L, 2I, H]`` in any format.
         routes: RouteTable of this call.
         top_k: K.
-        activation: its parameters.
+        activation: between the two GEMMs.
         compute: dtype of the matmul and the activation; with float32 the accumulators are rounded to x's dtype before
             the activation, as the kernels do, with float64 nothing is rounded in between.
 
@@ -43,5 +36,5 @@ def gate_up(
     out = torch.empty(routes.num_routes, stack_rows(w13) // 2, dtype=dtype, device=x.device)
     for expert, rows in routes.groups():
         acc = x[rows // top_k].to(compute) @ expert_matrix(w13, expert, compute).T
-        out[rows] = swiglu_oai(acc.to(dtype).to(compute), activation).to(dtype)
+        out[rows] = activated(acc.to(dtype).to(compute), activation).to(dtype)
     return out

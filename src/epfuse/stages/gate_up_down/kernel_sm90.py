@@ -102,7 +102,7 @@ def produce_both(
 
 @gluon.jit
 def consume_both(
-    args, up_args, down_args, consumer: gl.constexpr,
+    args, up_args, down_args, consumer: gl.constexpr, ACTIVATION: gl.constexpr,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def consume_both(
             done = consume_tile(
                 w13_scale, H_PADDED, UP_PANELS, m, n, sorted_routes, block_expert, block_row,
                 heads, rests, panels, full, empty, done, R,
-                consumer, store_activated_panel, up_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
+                consumer, store_activated_panel, ACTIVATION, up_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
             )  # fmt: skip
             say_done(arrivals + 1 + m)
         else:
@@ -132,7 +132,7 @@ def consume_both(
             done = consume_tile(
                 w2_scale, I_PADDED, DOWN_PANELS, m, n, sorted_routes, block_expert, block_row,
                 heads, rests, panels, full, empty, done, R,
-                consumer, store_weighted_panel, down_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
+                consumer, store_weighted_panel, None, down_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
             )  # fmt: skip
         count += 1
         tile = read_tile(tiles, tile_full, tile_empty, count)
@@ -142,9 +142,9 @@ def consume_both(
 def gate_up_down_sm90_kernel(
     x_head, x_few, x_rest, w13_lines, w13_scale, y, y_head, y_few, y_rest, w2_lines, w2_scale, topk_weights, out,
     lone_token, final, sorted_routes, block_expert, block_row, num_padded, arrivals,
-    R, H, I, H_PADDED, I_PADDED, UP_PANELS, DOWN_PANELS, alpha, beta, limit,
+    R, H, I, H_PADDED, I_PADDED, UP_PANELS, DOWN_PANELS, activation,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """gate_up_sm90_kernel, then down_sm90_kernel, for rows that lie packed in the table's order; so do the results.
 
@@ -170,7 +170,7 @@ def gate_up_down_sm90_kernel(
         sorted_routes, block_expert, block_row, arrivals, m_blocks, n_up, n_down,
         tiles, tile_full, tile_empty, heads, rests, panels, full, empty, R,
     )  # fmt: skip
-    up_args = (w13_scale, H_PADDED, UP_PANELS, (y, I, alpha, beta, limit))
+    up_args = (w13_scale, H_PADDED, UP_PANELS, (y, I, activation))
     down_args = (w2_scale, I_PADDED, DOWN_PANELS, (topk_weights, out, H, lone_token, final))
     up_copies = (x_head, x_few, x_rest, w13_lines, H_PADDED, UP_PANELS)
     down_copies = (y_head, y_few, y_rest, w2_lines, I_PADDED, DOWN_PANELS)
@@ -179,10 +179,12 @@ def gate_up_down_sm90_kernel(
         gl.warp_specialize(
             [
                 (consume_both, (
-                    args, up_args, down_args, 0, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                    args, up_args, down_args, 0, ACTIVATION,
+                    BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
                 )),
                 (consume_both, (
-                    args, up_args, down_args, 1, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                    args, up_args, down_args, 1, ACTIVATION,
+                    BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
                 )),
                 (produce_both, (args, up_copies, down_copies, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES)),
             ],
@@ -193,13 +195,16 @@ def gate_up_down_sm90_kernel(
         gl.warp_specialize(
             [
                 (consume_both, (
-                    args, up_args, down_args, 0, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                    args, up_args, down_args, 0, ACTIVATION,
+                    BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
                 )),
                 (consume_both, (
-                    args, up_args, down_args, 1, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                    args, up_args, down_args, 1, ACTIVATION,
+                    BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
                 )),
                 (consume_both, (
-                    args, up_args, down_args, 2, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
+                    args, up_args, down_args, 2, ACTIVATION,
+                    BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES, PARTS,
                 )),
                 (produce_both, (args, up_copies, down_copies, BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES)),
             ],

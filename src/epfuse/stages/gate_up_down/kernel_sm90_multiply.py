@@ -112,7 +112,7 @@ def multiply(
 @gluon.jit
 def consume_columns(
     s_ptrs, block_routes, first_row, panel, heads, rests, panels, full, empty, done, words_of_row, R,
-    consumer: gl.constexpr, store: gl.constexpr, store_args,
+    consumer: gl.constexpr, store: gl.constexpr, ACTIVATION: gl.constexpr, store_args,
     COLUMNS: gl.constexpr, MORE: gl.constexpr,
     BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
@@ -121,23 +121,23 @@ def consume_columns(
         s_ptrs, heads, rests, panels, full, empty, done, words_of_row, consumer, COLUMNS, MORE,
         BLOCK_K, CONSUMERS, STAGES, PARTS,
     )  # fmt: skip
-    store(acc, block_routes, first_row, panel, R, store_args)
+    store(acc, block_routes, first_row, panel, R, store_args, ACTIVATION)
     if MORE > 0:
-        store(more, block_routes + COLUMNS, first_row + COLUMNS, panel, R, store_args)
+        store(more, block_routes + COLUMNS, first_row + COLUMNS, panel, R, store_args, ACTIVATION)
     return done
 
 
 @gluon.jit
 def consume_tile(
     w_scale, K_PADDED, PANELS, m, n, sorted_routes, block_expert, block_row, heads, rests, panels, full, empty, done, R,
-    consumer: gl.constexpr, store: gl.constexpr, store_args,
+    consumer: gl.constexpr, store: gl.constexpr, ACTIVATION: gl.constexpr, store_args,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Multiply and store this consumer's panel of tile (m, n); done counts the ring's stages since the launch.
 
     store is a function of (accumulators [64, columns], pointer to the columns' routes, packed row of the first one, the
-    panel, R, store_args).
+    panel, R, store_args, ACTIVATION).
     """
     STEPS: gl.constexpr = number_of_steps(BLOCK_M, HEAD)
     expert = gl.load(block_expert + m)
@@ -153,7 +153,7 @@ def consume_tile(
         if step == i:
             done = consume_columns(
                 s_ptrs, block_routes, first_row, panel, heads, rests, panels, full, empty, done, words_of_row, R,
-                consumer, store, store_args,
+                consumer, store, ACTIVATION, store_args,
                 head_columns(BLOCK_M, HEAD, i), rest_columns(BLOCK_M, HEAD, i),
                 BLOCK_K, CONSUMERS, STAGES, PARTS,
             )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.config import SwiGLUOAI
+from epfuse.config import Activation
 from epfuse.stages.route.table import LoneTokens, RouteTable
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
@@ -17,7 +17,7 @@ def launch_gate_up_down(
     w2: FragmentMXFP8 | None,
     routes: RouteTable,
     topk_weights: torch.Tensor,
-    activation: SwiGLUOAI,
+    activation: Activation,
     tile: Sm90PersistentTile,
     y: torch.Tensor,
     out: torch.Tensor,
@@ -35,7 +35,7 @@ def launch_gate_up_down(
         routes: RouteTable of this call, with arrivals, zeros: two or more a block. Like the weights not written by the
             launch right before this one, which may still be running when they are read.
         topk_weights: ``[T, K]`` float32 contiguous.
-        activation: its parameters.
+        activation: between the two GEMMs.
         tile: of both GEMMs.
         y: ``[R, I]`` BF16, written: the rows between the two.
         out: ``[R, H]`` BF16, written; may be x.
@@ -77,11 +77,10 @@ def launch_gate_up_down(
         down.columns,
         0 if w13 is None else up.panels,
         0 if w2 is None else down.panels,
-        activation.alpha,
-        activation.beta,
-        activation.limit,
+        activation.parameters,
         HEAD=head,
         CONSUMERS=tile.consumers,
         PARTS=tile.parts,
+        ACTIVATION=activation.kind,
         **constants(routes, tile),
     )
