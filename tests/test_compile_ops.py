@@ -144,7 +144,7 @@ def test_operator_takes_every_format(form: str) -> None:
     x = rows(3).to(weights.activation_dtypes[0])
     routes = torch.rand(3, K), torch.tensor([[4, 7], [-1, 5], [0, 4]])
     slots, layer = MAP.on(x.device), [1.0, 0.5, 3.0]
-    call = (x, tensors, names, L, 64, *routes, slots, layer, "reference", "deterministic")
+    call = (x, tensors, names, L, 64, *routes, slots, "swiglu_oai", layer, "reference", "deterministic")
     expected = fused_experts(x, weights, *routes, MAP, activation=SwiGLUOAI(*layer), path=Path.REFERENCE)
     assert torch.equal(torch.ops.epfuse.fused_experts(*call), expected)
     torch.library.opcheck(torch.ops.epfuse.fused_experts, call, test_utils="test_faketensor")

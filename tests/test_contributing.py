@@ -24,6 +24,8 @@ def test_file_exists(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "file"),
     [
+        ("REFERENCES", "src/epfuse/stages/activation_reference.py"),
+        ("Activation", "src/epfuse/config.py"),
         ("KINDS", "src/epfuse/weights/consistency.py"),
         ("PREPARED_FOR", "src/epfuse/weights/experts.py"),
         ("FAMILIES", "src/epfuse/families/registry.py"),

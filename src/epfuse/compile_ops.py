@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from epfuse.config import Activation, Combine, Path, SwiGLUOAI
+from epfuse.config import Activation, Combine, Path
 from epfuse.errors import ConfigError, DtypeError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.weights.consistency import KINDS
@@ -38,16 +38,13 @@ def traced_experts(
     no copy on ``hidden``'s device is copied there at each run: make it there.
 
     Raises:
-        ConfigError: hidden or topk_weights requires grad, and gradients are on; or the activation is no `SwiGLUOAI`,
-            the one kind that the operator carries.
+        ConfigError: hidden or topk_weights requires grad, and gradients are on.
         ShapeError, DtypeError: out is not like hidden; a copy would hide it.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or topk_weights.requires_grad):
         raise ConfigError(
             "hidden or topk_weights requires grad; there is no backward: call the model under torch.no_grad()"
         )
-    if type(activation) is not SwiGLUOAI:
-        raise ConfigError(f"activation is a {type(activation).__name__}; a traced call takes an epfuse.SwiGLUOAI")
     formats, tensors = take_apart(weights)
     slots = expert_map.nearest(hidden.device)
     result: torch.Tensor = _operator(
@@ -59,6 +56,7 @@ def traced_experts(
         topk_weights,
         topk_ids,
         slots if slots.device == hidden.device else slots.to(hidden.device),
+        activation.kind,
         list(activation.parameters),
         path.value,
         combine.value,
@@ -123,11 +121,19 @@ def _stack(name: str, rest: list[torch.Tensor], rows: int, columns: int, order: 
     return kind(first, rest.pop(0))
 
 
+def _activation(kind: str, parameters: Sequence[float]) -> Activation:
+    kinds: dict[str, Any] = {one.kind: one for one in Activation.__subclasses__()}
+    if kind not in kinds:
+        raise ConfigError(f"activation is {kind!r}; known are {', '.join(kinds)}: import the module that defines it")
+    found: Activation = kinds[kind](*parameters)
+    return found
+
+
 @torch.library.custom_op(
     "epfuse::fused_experts",
     mutates_args=(),
     schema="(Tensor hidden, Tensor[] weights, str formats, int local_experts, int intermediate, Tensor topk_weights,"
-    " Tensor topk_ids, Tensor slots, float[] activation, str path, str combine) -> Tensor",
+    " Tensor topk_ids, Tensor slots, str activation, float[] parameters, str path, str combine) -> Tensor",
 )
 def _operator(
     hidden: torch.Tensor,
@@ -138,7 +144,8 @@ def _operator(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     slots: torch.Tensor,
-    activation: Sequence[float],
+    activation: str,
+    parameters: Sequence[float],
     path: str,
     combine: str,
 ) -> torch.Tensor:
@@ -150,7 +157,7 @@ def _operator(
         topk_weights,
         topk_ids,
         ExpertMap.of_checked(slots, local_experts),
-        activation=SwiGLUOAI(*activation),
+        activation=_activation(activation, parameters),
         path=Path(path),
         combine=Combine(combine),
     )

@@ -75,6 +75,8 @@ class WeightFormat(enum.Enum):
 class Activation(ABC):
     """What stands between the two GEMMs: a function of a gate and an up value.
 
+    A kind is a class, made of its ``parameters`` in their order.
+
     Attributes:
         kind: what kernels and reference know it by.
     """

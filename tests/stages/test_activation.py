@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from epfuse import Path, SwiGLUOAI, Target, fused_experts
-from epfuse.compile_ops import traced_experts
+from epfuse.compile_ops import take_apart, traced_experts
 from epfuse.config import MINIMAX_M3_EP8 as M3
 from epfuse.config import Activation, Combine, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
@@ -113,5 +113,22 @@ def test_a_kind_that_nobody_has_is_refused_in_words() -> None:
         fused_experts(*operands, activation=Squared(), path=Path.REFERENCE)
     with pytest.raises(ConfigError, match=r"activation is a str; it must be an epfuse\.SwiGLUOAI"):
         fused_experts(*operands, activation="silu")
-    with pytest.raises(ConfigError, match=r"activation is a Squared; a traced call takes an epfuse\.SwiGLUOAI"):
-        traced_experts(*operands, Squared(), Path.REFERENCE, Combine.DETERMINISTIC, None)
+
+
+@pytest.mark.usefixtures("known")
+@torch.no_grad()
+def test_a_traced_call_carries_any_kind() -> None:
+    case = make_case(torch.device("cpu"), tokens=3)
+    operands = (case.hidden, case.weights, case.topk_weights, case.topk_ids, case.expert_map)
+    call = (*operands, Squared(0.25), Path.REFERENCE, Combine.DETERMINISTIC, None)
+    assert torch.equal(traced_experts(*call), fused_experts(*operands, activation=Squared(0.25), path=Path.REFERENCE))
+
+
+def test_a_graph_with_an_unknown_kind_is_refused() -> None:
+    case = make_case(torch.device("cpu"), tokens=3)
+    formats, tensors = take_apart(case.weights)
+    routes = case.topk_weights, case.topk_ids, case.expert_map.on(case.hidden.device)
+    with pytest.raises(ConfigError, match=r"'tomorrows'; known are .*swiglu_oai"):
+        torch.ops.epfuse.fused_experts(
+            case.hidden, tensors, formats, 4, 48, *routes, "tomorrows", [], "reference", "deterministic"
+        )
