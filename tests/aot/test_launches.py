@@ -101,10 +101,12 @@ def _constants(scratch: bool) -> list[dict[str, object]]:
     """Of Hopper calls with few and with many rows: the constants of combine's launches and of both GEMMs' one."""
     from epfuse.aot.launches import launches_of
     from epfuse.expert_map import ExpertMap
+    from epfuse.families import memory
     from epfuse.families.registry import family_of
     from epfuse.scratch import Scratch
     from epfuse.tuning.calls import layer_call
 
+    memory.overlaps = lambda first, second: True  # a server's scratch may have out's memory; tensors without data can't
     shape, form = SHAPES["minimax-m3"], WeightFormat.FRAGMENT
     weights = WEIGHTS[form](shape, torch.bfloat16)
     slots = ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0)
@@ -127,7 +129,7 @@ def _constants(scratch: bool) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("scratch", [True, False])
 def test_nothing_is_stored_early_in_memory_that_y_may_have(scratch: bool) -> None:
-    """Every tensor without data begins at address 0, so y and out are one memory where scratch brings y."""
+    """Where scratch brings y and out lies in it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
         few, gemms, many = pool.submit(_constants, scratch).result()
     assert [few["stage"], gemms["stage"], many["stage"]] == ["combine", "gate_up_down", "combine"]

@@ -117,6 +117,8 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
 
 def launch(out, stage, rows, weights, routes, tile, topk_weights=None):
     """One stage, with rows and results by route; persistent tiles have theirs packed in the table's order."""
+    if topk_weights is None:
+        topk_weights = torch.ones(routes.num_routes // TOP_K, TOP_K, device=rows.device)
     if routes.arrivals is not None:
         routes.arrivals.zero_()
     torch.cuda.synchronize()  # weights and counters must be older than the kernel before
@@ -223,6 +225,7 @@ def test_sizes_that_are_no_whole_tiles(device, hidden, intermediate, name):
     launch(y, "gate_up", x, pack(clone(w13), RowOrder.GATE_UP), routes, tile)
     want = gate_up_reference.gate_up(x, w13, routes, TOP_K, ACTIVATION, torch.float64)
     check_rows(y, want, rows, SNR_FLOOR[torch.bfloat16])
-    launch(out, "down", y, pack(clone(w2), RowOrder.PLAIN), routes, tile)
-    want = down_reference.down(y.double(), w2, routes, None, torch.float64)
+    topk_weights = torch.rand(tokens, TOP_K, device=device)
+    launch(out, "down", y, pack(clone(w2), RowOrder.PLAIN), routes, tile, topk_weights)
+    want = down_reference.down(y.double(), w2, routes, topk_weights, torch.float64)
     check_rows(out, want, rows, SNR_FLOOR[torch.bfloat16])
