@@ -2,8 +2,8 @@
 
 Each point is the two expert GEMMs of one layer of MiniMax-M3 on one of 8 ranks, each alone in a CUDA graph, with the
 tile that did best: NVIDIA H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-24; `w8a16` above 1024 tokens 2026-11-25
-(docs/performance-notes.md). Token counts at which the routing that was drawn had as many active experts as a balanced
-router is expected to have.
+(docs/notebook/performance.md). At these token counts the routing that was drawn had as many active experts as a
+balanced router is expected to have.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ MXFP8's scales are powers of two, so a code can take another one: the exponent m
 are brought to the smallest scale that holds its largest value, and then a product of FP8 rows needs no scale before it
 is complete. Exact for every value that is at least 2^-13 of its row's largest; below that E4M3 becomes subnormal, and
 rounds to a multiple of at most 2^-16 of it. (Weights of a normal distribution lose 1e-7 of their norm, wilder ones
-up to 2e-6: docs/performance-notes.md, 44.)
+up to 2e-6: docs/notebook/performance.md, 44.)
 
 A panel is 64 weight rows. Its codes lie as ``[K / 128][64 rows][128]``, so that what one step multiplies is adjacent.
 """
