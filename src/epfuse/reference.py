@@ -23,10 +23,27 @@ def run_reference(
     activation: Activation,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The layer in plain PyTorch, on any device and weights of any format; syncs with the device.
+    """The layer in plain PyTorch, on any device and weights of any format.
 
-    ``compute=torch.float64`` rounds nowhere and returns float64: the oracle of every path. Neither autocast nor the
-    weights' ``requires_grad`` changes it: kernels don't ask for them either, and there is no backward.
+    Neither autocast nor the weights' ``requires_grad`` changes the result: kernels don't ask for them either, and there
+    is no backward. Operands are taken to fit; `fused_experts` checks them.
+
+    Args:
+        hidden: ``[T, H]`` bfloat16, float16 or float32.
+        weights: of L experts, w13 ``[L, 2I, H]`` and w2 ``[L, H, I]``, in any format.
+        topk_weights: ``[T, K]`` float32.
+        topk_ids: ``[T, K]`` int32 or int64, global expert ids; -1 and ids outside [0, E) are skipped.
+        expert_map: of E experts, with L local ones.
+        activation: between the two GEMMs.
+        compute: float32 rounds where the kernels round. float64 rounds nowhere: the oracle of every path.
+
+    Returns:
+        ``[T, H]``, this rank's part: in hidden's dtype, or float64 where ``compute`` is.
+
+    Raises:
+        ConfigError: the weights are consumed.
+
+    Host syncs: yes; not graph-capturable.
     """
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return _reference(hidden, weights, topk_weights, topk_ids, expert_map, activation, compute)

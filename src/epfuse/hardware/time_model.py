@@ -175,6 +175,12 @@ def expert_gemms(
         shape: the layer's sizes.
         tokens: T, over all ranks: the tokens whose routes this rank sees.
         routing: how uneven the router is.
+
+    Returns:
+        gate_up, then down; times in seconds.
+
+    Raises:
+        ConfigError: tokens is below 1.
     """
     if tokens < 1:
         raise ConfigError(f"tokens is {tokens}; it must be at least 1")
@@ -208,7 +214,11 @@ def expert_gemms(
 def predicted_ms(
     machine: Machine, kernels: Kernels, shape: LayerShape, tokens: int, routing: Routing = BALANCED, layers: int = 1
 ) -> float:
-    """Predicted milliseconds of both GEMMs over ``layers`` layers."""
+    """Predicted milliseconds of both GEMMs over ``layers`` layers.
+
+    Raises:
+        ConfigError: tokens is below 1.
+    """
     return 1e3 * layers * sum(stage.seconds for stage in expert_gemms(machine, kernels, shape, tokens, routing))
 
 

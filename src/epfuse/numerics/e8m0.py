@@ -41,6 +41,9 @@ def magnitude_bits(x: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: bfloat16, float16 or float32, any shape.
+
+    Returns:
+        int32 of the same shape, new memory.
     """
     return x.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
 
@@ -58,6 +61,9 @@ def scale_bytes(amax_bits: torch.Tensor, rounding: ScaleRounding) -> torch.Tenso
 
     Returns:
         int32 of the same shape, 0..247, or 255 for a block that holds an infinity or a NaN.
+
+    Raises:
+        ConfigError: rounding is no ScaleRounding.
     """
     amax_bits = amax_bits.clamp(max=_FLOAT32_INFINITY)  # or the carry would overflow on a NaN
     carried = amax_bits + _CARRY_ABOVE_MAX_MANTISSA if rounding is ScaleRounding.CEIL else amax_bits
@@ -71,6 +77,9 @@ def inverse_scales(scales: torch.Tensor) -> torch.Tensor:
     Args:
         scales: int32, 0..253 (254 would be a subnormal, which `scale_bytes` never asks for) or 255, whose result is
             of no use.
+
+    Returns:
+        float32 of the same shape.
     """
     return ((254 - scales).clamp(min=0) << _FLOAT32_MANTISSA_BITS).view(torch.float32)
 
@@ -82,7 +91,11 @@ def decode_scales(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         scales: uint8 or float8_e8m0fnu, any shape.
         dtype: bfloat16, float32 or float64.
 
+    Returns:
+        Of ``dtype`` and the same shape; NaN for byte 255.
+
     Raises:
+        ConfigError, LayoutError: ``scales`` is no plain tensor (`epfuse.operands.require_plain`).
         DtypeError: ``scales`` is of another dtype.
     """
     return as_e8m0_bytes("scales", scales).view(torch.float8_e8m0fnu).to(dtype)
@@ -93,9 +106,13 @@ def as_e8m0_bytes(name: str, scales: torch.Tensor) -> torch.Tensor:
 
     Args:
         name: what an error calls the argument.
-        scales: uint8 or float8_e8m0fnu.
+        scales: uint8 or float8_e8m0fnu, any shape.
+
+    Returns:
+        uint8 of the same shape, in the memory of ``scales``.
 
     Raises:
+        ConfigError, LayoutError: ``scales`` is no plain tensor (`epfuse.operands.require_plain`).
         DtypeError: ``scales`` is of another dtype.
     """
     require_plain(name, scales)

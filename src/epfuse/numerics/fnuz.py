@@ -25,7 +25,7 @@ def fn_codes_to_fnuz(codes: torch.Tensor) -> torch.Tensor:
         codes: uint8 E4M3FN codes, any shape.
 
     Returns:
-        uint8 E4M3FNUZ codes, a new tensor: 0x80 becomes 0x00, 0x7f and 0xff become 0x80, others stay.
+        uint8 E4M3FNUZ codes of the same shape, a new tensor: 0x80 becomes 0x00, 0x7f and 0xff become 0x80, others stay.
     """
     is_nan = (codes & 0x7F) == FN_NAN
     return codes.masked_fill(codes == FN_NEGATIVE_ZERO, 0).masked_fill_(is_nan, FNUZ_NAN)
@@ -38,9 +38,10 @@ def double_scales(scales: torch.Tensor) -> torch.Tensor:
         scales: uint8 or float8_e8m0fnu, any shape.
 
     Returns:
-        uint8, a new tensor.
+        uint8 of the same shape, a new tensor.
 
     Raises:
+        ConfigError, LayoutError: ``scales`` is no plain tensor (`epfuse.operands.require_plain`).
         DtypeError: another dtype.
         ConfigError: a byte is 254 (2^127), whose double E8M0 can't hold.
 
@@ -67,6 +68,7 @@ def normalize_to_fnuz(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch
         float8_e4m3fnuz values and uint8 scales, new tensors of the same shapes.
 
     Raises:
+        ConfigError, LayoutError: either is no plain tensor (`epfuse.operands.require_plain`).
         DtypeError: either has another dtype.
         ConfigError: a scale byte is 254, see `double_scales`.
     """
@@ -84,12 +86,13 @@ def normalize_to_fnuz_(values: torch.Tensor, scales: torch.Tensor) -> tuple[torc
 
     Args:
         values: float8_e4m3fn, at least one-dimensional.
-        scales: its E8M0 scales, uint8 or float8_e8m0fnu.
+        scales: its E8M0 scales, uint8 or float8_e8m0fnu, in any layout.
 
     Returns:
-        float8_e4m3fnuz and uint8 views of the arguments' memory.
+        float8_e4m3fnuz values and uint8 scales of the same shapes, views of the arguments' memory.
 
     Raises:
+        ConfigError, LayoutError: either is no plain tensor (`epfuse.operands.require_plain`).
         DtypeError: either has another dtype.
         ConfigError: a scale byte is 254, see `double_scales`.
     """

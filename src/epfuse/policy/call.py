@@ -81,7 +81,21 @@ def call_table(
     device_name: str,
     activation: type[Activation] = SwiGLUOAI,
 ) -> CallTable:
-    """All of `decide`'s answers that differ in T alone."""
+    """All of `decide`'s answers that differ in T alone; the same object for the same arguments.
+
+    Args:
+        path: what the caller asked for.
+        target: where it runs.
+        shape: the layer's sizes.
+        formats: the weights that are kept.
+        dtype: of the activations.
+        combine: how routes are summed; ATOMIC leaves the paths with FP8 activations.
+        device_name: the product, for the tuned tables.
+        activation: between the two GEMMs.
+
+    Raises:
+        UnsupportedTarget: ``target`` can't run ``path`` so; the message names what it can run.
+    """
     refusals = path_refusals(target, formats, dtype, combine, activation)
     kernels = [candidate for candidate in READABLE[target] if refusals[candidate] is None]
     runs = [*kernels, Path.REFERENCE] if refusals[Path.REFERENCE] is None else kernels

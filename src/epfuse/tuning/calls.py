@@ -31,11 +31,17 @@ def layer_call(
     Args:
         form: a format that ``weights`` has.
         weights: of L experts.
-        hidden: ``[T, H]``.
+        hidden: ``[T, H]``, contiguous; bfloat16, or the weights' dtype if they are dense.
         topk_weights: ``[T, K]`` float32.
         topk_ids: ``[T, K]`` int32 or int64.
         expert_map: of E experts.
         activation: None for MiniMax-M3's.
+
+    Returns:
+        The call; its ``out`` is new memory, ``[T, H]`` in hidden's dtype, its combine DETERMINISTIC.
+
+    Raises:
+        KeyError: ``weights`` has no such format.
     """
     experts = weights.kept[form]
     shape = LayerShape(
@@ -47,7 +53,16 @@ def layer_call(
 
 @checks_enums
 def bind_layer(path: Path, form: WeightFormat, tiles: LayerTiles, call: LayerCall) -> Callable[[], torch.Tensor]:
-    """What `fused_experts` runs, in ``tiles``; returns the call's ``out``.
+    """What `fused_experts` runs, in ``tiles``.
+
+    Args:
+        path: whose kernels.
+        form: the format of the call's weights.
+        tiles: of both GEMMs.
+        call: its operands.
+
+    Returns:
+        Runs the call and gives back its ``out``, ``[T, H]``.
 
     Raises:
         ConfigError: no kernel that reads ``form`` takes such tiles.
@@ -67,8 +82,19 @@ def bind_stage(
 ) -> Callable[[], torch.Tensor]:
     """Run the call once, into its ``out``; then the step of one of its stages, again and again.
 
+    Args:
+        path: whose kernels.
+        form: the format of the call's weights.
+        tiles: of both GEMMs.
+        call: its operands.
+        stage: the GEMM whose step is run again.
+
     Returns:
-        Runs the step; gives back a counter, for whoever wants a result: what the step writes is the family's business.
+        Runs the step and gives back ``[1]`` int32, how many padded rows the call has, for whoever wants a result: what
+        the step writes is the family's business.
+
+    Raises:
+        ConfigError: no kernel that reads ``form`` takes such tiles.
     """
     family = family_of(path, form, tiles)
     name = family.step_of(stage)

@@ -162,7 +162,16 @@ class ExpertWeights:
 
     @classmethod
     def bf16(cls, w13: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
-        """`dense` for BF16 only: refuses any other dtype rather than convert it silently."""
+        """`dense` for BF16 only: refuses any other dtype rather than convert it silently.
+
+        Args:
+            w13: ``[L, 2I, H]`` bfloat16, contiguous; gate rows first, then up rows.
+            w2: ``[L, H, I]`` bfloat16, contiguous, on the same device.
+
+        Raises:
+            DtypeError: a tensor has another dtype.
+            ConfigError, ShapeError, DeviceError, LayoutError: as `dense`.
+        """
         for name, w in (("w13", w13), ("w2", w2)):
             require_plain(name, w)
             if w.dtype != torch.bfloat16:
@@ -222,7 +231,17 @@ class ExpertWeights:
     def hybrid(
         cls, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
     ) -> ExpertWeights:
-        """`mxfp8`, and BF16 copies beside it: three times the bytes, for a policy that uses both."""
+        """`mxfp8`, and BF16 copies beside it: three times the bytes, for a policy that uses both.
+
+        Args:
+            w13: ``[L, 2I, H]`` float8_e4m3fn, as `mxfp8` takes it; like the others kept, not copied.
+            w13_scale: ``[L, 2I, H / 32]`` E8M0 bytes.
+            w2: ``[L, H, I]`` float8_e4m3fn.
+            w2_scale: ``[L, H, I / 32]`` E8M0 bytes.
+
+        Raises:
+            ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: as `mxfp8`.
+        """
         packed = cls.mxfp8(w13, w13_scale, w2, w2_scale)
         assert packed.mxfp8_experts is not None
         stacks = packed.mxfp8_experts
@@ -248,6 +267,9 @@ class ExpertWeights:
             w2: as `mxfp8` takes it.
             w2_scale: as `mxfp8` takes it.
             scale: rule of the block scales.
+
+        Raises:
+            ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: as `mxfp8`.
         """
         packed = cls.mxfp8(w13, w13_scale, w2, w2_scale)
         assert packed.mxfp8_experts is not None

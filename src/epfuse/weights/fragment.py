@@ -98,7 +98,14 @@ def check_packable(weights: MXFP8) -> None:
 
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """``[N, K]`` -> ``[N / 64, K / 32, 2048]``, N and K whole panels and steps."""
+    """A matrix's codes in fragment order.
+
+    Args:
+        codes: ``[N, K]`` uint8, N whole panels of 64 rows, K a multiple of 32.
+
+    Returns:
+        ``[N / 64, K / 32, 2048]`` uint8, new memory.
+    """
     # rows: panel, warp 4, half 2, g 8; columns: step, 2 (k 16), 2 (k 8), t 4, 2 (k 1)
     parts = codes.view(-1, 4, 2, 8, codes.shape[1] // 32, 2, 2, 4, 2).flip(2)
     return weave(parts.permute(0, 4, 1, 3, 7, 5, 6, 8, 2).reshape(-1, codes.shape[1] // 32, 2048))
@@ -106,6 +113,8 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
 
 def weave(codes: torch.Tensor) -> torch.Tensor:
     """Byte pairs (second, first) -> half words that hold both codes, as the kernels' masks take them apart.
+
+    uint8 to uint8 of the same shape, the last dimension even; new memory.
 
     The first code's sign is bit 15 and the rest of it bits 10 to 4; the second one's sign is bit 11, its upper bits are
     14 to 12 and its lower ones 3 to 0.
@@ -117,7 +126,7 @@ def weave(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unweave(woven: torch.Tensor) -> torch.Tensor:
-    """The inverse of `weave`."""
+    """The inverse of `weave`: uint8 to uint8 of the same shape, new memory."""
     low, high = woven[..., 0::2], woven[..., 1::2]
     first = (high & 0x80) | ((high & 0x07) << 4) | (low >> 4)
     second = ((high & 0x08) << 4) | (high & 0x70) | (low & 0x0F)
@@ -125,25 +134,40 @@ def unweave(woven: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_codes`: ``[panels, K / 32, 2048]`` -> ``[panels * 64, K]``."""
+    """The inverse of `pack_codes`: ``[panels, K / 32, 2048]`` uint8 -> ``[panels * 64, K]`` uint8, new memory."""
     panels, steps, _ = packed.shape
     parts = unweave(packed).view(panels, steps, 4, 8, 4, 2, 2, 2, 2).permute(0, 2, 8, 3, 1, 5, 6, 4, 7).flip(2)
     return parts.reshape(panels * PANEL_ROWS, steps * 32)
 
 
 def pack_scales(scales: torch.Tensor) -> torch.Tensor:
-    """``[N, K / 32]`` bytes -> ``[N / 64, K / 128, 256]`` bytes, four of a row adjacent."""
+    """A matrix's scale bytes in fragment order, four of a row adjacent.
+
+    Args:
+        scales: ``[N, K / 32]`` uint8, N whole panels of 64 rows, K a multiple of 128; shifted by SCALE_SHIFT already.
+
+    Returns:
+        ``[N / 64, K / 128, 256]`` uint8, new memory.
+    """
     return scales.view(-1, PANEL_ROWS, scales.shape[1] // 4, 4).transpose(1, 2).reshape(-1, scales.shape[1] // 4, 256)
 
 
 def unpack_scales(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_scales`: ``[panels, K / 128, 256]`` bytes -> ``[panels * 64, K / 32]``."""
+    """The inverse of `pack_scales`: ``[panels, K / 128, 256]`` uint8 -> ``[panels * 64, K / 32]`` uint8."""
     panels, steps, _ = packed.shape
     return packed.view(panels, steps, PANEL_ROWS, 4).transpose(1, 2).reshape(panels * PANEL_ROWS, steps * 4)
 
 
 def unpack(weights: FragmentMXFP8, expert: int) -> MXFP8:
-    """The inverse of `pack` for one matrix, ``[N, K]`` in new memory."""
+    """The inverse of `pack` for one matrix.
+
+    Args:
+        weights: a stack of L matrices.
+        expert: which of them, 0 to L - 1.
+
+    Returns:
+        ``[N, K]`` float8_e4m3fn with scales ``[N, K / 32]`` uint8, in new memory.
+    """
     source = source_rows(weights.rows, weights.order).to(weights.codes.device)
     real = source >= 0
     codes = weights.codes.new_empty(weights.rows, weights.columns)

@@ -72,7 +72,15 @@ def require_fn(weights: MXFP8) -> None:
 
 @checks_enums
 def source_rows(rows: int, order: RowOrder) -> torch.Tensor:
-    """``[panels * 64]``: the source row of each packed row, -1 where it is padding."""
+    """The source row of each packed row.
+
+    Args:
+        rows: N of the matrix: 2I for GATE_UP, an even number.
+        order: how the packed rows are ordered.
+
+    Returns:
+        ``[panels * 64]`` int64 on the CPU, -1 where it is padding.
+    """
     if order is RowOrder.PLAIN:
         packed = torch.arange(-(-rows // PANEL_ROWS) * PANEL_ROWS, device="cpu")
         return torch.where(packed < rows, packed, -1)
@@ -82,7 +90,17 @@ def source_rows(rows: int, order: RowOrder) -> torch.Tensor:
 
 
 def take_rows(matrix: torch.Tensor, source: torch.Tensor, columns: int, fill: int) -> torch.Tensor:
-    """``[len(source), columns]``: those rows of ``matrix``, ``fill`` where it is -1 and past the matrix's columns."""
+    """Rows of a matrix in another order, padded.
+
+    Args:
+        matrix: ``[N, C]``, any dtype.
+        source: ``[M]`` int64, from `source_rows`: which row of ``matrix`` each row of the result is, -1 for padding.
+        columns: of the result, at least C.
+        fill: what padding rows hold, and every row past the matrix's C columns.
+
+    Returns:
+        ``[M, columns]``, dtype and device of ``matrix``, new memory.
+    """
     out = matrix.new_full((source.numel(), columns), fill)
     real = source >= 0
     out[real, : matrix.shape[1]] = matrix[source[real]]

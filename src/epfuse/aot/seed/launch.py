@@ -16,7 +16,12 @@ TILE = GemmTile(block_n=64, block_k=128, group_m=0, num_warps=4, num_stages=2)
 
 
 def launch_two_tiles(shape: LayerShape, tokens: int) -> None:
-    """Launch GEMM1 of a BF16 layer; for `epfuse.aot.launches.launches_of`, which launches nothing."""
+    """Launch GEMM1 of a BF16 layer; for `epfuse.aot.launches.launches_of`, which launches nothing.
+
+    Args:
+        shape: the layer's sizes; all operands are made here, on the meta device.
+        tokens: T.
+    """
     routes = tokens * shape.top_k
     padded = max_padded(routes, shape.local_experts, BLOCK_M)
 

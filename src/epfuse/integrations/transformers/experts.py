@@ -83,7 +83,20 @@ class EPExperts(nn.Module):
     def local_output(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """This rank's share, ``[T, H]``, before the sum over ranks. Arguments as in `forward`."""
+        """This rank's share, before the sum over ranks.
+
+        Args:
+            hidden_states: ``[T, H]``, the same on every rank; bfloat16, or the weights' dtype if they are dense.
+            top_k_index: ``[T, K]`` int32 or int64 global expert ids.
+            top_k_weights: ``[T, K]`` router weights, any floating dtype.
+
+        Returns:
+            ``[T, H]`` in hidden_states' dtype.
+
+        Raises:
+            ConfigError: gradients are on, and an argument or a parameter requires one.
+            EpfuseError: what `fused_experts` refuses.
+        """
         if torch.is_grad_enabled():
             mine = dict(self.named_parameters())
             for name, tensor in {"hidden_states": hidden_states, "top_k_weights": top_k_weights, **mine}.items():

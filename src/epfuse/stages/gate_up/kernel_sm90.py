@@ -125,8 +125,26 @@ def gate_up_sm90_kernel(
     """out[r, i] = activate(x[r // K] . gate row i, x[r // K] . up row i) for the routes r of one block.
 
     Every 16 rows of a weight tile are 8 gate rows and their 8 up rows: the two that belong together are in one thread.
-    w13_scale is None for dense weights [L, 2I, H]; MXFP8 ones are packed in that order. SPLIT_K programs share a tile
-    where there are too few tiles to fill the GPU.
+    SPLIT_K programs share a tile where there are too few tiles to fill the GPU.
+
+    Args:
+        x: BF16 [T, H].
+        w13: dense BF16 [L, 2I, H], or codes in fragment order, uint8 [L, PANELS, H_PADDED / 32, 2048].
+        w13_scale: int32 [L, PANELS, H_PADDED / 128, 64] of fragments; None for dense weights.
+        out: BF16 [R, I]; row r is written if route r is local.
+        sorted_routes: int32, routes by expert, R where padding; see RouteTable, as the next two.
+        block_expert: int32, the local expert of each block of BLOCK_M routes.
+        num_padded: int32 [1], slots of sorted_routes in use.
+        partials: FP32 [tiles, SPLIT_K, BLOCK_N, BLOCK_M], undefined before; None if SPLIT_K is 1.
+        arrivals: int32 [tiles], zeros before; None if SPLIT_K is 1.
+        R: routes, T * K.
+        H: columns of x and of dense weights.
+        I: columns of out.
+        H_PADDED: columns of the weights: H if dense, else whole steps of 128.
+        PANELS: panels of 64 weight rows of one expert.
+        LOCAL: L, local experts.
+        FIRST_WAVE: programs that guess_weights lets guess.
+        activation: FP32 parameters of ACTIVATION, a tuple.
     """
     if GUESS > 0:
         guess_weights(w13, w13_scale is None, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, BLOCK_N, GROUP_M, GUESS)

@@ -24,7 +24,7 @@ def launch_gather(
     """Copy the row of each local route, so that the rows of an expert are adjacent.
 
     Args:
-        x: ``[T, H]``, contiguous.
+        x: ``[T, H]`` of any dtype, contiguous.
         routes: RouteTable of this call; route r has row ``r // K``.
         top_k: K.
         out: ``[R, H]``, dtype of x; only as many rows as there are local routes are written, the first ones. Allocated
