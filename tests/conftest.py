@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
+
+# A shell's background job ignores Ctrl-C, and so would its children; tests interrupt themselves and others.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GPU = torch.cuda.is_available()
 if not GPU:
