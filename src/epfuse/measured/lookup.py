@@ -6,8 +6,9 @@ it is *near*: used if it is this product's own. A farther one is not used. A row
 another product of the same target, or for a layer with another L, E or K; its tile is used and its time is not. A layer
 with another H or I has nothing to say.
 
-Rows scatter over the experts by about their square root. Where a row's block held that much when it was measured, it
-does not serve calls whose experts would need a second block for a few rows more.
+If n rows an expert are expected, most experts get at most n + sqrt(n). If a row's block had room for so many when it
+was measured, and has none for the call's, many experts would need a second block for a few rows: the row does not serve
+that call.
 """
 
 from __future__ import annotations
