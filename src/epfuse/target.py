@@ -70,8 +70,11 @@ def target_of(device: torch.device) -> Target:
     """The target of ``device``.
 
     Raises:
+        DeviceError: it is no torch.device.
         UnsupportedTarget: a GPU that epfuse has no kernels for.
     """
+    if not isinstance(device, torch.device):
+        raise DeviceError(f"device is {shown(device)}; it must be a torch.device")
     if device.type == "meta" and _planned is not None:
         return _planned
     if device.type == "cpu":

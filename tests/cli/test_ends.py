@@ -215,6 +215,30 @@ def test_a_stdout_that_takes_nothing_or_not_all(before: str, arguments: list[str
     assert len(done.stderr.splitlines()) <= 1
 
 
+def test_a_reader_who_leaves_costs_no_file(tmp_path: Path) -> None:
+    """Rich would end here with 1, a failed check, before the page is written."""
+    event = {"ph": "X", "cat": "kernel", "name": "nccl_AllReduce", "ts": 1, "dur": 5, "pid": 0, "tid": 7}
+    trace, page = tmp_path / "trace.json", tmp_path / "page.html"
+    args = {"device": 0, "stream": 7, "correlation": 1}
+    devices = [{"id": 0, "name": "NVIDIA H200"}]
+    trace.write_text(json.dumps({"traceEvents": [event | {"args": args}], "deviceProperties": devices}))
+    before = "read, write = os.pipe(); os.close(read); os.dup2(write, 1)"
+    done = child(STREAMS.format(before=before, arguments=["profile", str(trace), "--html", str(page)]))
+    assert done.returncode == 2
+    assert "standard output could not be written" in done.stderr
+    assert page.stat().st_size > 1000
+
+
+def test_progress_that_nobody_reads_ends_nothing() -> None:
+    code = (
+        "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 2)\n"
+        "from epfuse.report.terminal import Console\n"
+        "Console(stderr=True).print('half of it'); print('the result')"
+    )
+    done = child(code)
+    assert (done.returncode, done.stdout) == (0, "the result\n")
+
+
 def test_an_ascii_stdout_gets_escapes() -> None:
     code = (
         "import sys; from epfuse.cli.exits import exit_code\n"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -149,6 +149,13 @@ def test_refuses_a_model_without_experts_and_a_second_replacement(model: Any) ->
     replace_experts(model, EPGroup.single())
     with pytest.raises(ConfigError, match="replaced already"):
         replace_experts(model, EPGroup.single())
+
+
+def test_refuses_what_is_no_model_or_group(model: Any) -> None:
+    with pytest.raises(ConfigError, match="group is None"):
+        replace_experts(model, cast("Any", None))
+    with pytest.raises(ConfigError, match="model is 'model'"):
+        replace_experts(cast("Any", "model"), EPGroup.single())
 
 
 def test_an_error_in_the_last_layer_replaces_none(model: Any) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,6 +24,12 @@ def test_ranks_split_the_experts() -> None:
 def test_refuses_a_rank_outside_the_group() -> None:
     with pytest.raises(ConfigError, match=r"0\.\.3"):
         EPGroup(4, 4)
+
+
+@pytest.mark.parametrize(("rank", "size"), [("0", 2), (0, "2"), (True, 2), (0, 1.5), (None, None), (0, 0)])
+def test_refuses_what_is_no_rank_or_number_of_ranks(rank: Any, size: Any) -> None:
+    with pytest.raises(ConfigError, match="EPGroup"):
+        EPGroup(rank, size)
 
 
 def test_the_first_ranks_hold_one_expert_more() -> None:

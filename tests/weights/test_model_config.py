@@ -170,7 +170,7 @@ def test_qwen(tmp_path: Path) -> None:
         (MIXTRAL | {"vision_config": {"num_experts": 4}}, "vision_config has experts of its own"),
         (MIXTRAL | {"model_type": ["mixtral"]}, "model_type is"),
         (MIXTRAL | {"text_config": [1]}, "text_config is"),
-        ({"model_type": "minimax_m3_vl", "text_config": MIXTRAL | {"model_type": "unknown"}}, "of type 'unknown'"),
+        ({"model_type": "some_new_wrapper", "text_config": MIXTRAL | {"model_type": "unknown"}}, "of type 'unknown'"),
         ({"model_type": "mixtral", "text_config": {"model_type": "unknown"}}, "of type 'unknown'"),
         ({"model_type": "minimax_m3_vl", "text_config": MIXTRAL, "language_config": MIXTRAL}, "several of"),
         (QWEN | {"mlp_only_layers": 3}, "mlp_only_layers must be a list"),
@@ -186,12 +186,12 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_model(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("kind", ["minimax_m3_vl_text", "minimax_m3_text", "minimax_m3", None])
+@pytest.mark.parametrize("kind", ["minimax_m3_vl_text", "minimax_m3_text", "minimax_m3", None, "unknown"])
 @pytest.mark.parametrize("outer", ["minimax_m3_vl", "some_new_wrapper"])
 def test_the_language_models_type_counts(tmp_path: Path, kind: str | None, outer: str) -> None:
     config = {"model_type": outer, "text_config": M3_TEXT | {"model_type": kind}}
-    if kind is None and outer == "some_new_wrapper":
-        with pytest.raises(ConfigError, match="of type None"):
+    if kind in (None, "unknown") and outer == "some_new_wrapper":
+        with pytest.raises(ConfigError, match=f"of type {kind!r}"):
             read_model(write(tmp_path, config))
     else:
         assert read_model(write(tmp_path, config)).moe_layers == MINIMAX_M3.moe_layers

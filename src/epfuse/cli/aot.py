@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import comma_names
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, MissingDependency
+from epfuse.report.terminal import Console
 
 TARGETS = ("sm_90", "gfx942", "gfx950")
 STAGES = ("route", "gather", "quantize", "gate_up", "activate", "down", "gate_up_down", "combine")

@@ -195,7 +195,6 @@ def bench(
 def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path | None) -> Record:
     """Measure, with a bar on stderr. A record file is written after each point: a run that is cut off leaves one."""
     import torch
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from epfuse.bench import machine
@@ -205,6 +204,7 @@ def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path 
     from epfuse.bench.roofs import measure_roofs
     from epfuse.bench.run import on_device, run_points
     from epfuse.bench.weights import LayerWeights
+    from epfuse.report.terminal import Console
     from epfuse.report.write import write_atomic
     from epfuse.verify.problem import Problem
 
@@ -284,9 +284,8 @@ def _report(
             values = record.to_json() | ({"comparison": comparison.to_json()} if comparison else {})
             click.echo(jsonlib.dumps(values, indent=2, allow_nan=False))
         else:
-            from rich.console import Console
-
             from epfuse.bench.console import print_record
+            from epfuse.report.terminal import Console
 
             print_record(record, comparison, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
             if "--json" in delivery.failed:  # the tables have not all of it

@@ -78,14 +78,13 @@ def _run(
 
     delivery = Delivery({"--html": html})
     _need_transformers()
-    from rich.console import Console
-
     from epfuse.demo.console import print_record
     from epfuse.demo.page import demo_page
     from epfuse.demo.run import run_demo
     from epfuse.demo.settings import DemoSettings
     from epfuse.demo.text import read_text
     from epfuse.parallel.launch import RankFailed
+    from epfuse.report.terminal import Console
     from epfuse.report.write import write_atomic
 
     settings = DemoSettings(ranks=ranks, tokens=tokens, dtype=_resolve(dtype), weights=WeightFormat(weights), seed=seed)

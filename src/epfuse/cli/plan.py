@@ -9,7 +9,6 @@ from decimal import Decimal
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from epfuse.config import Policy
 from epfuse.environment import environment
@@ -17,6 +16,7 @@ from epfuse.errors import ConfigError
 from epfuse.hardware.products import PRODUCTS, Product, product_of
 from epfuse.planning import console
 from epfuse.planning.model_plan import Serving, plan_model
+from epfuse.report.terminal import Console
 from epfuse.target import Target
 from epfuse.weights.model_config import MODELS, ExpertModel, read_model
 

@@ -164,10 +164,9 @@ def _profiles(
 
 def _print(profiles: list[Profile], json: bool, compare: bool) -> None:
     """One record is the document itself, several are a list in it."""
-    from rich.console import Console
-
     from epfuse.profiling.compare import compare_json
     from epfuse.profiling.console import print_comparison, print_profile
+    from epfuse.report.terminal import Console
 
     if json:
         if compare:
@@ -192,10 +191,10 @@ class _LateBar:
     """A progress bar on stderr that appears when reading takes longer than two seconds."""
 
     def __init__(self, path: Path) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
         from epfuse.profiling.text import printable
+        from epfuse.report.terminal import Console
 
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=Console(stderr=True), transient=True)

@@ -14,7 +14,6 @@ from typing import Any
 import click
 import torch
 import triton
-from rich.console import Console
 
 from epfuse.bench import machine
 from epfuse.bench.layers import Layer
@@ -23,6 +22,7 @@ from epfuse.cli.device import choose_device
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, DeviceError, TuningError
 from epfuse.measured import store
+from epfuse.report.terminal import Console
 from epfuse.target import device_name, target_of
 from epfuse.tuning import console, vllm_files
 from epfuse.tuning.run import Device, Request, pending, plan_of, run, write_rows

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import SIZE, token_count
 from epfuse.config import Combine, Path
 from epfuse.errors import DeviceError
+from epfuse.report.terminal import Console
 
 if TYPE_CHECKING:
     from epfuse.verify.record import CaseResult, Record

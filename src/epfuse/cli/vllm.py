@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from epfuse.cli.delivery import Delivery
 from epfuse.config import Policy
 from epfuse.integrations.vllm.patch import run
 from epfuse.integrations.vllm.patch.site import find_site
+from epfuse.report.terminal import Console
 
 if TYPE_CHECKING:
     from epfuse.integrations.vllm.explain import LayerGroup

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from epfuse.arguments import integer
 from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
 
@@ -28,7 +29,7 @@ class EPGroup:
         waiting: its result is entered while this rank waits for the others; how a launcher knows who waits for whom.
 
     Raises:
-        ConfigError: ``rank`` is outside 0..P-1.
+        ConfigError: ``rank`` or ``size`` is no integer, or ``rank`` is outside 0..P-1.
     """
 
     rank: int
@@ -38,7 +39,8 @@ class EPGroup:
     waiting: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.size:
+        size = integer("EPGroup.size", self.size, least=1)
+        if integer("EPGroup.rank", self.rank) >= size:
             raise ConfigError(f"EPGroup.rank is {self.rank}; it must be in 0..{self.size - 1}")
 
     @classmethod

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from epfuse.families.family import Stage
+from epfuse.report.terminal import Console
 from epfuse.tuning.run import Device, Request
 from epfuse.tuning.search import Outcome, Plan
 from epfuse.tuning.trials import Result, fastest

@@ -159,7 +159,10 @@ def _language_model(content: Fields) -> tuple[str, Fields]:
 
 
 def _innermost(content: Fields) -> tuple[str | None, Fields]:
-    """The language model's type and its config: that inside, if there is one, and never that outside in its place."""
+    """The language model's type and its config: that inside, if there is one.
+
+    Where the type inside is missing or unknown, that of a known model around a language model says it.
+    """
     outer, config = content.text("model_type"), content
     kind = outer
     for _ in range(3):  # qwen3_omni_moe: thinker_config, text_config
@@ -170,8 +173,8 @@ def _innermost(content: Fields) -> tuple[str | None, Fields]:
             break
         config = inner[0]
         kind = config.text("model_type")
-    known = kind or OUTER.get(outer or "")
-    return OUTER.get(known or "", known), config
+    kind = OUTER.get(kind or "", kind)
+    return kind if kind in FAMILIES else OUTER.get(outer or "", kind), config
 
 
 def _one_model(content: Fields) -> None:

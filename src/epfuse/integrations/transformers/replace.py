@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from epfuse.arguments import member, shown
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, EpfuseError
 from epfuse.expert_map import ExpertMap
@@ -73,8 +74,10 @@ def replace_experts(
             hooks, an adapter, or tensors that are split over ranks (tensor parallelism) or packed.
         ShapeError, DtypeError: weights that don't describe one layer, or are quantised or float64.
     """
-    if not isinstance(path, Path):
-        raise ConfigError(f"path is {path!r}; it must be an epfuse.Path")
+    for argument, value, kind in (("model", model, nn.Module), ("group", group, EPGroup)):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{argument} is {shown(value)}; it must be a {kind.__name__}")
+    member("path", path, Path)
     if form not in (WeightFormat.DENSE, WeightFormat.MXFP8):
         raise ConfigError(
             f"form is {getattr(form, 'value', form)!r}; experts are replaced by dense or mxfp8 ones (a WeightFormat)"
