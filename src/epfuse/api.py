@@ -52,7 +52,7 @@ def fused_experts(
         path: how to compute it; AUTO lets the policy choose (or EPFUSE_PATH, where it is set: `epfuse.environment`).
         combine: how a token's routes are summed. ATOMIC is for the paths with FP8 activations (W8A8, BLOCK_FP8) and not
             bitwise repeatable.
-        out: ``[T, H]`` to write into, dtype and device of hidden; overlaps no other tensor of the call, but for
+        out: ``[T, H]`` to write into, dtype and device of hidden; overlaps no other tensor of the call except
             ``scratch.y``. Allocated if None.
         scratch: memory for the rows between the stages, at least `epfuse.scratch_size` of it; they are allocated if
             None. The route table, and partial sums where programs share a tile's reduction, are always allocated. The

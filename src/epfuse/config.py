@@ -162,7 +162,7 @@ class LayerShape:
             raise ConfigError(f"LayerShape.local_experts is {self.local_experts}, more than experts={self.experts}")
 
     def with_distinct_experts(self) -> LayerShape:
-        """The shape, if a router can choose K different experts for each token, as those of models do.
+        """The shape, if a router can choose K different experts for each token, as models' routers do.
 
         Raises:
             ConfigError: K is more than E.

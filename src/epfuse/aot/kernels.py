@@ -70,7 +70,7 @@ class Kernel:
         resources: registers, memory, spills.
         occupancy: workgroups (AMD) or blocks (NVIDIA) that fit a compute unit.
         counts: instructions of the whole kernel.
-        loop: instructions of the main loop, those of one turn; None where there are no matrix instructions.
+        loop: instructions of one turn of the main loop; None where there are no matrix instructions.
         mca: what llvm-mca says of the main loop, clocks by resource; None without llvm-mca.
     """
 

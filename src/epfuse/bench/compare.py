@@ -14,7 +14,7 @@ from epfuse.errors import ConfigError
 
 LEAST_CHANGE = 0.02
 """A smaller change counts as noise, however little the samples spread: the replays of one run share clocks and memory
-layout, those of two runs don't."""
+layout, two runs' don't."""
 
 
 class Verdict(enum.Enum):

@@ -26,7 +26,7 @@ from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
 
 CLOSE = 1.5
-"""Rows per expert of a call, over those of a row or the other way round, up to which any product's row is used."""
+"""Rows per expert of a call over a row's, or the other way round, up to which any product's row is used."""
 NEAR = 2.0
 """The same, up to which this product's own row is used where none is close."""
 
@@ -68,7 +68,7 @@ class Source:
     Attributes:
         device: the product that measured.
         shape: the layer.
-        same_device, same_shape: whether they are those of the call.
+        same_device, same_shape: whether they are the call's.
         date: of the measurement, ISO.
         points: ascending in tokens.
     """

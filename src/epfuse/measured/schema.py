@@ -135,7 +135,7 @@ class Measurement(_Entry):
         shape: H, I, E, L, K of one rank.
         torch, triton: versions.
         date: of the newest rows.
-        source: the command that measured; behind BEFORE those of older rows, if there are any.
+        source: the command that measured; behind BEFORE the commands of older rows, if there are any.
         rows: ascending in tokens, then block_m.
     """
 

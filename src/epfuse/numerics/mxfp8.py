@@ -96,7 +96,7 @@ def encode(x: torch.Tensor, rounding: ScaleRounding = ScaleRounding.FLOOR) -> tu
 def decode(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The numbers that MXFP8 stands for.
 
-    float64 is exact for every code and byte. float32 is exact but for products beyond its range, which are
+    float64 is exact for every code and byte. float32 is exact except for products beyond its range, which are
     infinities. bfloat16 is float32 rounded once to nearest even, and exact wherever float32 is and the scale byte
     is at least 3 (E4M3FN) or 4 (E4M3FNUZ); below that the small codes fall between bfloat16 subnormals.
 

@@ -12,7 +12,7 @@ from epfuse.profiling.events import Kernel, Trace
 LONGEST_PAUSE = 3600 * 10**9
 """ns in which no GPU does anything, in one recording: an hour."""
 FEW_EVENTS = 16
-"""With fewer events a trace has no length to compare a kernel with, but for `LONGEST_KERNEL`."""
+"""With fewer events a trace has no length to compare a kernel with, except `LONGEST_KERNEL`."""
 LONGEST_KERNEL = 10 * 10**9
 """ns: ten seconds."""
 

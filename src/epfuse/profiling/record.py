@@ -131,7 +131,7 @@ class Profile:
 
     @property
     def kernels_total(self) -> int:
-        """Kernels of the window: those of the phases and the unclassified."""
+        """Kernels of the window, with a phase or unclassified."""
         return sum(len(step.kernels) for step in self.window)
 
     @property

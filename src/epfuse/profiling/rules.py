@@ -125,7 +125,7 @@ class RuleSet:
 
     @classmethod
     def load(cls, user_file: Path | None = None) -> RuleSet:
-        """The shipped rules, after those of ``user_file``, which win.
+        """The rules of ``user_file``, which win, then the shipped rules.
 
         Raises:
             ConfigError: the file can't be read or does not fit the schema; the message names file and place.

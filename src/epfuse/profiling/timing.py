@@ -125,7 +125,7 @@ def streams_of(
 
 
 def merge_steps(times: Iterable[StreamTime]) -> list[StreamTime]:
-    """One time a stream from those of several steps; what lies between steps is in no step."""
+    """One time a stream, summed over several steps; what lies between steps is in no step."""
     merged: dict[int, StreamTime] = {}
     for time in times:
         before = merged.get(time.stream, StreamTime(time.stream, 0, 0, Gaps()))

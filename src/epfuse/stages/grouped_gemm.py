@@ -24,7 +24,7 @@ def tile_of(pid, m_blocks, n_blocks, GROUP_M: tl.constexpr):
 
 @triton.jit
 def e8m0_to_bf16(code):
-    """E8M0 byte s -> 2^(s - 127) in BF16, exactly: the byte is the exponent field, but for its two ends."""
+    """E8M0 byte s -> 2^(s - 127) in BF16, exactly: the byte is the exponent field, except at its two ends."""
     field = code.to(tl.uint16) << 7
     field = tl.where(code == 0, 0x0040, field)  # 2^-127 is a BF16 subnormal
     field = tl.where(code == 255, 0x7FC0, field)  # NaN

@@ -1,8 +1,8 @@
 """A grouped GEMM of FP8 rows times FP8 weights for Hopper, both with one scale a row (weights/row_fp8.py).
 
 No operand passes through registers: the copy engine brings both to shared memory, and the tensor cores take them from
-there. Their own sums of FP8 products keep 13 bits or so behind the leading one, so those of each 128 k are added up in
-FP32 registers; the scales follow when a sum is complete.
+there. Their own sums of FP8 products keep 13 bits or so behind the leading one, so FP32 registers add up the sums of
+each 128 k; the scales follow when a sum is complete.
 """
 
 from triton.experimental import gluon

@@ -96,7 +96,7 @@ class Sm90PersistentTile(GemmTile):
         return self.block_n // 64
 
     def rows_of(self, block_m: int) -> tuple[int, int]:
-        """The rows of a block's head, and those of its rest."""
+        """The rows of a block's head, and the rows of its rest."""
         head = self.head or 1 << block_m.bit_length() >> 1
         return head, block_m - head
 

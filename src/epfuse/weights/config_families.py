@@ -1,6 +1,6 @@
 """Model families whose experts epfuse knows: where their config.json has the sizes, layers and activation.
 
-Names and defaults are those of transformers' configuration classes; `tests/weights/test_config_families.py` compares
+Names and defaults are from transformers' configuration classes; `tests/weights/test_config_families.py` compares
 every row with the classes' own models. What hub files write besides (``moe_num_experts``, ``moe_layer_freq``, ..) is an
 alias here.
 """

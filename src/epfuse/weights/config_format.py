@@ -53,7 +53,7 @@ def experts_format(quantization: Fields | None, modules: ExpertModules) -> Check
 
     Raises:
         ConfigError: it is a format that epfuse does not read, fields contradict each other, a field is not understood,
-            or the experts of some layers are in another format than those of the others.
+            or the experts of some layers are in another format than the experts of others.
     """
     if quantization is None:
         return Checkpoint.BF16

@@ -89,7 +89,7 @@ def periodic(config: Fields, layers: int) -> tuple[int, ...]:
 
 
 def trimmed(config: Fields, key: str, entries: list[Any], layers: int) -> list[Any]:
-    """A list with an entry a layer, without those of the layers for multi-token prediction that may follow.
+    """A list with an entry a layer, without entries of layers for multi-token prediction that may follow.
 
     Raises:
         ConfigError: it has another length.

@@ -18,7 +18,7 @@ MOST_ALTERNATIVES = 64
 HEADS = ("model.layers", "language_model.model.layers", "model.language_model.layers")
 """What stands before a layer's index."""
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"))
-"""The names that an expert's matrices have, and in the last row those of all experts together."""
+"""The names that an expert's matrices have, and in the last row the names of all experts together."""
 MATRICES = (
     *(tuple(f".{expert}.{name}" for expert in (0, 1) for name in names) for names in PROJECTIONS[:2]),
     tuple(f".{name}" for name in PROJECTIONS[2]),

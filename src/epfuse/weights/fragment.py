@@ -4,9 +4,9 @@ A panel is 64 weight rows. Within a panel, 32 k at a time, the 2,048 codes lie a
 ``32 * w + 4 * g + t`` holds rows ``16 * w + g`` and ``+ 8``, k ``2 * t + {0, 1}`` + ``{0, 8, 16, 24}``, which is the
 register operand of wgmma (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"). So a thread's 16-byte load is
 what it multiplies with, and a panel is one contiguous piece of memory. Within a 4-byte word the two rows alternate,
-the second first, and the two codes of each half word are woven into one another: the one of the first row lies where a
-BF16's sign and lowest exponent bits are, the other one in the bits between, so that one mask turns two codes of the
-first row into BF16, and two shifts and two masks those of the second.
+the second first, and the two codes of each half word are woven into one another. The code of the first row lies where a
+BF16's sign and lowest exponent bits are, the other code in the bits between. So one mask turns two codes of the first
+row into BF16, and two shifts and two masks turn two codes of the second.
 
 The scale bytes of a row lie four to an int32, for 128 k; a panel's 64 rows are adjacent. A stored byte is the E8M0
 byte plus 120: as a BF16 exponent it is the scale times 2^120, which makes up for the shifted codes' 2^-120.

@@ -46,7 +46,7 @@ class ExpertModel:
         layers: layers of the model, with and without experts.
         moe_layers: indices of those with experts, ascending.
         shared_experts: experts that every token visits besides its K.
-        activation: between the two projections, in all layers but those of ``other_activations``.
+        activation: between the two projections, in all layers that ``other_activations`` does not name.
         checkpoint: the numbers that the weights are stored in.
         has_bias: the projections have biases.
         weights_input: the router weight is applied to the experts' inputs, not to their outputs.

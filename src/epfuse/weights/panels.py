@@ -58,7 +58,7 @@ class PanelStack:
 
 
 def require_fn(weights: MXFP8) -> None:
-    """Refuse codes that are not E4M3FN: those of gfx942 have the same bytes for other numbers.
+    """Refuse codes that are not E4M3FN: in gfx942's format the same bytes mean other numbers.
 
     Raises:
         DtypeError: as said.

@@ -21,5 +21,5 @@ def activate(
     rounding: ScaleRounding = ScaleRounding.CEIL,
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> FP8Rows:
-    """``[N, 2I]`` -> ``[N, I]`` quantised; every row, where the kernel takes those of local routes."""
+    """``[N, 2I]`` -> ``[N, I]`` quantised; every row; the kernel takes the rows of local routes only."""
     return quantize(activated(gate_up.float(), activation), group, rounding, dtype)

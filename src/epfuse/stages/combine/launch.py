@@ -29,7 +29,7 @@ def launch_combine(
         out: ``[T, H]``; every element is written, zero for a token without a local route.
         route_row: ``[R]`` int32 from what packed the rows, where they lie packed; None if row r is of route r.
         out_is_free: whether nothing that runs before uses the memory of ``out`` for anything else. Then zeros are
-            written while it still runs, and where rows lie packed ``out`` has those of `LoneTokens` already.
+            written while it still runs, and where rows lie packed ``out`` has the rows of `LoneTokens` already.
 
     Returns:
         ``out``.

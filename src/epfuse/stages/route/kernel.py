@@ -52,7 +52,7 @@ def place(
     sorted_routes, block_expert, block_row, num_padded, arrivals, R, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Write this program's share of the table, from the global counts and those of the chunks before it.
+    """Write this program's share of the table, from the global counts and the counts of the chunks before it.
 
     No tensor is as large as BINS times PADDING or a chunk: of 128 local experts it would take minutes to compile.
     """

@@ -1,4 +1,4 @@
-"""A lock on a directory: one process at a time, no file left, and who holds it is said."""
+"""A lock on a directory: one process at a time, no file left; an error names who holds it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("epfuse.vllm")
 PATIENCE = 60.0
 """Seconds that another process may hold the lock; a patch takes milliseconds."""
 SILENCE = 1.0
-"""Seconds of waiting before it is said."""
+"""Seconds of waiting before a line says so."""
 
 
 @contextmanager
