@@ -97,6 +97,23 @@ def down_sm90_kernel(
 
     The route table is older than the kernel before this one, which had to wait for it: only y is waited for, and the
     first weights are on their way by then.
+
+    Args:
+        y: BF16 [R, I]; only rows of local routes are read.
+        w2: dense BF16 [L, H, I], or codes in fragment order, uint8 [L, PANELS, I_PADDED / 32, 2048].
+        w2_scale: int32 [L, PANELS, I_PADDED / 128, 64] of fragments; None for dense weights.
+        topk_weights: FP32 [T, K], by route.
+        out: BF16 [R, H]; row r is written if route r is local.
+        sorted_routes: int32, routes by expert, R where padding; see RouteTable, as the next two.
+        block_expert: int32, the local expert of each block of BLOCK_M routes.
+        num_padded: int32 [1], slots of sorted_routes in use.
+        partials: FP32 [tiles, SPLIT_K, BLOCK_N, BLOCK_M], undefined before; None if SPLIT_K is 1.
+        arrivals: int32 [tiles], zeros before; None if SPLIT_K is 1.
+        R: routes, T * K.
+        H: columns of out.
+        I: columns of y and of dense weights.
+        I_PADDED: columns of the weights: I if dense, else whole steps of 128.
+        PANELS: panels of 64 weight rows of one expert.
     """
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M

@@ -155,8 +155,26 @@ def gate_up_down_sm90_kernel(
     finds past a tile's last row may be written meanwhile; it is multiplied for columns that are not stored.
 
     Args:
+        x_head, x_few, x_rest: tensor descriptors of BF16 x [R, H], packed: a block's head, a few rows of its rest and
+            all of its rest, BLOCK_K columns at a time; None for what no block needs.
+        w13_lines: tensor descriptor of the codes in fragment order, lines of 128 bytes, a panel and BLOCK_K at a time.
+        w13_scale: int32 [L, UP_PANELS, H_PADDED / 128, 64].
+        y: BF16 [R, I], packed; written, then read through y_head, y_few and y_rest, descriptors like x's.
+        w2_lines: as w13_lines.
+        w2_scale: int32 [L, DOWN_PANELS, I_PADDED / 128, 64].
+        topk_weights: FP32 [T, K], by route.
+        out: BF16 [R, H], packed.
         lone_token, final: as store_weighted takes them.
+        sorted_routes, block_expert, block_row, num_padded: int32, see RouteTable.
         arrivals: int32 zeros: tiles claimed, then for each row block the warps that are through with gate_up's panels.
+        R: routes, T * K.
+        H: columns of out.
+        I: columns of y.
+        H_PADDED: columns of w13, whole steps of 128.
+        I_PADDED: columns of w2, whole steps of 128.
+        UP_PANELS: panels of 64 rows of one expert's w13; 0 to leave gate_up out.
+        DOWN_PANELS: the same of w2; 0 to leave down out.
+        activation: FP32 parameters of ACTIVATION, a tuple.
     """
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M
