@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import epfuse.api
 from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, fused_experts
@@ -102,6 +103,22 @@ def test_parameters_and_tensors_of_inference_mode_are_prepared(target: Target) -
             codes = "values" if target is Target.GFX942 else "codes"
             assert torch.equal(getattr(ours, codes).view(torch.uint8), getattr(theirs, codes).view(torch.uint8))
             assert torch.equal(ours.scales, theirs.scales)
+
+
+def test_derivatives_and_batches_that_would_be_lost_are_refused() -> None:
+    case = make_case(CPU, dtype=torch.float32)
+
+    def layer(hidden: torch.Tensor) -> torch.Tensor:
+        return fused_experts(hidden, case.weights, case.topk_weights, case.topk_ids, case.expert_map)
+
+    with pytest.raises(ConfigError, match=r"hidden is traced by torch\.func"):
+        torch.vmap(layer)(case.hidden[None])
+    with pytest.raises(ConfigError, match="hidden"):
+        torch.func.jvp(layer, (case.hidden,), (torch.ones_like(case.hidden),))
+    with forward_ad.dual_level():
+        with pytest.raises(ConfigError, match="hidden has a tangent"):
+            layer(forward_ad.make_dual(case.hidden, torch.ones_like(case.hidden)))
+        assert torch.equal(layer(case.hidden), call(case))
 
 
 def test_out_may_be_a_tensor_of_inference_mode() -> None:

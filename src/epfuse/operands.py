@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import forward_ad
 
 from epfuse.errors import ConfigError, LayoutError
 
@@ -22,7 +23,8 @@ def require_plain(name: str, value: object) -> None:
         value: what was given; on the meta device too, where a call has no data by intent (`epfuse.aot`).
 
     Raises:
-        ConfigError: not a tensor, or one that stands for others (a DTensor, a FakeTensor).
+        ConfigError: not a tensor, or one that stands for others (a DTensor, a FakeTensor, a tensor of torch.func's
+            transforms), or has a tangent, which would be lost.
         LayoutError: sparse or nested, or a view that negates or conjugates when it is read.
     """
     if not isinstance(value, torch.Tensor):
@@ -32,6 +34,10 @@ def require_plain(name: str, value: object) -> None:
     if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         kind = type(value).__name__
         raise ConfigError(f"{name} is a {kind}, which has no memory of its own; it must be a plain tensor")
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise ConfigError(f"{name} is traced by torch.func (vmap, grad, jvp, ..); it must be a plain tensor")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
+        raise ConfigError(f"{name} has a tangent; there is no forward-mode derivative: call without it")
     if value.layout is not torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise LayoutError(f"{name} is a {layout} tensor; it must be a plain one (dense, strided)")

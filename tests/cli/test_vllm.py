@@ -70,13 +70,23 @@ def test_explain_says_why_not(args, reason):
     assert group["with_epfuse"]["reason"].startswith(reason)
 
 
+def test_explain_with_a_backend_promises_no_class():
+    """vLLM reads its name in any case and with dashes."""
+    for said, read in (("deep-gemm", "deep_gemm"), ("MARLIN", "marlin")):
+        (group,) = groups("--moe-backend", said)
+        assert group["without_epfuse"]["experts"] == f"those of --moe-backend {read}"
+    assert groups("--moe-backend", "AUTO") == groups()
+
+
 def test_explain_as_a_table():
     result = run("explain", "--policy", "auto", "--no-ep")
     assert result.exit_code == 0
     assert "3..59" in result.stdout
 
 
-@pytest.mark.parametrize("args", [("--vllm-version", "0.1.0"), ("--tp", "129"), ("--tp", "5", "--no-ep")])
+@pytest.mark.parametrize(
+    "args", [("--max-model-len", "2147483648"), ("--vllm-version", "0.1.0"), ("--tp", "129"), ("--tp", "5", "--no-ep")]
+)
 def test_explain_refuses_what_it_does_not_know(args):
     assert run("explain", *args).exit_code == 2
 

@@ -45,7 +45,7 @@ def vllm() -> None:
     help="The GPUs.",
 )
 @click.option("--vllm-version", default="0.33.0", show_default=True, help="The release that serves.")
-@click.option("--max-model-len", type=click.IntRange(min=1), default=9472, show_default=True)
+@click.option("--max-model-len", type=click.IntRange(1, 2**31 - 1), default=9472, show_default=True)
 @click.option("--moe-backend", default="auto", show_default=True, help="--moe-backend of vllm serve.")
 @click.option(
     "--policy", type=click.Choice([policy.value for policy in Policy]), help="[default: EPFUSE_POLICY, else auto]"
@@ -69,7 +69,8 @@ def explain(
     from epfuse.weights.model_config import MINIMAX_M3, read_model
 
     experts = MINIMAX_M3 if model is None else read_model(model / "config.json" if model.is_dir() else model)
-    deployment = Deployment(Target(target), vllm_version, tp, ep, max_model_len, moe_backend)
+    backend = moe_backend.lower().replace("-", "_")  # as vLLM reads it
+    deployment = Deployment(Target(target), vllm_version, tp, ep, max_model_len, backend)
     groups = explain_layers(experts, deployment, None if policy is None else Policy(policy))
     delivery = Delivery()
     with delivery.of("standard output"):

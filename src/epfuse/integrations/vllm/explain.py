@@ -63,12 +63,15 @@ INTERLEAVED = {"gpt_oss": "swigluoai"}
 
 
 def own_experts(model: ExpertModel, deployment: Deployment) -> OwnExperts:
-    """What vLLM chooses by itself, installed as its wheel asks for.
+    """What vLLM chooses by itself, installed as its wheel asks for, or what the user tells it to.
 
     Raises:
         ConfigError: nothing is known of this release, GPU and checkpoint.
     """
     known = OWN_EXPERTS.get(deployment.release, {})
+    if known and deployment.backend != "auto":
+        asked = f"--moe-backend {deployment.backend}"
+        return OwnExperts(f"those of {asked}", "Which class multiplies, or that none can, is not known here.")
     own = known.get((deployment.target, model.checkpoint), _LEFT.get(model.checkpoint) if known else None)
     if own is None:
         raise ConfigError(
