@@ -239,6 +239,17 @@ def test_progress_that_nobody_reads_ends_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "the result\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_stderr_costs_no_result() -> None:
+    code = (
+        "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+        "from epfuse.cli.exits import exit_code\n"
+        "sys.exit(exit_code(lambda: print('half of it', file=sys.stderr, flush=True) or print('the result')))"
+    )
+    done = child(code)
+    assert (done.returncode, done.stdout) == (0, "the result\n")
+
+
 def test_an_ascii_stdout_gets_escapes() -> None:
     code = (
         "import sys; from epfuse.cli.exits import exit_code\n"

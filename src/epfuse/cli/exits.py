@@ -153,3 +153,21 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        lossy = io.BufferedWriter(_Lossy(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(
+            lossy, encoding=sys.stderr.encoding, errors="backslashreplace", line_buffering=True, write_through=True
+        )
+
+
+class _Lossy(io.FileIO):
+    """stderr on a full disk, or that nobody reads: what can't be said there costs no result."""
+
+    def write(self, data: Any) -> int:
+        """All of it, or nothing."""
+        try:
+            return super().write(data)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return memoryview(data).nbytes
