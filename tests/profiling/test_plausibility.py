@@ -40,7 +40,7 @@ def change(trace: TraceFile, **values: float) -> TraceFile:
     ("trace", "words"),
     [
         (change(server(), ts=0.0), "1 activity starts 6520619 s apart from all others (is ts 0 or damaged?)"),
-        (change(server(), dur=9e9), "1 activity starts longer than the whole trace (9000000.000 ms)"),
+        (change(server(), dur=9e9), "1 activity lasts longer than the whole trace (9000000.000 ms)"),
         (change(server(ts=100), ts=0), "1 activity starts up to 180.000 us before the call that launched them"),
         (change(server(), dur=6.5), "on stream 7 of device 0 1 activities run beside another one, for 1.500 us in sum"),
         (server(ts=-100), "events start before the clock's zero (ts is negative)"),

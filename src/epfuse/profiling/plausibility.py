@@ -68,7 +68,7 @@ def _longer_than_the_trace(activities: list[Kernel], trace: Trace, clock: Clock)
     long = [one for one in activities if one.duration > limit]
     if long:
         yield (
-            f"{_of(long)} longer than the whole trace ({max(one.duration for one in long) / 1e6:.3f} ms):"
+            f"{_of(long, 'last')} longer than the whole trace ({max(one.duration for one in long) / 1e6:.3f} ms):"
             " times that they are in are wrong"
         )
 
@@ -110,5 +110,5 @@ def _beside_themselves(activities: list[Kernel], trace: Trace, grain: int) -> It
         )
 
 
-def _of(activities: list[Kernel]) -> str:
-    return f"{len(activities)} activities start" if len(activities) > 1 else "1 activity starts"
+def _of(activities: list[Kernel], verb: str = "start") -> str:
+    return f"{len(activities)} activities {verb}" if len(activities) > 1 else f"1 activity {verb}s"
