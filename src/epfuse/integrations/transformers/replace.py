@@ -74,14 +74,14 @@ def replace_experts(
             hooks, an adapter, or tensors that are split over ranks (tensor parallelism) or packed.
         ShapeError, DtypeError: weights that don't describe one layer, or are quantised or float64.
     """
-    for argument, value, kind in (("model", model, nn.Module), ("group", group, EPGroup)):
-        if not isinstance(value, kind):
-            raise ConfigError(f"{argument} is {shown(value)}; it must be a {kind.__name__}")
     member("path", path, Path)
     if form not in (WeightFormat.DENSE, WeightFormat.MXFP8):
         raise ConfigError(
             f"form is {getattr(form, 'value', form)!r}; experts are replaced by dense or mxfp8 ones (a WeightFormat)"
         )
+    for argument, value, kind in (("model", model, nn.Module), ("group", group, EPGroup)):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{argument} is {shown(value)}; it must be a {kind.__name__}")
     if is_experts(model):
         raise ConfigError(f"model {type(model).__name__} is an experts module itself; pass the module that holds it")
     places = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_experts(module)}
