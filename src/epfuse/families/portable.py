@@ -12,7 +12,7 @@ import torch
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import Family, LayerCall, Step, Steps
-from epfuse.families.memory import rows_between
+from epfuse.families.memory import rows_between, rows_scratch
 from epfuse.scratch import ScratchSize
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, TileRange
 from epfuse.target import Target
@@ -63,7 +63,7 @@ class Portable(Family):
 
     def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
         """``[R, I]`` and ``[R, H]``."""
-        return ScratchSize(tokens * top_k * intermediate, tokens * top_k * hidden)
+        return rows_scratch(tokens, top_k, hidden, intermediate)
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
         """A row per route between the stages."""

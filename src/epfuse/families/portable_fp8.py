@@ -113,24 +113,20 @@ def _round(sums: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(sums)
 
 
-def _both(block_m: int, tile: GemmTile) -> LayerTiles:
-    return LayerTiles(block_m, tile, tile)
-
-
 # From the compiler's resources (registers, shared memory), not measured. A group's sum and the accumulators both live
 # in registers: a tile has at most 64 of each a lane.
 _AMD = (
     # two waves: with four, a lane would load 8 bytes of the weights' 32-column groups at a time, not 16
-    TileRange(12, _both(16, GemmTile(64, 128, 0, 2, 2))),
-    TileRange(48, _both(32, GemmTile(128, 128, 0, 4, 2))),
-    TileRange(ANY, _both(64, GemmTile(128, 128, 8, 4, 2))),
+    TileRange(12, LayerTiles.both(16, GemmTile(64, 128, 0, 2, 2))),
+    TileRange(48, LayerTiles.both(32, GemmTile(128, 128, 0, 4, 2))),
+    TileRange(ANY, LayerTiles.both(64, GemmTile(128, 128, 8, 4, 2))),
 )
 FP8: dict[Target, tuple[TileRange, ...]] = {
     Target.SM90: (
-        TileRange(12, _both(16, GemmTile(128, 128, 0, 4, 4))),
-        TileRange(20, _both(32, GemmTile(128, 128, 0, 4, 4))),
-        TileRange(48, _both(64, GemmTile(128, 128, 0, 4, 3))),
-        TileRange(ANY, _both(128, GemmTile(128, 128, 8, 8, 3))),
+        TileRange(12, LayerTiles.both(16, GemmTile(128, 128, 0, 4, 4))),
+        TileRange(20, LayerTiles.both(32, GemmTile(128, 128, 0, 4, 4))),
+        TileRange(48, LayerTiles.both(64, GemmTile(128, 128, 0, 4, 3))),
+        TileRange(ANY, LayerTiles.both(128, GemmTile(128, 128, 8, 8, 3))),
     ),
     Target.GFX942: _AMD,
     Target.GFX950: _AMD,

@@ -15,7 +15,7 @@ import torch
 from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import Family, LayerCall, Step, Steps
-from epfuse.families.memory import rows_between
+from epfuse.families.memory import rows_between, rows_scratch
 from epfuse.scratch import ScratchSize
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90Tile, TileRange
 from epfuse.target import Target
@@ -93,7 +93,7 @@ class Sm90(Family):
 
     def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
         """``[R, I]`` and ``[R, H]``."""
-        return ScratchSize(tokens * top_k * intermediate, tokens * top_k * hidden)
+        return rows_scratch(tokens, top_k, hidden, intermediate)
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
         """A row per route between the stages."""

@@ -105,18 +105,14 @@ class Sm90FP8(Family):
         return Steps(table, launches)
 
 
-def _both(block_m: int, tile: Sm90PersistentTile) -> LayerTiles:
-    return LayerTiles(block_m, tile, tile)
-
-
 # Measured on an H100 (docs/performance.md). From 44 rows on two consumers: each GEMM has its own launch, and smaller
 # tiles leave less of the GPU idle at the end of both.
 ROW_FP8 = (
-    TileRange(12, _both(16, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),
-    TileRange(24, _both(32, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),
-    TileRange(44, _both(96, Sm90PersistentTile(192, 128, 2, 4, 5, 1, head=32))),
-    TileRange(72, _both(96, Sm90PersistentTile(128, 128, 2, 4, 6, 1))),
-    TileRange(ANY, _both(160, Sm90PersistentTile(128, 128, 2, 4, 5, 1))),
+    TileRange(12, LayerTiles.both(16, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),
+    TileRange(24, LayerTiles.both(32, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),
+    TileRange(44, LayerTiles.both(96, Sm90PersistentTile(192, 128, 2, 4, 5, 1, head=32))),
+    TileRange(72, LayerTiles.both(96, Sm90PersistentTile(128, 128, 2, 4, 6, 1))),
+    TileRange(ANY, LayerTiles.both(160, Sm90PersistentTile(128, 128, 2, 4, 5, 1))),
 )
 
 SM90_FP8 = Sm90FP8()

@@ -15,7 +15,7 @@ import torch
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import Family, LayerCall, Stage, Step, Steps
-from epfuse.families.memory import rows_between
+from epfuse.families.memory import rows_between, rows_scratch
 from epfuse.families.sm90 import SHARED_BYTES
 from epfuse.scratch import ScratchSize
 from epfuse.stages.route.table import LoneTokens
@@ -72,7 +72,7 @@ class Sm90Packed(Family):
 
     def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
         """``[R, I]`` and ``[R, H]``."""
-        return ScratchSize(tokens * top_k * intermediate, tokens * top_k * hidden)
+        return rows_scratch(tokens, top_k, hidden, intermediate)
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
         """Down's results of a block are written where its gathered rows were, which are dead by then."""
@@ -125,16 +125,12 @@ def _ring_fits(tile: Sm90PersistentTile, block_m: int) -> bool:
     return ring <= SHARED_BYTES and not (tile.consumers > 2 and block_m >= 256)
 
 
-def _both(block_m: int, tile: Sm90PersistentTile) -> LayerTiles:
-    return LayerTiles(block_m, tile, tile)
-
-
 # Measured on an H100. A block holds twice the rows that an expert can expect, and costs little where it has no more.
 FRAGMENT = (
-    TileRange(72, _both(128, Sm90PersistentTile(192, 128, 2, 4, 3, 1, head=64))),
-    TileRange(160, _both(144, Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
-    TileRange(288, _both(320, Sm90PersistentTile(128, 64, 1, 4, 4))),
-    TileRange(ANY, _both(288, Sm90PersistentTile(128, 64, 1, 4, 5))),
+    TileRange(72, LayerTiles.both(128, Sm90PersistentTile(192, 128, 2, 4, 3, 1, head=64))),
+    TileRange(160, LayerTiles.both(144, Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
+    TileRange(288, LayerTiles.both(320, Sm90PersistentTile(128, 64, 1, 4, 4))),
+    TileRange(ANY, LayerTiles.both(288, Sm90PersistentTile(128, 64, 1, 4, 5))),
 )
 
 SM90_PACKED = Sm90Packed()

@@ -165,6 +165,11 @@ class LayerTiles:
                 if value < 16 or value & (value - 1):
                     raise ConfigError(f"{name}.{size} is {value}; it must be a power of two, at least 16")
 
+    @classmethod
+    def both(cls, block_m: int, tile: GemmTile) -> LayerTiles:
+        """One tile for both GEMMs."""
+        return cls(block_m, tile, tile)
+
     @property
     def packed(self) -> bool:
         """Whether the routed rows are gathered first, and both GEMMs run on packed rows."""
