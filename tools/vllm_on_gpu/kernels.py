@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -227,7 +226,10 @@ class Builder:
             stored=stored,
         )
         # what EpfuseExperts.load reads of vLLM's RoutedExperts
-        layer = SimpleNamespace(layer_name="layer", activation=ACTIVATION, expert_map=self._map, **given)
+        layer = torch.nn.Module()
+        layer.layer_name, layer.activation, layer.expert_map = "layer", ACTIVATION, self._map
+        for name, tensor in given.items():
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         experts = EpfuseExperts(self._config, quant)
         experts.load(layer, plan_layer(request, Policy.AUTO))
         return self._kernel(experts, layer.w13_weight, layer.w2_weight)
