@@ -27,12 +27,12 @@ EMPTY_TREE := 4b825dc642cb6eb9a060e54bf8d69288fbee4904
 
 ifeq ($(KEEP_TORCH),)
 MODE := own-torch
-EXTRAS := cpu,demo,dev,profile,test
+EXTRAS := cpu,demo,dev,profile,serve,test
 CONSTRAINTS := -c constraints.txt -c constraints-torch.txt
 else
 MODE := kept-torch
 # a CPU build has no triton of its own to keep
-EXTRAS = demo,dev,profile,test$(shell $(PYTHON) -c 'import importlib.util as u; print("" if u.find_spec("triton") else ",cpu")')
+EXTRAS = demo,dev,profile,serve,test$(shell $(PYTHON) -c 'import importlib.util as u; print("" if u.find_spec("triton") else ",cpu")')
 CONSTRAINTS := -c constraints.txt
 endif
 

@@ -1,0 +1,208 @@
+"""Where a run's files lie. Every name below is a promise between dispatcher, job and report.
+
+::
+
+    RUN/run.json                             Run: what was asked, resolved
+    RUN/journal.jsonl                        the dispatcher's
+    RUN/points/NAME/point.json               PointJob: all that a job needs
+    RUN/points/NAME/running/key              the claim: the folder is made atomically, by one attempt
+    RUN/points/NAME/attempts/KEY/job.log     an attempt
+    RUN/points/NAME/attempts/KEY/versions.json
+    RUN/points/NAME/attempts/KEY/leg-1-baseline/server.log, client.log, result.json, gate.json, gpu.csv, ...
+    RUN/points/NAME/done.json                Done: the truth, written last
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from epfuse.errors import ConfigError, first_fault
+from epfuse.input_file import read_object
+from epfuse.report.write import write_atomic
+from epfuse.serving.point import Done, Frozen, PointJob, Run
+
+Model = TypeVar("Model", bound=Frozen)
+
+
+def make_key(run: str, point: str, attempt: int) -> str:
+    """The name of one submission: ``run-point-attempt``, fit for a file and for a Slurm job.
+
+    Attempts count from 1.
+    """
+    return f"{run}-{point}-{attempt}"
+
+
+def attempt_of(key: str, run: str, point: str) -> int:
+    """The attempt that a key of this run's point names.
+
+    Raises:
+        ConfigError: it is another's key.
+    """
+    found = re.fullmatch(rf"{re.escape(run)}-{re.escape(point)}-([1-9][0-9]*)", key)
+    if found is None:
+        raise ConfigError(f"key is {key!r}; one of point {point!r} of run {run!r} begins with {run}-{point}-")
+    return int(found[1])
+
+
+@dataclass(frozen=True)
+class LegFolder:
+    """One server's files in an attempt."""
+
+    path: Path
+
+    @property
+    def server_log(self) -> Path:
+        return self.path / "server.log"
+
+    @property
+    def client_log(self) -> Path:
+        return self.path / "client.log"
+
+    @property
+    def result(self) -> Path:
+        """The load tool's own result, as it wrote it, with per-request data."""
+        return self.path / "result.json"
+
+    @property
+    def gate(self) -> Path:
+        """Log probabilities and tokens that the gate saw."""
+        return self.path / "gate.json"
+
+    @property
+    def gpu_samples(self) -> Path:
+        """CSV, one line a sample and GPU."""
+        return self.path / "gpu.csv"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.json.gz"
+
+
+@dataclass(frozen=True)
+class AttemptFolder:
+    """What one attempt leaves; two attempts share no file."""
+
+    path: Path
+
+    @property
+    def job_log(self) -> Path:
+        """Standard output and error of the job's script."""
+        return self.path / "job.log"
+
+    @property
+    def versions(self) -> Path:
+        """JSON object: packages, driver, image digest, plugin's hash, clocks, node."""
+        return self.path / "versions.json"
+
+    def leg(self, number: int, arm: str) -> LegFolder:
+        """The folder of the ``number``-th server (from 1)."""
+        return LegFolder(self.path / f"leg-{number}-{arm}")
+
+
+@dataclass(frozen=True)
+class PointFolder:
+    """One point's folder."""
+
+    path: Path
+
+    @property
+    def job(self) -> Path:
+        return self.path / "point.json"
+
+    @property
+    def running(self) -> Path:
+        return self.path / "running"
+
+    @property
+    def claim(self) -> Path:
+        """Text: the key of the attempt that holds the point."""
+        return self.running / "key"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "done.json"
+
+    def attempt(self, key: str) -> AttemptFolder:
+        """The folder of one attempt."""
+        return AttemptFolder(self.path / "attempts" / key)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder: all that is known of it, for any machine that sees it."""
+
+    path: Path
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    def point(self, name: str) -> PointFolder:
+        """The folder of the point of this name."""
+        return PointFolder(self.path / "points" / name)
+
+    def create(self, run: Run, jobs: list[PointJob]) -> None:
+        """Write a new run; ``run.json`` comes last, so a folder that has it is whole.
+
+        Raises:
+            ConfigError: the folder has a run, or the jobs are not the run's points.
+            OSError: it can't be written.
+        """
+        if self.run.exists():
+            raise ConfigError(f"{self.path} has a run already; give another folder, or resume that one")
+        if tuple(job.point.name for job in jobs) != run.points:
+            raise ConfigError("jobs are not the points of the run, in its order")
+        for job in jobs:
+            folder = self.point(job.point.name)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_model(folder.job, job)
+        write_model(self.run, run)
+
+    def read_run(self) -> Run:
+        """The run; `read_model` says what is raised."""
+        return read_model(self.run, Run, "run")
+
+    def read_job(self, name: str) -> PointJob:
+        """The job of a point."""
+        return read_model(self.point(name).job, PointJob, "point")
+
+    def read_done(self, name: str) -> Done | None:
+        """The end of a point; None while it has none."""
+        path = self.point(name).done
+        return read_model(path, Done, "end of a point") if path.exists() else None
+
+
+def write_model(path: Path, model: Frozen) -> None:
+    """Write a model as JSON: temporary file, fsync, rename.
+
+    Raises:
+        OSError: it can't be written; the old file is as it was.
+    """
+    write_atomic(path, model.model_dump_json(by_alias=True, indent=2) + "\n")
+
+
+def read_model(path: Path, kind: type[Model], what: str) -> Model:
+    """A model from its JSON file.
+
+    Args:
+        path: of the file.
+        kind: its class.
+        what: the file's content in words, for messages.
+
+    Raises:
+        ConfigError: it can't be read, is torn, or does not fit; the message names file and place.
+    """
+    try:
+        return kind.model_validate(read_object(path, what))
+    except ValidationError as error:
+        where, fault = first_fault(error, "the file")
+        raise ConfigError(f"{what} {path}: {where}: {fault}") from None
