@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
@@ -19,6 +21,7 @@ COMMANDS = {
     "demo": "A MiniMax-M3 model with its experts run by epfuse under expert parallelism, against the original.",
     "plan": "What a policy would do with a model: storage, paths, tiles, bytes a rank, predicted times.",
     "profile": "Where a step's time goes, from a PyTorch profiler trace of a server.",
+    "serve": "Serving validation: a matrix of points run on a node or by Slurm, gated on accuracy, reported.",
     "tune": "Search tiles for a layer's shape on this GPU; only results that are right count.",
     "verify": "The correctness suite on this machine's device, any shape, against a float64 oracle.",
     "vllm": "What vLLM does with a model's experts, with epfuse and without; the patch for images without plugins.",
@@ -27,33 +30,46 @@ COMMANDS = {
 
 
 class LazyGroup(PlainCommand, click.Group):
-    """A group whose commands are imported when they run."""
+    """A group whose commands are imported when they run.
+
+    Args:
+        package: ``PACKAGE.NAME`` holds a click command of the same name.
+        table: command -> its line in the help.
+    """
+
+    def __init__(self, *args: Any, package: str, table: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.package = package
+        self.table = table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS)
+        return sorted(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.table:
             return None
-        module = f"epfuse.cli.{cmd_name}"
+        module = f"{self.package}.{cmd_name}"
+        shown = f"{ctx.command_path} {cmd_name}"
         try:
             command = getattr(importlib.import_module(module), cmd_name)
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise MissingDependency(
-                    f"'epfuse {cmd_name}' needs the package {error.name!r}, which is not installed"
+                    f"'{shown}' needs the package {error.name!r}, which is not installed"
                 ) from error
-            raise MissingDependency(f"'epfuse {cmd_name}' is not part of this version ({__version__})") from error
+            raise MissingDependency(f"'{shown}' is not part of this version ({__version__})") from error
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}.{cmd_name} is a {type(command).__name__}, not a click command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, self.table[name]) for name in self.list_commands(ctx)])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, package="epfuse.cli", table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="epfuse")
 def main() -> None:
     """Routed experts of a mixture-of-experts model, on one expert-parallel rank.
