@@ -1,0 +1,33 @@
+"""What can be wrong with assembly or with its execution."""
+
+from __future__ import annotations
+
+from epfuse.errors import EpfuseError
+
+
+class IsaError(EpfuseError):
+    """The base class; ``line`` is the line of the assembly, from 1, if there is one."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message if line is None else f"line {line}: {message}")
+        self.line = line
+
+
+class UnknownInstruction(IsaError):
+    """An opcode, operand, modifier or directive that the interpreter does not know; it never guesses."""
+
+
+class HazardError(IsaError):
+    """A wait is missing: a register, LDS or memory is used before what was asked for is sure to be there."""
+
+
+class AccessError(IsaError):
+    """An address outside every buffer or outside LDS."""
+
+
+class UndefinedError(IsaError):
+    """Bits that nothing has defined decide an address or a branch."""
+
+
+class ExecutionError(IsaError):
+    """A program that does not end, waits at a barrier for a wave that ended, or is launched as it can't be."""

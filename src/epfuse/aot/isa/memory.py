@@ -1,0 +1,97 @@
+"""The device's memory: buffers at addresses, with a mark on every bit that nothing has defined."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epfuse.aot.isa.errors import AccessError
+
+Bytes = NDArray[np.uint8]
+BASE = 0x7E40_0000_0000
+"""The first address: V# bases have 48 bits."""
+GUARD = 4096
+"""Bytes between buffers."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A placed array: its name, address and bytes."""
+
+    name: str
+    address: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+
+class Memory:
+    """Buffers in one address space.
+
+    ``data`` and ``undefined`` are the bytes from `BASE` on and, for each, the bits that nothing has defined.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+        self._starts: list[int] = []
+        self.data: Bytes = np.zeros(GUARD, np.uint8)
+        self.undefined: Bytes = np.full(GUARD, 255, np.uint8)
+
+    def place(self, array: NDArray[np.generic], name: str, *, defined: bool = True, align: int = 16) -> int:
+        """Copy an array in.
+
+        Args:
+            array: any shape and dtype; its bytes are copied in C order.
+            name: for messages.
+            defined: False marks the bytes as undefined; a kernel must write what it then reads.
+            align: bytes; the address is a multiple of it and, where it is below `GUARD`, of no larger power of two.
+
+        Returns:
+            The address.
+        """
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        start = -(-(len(self.data) + GUARD) // (2 * align)) * 2 * align + align % GUARD
+        size = start + len(raw) + GUARD
+        data, undefined = np.zeros(-(-size // 16) * 16, np.uint8), np.full(-(-size // 16) * 16, 255, np.uint8)
+        data[: len(self.data)], undefined[: len(self.data)] = self.data, self.undefined
+        data[start : start + len(raw)] = raw
+        undefined[start : start + len(raw)] = 0 if defined else 255
+        self.data, self.undefined = data, undefined
+        self.buffers.append(Buffer(name, BASE + start, len(raw)))
+        self._starts.append(BASE + start)
+        return BASE + start
+
+    def read(self, address: int, size: int) -> Bytes:
+        """A copy of ``size`` bytes, which must lie in one buffer."""
+        self.check(address, address + size)
+        return self.data[address - BASE : address - BASE + size].copy()
+
+    def undefined_bytes(self, address: int, size: int) -> NDArray[np.bool_]:
+        """Which of ``size`` bytes hold a bit that nothing has defined."""
+        self.check(address, address + size)
+        return np.not_equal(self.undefined[address - BASE : address - BASE + size], 0)
+
+    def buffer_of(self, address: int) -> Buffer | None:
+        """The last buffer that begins at or before an address."""
+        place = bisect_right(self._starts, address) - 1
+        return self.buffers[place] if place >= 0 else None
+
+    def check(self, first: int, end: int) -> None:
+        """Raise unless one buffer holds ``[first, end)``.
+
+        Raises:
+            AccessError: none does.
+        """
+        buffer = self.buffer_of(first)
+        if buffer is None or end > buffer.end:
+            near = (
+                "before the first buffer"
+                if buffer is None
+                else f"{first - buffer.end:+d} bytes from the end of {buffer.name}"
+            )
+            raise AccessError(f"{end - first} bytes at {first:#x} are in no buffer: {near}")
