@@ -238,6 +238,7 @@ class PointJob(Frozen):
         label: words that every output of the run shows, e.g. that a server is not vLLM; empty: none.
         arms: what is compared; the first one is the baseline, and the gate's measure.
         order: arms' names in the order in which servers run, each its own server: ABBA for one pair of pairs.
+        node: the one that it must run on; None: any.
         gpus: that a server needs.
         gpu_vendor: what samples them and what a container must be given.
         fatal: regular expressions; a line of a server's log that one finds ends the attempt.
@@ -249,6 +250,7 @@ class PointJob(Frozen):
     run: Name
     label: Annotated[str, StringConstraints(max_length=400)] = ""
     point: Point
+    node: Text | None = None
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=8)]
     order: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
     client: Client
