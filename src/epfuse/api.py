@@ -16,6 +16,7 @@ from epfuse.operands import Span, require_apart, require_plain, span
 from epfuse.policy.call import call_table
 from epfuse.reference import run_reference
 from epfuse.scratch import Scratch, check_scratch
+from epfuse.stages.extent import ALIGNMENT, aligned
 from epfuse.target import device_name, target_of
 from epfuse.weights.experts import ExpertWeights
 
@@ -99,13 +100,27 @@ def fused_experts(
     if scratch is not None:
         size = decision.family.scratch(tokens, top_k, shape.hidden, shape.intermediate)
         check_scratch(scratch, size, hidden, out, read)
-    experts, slots = kept[decision.weights], expert_map.on(device)
+    experts, slots = kept[decision.weights], aligned(expert_map.on(device))
+    result = out if out.data_ptr() % ALIGNMENT == 0 else torch.empty_like(out)
     call = LayerCall(
-        hidden, experts.w13, experts.w2, topk_weights, topk_ids, slots, shape, activation, combine, out, scratch
+        aligned(hidden),
+        experts.w13,
+        experts.w2,
+        aligned(topk_weights),
+        aligned(topk_ids),
+        slots,
+        shape,
+        activation,
+        combine,
+        result,
+        scratch,
     )
     for name, launch in decision.family.steps(call, decision.tiles).launches:
         with record_function(f"epfuse::{name}"):
             launch()
+    if result is not out:
+        with torch.inference_mode():  # out may be made in it, and then is written in it alone
+            out.copy_(result)
     return out
 
 

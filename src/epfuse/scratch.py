@@ -9,9 +9,7 @@ import torch
 
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.operands import NOWHERE, Span, require_apart, require_plain, span
-
-ALIGNMENT = 16
-"""Bytes: the kernels load and store rows 16 bytes at a time."""
+from epfuse.stages.extent import ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class Target(enum.Enum):
 
 
 _planned: Target | None = None
+_product: str | None = None
+_stand_in = "meta"
 
 COMPUTE_UNITS = {Target.SM90: 132, Target.GFX942: 304, Target.GFX950: 256}
 """Multiprocessors of an H100 SXM, compute units of an MI300X and an MI355X (the vendors' data sheets)."""
@@ -50,18 +52,24 @@ REFERENCE_DEVICE = {
 
 @contextmanager
 @checks_enums
-def planning_for(target: Target) -> Iterator[None]:
+def planning_for(target: Target, product: str | None = None, stand_in: str = "meta") -> Iterator[None]:
     """Inside, the meta device stands for a ``target``: launchers can be called with tensors that have no data.
 
     For compiling what a call would launch (`epfuse.aot`); one at a time, not thread-safe.
+
+    Args:
+        target: a GPU.
+        product: as torch names it, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
+        stand_in: type of the device that stands for it: "cpu" for tensors that have addresses and are never read.
     """
-    global _planned
-    before, _planned = _planned, target
+    global _planned, _product, _stand_in
+    before = _planned, _product, _stand_in
+    _planned, _product, _stand_in = target, product, stand_in
     _forget_devices()
     try:
         yield
     finally:
-        _planned = before
+        _planned, _product, _stand_in = before
         _forget_devices()
 
 
@@ -75,7 +83,7 @@ def target_of(device: torch.device) -> Target:
     """
     if not isinstance(device, torch.device):
         raise DeviceError(f"device is {shown(device)}; it must be a torch.device")
-    if device.type == "meta" and _planned is not None:
+    if device.type == _stand_in and _planned is not None:
         return _planned
     if device.type == "cpu":
         return Target.CPU
@@ -116,10 +124,10 @@ def device_of(name: str, value: object) -> torch.device:
 @functools.lru_cache(maxsize=64)
 def compute_units(device: torch.device) -> int:
     """Multiprocessors (NVIDIA) or compute units (AMD) of ``device``; 1 for a CPU."""
+    if device.type == _stand_in and _planned is not None:
+        return COMPUTE_UNITS[_planned]
     if device.type == "cpu":
         return 1
-    if device.type == "meta" and _planned is not None:
-        return COMPUTE_UNITS[_planned]
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -128,6 +136,8 @@ def device_name(device: torch.device) -> str:
     """The product, as torch names it: what tuned tables are keyed by."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == _stand_in and _product is not None:
+        return _product
     return REFERENCE_DEVICE[target_of(device)]
 
 

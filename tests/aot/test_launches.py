@@ -97,19 +97,34 @@ def test_the_meta_device_is_a_target_only_inside() -> None:
         target_of(META)
 
 
-def _constants(scratch: bool) -> list[dict[str, object]]:
-    """Of Hopper calls with few and with many rows: the constants of combine's launches and of both GEMMs' one."""
+def _given(scratch: bool) -> list[tuple[str, object]]:
+    """Of Hopper calls with few and with many rows: what combine and gather are told of memory, and down of its rows."""
     from epfuse.aot.launches import launches_of
     from epfuse.expert_map import ExpertMap
     from epfuse.families import memory
     from epfuse.families.registry import family_of
     from epfuse.scratch import Scratch
+    from epfuse.stages.combine import launch as combine
+    from epfuse.stages.gate_up_down import kernel_sm90
+    from epfuse.stages.gather import launch as gather
     from epfuse.tuning.calls import layer_call
 
     memory.overlaps = lambda first, second: True  # a server's scratch may have out's memory; tensors without data can't
     shape, form = SHAPES["minimax-m3"], WeightFormat.FRAGMENT
     weights = WEIGHTS[form](shape, torch.bfloat16)
     slots = ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0)
+    found: list[tuple[str, object]] = []
+
+    class Noted:
+        def __init__(self, kernel, name):
+            self.kernel, self.place = kernel, kernel.arg_names.index(name)
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **_: found.append((self.kernel.__name__, arguments[self.place]))
+
+    combine.combine_kernel = Noted(combine.combine_kernel, "out_is_free")
+    gather.gather_kernel = Noted(gather.gather_kernel, "lone_stored")
+    kernel_sm90.gate_up_down_sm90_kernel = Noted(kernel_sm90.gate_up_down_sm90_kernel, "lone_token")
 
     def call() -> None:
         for tokens in (64, 4096):
@@ -123,18 +138,19 @@ def _constants(scratch: bool) -> list[dict[str, object]]:
             for _, launch in family_of(Path.W8A16, form, tiles).steps(call, tiles).launches:
                 launch()
 
-    found = [launch for launch in launches_of(Target.SM90, call) if launch.stage in ("gate_up_down", "combine")]
-    return [{"stage": launch.stage} | dict(launch.constants) for launch in found]
+    launches_of(Target.SM90, call)
+    return [(name, value is not None if name.startswith("gate_up_down") else value) for name, value in found]
 
 
 @pytest.mark.parametrize("scratch", [True, False])
 def test_nothing_is_stored_early_in_memory_that_y_may_have(scratch: bool) -> None:
-    """Where scratch brings y and out lies in it."""
+    """Where scratch brings y and out lies in it. Run-time arguments: the kernels are the same."""
+    free = int(not scratch)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
-        few, gemms, many = pool.submit(_constants, scratch).result()
-    assert [few["stage"], gemms["stage"], many["stage"]] == ["combine", "gate_up_down", "combine"]
-    assert few["OUT_IS_FREE"] is many["OUT_IS_FREE"] is not scratch
-    assert ("lone_token" in gemms) is scratch  # None is a constant, a pointer is not
+        few, rows, gemms, many = pool.submit(_given, scratch).result()
+    assert few == many == ("combine_kernel", free)
+    assert rows == ("gather_kernel", free)
+    assert gemms == ("gate_up_down_sm90_kernel", True)
 
 
 def _largest_routing_code(target: Target) -> int:

@@ -13,14 +13,15 @@ LOCAL, EXPERTS, TOP_K = 5, 24, 4
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("tokens", "hidden"), [(37, 96), (300, 2880)])
-def test_gather(device, tokens, hidden, routing):
+@pytest.mark.parametrize("stored", [True, False])
+def test_gather(device, tokens, hidden, routing, stored):
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
     slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
     slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
     routes = routed(ids, slots, LOCAL, 48)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     route_row, of_row = (torch.full((tokens * TOP_K,), -7, dtype=torch.int32, device=device) for _ in range(2))
-    lone = LoneTokens(ids, slots, LOCAL, of_row, torch.empty_like(x))
+    lone = LoneTokens(ids, slots, LOCAL, of_row, torch.empty_like(x), stored=stored)
     memory = torch.full((tokens * TOP_K, hidden), float("nan"), device=device).bfloat16()
     got = launch_gather(x, routes, TOP_K, memory, route_row, lone)
     order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
@@ -31,6 +32,6 @@ def test_gather(device, tokens, hidden, routing):
     torch.testing.assert_close(route_row, want, rtol=0, atol=0)
     token = order // TOP_K
     routes_of_token = torch.bincount(token, minlength=tokens)
-    want = torch.where(routes_of_token[token] == 1, token, -1).int()
+    want = torch.where((routes_of_token[token] == 1) & stored, token, -1).int()
     torch.testing.assert_close(lone.of_row[: order.numel()], want, rtol=0, atol=0)
     assert (lone.of_row[order.numel() :] == -7).all()

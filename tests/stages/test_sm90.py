@@ -160,7 +160,7 @@ def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing,
     for _ in range(3):
         routes = table_of(ids, slots, block_m, tile, hidden, intermediate)
         final = poisoned(tokens, hidden, device)
-        lone = LoneTokens(ids, slots, LOCAL, slots.new_empty(tokens * TOP_K), final)
+        lone = LoneTokens(ids, slots, LOCAL, slots.new_empty(tokens * TOP_K), final, stored=True)
         rows = launch_gather(x, routes, TOP_K, poisoned(tokens * TOP_K, hidden, device), lone=lone)
         y = poisoned(tokens * TOP_K, intermediate, device)
         if not found:

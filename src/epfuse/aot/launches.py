@@ -112,10 +112,18 @@ class _NoDevice(DriverBase):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def launches_of(target: Target, call: Callable[[], None]) -> list[Launch]:
+def launches_of(
+    target: Target, call: Callable[[], None], product: str | None = None, stand_in: str = "meta"
+) -> list[Launch]:
     """Run ``call`` on the meta device and note every kernel that it would launch; nothing is compiled or launched.
 
     Triton asks its ``jit_cache_hook`` before it compiles, and takes a true answer for "don't".
+
+    Args:
+        target: a GPU.
+        call: makes tensors on the device that stands for it, and calls.
+        product: as `planning_for` takes it.
+        stand_in: as `planning_for` takes it.
     """
     found: list[Launch] = []
 
@@ -139,10 +147,21 @@ def launches_of(target: Target, call: Callable[[], None]) -> list[Launch]:
         )
         return True
 
-    with planning_for(target), _asking(note):
-        triton.runtime.driver.set_active(_NoDevice(target))
+    with planning_for(target, product, stand_in), _asking(note), _driving(_NoDevice(target)):
         call()
     return found
+
+
+@contextmanager
+def _driving(driver: DriverBase) -> Any:
+    """Have Triton use ``driver``; afterwards the one before, which in a server runs kernels."""
+    config = triton.runtime.driver
+    before = config._active  # the property would look for a GPU
+    config.set_active(driver)
+    try:
+        yield
+    finally:
+        config._active = before
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class Sm90FP8(Family):
             y, routed = fp8_rows_in(scratch.y, rows, between, between, fp8), rows_in(scratch.routed, rows, size)
         # a caller's scratch may have out's memory for y, which is in use until down has finished
         out_is_free = scratch is None or not overlaps(scratch.y, call.out)
-        lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out) if out_is_free else None
+        lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, out_is_free)
         route_row = slots.new_empty(rows)
         table = call.table(tiles.block_m, tiles.arrivals(size, between))
         summed = (routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)

@@ -85,7 +85,7 @@ class Sm90Packed(Family):
         assert isinstance(tile, Sm90PersistentTile)
         table = call.table(tiles.block_m, tiles.arrivals(shape.hidden, shape.intermediate))
         route_row = slots.new_empty(call.routes)
-        lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out) if rows.out_is_free else None
+        lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, rows.out_is_free)
         experts = (call.w13, call.w2, table, call.topk_weights, call.activation, tile)
         routed = (rows.routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)
         launches: tuple[Step, ...] = (

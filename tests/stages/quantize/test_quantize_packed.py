@@ -58,7 +58,7 @@ def test_where_each_row_is_and_which_are_their_tokens_only_one(device):
     routes = routed(ids, slots, LOCAL, 16)
     route_row, of_row = (torch.full((tokens * TOP_K,), -7, dtype=torch.int32, device=device) for _ in range(2))
     x = hard_rows(tokens, columns).to(device)
-    lone = LoneTokens(ids, slots, LOCAL, of_row, torch.empty_like(x))
+    lone = LoneTokens(ids, slots, LOCAL, of_row, torch.empty_like(x), stored=True)
     launch_quantize_packed(x, routes, TOP_K, None, route_row, lone)
     order = torch.cat([found for _, found in routes.groups()])
     want = torch.full_like(route_row, -7)

@@ -11,8 +11,10 @@ from epfuse.errors import DtypeError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK
 from epfuse.stages.activate.kernel import activate_kernel
+from epfuse.stages.extent import extents
 from epfuse.stages.quantize.rows import FP8Rows, groups_of
 from epfuse.stages.route.table import RouteTable
+from epfuse.target import target_of
 
 _ROWS = 4
 _VALUES = 512  # of a row and a program: with 4 warps, 16 values of each half a lane
@@ -57,10 +59,12 @@ def launch_activate(
         )
     rows = min(_ROWS, routes.block_m)
     block = min(_VALUES // group, triton.next_power_of_2(groups))
+    codes = out.values.view(torch.uint8)  # bytes: all rounding is the kernel's own
+    values, codes, scales = extents(target_of(gate_up.device), gate_up, codes, out.scales)
     activate_kernel[(triton.cdiv(routes.max_padded, rows), triton.cdiv(groups, block))](
-        gate_up,
-        out.values.view(torch.uint8),  # bytes: all rounding is the kernel's own
-        out.scales,
+        values,
+        codes,
+        scales,
         routes.sorted_routes,
         routes.num_padded,
         routes.num_routes,

@@ -7,20 +7,18 @@ from triton.language.extra.cuda import gdc_wait
 from epfuse.stages.route.kernel import local_slots
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "out_is_free"])
 def combine_kernel(
     routed, topk_ids, expert_map, route_row, out,
-    R, E, H,
-    L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_H: tl.constexpr, OUT_IS_FREE: tl.constexpr,
-    PDL: tl.constexpr,
+    R, E, H, out_is_free,
+    L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over k, in order, of the local rows routed[t*K + k], in FP32, rounded once.
 
     With route_row the rows lie packed, that of t*K + k at routed[route_row[t*K + k]].
-    OUT_IS_FREE: the kernel before uses out's memory for nothing else, and where rows lie packed out[t] is there already
-    if only one of its routes is local. K_LANES is a power of two, at least K.
+    out_is_free, 0 or 1: the kernel before uses out's memory for nothing else, and where rows lie packed out[t] is there
+    already if only one of its routes is local. K_LANES is a power of two, at least K.
     """
-    LONE_STORED: tl.constexpr = OUT_IS_FREE and route_row is not None
     EVICT: tl.constexpr = "" if route_row is None else "evict_first"  # what has been kept in L2 has been read
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -29,13 +27,18 @@ def combine_kernel(
     ks = tl.arange(0, K_LANES)
     local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)
     count = tl.sum(local.to(tl.int32), 0)
-    if PDL and not OUT_IS_FREE:
-        gdc_wait()
+    if PDL:
+        if out_is_free == 0:
+            gdc_wait()
     if count == 0:
         tl.store(results, tl.zeros((BLOCK_H,), out.dtype.element_ty), mask=inside)
-    if PDL and OUT_IS_FREE:
-        gdc_wait()  # for the rows; the ids are older than the kernel before
-    if count > (1 if LONE_STORED else 0):
+    if PDL:
+        if out_is_free != 0:
+            gdc_wait()  # for the rows; the ids are older than the kernel before
+    stored = 0
+    if route_row is not None:
+        stored = out_is_free
+    if count > stored:
         acc = tl.zeros((BLOCK_H,), tl.float32)
         for k in tl.static_range(K):
             route = token * K + k

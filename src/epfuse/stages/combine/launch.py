@@ -6,6 +6,7 @@ import torch
 import triton
 
 from epfuse.stages.combine.kernel import combine_kernel
+from epfuse.stages.extent import extents
 from epfuse.target import overlap_previous, target_of
 
 
@@ -40,21 +41,23 @@ def launch_combine(
     hidden = routed.shape[1]
     # many tokens fill the GPU anyway: fewer, longer programs then wait less often for their ids
     block = min(2048 if tokens >= 512 else 1024, triton.next_power_of_2(hidden))
+    target = target_of(out.device)
+    rows, ids, results = extents(target, routed, topk_ids, out)
     combine_kernel[(tokens, triton.cdiv(hidden, block))](
-        routed,
-        topk_ids,
+        rows,
+        ids,
         expert_map,
         route_row,
-        out,
+        results,
         topk_ids.numel(),
         expert_map.numel(),
         hidden,
+        int(out_is_free),
         L=local,
         K=top_k,
         K_LANES=triton.next_power_of_2(top_k),
         BLOCK_H=block,
-        OUT_IS_FREE=out_is_free,
         num_warps=4,
-        **overlap_previous(target_of(out.device)),
+        **overlap_previous(target),
     )
     return out

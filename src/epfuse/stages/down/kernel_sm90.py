@@ -86,7 +86,8 @@ def down_tile(
         store_weighted(acc, topk_weights, out, block_routes, None, n * BLOCK_N, R, H)
 
 
-@gluon.jit(do_not_specialize=["R"])
+# arrivals begins in the middle of the counters, at another place with every number of tokens
+@gluon.jit(do_not_specialize=["R", "arrivals"])
 def down_sm90_kernel(
     y, w2, w2_scale, topk_weights, out, sorted_routes, block_expert, num_padded, partials, arrivals,
     R, H, I, I_PADDED, PANELS,

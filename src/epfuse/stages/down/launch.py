@@ -7,8 +7,10 @@ import triton
 
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel import down_kernel
+from epfuse.stages.extent import extents
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
+from epfuse.target import target_of
 
 
 def launch_down(
@@ -40,12 +42,13 @@ def launch_down(
         out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
     weights, scales = (w2.values, w2.scales) if isinstance(w2, MXFP8) else (w2, None)
     grid = (routes.max_blocks * triton.cdiv(hidden, tile.block_n),)
+    rows, router, results = extents(target_of(out.device), y, topk_weights, out)
     down_kernel[grid](
-        y,
+        rows,
         weights,
         scales,
-        topk_weights,
-        out,
+        router,
+        results,
         routes.sorted_routes,
         routes.block_expert,
         routes.num_padded,

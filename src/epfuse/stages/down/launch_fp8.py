@@ -9,9 +9,11 @@ from epfuse.arguments import checks_enums
 from epfuse.config import Combine
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel_fp8 import down_fp8_kernel
+from epfuse.stages.extent import extents
 from epfuse.stages.quantize.rows import FP8Rows, require_alike
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
+from epfuse.target import target_of
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
 
 
@@ -47,13 +49,14 @@ def launch_down_fp8(
     require_alike("y", y, w2)
     intermediate, hidden = y.values.shape[1], w2.shape[1]
     grid = (routes.max_blocks * triton.cdiv(hidden, tile.block_n),)
+    values, scales, router, results = extents(target_of(out.device), y.values, y.scales, topk_weights, out)
     down_fp8_kernel[grid](
-        y.values,
-        y.scales,
+        values,
+        scales,
         w2.values,
         w2.scales,
-        topk_weights,
-        out,
+        router,
+        results,
         routes.sorted_routes,
         routes.block_expert,
         routes.num_padded,

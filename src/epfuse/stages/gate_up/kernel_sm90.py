@@ -113,7 +113,7 @@ def gate_up_tile(
         store_activated(acc, out, block_routes, None, n * (BLOCK_N // 2), R, I, activation, ACTIVATION)
 
 
-@gluon.jit(do_not_specialize=["R"])
+@gluon.jit(do_not_specialize=["R", "FIRST_WAVE", "arrivals"])
 def gate_up_sm90_kernel(
     x, w13, w13_scale, out, sorted_routes, block_expert, num_padded, partials, arrivals,
     R, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, activation,

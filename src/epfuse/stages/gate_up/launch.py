@@ -7,9 +7,11 @@ import triton
 
 from epfuse.config import Activation
 from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.stages.extent import extents
 from epfuse.stages.gate_up.kernel import gate_up_kernel
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
+from epfuse.target import target_of
 
 
 def launch_gate_up(
@@ -43,11 +45,12 @@ def launch_gate_up(
         out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
     weights, scales = (w13.values, w13.scales) if isinstance(w13, MXFP8) else (w13, None)
     grid = (routes.max_blocks * triton.cdiv(intermediate, tile.block_n // 2),)
+    rows, results = extents(target_of(out.device), x, out)
     gate_up_kernel[grid](
-        x,
+        rows,
         weights,
         scales,
-        out,
+        results,
         routes.sorted_routes,
         routes.block_expert,
         routes.num_padded,

@@ -6,10 +6,12 @@ import torch
 import triton
 
 from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.stages.extent import extents
 from epfuse.stages.gate_up.kernel_fp8 import gate_up_fp8_kernel
 from epfuse.stages.quantize.rows import FP8Rows, require_alike
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
+from epfuse.target import target_of
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
 
 
@@ -46,12 +48,13 @@ def launch_gate_up_fp8(
     if out is None:
         out = torch.empty(routes.num_routes, twice, dtype=dtype, device=x.values.device)
     grid = (routes.max_blocks * triton.cdiv(twice, tile.block_n),)
+    values, scales, results = extents(target_of(out.device), x.values, x.scales, out)
     gate_up_fp8_kernel[grid](
-        x.values,
-        x.scales,
+        values,
+        scales,
         w13.values,
         w13.scales,
-        out,
+        results,
         routes.sorted_routes,
         routes.block_expert,
         routes.num_padded,

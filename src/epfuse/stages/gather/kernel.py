@@ -21,28 +21,32 @@ def row_of(x, source, H, inside, route, R):
 
 @triton.jit
 def note_row(
-    route_row, lone_token, topk_ids, expert_map, route, row, R, E,
+    route_row, lone_token, lone_stored, topk_ids, expert_map, route, row, R, E,
     L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr,
 ):  # fmt: skip
-    """If asked for: route_row[route] = row; lone_token[row] = the route's token, -1 if that has another local route."""
+    """If asked for: route_row[route] = row; lone_token[row] = the route's token, -1 if that has another local route.
+
+    Where lone_stored is 0 all of lone_token's are -1.
+    """
     if route_row is not None:
         tl.store(route_row + route, row)
     if lone_token is not None:
         token = route // K
         ks = tl.arange(0, K_LANES)
         local = (ks < K) & (local_slots(topk_ids, expert_map, token * K + ks, R, E, L) < L)
-        tl.store(lone_token + row, tl.where(tl.sum(local.to(tl.int32), 0) == 1, token, -1))
+        tl.store(lone_token + row, tl.where((tl.sum(local.to(tl.int32), 0) == 1) & (lone_stored != 0), token, -1))
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "lone_stored"])
 def gather_kernel(
-    x, out, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded, R, E, H,
+    x, out, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded,
+    R, E, H, lone_stored,
     L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row of a route] = x[route // K], a row at a time; each program takes every num_programs-th slot.
 
-    route_row and lone_token as note_row takes them.
+    route_row, lone_token and lone_stored as note_row takes them.
     """
     if PDL:
         gdc_wait()
@@ -61,7 +65,7 @@ def gather_kernel(
         second_route = route_at(sorted_routes, slot + 2 * programs, slots, R)
         if route < R:
             row = tl.load(block_row + slot // BLOCK_M) + slot % BLOCK_M
-            note_row(route_row, lone_token, topk_ids, expert_map, route, row, R, E, L, K, K_LANES)
+            note_row(route_row, lone_token, lone_stored, topk_ids, expert_map, route, row, R, E, L, K, K_LANES)
             # the weights of the experts before go through L2 before this row is read
             tl.store(out + row.to(tl.int64) * H + columns, values, mask=inside, eviction_policy="evict_last")
         route = next_route

@@ -55,6 +55,7 @@ def launch_gather(
         routes.num_routes,
         0 if expert_map is None else expert_map.numel(),
         hidden,
+        int(lone is not None and lone.stored),
         L=0 if lone is None else lone.local,
         K=top_k,
         K_LANES=triton.next_power_of_2(top_k),

@@ -36,15 +36,17 @@ def quantize_row(x, HARDWARE: tl.constexpr):
     return codes, scale
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "lone_stored"])
 def quantize_packed_kernel(
-    x, codes, scales, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded, R, E, H,
+    x, codes, scales, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded,
+    R, E, H, lone_stored,
     L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
     HARDWARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """codes[row of a route], scales[row] of x[route // K], or of x[row] if K is 0: then x lies packed already.
 
-    A row at a time; each program takes every num_programs-th slot. route_row and lone_token as note_row.
+    A row at a time; each program takes every num_programs-th slot. route_row, lone_token and lone_stored as
+    note_row.
     """
     if PDL:
         gdc_wait()
@@ -65,7 +67,7 @@ def quantize_packed_kernel(
         second_route = route_at(sorted_routes, slot + 2 * programs, slots, R)
         second_row = packed_row(block_row, slot + 2 * programs, slots, BLOCK_M)
         if route < R:
-            note_row(route_row, lone_token, topk_ids, expert_map, route, row, R, E, L, K, K_LANES)
+            note_row(route_row, lone_token, lone_stored, topk_ids, expert_map, route, row, R, E, L, K, K_LANES)
             code, scale = quantize_row(tl.reshape(widen(values), (1, BLOCK_H)), HARDWARE)
             tl.store(codes + row.to(tl.int64) * H + columns, tl.reshape(code, (BLOCK_H,)), mask=inside)
             tl.store(scales + row + tl.arange(0, 1), scale)

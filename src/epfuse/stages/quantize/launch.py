@@ -9,8 +9,10 @@ from epfuse.arguments import checks_enums
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK, SOURCE_DTYPES, VALUE_DTYPES
+from epfuse.stages.extent import extents
 from epfuse.stages.quantize.kernel import quantize_kernel
 from epfuse.stages.quantize.rows import FP8Rows, groups_of
+from epfuse.target import target_of
 
 _VALUES = 1024  # of a program: with 4 warps, a lane loads 16 bytes of BF16 (8 with 4 waves of 64)
 
@@ -67,13 +69,15 @@ def launch_quantize(
         return out
     groups = groups_of(size, group)
     block = min(_VALUES // group, triton.next_power_of_2(groups))
+    codes = out.values.view(torch.uint8)  # bytes: all rounding is the kernel's own
+    values, codes, scales = extents(target_of(x.device), x, codes, out.scales)
     quantize_kernel[(tokens, triton.cdiv(groups, block))](
-        x,
-        out.values.view(torch.uint8),  # bytes: all rounding is the kernel's own
-        out.scales,
+        values,
+        codes,
+        scales,
         size,
         groups,
-        x.stride(0),
+        size if x.is_contiguous() else x.stride(0),  # one row may have any stride, and Triton looks at it
         BLOCK_G=block,
         GROUP=group,
         CEIL=rounding is ScaleRounding.CEIL,

@@ -58,6 +58,7 @@ def launch_quantize_packed(
         routes.num_routes,
         0 if expert_map is None else expert_map.numel(),
         size,
+        int(lone is not None and lone.stored),
         L=0 if lone is None else lone.local,
         K=top_k or 0,
         K_LANES=triton.next_power_of_2(top_k or 1),

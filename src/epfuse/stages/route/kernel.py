@@ -86,7 +86,7 @@ def place(
     clear(arrivals, num_arrivals)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "num_arrivals"])
 def route_kernel(
     topk_ids, expert_map, sorted_routes, block_expert, block_row, num_padded, arrivals, R, E, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, COUNT: tl.constexpr,
@@ -139,7 +139,7 @@ def count_kernel(
     tl.store(counts + pid * BINS + tl.arange(0, BINS), found)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "num_arrivals"])
 def place_kernel(
     topk_ids, expert_map, counts, sorted_routes, block_expert, block_row, num_padded, arrivals, R, E, num_arrivals,
     L: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr, CHUNK: tl.constexpr,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from epfuse.stages.extent import extents
 from epfuse.stages.route.kernel import count_kernel, place_kernel, route_kernel
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import RouteTiles
@@ -37,16 +38,14 @@ def launch_route(
     counters = 0 if table.arrivals is None else table.arrivals.numel()
     shape = {"L": local, "BINS": triton.next_power_of_2(local + 1)}
     blocks = {"BLOCK_M": block_m, "PADDING": triton.next_power_of_2(block_m), "BLOCKS": 16}
-    ids, slots = topk_ids, expert_map
     memory = (table.sorted_routes, table.block_expert, table.block_row, table.num_padded, table.arrivals)
     sizes = (routes, expert_map.numel(), counters)
-    overlap = overlap_previous(target_of(topk_ids.device))
+    target, slots = target_of(topk_ids.device), expert_map
+    overlap, (ids,) = overlap_previous(target), extents(target, topk_ids)
     if routes <= tiles.one_launch_routes:
         count = min(tiles.count, max(32, triton.next_power_of_2(routes)))
         warps = {"num_warps": 4 if count <= 1024 else 8}
-        route_kernel[(local,)](
-            topk_ids, expert_map, *memory, *sizes, **shape, **blocks, COUNT=count, **overlap, **warps
-        )
+        route_kernel[(local,)](ids, slots, *memory, *sizes, **shape, **blocks, COUNT=count, **overlap, **warps)
     else:
         grid = (triton.cdiv(routes, tiles.chunk),)
         shape["CHUNK"] = tiles.chunk

@@ -85,6 +85,8 @@ class LoneTokens:
         local: L.
         of_row: ``[R]`` int32, written by what packs the rows: the token of a row, or -1 if it has another local route.
         out: ``[T, H]``, dtype of the rows: where down leaves the result of such a token; other rows stay as they are.
+        stored: whether there are such rows in this call: if not, all of ``of_row`` are -1, and combine makes the
+            results. A run-time argument of the kernels, which are the same either way.
     """
 
     topk_ids: torch.Tensor
@@ -92,11 +94,14 @@ class LoneTokens:
     local: int
     of_row: torch.Tensor
     out: torch.Tensor
+    stored: bool
 
     @classmethod
-    def of(cls, topk_ids: torch.Tensor, expert_map: torch.Tensor, local: int, out: torch.Tensor) -> LoneTokens:
+    def of(
+        cls, topk_ids: torch.Tensor, expert_map: torch.Tensor, local: int, out: torch.Tensor, stored: bool
+    ) -> LoneTokens:
         """With new memory for ``of_row``."""
-        return cls(topk_ids, expert_map, local, expert_map.new_empty(topk_ids.numel()), out)
+        return cls(topk_ids, expert_map, local, expert_map.new_empty(topk_ids.numel()), out, stored)
 
 
 def max_padded(num_routes: int, local_experts: int, block_m: int) -> int:

@@ -1,0 +1,1 @@
+"""The kernels of a layer, compiled before they are needed."""

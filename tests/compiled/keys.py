@@ -1,0 +1,165 @@
+"""What Triton would compile for calls of a layer, in a process that doesn't interpret (`test_layer.py`)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+
+from epfuse.aot.calls import WEIGHTS
+from epfuse.aot.launches import Launch, launches_of
+from epfuse.api import fused_experts
+from epfuse.compiled.layer import Layer, kernels
+from epfuse.config import MINIMAX_M3_EP8, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.expert_map import ExpertMap
+from epfuse.families.registry import scratch_size
+from epfuse.scratch import Scratch
+from epfuse.target import Target
+from epfuse.weights.consistency import KINDS
+
+SHAPE = LayerShape(hidden=256, intermediate=128, experts=16, local_experts=4, top_k=3)
+"""Small: operands lie in real memory, which is not touched. Rows of ids and router weights are 12 bytes."""
+MOST = 3000
+
+LAYERS = {
+    f"{target.value}-{path.value}-{combine.value}": Layer.on(target, path, frozenset({form}), SHAPE)
+    if combine is Combine.DETERMINISTIC
+    else replace(Layer.on(target, path, frozenset({form}), SHAPE), combine=combine)
+    for target, path, form, combine in [
+        (Target.SM90, Path.W8A16, WeightFormat.FRAGMENT, Combine.DETERMINISTIC),
+        (Target.SM90, Path.BF16, WeightFormat.DENSE, Combine.DETERMINISTIC),
+        (Target.SM90, Path.W8A8, WeightFormat.ROW_FP8, Combine.DETERMINISTIC),
+        (Target.SM90, Path.BLOCK_FP8, WeightFormat.BLOCK_FP8, Combine.ATOMIC),
+        (Target.GFX942, Path.W8A16, WeightFormat.MXFP8_FNUZ, Combine.DETERMINISTIC),
+        (Target.GFX942, Path.BF16, WeightFormat.DENSE, Combine.DETERMINISTIC),
+        (Target.GFX942, Path.W8A8, WeightFormat.MXFP8_FNUZ, Combine.ATOMIC),
+        (Target.GFX942, Path.W8A8, WeightFormat.MXFP8_FNUZ, Combine.DETERMINISTIC),
+    ]
+}
+
+
+class Memory:
+    """Views of one untouched piece of memory, larger than AMD's instructions can address, at any offset."""
+
+    def __init__(self, draw: random.Random) -> None:
+        self.memory = torch.empty(5 << 29, dtype=torch.uint8)
+        self.draw = draw
+        self.used = 0
+
+    def take(self, *size: int, dtype: torch.dtype, aligned: bool = False) -> torch.Tensor:
+        """A contiguous tensor; not at a multiple of 16 bytes, half of the time, unless it must be."""
+        item = dtype.itemsize
+        begin = -(-self.used // 16) * 16
+        if not aligned and self.draw.random() < 0.5:
+            begin += item * self.draw.randrange(16 // item)
+        self.used = begin + item * torch.Size(size).numel()
+        return self.memory[begin : self.used].view(dtype).view(size)
+
+
+def calls(layer: Layer, seed: int, count: int) -> list[Launch]:
+    """What ``count`` calls launch that differ in all that may differ between the calls of a layer."""
+    draw = random.Random(seed)
+    shape, weights = layer.shape, WEIGHTS[next(iter(layer.formats))](layer.shape, layer.dtype)
+    held = {name: _real(getattr(weights, name)) for name in KINDS}
+    weights = replace(weights, **{name: value for name, value in held.items() if value is not None})
+    slots = torch.arange(shape.experts)
+    expert_map = ExpertMap(torch.where(slots < shape.local_experts, slots, -1))
+
+    def call() -> None:
+        for _ in range(count):
+            memory = Memory(draw)
+            tokens = draw.choice([draw.randint(1, 8), draw.randint(1, 600), draw.randint(1, MOST)])
+            hidden = memory.take(tokens, shape.hidden, dtype=layer.dtype)
+            scratch = out = None
+            kind = draw.randrange(4)
+            if kind >= 2:
+                size = scratch_size(layer.path, tokens, shape.top_k, shape.hidden, shape.intermediate)
+                y, routed = (memory.take(n, dtype=layer.dtype, aligned=True) for n in (size.y, size.routed))
+                scratch = Scratch(y, routed)
+                if kind == 3 and size.y >= hidden.numel():  # as vLLM lays it
+                    out = y[: hidden.numel()].view(hidden.shape)
+            if kind == 1:
+                out = memory.take(tokens, shape.hidden, dtype=layer.dtype)
+            fused_experts(
+                hidden if tokens > 1 else hidden.as_strided((1, shape.hidden), (1, 1)),  # contiguous all the same
+                weights,
+                memory.take(tokens, shape.top_k, dtype=torch.float32),
+                memory.take(tokens, shape.top_k, dtype=layer.ids),
+                expert_map,
+                activation=draw.choice([SwiGLUOAI(), SwiGLUOAI(1, 0, 10), SwiGLUOAI(1.0, 16.0, float("inf"))]),
+                path=layer.path,
+                combine=layer.combine,
+                out=out,
+                scratch=scratch,
+            )
+
+    return launches_of(layer.target, call, layer.product, stand_in="cpu")
+
+
+def _real(experts):
+    """The same stacks in memory that is never touched."""
+    if experts is None:
+        return None
+    stacks = []
+    for stack in (experts.w13, experts.w2):
+        if isinstance(stack, torch.Tensor):
+            stacks.append(torch.empty(stack.shape, dtype=stack.dtype))
+            continue
+        tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in vars(stack).items() if torch.is_tensor(t)}
+        stacks.append(replace(stack, **tensors))
+    return replace(experts, w13=stacks[0], w2=stacks[1])
+
+
+def compare(name: str, seed: int, count: int) -> tuple[list[str], dict[str, int]]:
+    """Kernels of drawn calls that the layer's set does not have, and how many kernels of each name it has."""
+    layer = LAYERS[name]
+    named = kernels(layer, MOST)
+    strangers = [launch for launch in calls(layer, seed, count) if launch not in set(named)]
+    counts: dict[str, int] = {}
+    for launch in named:
+        counts[launch.kernel] = counts.get(launch.kernel, 0) + 1
+    return [f"{launch.kernel}: {_closest(launch, named)}" for launch in strangers], counts
+
+
+def several(name: str) -> list[str]:
+    """Kernels of a layer that share kernel and constants, but not the key."""
+    seen: dict[object, Launch] = {}
+    found = []
+    for launch in kernels(LAYERS[name], MOST):
+        constants = (launch.kernel, launch.constants, launch.options)
+        if constants in seen:
+            found.append(f"{launch.kernel}: {_closest(launch, (seen[constants],))}")
+        seen[constants] = launch
+    return found
+
+
+def _closest(launch: Launch, named: tuple[Launch, ...]) -> str:
+    """What sets a launch apart from the most similar one of its kernel."""
+
+    def apart(other: Launch) -> list[object]:
+        pairs = ((launch.signature, other.signature), (launch.constants, other.constants))
+        return [
+            item
+            for ours, theirs in (*pairs, (launch.attributes, other.attributes), (launch.options, other.options))
+            for item in {*map(repr, ours)} ^ {*map(repr, theirs)}
+        ]
+
+    differences = [apart(other) for other in named if other.kernel == launch.kernel]
+    return str(min(differences, key=len, default="no such kernel"))
+
+
+def of_large_calls() -> list[dict[str, int]]:
+    """Kernels of the largest tile of MiniMax-M3 in checkpoint order, on Hopper and on AMD, for 8k and 128k tokens."""
+    found = []
+    for target, form in ((Target.SM90, WeightFormat.MXFP8), (Target.GFX942, WeightFormat.MXFP8_FNUZ)):
+        layer = Layer.on(target, Path.W8A16, frozenset({form}), MINIMAX_M3_EP8)
+        tile = [
+            launch
+            for launch in kernels(layer, 131072)
+            if launch.kernel in ("gate_up_kernel", "down_kernel", "combine_kernel")
+            and dict(launch.constants).get("BLOCK_M", 128) >= 128
+            and dict(launch.constants).get("BLOCK_H", 2048) == 2048
+        ]
+        found.append({name: sum(launch.kernel == name for launch in tile) for name in {one.kernel for one in tile}})
+    return found
