@@ -10,8 +10,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from epfuse.config import Path, Policy
 from epfuse.environment import environment
+from epfuse.integrations.choice import choose
 from epfuse.integrations.vllm import layer, releases
-from epfuse.integrations.vllm.choice import choose
 from epfuse.integrations.vllm.experts import EpfuseExperts
 from epfuse.policy import Storage
 from epfuse.target import Target

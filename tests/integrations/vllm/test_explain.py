@@ -9,8 +9,8 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from epfuse.integrations.choice import Choice
 from epfuse.integrations.vllm import explain, layer, releases
-from epfuse.integrations.vllm.choice import Choice
 from epfuse.policy import Checkpoint
 from epfuse.target import Target
 from epfuse.weights.config_families import FAMILIES

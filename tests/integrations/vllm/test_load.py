@@ -9,7 +9,7 @@ import torch
 
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.errors import DtypeError, EpfuseError, ShapeError
-from epfuse.integrations.vllm.load import Parameters, load_layer
+from epfuse.integrations.load import Parameters, load_layer
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, plan_layer
 from epfuse.target import Target

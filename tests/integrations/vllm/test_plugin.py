@@ -34,6 +34,15 @@ def test_without_a_package_it_stands_down_with_one_warning(said, monkeypatch):
     assert "EPFUSE_VLLM_FORCE=1" in text
 
 
+def test_disabled_it_looks_at_nothing(said, monkeypatch):
+    monkeypatch.setenv("EPFUSE_DISABLE", "1")
+    monkeypatch.setattr(releases, "installed", lambda: 1 / 0)
+    plugin.register()
+    ((level, text),) = said
+    assert level == logging.INFO
+    assert "EPFUSE_DISABLE=1" in text
+
+
 def test_an_error_is_logged(said, monkeypatch):
     monkeypatch.setattr(releases, "installed", lambda: 1 / 0)
     plugin.register()
@@ -49,7 +58,7 @@ def test_strict_raises(said, monkeypatch):
 
 
 def test_a_switch_is_0_or_1(monkeypatch):
-    from epfuse.integrations.vllm.switches import FORCE, is_on
+    from epfuse.integrations.switches import FORCE, is_on
 
     monkeypatch.setenv(FORCE, "yes")
     with pytest.raises(ConfigError, match="must be 0 or 1"):

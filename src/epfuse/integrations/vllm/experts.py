@@ -15,8 +15,8 @@ from epfuse.api import fused_experts
 from epfuse.config import Path
 from epfuse.errors import ConfigError
 from epfuse.families.registry import scratch_size
+from epfuse.integrations.load import LoadedLayer, Parameters, load_layer
 from epfuse.integrations.vllm import versions
-from epfuse.integrations.vllm.load import LoadedLayer, Parameters, load_layer
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.scratch import Scratch
 

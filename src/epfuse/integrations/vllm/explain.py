@@ -8,7 +8,7 @@ from typing import Any
 from epfuse.arguments import checks_enums
 from epfuse.config import Policy
 from epfuse.errors import ConfigError
-from epfuse.integrations.vllm.choice import Choice, choose
+from epfuse.integrations.choice import Choice, choose
 from epfuse.policy import Checkpoint, LayerFacts, LayerPlan, model_facts
 from epfuse.target import Target
 from epfuse.weights.model_config import ExpertModel

@@ -10,10 +10,10 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from epfuse.errors import ConfigError
+from epfuse.integrations.choice import Choice, choose
+from epfuse.integrations.switches import STRICT, is_on
 from epfuse.integrations.vllm import versions
-from epfuse.integrations.vllm.choice import Choice, choose
 from epfuse.integrations.vllm.experts import EpfuseExperts, own_refusal
-from epfuse.integrations.vllm.switches import STRICT, is_on
 from epfuse.integrations.vllm.takeover import take_over
 
 log = logging.getLogger("vllm.epfuse")

@@ -9,7 +9,7 @@ import functools
 import logging
 
 from epfuse import __version__
-from epfuse.integrations.vllm.switches import FORCE, STRICT, is_on
+from epfuse.integrations.switches import DISABLE, FORCE, STRICT, is_on
 
 log = logging.getLogger("vllm.epfuse")  # below vLLM's own logger, whose handlers print it
 
@@ -29,6 +29,9 @@ def register() -> None:
 
 @functools.cache
 def _register_once() -> None:
+    if is_on(DISABLE):
+        log.info("epfuse %s is not in use: %s=1", __version__, DISABLE)
+        return
     from epfuse.integrations.vllm import releases
     from epfuse.integrations.vllm.interfaces import nearest
 

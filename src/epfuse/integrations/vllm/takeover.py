@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from epfuse.integrations.vllm.choice import Choice
+from epfuse.integrations.choice import Choice
 
 
 def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: type, choice: Choice) -> None:

@@ -1,4 +1,4 @@
-"""What a layer's weights become once vLLM has loaded them."""
+"""What a layer's weights become once a server has loaded them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from epfuse.weights.experts import ExpertWeights
 
 @dataclass(frozen=True)
 class Parameters:
-    """A layer's tensors as vLLM loaded them.
+    """A layer's tensors as a server loaded them.
 
     Attributes:
         w13: ``[L, 2I, H]``.
@@ -41,7 +41,7 @@ class LoadedLayer:
         weights: in the plan's storage.
         expert_map: checked.
         activation: between the projections.
-        seen: address of the map that vLLM hands to calls; a map made later was never checked.
+        seen: address of the map that the server hands to calls; a map made later was never checked.
     """
 
     plan: LayerPlan
@@ -58,8 +58,8 @@ class LoadedLayer:
         """
         if address(expert_map) != self.seen:
             raise ConfigError(
-                "vLLM hands over another expert map than after loading; experts that move while serving (EPLB, elastic"
-                " EP) are not supported"
+                "the server hands over another expert map than after loading; experts that move while serving (EPLB,"
+                " elastic EP) are not supported"
             )
 
     @property
@@ -96,7 +96,7 @@ def load_layer(plan: LayerPlan, parameters: Parameters, activation: SwiGLUOAI) -
 
 
 def _check_sizes(plan: LayerPlan, given: Parameters) -> None:
-    """Refuse weights of another layer than the one that was planned: vLLM may pad what it allocates."""
+    """Refuse weights of another layer than the one that was planned: a server may pad what it allocates."""
     shape = plan.request.shape
     planned = {
         "w13": (shape.local_experts, 2 * shape.intermediate, shape.hidden),
@@ -113,7 +113,7 @@ def _weights(plan: LayerPlan, given: Parameters) -> ExpertWeights:
         # contiguous: on ROCm vLLM pads the rows of dense weights (VLLM_ROCM_MOE_PADDING)
         return ExpertWeights.bf16(given.w13.contiguous(), given.w2.contiguous())
     if given.w13_scale is None or given.w2_scale is None:
-        raise ConfigError("the plan is for MXFP8 weights, and vLLM's layer has no scales")
+        raise ConfigError("the plan is for MXFP8 weights, and the layer has no scales")
     mxfp8 = (given.w13, given.w13_scale, given.w2, given.w2_scale)
     target = plan.request.target
     if plan.storage is Storage.MXFP8:

@@ -1,4 +1,4 @@
-"""The environment variables of the vLLM plugin; `epfuse.environment` has the core's."""
+"""The environment variables of the plugins for servers; `epfuse.environment` has the core's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 from epfuse.errors import ConfigError
 
 STRICT = "EPFUSE_STRICT"
-"""1: whatever goes wrong in the plugin stops vLLM, instead of being logged and leaving the layer to vLLM."""
+"""1: whatever goes wrong in a plugin stops the server, instead of being logged and leaving the layer to it."""
+DISABLE = "EPFUSE_DISABLE"
+"""1: the plugins do nothing: the server is as it is without epfuse."""
 FORCE = "EPFUSE_VLLM_FORCE"
 """1: register with a vLLM that is not as the tested releases where epfuse touches it."""
 

@@ -1,4 +1,4 @@
-"""From a layer's facts to one outcome: ours with a plan, or vLLM's with a reason."""
+"""From a layer's facts to one outcome: ours with a plan, or the server's with a reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Choice:
 
     Attributes:
         facts: the layer.
-        plan: how epfuse runs it; None leaves it to vLLM.
+        plan: how epfuse runs it; None leaves it to the server.
         reason: one sentence.
     """
 
@@ -55,8 +55,8 @@ def choose(facts: LayerFacts, policy: Policy | None = None) -> Choice:
 def ask_policy(facts: LayerFacts, policy: Policy) -> LayerPlan:
     """The core's plan for one layer.
 
-    Under `auto` MXFP8 weights get no BF16 copy: the memory that vLLM leaves for the KV cache is not known yet when
-    layers are built.
+    Under `auto` MXFP8 weights get no BF16 copy: how much memory the server leaves for the KV cache is not known yet
+    when layers are built.
 
     Raises:
         ConfigError, UnsupportedTarget: the policy has no plan for the layer.
