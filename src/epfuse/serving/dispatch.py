@@ -1,0 +1,396 @@
+"""The dispatcher: one loop that brings journal, launcher and the points' folders together until every point has ended.
+
+The folders are the truth about a job (its claim, its phase, its end), the launcher about whether there is one, and the
+journal remembers what was asked of the launcher. Each step can be the last one before a kill: the next dispatcher
+starts from the same three.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from epfuse.errors import ConfigError
+from epfuse.serving.claim import holder_of, revoke
+from epfuse.serving.contact import Clock, Contacts, WallClock
+from epfuse.serving.journal import AT_WORK, ENDS, SENT, Change, Journal, State
+from epfuse.serving.launchers.launcher import Launcher, Order, Phase, Rejected, Sighting, Unreachable, Unsure
+from epfuse.serving.layout import RunFolder, make_key
+from epfuse.serving.point import End, Run
+from epfuse.serving.signs import cancel_file, last_words, phase_of
+
+HOPELESS = re.compile(
+    r"PartitionConfig|PartitionNodeLimit|PartitionTimeLimit|PartitionDown|PartitionInactive|BadConstraints"
+    r"|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|JobHeld|held"
+    r"|Nodes_required_for_job_are_DOWN|ReqNodeNotAvail|Max\w*PerJob|MaxWallDurationPerJobLimit|NodeNotAvail"
+)
+"""Slurm's reasons for PENDING that no other job's end changes."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How patient a dispatcher is.
+
+    Attributes:
+        poll: seconds between two steps.
+        attempts: at a point whose jobs die without an end.
+        losses: how often an attempt may be taken by the launcher, and then not be there.
+        identical: failures of the same kind, one after the other, after which nothing more is submitted.
+        hopeless: seconds that a job may be PENDING for a reason that never ends.
+        outage: seconds without any answer from a launcher after which the dispatcher leaves; the run can be resumed.
+        longest_pause: seconds between two tries of a launcher that does not answer.
+        ask_again: seconds after which a cancel is repeated that has shown no effect.
+    """
+
+    poll: float = 5.0
+    attempts: int = 2
+    losses: int = 5
+    identical: int = 3
+    hopeless: float = 600.0
+    outage: float = 12 * 3600.0
+    longest_pause: float = 300.0
+    ask_again: float = 30.0
+
+
+@dataclass
+class Dispatcher:
+    """Runs what a journal has left to run.
+
+    Attributes:
+        folder: of the run.
+        run: what was asked.
+        journal: open, with the run's lock held.
+        launcher: where jobs go.
+        job: the command that runs a point, there; the point's folder and ``--key KEY`` follow.
+        rules: its patience.
+        clock: its time.
+        say: takes a line for people.
+        submits: False ends what runs, or was asked to end, and starts nothing.
+        broken: why nothing more is submitted, after too many failures of a kind.
+    """
+
+    folder: RunFolder
+    run: Run
+    journal: Journal
+    launcher: Launcher
+    job: tuple[str, ...]
+    rules: Rules = field(default_factory=Rules)
+    clock: Clock = field(default_factory=WallClock)
+    say: Callable[[str], None] = lambda line: None
+    submits: bool = True
+    broken: str = ""
+    _absent: dict[str, float] = field(default_factory=dict)
+    _hopeless: dict[str, float] = field(default_factory=dict)
+    _doomed: dict[str, str] = field(default_factory=dict)
+    _asked: dict[str, float] = field(default_factory=dict)
+    _failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._contacts = Contacts(self.rules.poll, self.rules.longest_pause, self.clock, self._note)
+
+    def dispatch(self, seen: Callable[[], None] = lambda: None) -> None:
+        """Go on until every point has ended, or nothing more can be done now (`unfinished` says why).
+
+        Args:
+            seen: called after each step, e.g. to show a table.
+
+        Raises:
+            ConfigError: another dispatcher took over, or the folder is damaged.
+            OSError: the folder can't be written.
+        """
+        while True:
+            self.step()
+            seen()
+            if self.finished or self._contacts.silent_for(self.rules.outage) is not None:
+                return
+            self.clock.sleep(self.rules.poll)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to wait for."""
+        states = {change.state for change in self.journal.history.points.values()}
+        return states <= ENDS or (states <= ENDS | {State.PLANNED} and (bool(self._stop()) or not self.submits))
+
+    @property
+    def unfinished(self) -> str:
+        """Why points are left that have not ended; empty if there are none."""
+        left = [name for name, change in self.journal.history.points.items() if change.state not in ENDS]
+        why = self._contacts.silent_for(self.rules.outage) or self._stop() or "it was left"
+        return f"{len(left)} of {len(self.run.points)} points have not ended: {why}" if left else ""
+
+    def step(self) -> None:
+        """Look at everything once and do what follows from it."""
+        for name in self.run.points:
+            self._read_folder(name)
+        for place in sorted({change.place for change in self._changes() if change.place}):
+            self._look(place)
+        for name in self.run.points:
+            self._end_what_must(name)
+        if self.submits:
+            self._submit()
+
+    def _changes(self) -> Sequence[Change]:
+        """Of the points that have not ended."""
+        return [change for change in self.journal.history.points.values() if change.state not in ENDS]
+
+    def _change(
+        self,
+        name: str,
+        state: State,
+        why: str = "",
+        *,
+        attempt: int | None = None,
+        place: str | None = None,
+        job: str | None = None,
+    ) -> None:
+        """Write and say it, if it is news."""
+        old = self.journal.history.points[name]
+        given = {"attempt": attempt, "place": place, "job": job}
+        same = all(value is None or value == getattr(old, key) for key, value in given.items())
+        if state is old.state and same and why in ("", old.why):
+            return
+        self.journal.change(name, state, why, attempt=attempt, place=place, job=job)
+        self.say(f"{name}: {state}{f' ({why})' if why else ''}")
+        if state in ENDS | {State.PLANNED}:
+            for memory in (self._absent, self._hopeless, self._asked):
+                memory.pop(name, None)
+
+    def _note(self, text: str) -> None:
+        self.journal.note(text)
+        self.say(text)
+
+    def _note_once(self, text: str) -> None:
+        """For what is as true in the next step."""
+        if all(note.text != text for note in self.journal.history.notes):
+            self._note(text)
+
+    def _read_folder(self, name: str) -> None:
+        """What the point's own files say: its end, or its phase."""
+        state = self.journal.history.points[name].state
+        if state in ENDS or self._ended(name):
+            return
+        folder = self.folder.point(name)
+        # a claim says nothing of a job that the last look has not shown
+        if name not in self._absent and self._holder(name) is not None:
+            self._change(name, phase_of(folder))
+
+    def _holder(self, name: str) -> str | None:
+        """The key of the attempt that holds the point."""
+        try:
+            holder = holder_of(self.folder.point(name).path)
+        except ConfigError as error:
+            self._note_once(f"{name}: {error}")
+            return None
+        return None if holder is None else holder.key
+
+    def _ended(self, name: str) -> bool:
+        """Whether the job has written its end: then that is the point's."""
+        try:
+            done = self.folder.read_done(name)
+        except ConfigError as error:
+            self._fail(name, f"its end can't be read: {error}")
+            return True
+        if done is None:
+            return False
+        if done.state is End.FAILED and cancel_file(self.folder.point(name)).exists():
+            self._change(name, State.CANCELLED, done.reason)
+        elif done.state is End.FAILED:
+            self._fail(name, self._doomed.pop(name, done.reason))
+        else:
+            self._change(name, State(done.state), done.reason)
+            if done.state is End.DONE:
+                self._failures.clear()
+            else:
+                self._count_failure(done.reason)
+        return True
+
+    def _look(self, place: str) -> None:
+        if self._contacts.paused(place):
+            return
+        there = [change for change in self._changes() if change.place == place]
+        keys = [key for change in there for key in self._keys(change)]
+        if not keys:
+            return
+        patience = self.launcher.patience()
+        seen = self.launcher.look(place, keys)
+        if isinstance(seen, Unreachable):
+            self._contacts.failed(place, seen.why)
+            for change in there:
+                self._absent.pop(change.point, None)  # what waits at its door may still come
+                if change.state in (State.SUBMITTING, State.QUEUED):
+                    self._change(change.point, State.UNKNOWN, seen.why)
+            return
+        self._contacts.answered(place)
+        for change in there:
+            own = self._keys(change)
+            self._judge(change.point, [job for job in seen.jobs if job.key in own], patience)
+
+    def _keys(self, change: Change) -> list[str]:
+        """Of all attempts so far: an old one may come late."""
+        return [make_key(self.run.name, change.point, attempt) for attempt in range(1, change.attempt + 1)]
+
+    def _judge(self, name: str, jobs: list[Sighting], patience: float) -> None:
+        """What a clean look at a point's jobs means."""
+        state = self.journal.history.points[name].state
+        active = [job for job in jobs if job.phase is not Phase.ENDED]
+        if active:
+            self._absent.pop(name, None)
+            first = next((job for job in active if job.phase is Phase.RUNNING), active[0])
+            self._note_copies(name, active)
+            self._watch_queue(name, first)
+            if state not in AT_WORK:
+                runs = first.phase is Phase.RUNNING
+                why = "" if runs else f"{first.word}: {first.why}" if first.why else first.word
+                phase = phase_of(self.folder.point(name))
+                self._change(name, phase if runs else State.QUEUED, why, job=first.job)
+            return
+        if state is State.PLANNED:
+            return
+        if name not in self._absent:
+            self._absent[name] = self.clock.now()
+            ended = f"ended as {jobs[-1].word}, and left no end" if jobs else "the launcher does not show it"
+            self._change(name, State.UNKNOWN, ended)
+        elif self.clock.now() - self._absent[name] > patience and not self._ended(name):
+            self._gone(name, jobs)
+
+    def _gone(self, name: str, jobs: list[Sighting]) -> None:
+        """Two clean looks, apart, have shown nothing that runs or waits, and there is no end: so nothing comes."""
+        change = self.journal.history.points[name]
+        folder = self.folder.point(name)
+        holder = self._holder(name)
+        if holder is not None:
+            revoke(folder.path, holder)  # what still runs there, unseen, ends without a word
+        if name in self._doomed:
+            self._fail(name, self._doomed.pop(name))
+        elif cancel_file(folder).exists():
+            self._change(name, State.CANCELLED, "as asked")
+        elif holder is not None or jobs:
+            how = f"ended as {jobs[-1].word}" if jobs else "is gone"
+            words = last_words(folder, self._keys(change)[-1])
+            why = f"attempt {change.attempt} {how} without a result{words and f'; its log ends: {words}'}"
+            if change.attempt < self.rules.attempts:
+                self._count_failure(why)
+                self._change(name, State.PLANNED, why, attempt=change.attempt + 1, job="")
+            else:
+                self._fail(name, why)
+        elif self.journal.history.accepted.get(name, 0) < self.rules.losses:
+            self._change(name, State.PLANNED, "it was never there: two looks have shown nothing", job="")
+        else:
+            self._fail(name, f"it was taken {self.rules.losses} times, and each time two looks have shown nothing")
+
+    def _note_copies(self, name: str, active: list[Sighting]) -> None:
+        if len(active) > 1:
+            numbers = ", ".join(job.job for job in active)
+            self._note_once(f"{name} has {len(active)} jobs ({numbers}); the claim lets one of them run")
+
+    def _watch_queue(self, name: str, job: Sighting) -> None:
+        """A job that waits for what never comes is ended after a while."""
+        if job.phase is not Phase.WAITING or not HOPELESS.search(job.why):
+            self._hopeless.pop(name, None)
+            return
+        since = self._hopeless.setdefault(name, self.clock.now())
+        if self.clock.now() - since > self.rules.hopeless and name not in self._doomed:
+            self._doomed[name] = f"it was {job.word} for {self.rules.hopeless:.0f} s because of {job.why}"
+
+    def _end_what_must(self, name: str) -> None:
+        """Cancels: asked again until a look shows their effect."""
+        change = self.journal.history.points[name]
+        asked = cancel_file(self.folder.point(name)).exists()
+        if change.state in ENDS or not (asked or name in self._doomed):
+            return
+        if change.state is State.PLANNED:
+            self._change(name, State.CANCELLED, "as asked, before it began")
+            return
+        now = self.clock.now()
+        if now - self._asked.get(name, -1e18) < self.rules.ask_again or self._contacts.paused(change.place):
+            return
+        for key in self._keys(change):
+            if (why := self.launcher.cancel(change.place, key)) is not None:
+                self._contacts.failed(change.place, why)
+                self._change(name, change.state, f"its cancel could not be asked: {why}")
+                return
+        self._asked[name] = now
+
+    def _submit(self) -> None:
+        """Give planned points to places that have room and answer."""
+        probed: set[str] = set()
+        for name in self._ready():
+            place = self._free_place()
+            if place is None:
+                return
+            if place not in probed:
+                if (why := self.launcher.probe(place)) is not None:
+                    self._contacts.failed(place, why)
+                    continue
+                self._contacts.answered(place)
+                probed.add(place)
+            if not self._send(name, place):
+                return
+
+    def _ready(self) -> list[str]:
+        """Planned points that may be submitted now, in the run's order: before all others the canary."""
+        if self._stop():
+            return []
+        points = self.journal.history.points
+        canary = self.run.canary
+        alone = canary is not None and points[canary].state is not State.DONE
+        return [
+            name for name in self.run.points if points[name].state is State.PLANNED and (not alone or name == canary)
+        ]
+
+    def _free_place(self) -> str | None:
+        taken = [change.place for change in self._changes() if change.state in SENT]
+        for place, room in self.launcher.places.items():
+            paused = self._contacts.paused(place) or self._contacts.paused(_submitting(place))
+            if not paused and (room is None or taken.count(place) < room):
+                return place
+        return None
+
+    def _send(self, name: str, place: str) -> bool:
+        """Submit a point; whether the next one may follow at once."""
+        attempt = max(1, self.journal.history.points[name].attempt)
+        key = make_key(self.run.name, name, attempt)
+        point = self.folder.point(name)
+        attempt_folder = point.attempt(key).path
+        attempt_folder.mkdir(parents=True, exist_ok=True)
+        argv = (*self.job, str(point.path), "--key", key)
+        self._change(name, State.SUBMITTING, attempt=attempt, place=place, job="")
+        answer = self.launcher.submit(Order(key, argv, attempt_folder), place)
+        if isinstance(answer, Unsure):
+            self._change(name, State.UNKNOWN, answer.why)
+            # apart from its looks: a place that shows its queue at once may refuse jobs for an hour
+            self._contacts.failed(_submitting(place), answer.why)
+            return False
+        self._contacts.answered(_submitting(place))
+        if isinstance(answer, Rejected):
+            self._fail(name, answer.why)
+        else:
+            self._change(name, State.QUEUED, job=answer.job)
+        return True
+
+    def _fail(self, name: str, why: str) -> None:
+        self._change(name, State.FAILED, why)
+        self._count_failure(why)
+
+    def _count_failure(self, why: str) -> None:
+        """Open the breaker after failures that are the same but for their numbers."""
+        kind = re.sub(r"[0-9]+", "N", why)
+        self._failures = [*(self._failures if self._failures[-1:] == [kind] else []), kind]
+        if len(self._failures) >= self.rules.identical and not self.broken:
+            self.broken = f"{len(self._failures)} times the same failure, so nothing more is submitted: {why}"
+            self._note(self.broken)
+
+    def _stop(self) -> str:
+        """Why nothing more may be submitted; empty while it may."""
+        canary = self.run.canary
+        if canary is not None:
+            state = self.journal.history.points[canary].state
+            if state in ENDS - {State.DONE}:
+                return f"the first point, {canary}, is {state}"
+        return self.broken
+
+
+def _submitting(place: str) -> str:
+    """The name of submissions to a place, which may be refused while looks are answered."""
+    return f"{place}, asked to take a job,"

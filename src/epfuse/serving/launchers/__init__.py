@@ -1,0 +1,1 @@
+"""Where jobs run: `local` and `ssh` start processes, `slurm` submits batch jobs."""

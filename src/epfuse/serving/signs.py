@@ -1,0 +1,38 @@
+"""What a point's folder says while its job runs, and what is left there for the dispatcher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from epfuse.serving.journal import AT_WORK, State
+from epfuse.serving.layout import PointFolder
+
+LONGEST_PHASE = 64
+LAST_BYTES = 2000
+LAST_CHARACTERS = 200
+
+
+def phase_of(point: PointFolder) -> State:
+    """Where the job that holds the point is; a claim without a phase has just begun."""
+    try:
+        with (point.running / "phase").open("rb") as file:
+            phase = State(file.read(LONGEST_PHASE).decode().strip())
+    except (OSError, ValueError):
+        return State.STARTING
+    return phase if phase in AT_WORK else State.STARTING
+
+
+def cancel_file(point: PointFolder) -> Path:
+    """Where it is asked that a point end; the dispatcher that runs it sees it, or the next one."""
+    return point.path / "cancel"
+
+
+def last_words(point: PointFolder, key: str) -> str:
+    """The last line of an attempt's log, for the reason of a failure; empty if there is none."""
+    try:
+        with point.attempt(key).job_log.open("rb") as log:
+            log.seek(max(0, log.seek(0, 2) - LAST_BYTES))
+            lines = [line.strip() for line in log.read(LAST_BYTES).decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    return next((line[-LAST_CHARACTERS:] for line in reversed(lines) if line), "")
