@@ -15,6 +15,7 @@ if not HAVE_VLLM:
         "test_apply.py",
         "test_explain.py",
         "test_layer.py",
+        "test_recipes.py",
         "test_refusals.py",
         "test_uninstall.py",
         "test_versions.py",

@@ -1,0 +1,268 @@
+"""What a load measured, computed anew from its requests; files from outside are hostile until checked.
+
+A result is one JSON object in the words of ``vllm bench serve --save-result --save-detailed``. Nothing that a tool
+summarised is believed where the requests are there.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from epfuse.errors import ConfigError
+from epfuse.input_file import read_json
+
+LARGEST_RESULT = 512 << 20
+"""Bytes. 2560 requests with 1024 intervals each have about 60 MiB."""
+MOST_REQUESTS = 1 << 20
+PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+LEAST_STEADY = 3.0
+"""Times that a steady window must hold a median request; below, it is no window."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that was answered; seconds.
+
+    Attributes:
+        start: of sending, on a clock that all requests share; None: unknown.
+        ttft: to the first token.
+        itls: between what came one after the other.
+        latency: to the last token.
+        inputs, outputs: tokens.
+    """
+
+    start: float | None
+    ttft: float
+    itls: tuple[float, ...]
+    latency: float
+    inputs: int
+    outputs: int
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds a token after the first; None of a single token."""
+        return (self.latency - self.ttft) / (self.outputs - 1) if self.outputs > 1 else None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A distribution, in the unit of its values."""
+
+    mean: float
+    std: float
+    percentiles: dict[float, float]
+
+    @property
+    def median(self) -> float:
+        return self.percentiles[50.0]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """Of some values; None of none."""
+        if not values:
+            return None
+        ordered = sorted(values)
+        shares = {share: percentile(ordered, share) for share in PERCENTILES}
+        return cls(statistics.fmean(ordered), statistics.pstdev(ordered), shares)
+
+
+@dataclass(frozen=True)
+class Steady:
+    """The window in which the server was as full as it was meant to be.
+
+    Attributes:
+        start, end: seconds on the requests' clock.
+        output, total: tokens a second in it.
+    """
+
+    start: float
+    end: float
+    output: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A load.
+
+    Attributes:
+        duration: seconds.
+        failed: requests without an answer.
+        inputs, outputs: tokens of the answered requests.
+        ttft, tpot, itl, e2el: seconds; None where nothing has one.
+        steady: None where the file does not say when requests began, or the server was never full for long.
+    """
+
+    duration: float
+    completed: int
+    failed: int
+    inputs: int
+    outputs: int
+    ttft: Spread | None
+    tpot: Spread | None
+    itl: Spread | None
+    e2el: Spread | None
+    steady: Steady | None
+
+    @property
+    def total_throughput(self) -> float:
+        """Tokens a second, in and out."""
+        return (self.inputs + self.outputs) / self.duration
+
+    @property
+    def output_throughput(self) -> float:
+        """Generated tokens a second."""
+        return self.outputs / self.duration
+
+    @property
+    def input_throughput(self) -> float:
+        """Tokens of prompts a second."""
+        return self.inputs / self.duration
+
+    @property
+    def per_user(self) -> float | None:
+        """Tokens a second that one user sees: 1 / median time per output token."""
+        return None if self.tpot is None or self.tpot.median <= 0 else 1 / self.tpot.median
+
+    @property
+    def spreads(self) -> dict[str, Spread | None]:
+        """By InferenceX' short names."""
+        return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl, "e2el": self.e2el}
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Linear between the two nearest ranks, as numpy has it.
+
+    Args:
+        ordered: ascending, not empty.
+        share: percent.
+    """
+    place = (len(ordered) - 1) * share / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def read_result(path: Path, concurrency: int) -> Measured:
+    """A load's result.
+
+    Args:
+        path: of the file.
+        concurrency: requests in flight that the load was asked for.
+
+    Raises:
+        ConfigError: it can't be read, is torn, or a value in it has another type, sign or length than it must have;
+            the message names file and key.
+    """
+    where = f"result {path}"
+    content = read_json(path, "result", LARGEST_RESULT)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} is a {type(content).__name__}; it must be an object")
+    requests, failed = _requests(content, where)
+    duration = _number(content.get("duration"), f"{where}: duration")
+    if duration <= 0:
+        raise ConfigError(f"{where}: duration is {duration}; it must be above 0")
+    if not requests:
+        raise ConfigError(f"{where} has no request that was answered")
+    return Measured(
+        duration=duration,
+        completed=len(requests),
+        failed=failed,
+        inputs=sum(request.inputs for request in requests),
+        outputs=sum(request.outputs for request in requests),
+        ttft=Spread.of([request.ttft for request in requests]),
+        tpot=Spread.of([tpot for request in requests if (tpot := request.tpot) is not None]),
+        itl=Spread.of([itl for request in requests for itl in request.itls]),
+        e2el=Spread.of([request.latency for request in requests]),
+        steady=steady_window(requests, concurrency),
+    )
+
+
+def _requests(content: dict[str, Any], where: str) -> tuple[list[Request], int]:
+    """The answered ones, and how many were not."""
+    ttfts = _list(content, "ttfts", where)
+    count = len(ttfts)
+    if count > MOST_REQUESTS:
+        raise ConfigError(f"{where} has {count} requests; {MOST_REQUESTS} are the most")
+    lists = {name: _list(content, name, where, count) for name in ("input_lens", "output_lens", "itls")}
+    starts = _list(content, "start_times", where, count) if content.get("start_times") else None
+    latencies = _list(content, "latencies", where, count) if content.get("latencies") else None
+    errors = _list(content, "errors", where, count) if content.get("errors") else [""] * count
+    found = []
+    for n in range(count):
+        outputs = _count(lists["output_lens"][n], f"{where}: output_lens[{n}]")
+        if errors[n] or not outputs:
+            continue
+        place = f"{where}: itls[{n}]"
+        if not isinstance(lists["itls"][n], list):
+            raise ConfigError(f"{place} is a {type(lists['itls'][n]).__name__}; it must be a list")
+        itls = tuple(_number(value, place) for value in lists["itls"][n])
+        ttft = _number(ttfts[n], f"{where}: ttfts[{n}]")
+        latency = ttft + math.fsum(itls) if latencies is None else _number(latencies[n], f"{where}: latencies[{n}]")
+        if latency < ttft * (1 - 1e-9):
+            raise ConfigError(f"{where}: latencies[{n}] is {latency}, less than its ttft, {ttft}")
+        start = None if starts is None else _number(starts[n], f"{where}: start_times[{n}]")
+        inputs = _count(lists["input_lens"][n], f"{where}: input_lens[{n}]")
+        found.append(Request(start, ttft, itls, max(latency, ttft), inputs, outputs))
+    return found, count - len(found)
+
+
+def _list(content: dict[str, Any], name: str, where: str, count: int | None = None) -> list[Any]:
+    found = content.get(name)
+    if not isinstance(found, list):
+        what = "is not there (--save-detailed writes it)" if found is None else f"is a {type(found).__name__}"
+        raise ConfigError(f"{where}: {name} {what}; it must be a list")
+    if count is not None and len(found) != count:
+        raise ConfigError(f"{where}: {name} has {len(found)} values; ttfts has {count}")
+    return found
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:  # NaN is neither
+        raise ConfigError(f"{where} is {str(value)[:40]!r}; it must be a number, 0 or more and below 1e12")
+    return float(value)
+
+
+def _count(value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
+        raise ConfigError(f"{where} is {str(value)[:40]!r}; it must be a number of tokens")
+    return value
+
+
+def steady_window(requests: Sequence[Request], concurrency: int) -> Steady | None:
+    """From when as many requests are in flight as ever were, of those asked for, until when they last are.
+
+    A token counts when it came; of what came in one piece, each piece counts the same share of the request's tokens.
+    A prompt counts when its first token came.
+
+    Args:
+        requests: the answered ones.
+        concurrency: that was asked for.
+    """
+    if not requests or any(request.start is None for request in requests):
+        return None
+    timed = [(request.start or 0.0, request) for request in requests]
+    changes = sorted(
+        change for start, request in timed for change in ((start, 1), (start + request.latency, -1))
+    )  # at one moment ends come first: a request that takes another's place is not a second one
+    levels = list(accumulate(change for _, change in changes))
+    full = min(concurrency, max(levels))
+    at_level = [place for place, level in enumerate(levels) if level >= full]
+    start, end = changes[at_level[0]][0], changes[min(at_level[-1] + 1, len(changes) - 1)][0]
+    if end - start < LEAST_STEADY * statistics.median(request.latency for request in requests):
+        return None
+    output = inputs = 0.0
+    for began, request in timed:
+        first = began + request.ttft
+        times = list(accumulate(request.itls, initial=first))
+        pieces = bisect_left(times, end) - bisect_left(times, start)
+        output += request.outputs * pieces / len(times)
+        inputs += request.inputs * (start <= first < end)
+    return Steady(start, end, output / (end - start), (output + inputs) / (end - start))
