@@ -19,6 +19,7 @@ class Counts:
         lds_conflicts: passes beyond them.
         waits: waits by counter that had something to wait for.
         barriers: barriers that a workgroup passed.
+        reached: indices of the instructions that a wave executed with an active lane, or, of scalar ones, at all.
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
@@ -30,3 +31,4 @@ class Counts:
     lds_conflicts: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     barriers: int = 0
+    reached: set[int] = field(default_factory=set)

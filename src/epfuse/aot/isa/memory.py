@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from epfuse.aot.isa.errors import AccessError
+from epfuse.aot.isa.errors import AccessError, HazardError
 
 Bytes = NDArray[np.uint8]
 BASE = 0x7E40_0000_0000
 """The first address: V# bases have 48 bits."""
 GUARD = 4096
 """Bytes between buffers."""
+NOBODY, ADDED, SETTLED = -1, -2, -3
+"""Who has written a byte in a launch, if it is no single wave; from `SETTLED` down a workgroup."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Memory:
     """Buffers in one address space.
 
     ``data`` and ``undefined`` are the bytes from `BASE` on and, for each, the bits that nothing has defined.
+    ``writer`` says of each byte which wave has written it in this launch.
     """
 
     def __init__(self) -> None:
@@ -41,6 +44,7 @@ class Memory:
         self._starts: list[int] = []
         self.data: Bytes = np.zeros(GUARD, np.uint8)
         self.undefined: Bytes = np.full(GUARD, 255, np.uint8)
+        self.writer = np.full(GUARD, NOBODY, np.int32)
 
     def place(self, array: NDArray[np.generic], name: str, *, defined: bool = True, align: int = 16) -> int:
         """Copy an array in.
@@ -95,3 +99,47 @@ class Memory:
                 else f"{first - buffer.end:+d} bytes from the end of {buffer.name}"
             )
             raise AccessError(f"{end - first} bytes at {first:#x} are in no buffer: {near}")
+
+    def begin(self) -> None:
+        """A launch begins: nobody has written anything in it."""
+        self.writer = np.full(len(self.data), NOBODY, np.int32)
+
+    def touch(
+        self,
+        kind: str,
+        owner: int,
+        group: int,
+        places: NDArray[np.int64],
+        line: int,
+        written: Bytes | None = None,
+    ) -> None:
+        """Note that a wave reads, writes or adds to bytes.
+
+        Args:
+            kind: "read", "write" or "add".
+            owner: number of the wave in the launch.
+            group: number of its workgroup.
+            places: bytes from `BASE` on, any shape.
+            line: of the assembly.
+            written: what is written to each byte; several waves may write the same.
+
+        Raises:
+            HazardError: another wave of the launch has written a byte and it is not known to be there.
+        """
+        writer = self.writer[places]
+        free = (writer == NOBODY) | (writer == owner) | (writer == SETTLED - group)
+        if written is not None:
+            free |= (self.data[places] == written) & (writer != ADDED)
+        if kind == "add":
+            free = (writer == NOBODY) | (writer == ADDED)
+        if not free.all():
+            place = BASE + int(places[~free].flat[0])
+            buffer = self.buffer_of(place)
+            name = "memory" if buffer is None else f"{buffer.name} at byte {place - buffer.address}"
+            raise HazardError(f"{kind}s {name}, which another wave has written in this launch", line)
+        if kind != "read":
+            self.writer[places] = ADDED if kind == "add" else owner
+
+    def settle(self, places: NDArray[np.int64], group: int) -> None:
+        """What a wave has stored and waited for is there for its workgroup, which was at a barrier."""
+        self.writer[places] = SETTLED - group

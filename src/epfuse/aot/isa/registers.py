@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SCALARS, VECTORS, ACCUMULATORS = 0, 128, 384
+SCALARS, VECTORS, ACCUMULATORS = 0, 136, 392
 """Where the scalar, the vector and the accumulation registers begin."""
-SCC = 640
+SCC = 128
+ALL = 648
+"""How many numbers there are."""
 VCC, M0, EXEC = 106, 124, 126
 LANES = 64
 
@@ -75,4 +77,4 @@ def name_of(number: int) -> str:
 
 def names_of(mask: int) -> str:
     """The registers of a set."""
-    return ", ".join(name_of(number) for number in range(SCC + 1) if mask >> number & 1)
+    return ", ".join(name_of(number) for number in range(ALL) if mask >> number & 1)

@@ -1,0 +1,245 @@
+"""What a wave must wait for: results of memory by counters, results of vector instructions by wait states.
+
+Counters follow AMD's "AMD Instinct MI300 Instruction Set Architecture" (4.4, Data Dependency Resolution) and LLVM's
+`AMDGPUUsage` and `SIInsertWaitcnts.cpp`: VMCNT counts vector memory, loads and stores, and they return in order;
+LGKMCNT counts LDS, which returns in order, and scalar loads, which do not. Wait states follow that document's 4.5
+(Manually Inserted Wait States) and LLVM's `GCNHazardRecognizer.cpp`: an instruction is one state, ``s_nop n`` is n + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from epfuse.aot.isa.errors import HazardError
+from epfuse.aot.isa.registers import EXEC, VCC, VECTORS
+
+if TYPE_CHECKING:
+    from epfuse.aot.isa.wave import Step, Wave
+
+VECTOR_REGISTERS = ~((1 << VECTORS) - 1)
+SCALAR_REGISTERS = (1 << 128) - 1 & ~(3 << EXEC)
+
+
+@dataclass(slots=True)
+class Request:
+    """A memory instruction that has not been waited for.
+
+    Attributes:
+        targets: the registers that it loads.
+        line: of the assembly.
+        scalar: whether it is a scalar load.
+        settle: called when it is known to be done.
+    """
+
+    targets: int
+    line: int
+    scalar: bool = False
+    settle: Callable[[], None] | None = None
+
+
+class Outstanding:
+    """What a wave has asked of memory and not waited for, oldest first.
+
+    ``pending`` are the registers that are still to be written.
+    """
+
+    __slots__ = ("lds", "pending", "vector", "waited")
+
+    def __init__(self) -> None:
+        self.vector: list[Request] = []
+        self.lds: list[Request] = []
+        self.pending = 0
+        self.waited: dict[str, int] = {"vmcnt": 0, "lgkmcnt": 0}
+
+    def ask(self, request: Request, *, vector: bool) -> None:
+        """Note a request."""
+        (self.vector if vector else self.lds).append(request)
+        self.pending |= request.targets
+
+    def wait(self, counts: dict[str, int]) -> None:
+        """Wait until at most so many requests are left of each counter."""
+        if "vmcnt" in counts:
+            self._finish("vmcnt", self.vector, max(0, len(self.vector) - counts["vmcnt"]))
+        if "lgkmcnt" in counts:
+            self._wait_lds(counts["lgkmcnt"])
+
+    def _wait_lds(self, left: int) -> None:
+        scalar = [each for each in self.lds if each.scalar]
+        if not left:
+            self._finish("lgkmcnt", self.lds, len(self.lds))
+        elif not scalar:
+            self._finish("lgkmcnt", self.lds, max(0, len(self.lds) - left))
+        else:
+            # scalar loads may all have returned first, and none of them is sure to have: only LDS beyond the count is
+            shared = [each for each in self.lds if not each.scalar]
+            done = len(shared) - min(left, len(shared))
+            self._finish("lgkmcnt", shared, done)
+            self.lds = [each for each in self.lds if each.scalar or each in shared]
+
+    def _finish(self, counter: str, queue: list[Request], done: int) -> None:
+        if not done:
+            return
+        self.waited[counter] += 1
+        for request in queue[:done]:
+            if request.settle is not None:
+                request.settle()
+        del queue[:done]
+        self.pending = 0
+        for request in (*self.vector, *self.lds):
+            self.pending |= request.targets
+
+    def culprit(self, registers: int) -> tuple[str, int]:
+        """Which counter and line stand behind a pending register."""
+        for counter, queue in (("vmcnt", self.vector), ("lgkmcnt", self.lds)):
+            for request in queue:
+                if request.targets & registers:
+                    return counter, request.line
+        raise AssertionError("a pending register has a request")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a vector instruction did that later ones must keep a distance from.
+
+    Attributes:
+        registers: written, or read where ``kind`` is "addend" or "stored".
+        clock: when.
+        kind: "matrix", "addend" (C of a matrix instruction), "transcendental", "part" (of a register), "scalar" (a
+            scalar register written by a vector instruction), "stored" (data of a store of more than 8 bytes).
+        passes, xdl: of a matrix instruction.
+        line: of the assembly.
+    """
+
+    registers: int
+    clock: int
+    kind: str
+    line: int
+    passes: int = 0
+    xdl: bool = False
+
+
+LONGEST = 19
+"""Wait states after which nothing needs a distance."""
+
+
+class Recent:
+    """A wave's vector instructions of late.
+
+    ``hot`` are the registers that some distance must be kept from.
+    """
+
+    __slots__ = ("hot", "last", "results")
+
+    def __init__(self) -> None:
+        self.results: list[Result] = []
+        self.hot = 0
+        self.last: list[tuple[int, int, int]] = []
+        """Clock, written registers and line of the last vector instructions."""
+
+    def note(self, step: Step, clock: int) -> None:
+        """Remember what ``step``, of kind "valu", "mfma" or "vmem", did at ``clock``."""
+        line = step.instruction.line
+        facts = step.facts
+        if step.kind == "mfma":
+            passes, xdl = facts["passes"], bool(facts["xdl"])
+            self._add(Result(step.writes, clock, "matrix", line, passes, xdl))
+            if facts["c"] and xdl:
+                self._add(Result(facts["c"], clock, "addend", line, passes, xdl))
+            return
+        if step.kind == "vmem":
+            if "stored" in facts:
+                self._add(Result(facts["stored"], clock, "stored", line))
+            return
+        self.last.append((clock, step.writes, line))
+        if len(self.last) > 5:
+            del self.last[0]
+        if "transcendental" in facts:
+            self._add(Result(step.writes, clock, "transcendental", line))
+        if "part" in facts:
+            self._add(Result(step.writes, clock, "part", line))
+        if scalar := step.writes & SCALAR_REGISTERS:
+            self._add(Result(scalar, clock, "scalar", line))
+
+    def _add(self, result: Result) -> None:
+        self.results = [each for each in self.results if result.clock - each.clock <= LONGEST]
+        # what is written again needs no distance from the earlier write
+        self.results.append(result)
+        self.hot = 0
+        for each in self.results:
+            self.hot |= each.registers
+
+    def check(self, wave: Wave, step: Step) -> None:
+        """Raise if ``step`` comes too soon.
+
+        Raises:
+            HazardError: it does.
+        """
+        for result in self.results:
+            if result.registers & (step.reads | step.writes):
+                _keep(wave.clock - result.clock - 1, needed(result, step), result.line, step, result.kind)
+        self.results = [each for each in self.results if wave.clock - each.clock <= LONGEST]
+        self.hot = 0
+        for each in self.results:
+            self.hot |= each.registers
+
+    def check_near(self, wave: Wave, step: Step) -> None:
+        """Raise if a matrix, DPP or lane-reading instruction comes too soon after a vector instruction.
+
+        Raises:
+            HazardError: it does.
+        """
+        if step.kind == "mfma" or "dpp" in step.facts:
+            distance, registers = 2, step.reads & VECTOR_REGISTERS
+        else:
+            distance, registers = 1, step.reads & VECTOR_REGISTERS
+        for clock, written, line in self.last:
+            if written & registers:
+                _keep(wave.clock - clock - 1, distance, line, step, "vector")
+
+
+def _keep(passed: int, wanted: int, line: int, step: Step, kind: str) -> None:
+    if passed < wanted:
+        raise HazardError(
+            f"{step.instruction.text} comes {passed} wait states after line {line} ({kind}); it must be {wanted}",
+            step.instruction.line,
+        )
+
+
+def needed(result: Result, step: Step) -> int:
+    """Wait states that must lie between an earlier result and ``step``, which touches its registers."""
+    reads, writes = step.reads & result.registers, step.writes & result.registers
+    if result.kind == "matrix":
+        return _after_matrix(result, step)
+    if result.kind == "addend":
+        # VALU and loads; {2: 1, 4: 3, 8: 7, 16: 15}
+        return result.passes - 1 if writes and step.kind in ("valu", "vmem", "lds") else 0
+    if result.kind == "stored":
+        return 2 if writes and step.kind == "valu" else 0
+    if result.kind == "transcendental":
+        return 1 if reads and step.kind == "valu" and "transcendental" not in step.facts else 0
+    if result.kind == "part":
+        return 1 if reads and step.kind == "valu" else 0
+    if not reads:
+        return 0
+    if step.kind == "vmem":
+        return 5
+    if step.kind == "valu":
+        return 4 if "division" in step.facts and reads & 3 << VCC else 2
+    return 0
+
+
+def _after_matrix(result: Result, step: Step) -> int:
+    more = 3 if result.xdl else 2
+    if step.kind != "mfma":
+        return result.passes + more if step.kind in ("valu", "vmem", "lds") else 0
+    wanted = 0
+    if step.facts["ab"] & result.registers:
+        wanted = result.passes + more
+    if step.facts["c"] & result.registers:
+        if step.facts["c"] == result.registers:
+            wanted = max(wanted, 2 if result.passes == 2 else 0)
+        elif result.xdl or not step.facts["xdl"]:
+            wanted = max(wanted, result.passes + (1 if result.xdl else 0))
+    return wanted

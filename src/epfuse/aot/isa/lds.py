@@ -1,0 +1,268 @@
+"""LDS instructions: reads, writes, additions, and moves between lanes that go through its crossbar."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epfuse.aot.isa.errors import AccessError
+from epfuse.aot.isa.hazards import Request
+from epfuse.aot.isa.operands import expect, register, unknown
+from epfuse.aot.isa.program import Instruction
+from epfuse.aot.isa.registers import EXEC, LANES, VECTORS, Register
+from epfuse.aot.isa.wave import Step, Wave, refuse_undefined
+
+BANKS = 32
+_NAME = re.compile(r"ds_(read|write)(2st64|2)?_(b8|b16|b32|b64|b96|b128|u8|u16|i8|i16)$")
+_SWIZZLE = re.compile(r"swizzle\((SWAP|QUAD_PERM),([0-9,]+)\)$")
+
+
+def decode(name: str, instruction: Instruction) -> Step | None:
+    """A step of an LDS instruction; None if ``name`` is none."""
+    if match := _NAME.match(name):
+        way, two, width = match.groups()
+        if (way == "write" or two or width not in ("b8", "b16")) and not (way == "write" and width[0] != "b"):
+            return _access(name, instruction, way, two, width)
+    if name == "ds_add_u32":
+        return _add(name, instruction)
+    if name == "ds_bpermute_b32":
+        return _permute(name, instruction)
+    if name == "ds_swizzle_b32":
+        return _swizzle(name, instruction)
+    return None
+
+
+def _number(instruction: Instruction, name: str, most: int) -> int:
+    value = instruction.modifiers.get(name, 0)
+    if not isinstance(value, int) or value is True or not 0 <= value <= most:
+        raise unknown(instruction, f"{name} must be 0 to {most}")
+    return value
+
+
+def _access(name: str, instruction: Instruction, way: str, two: str | None, width: str) -> Step:
+    """Reads and writes of one place or of two."""
+    size = int(width[1:]) // 8
+    step = size * (64 if two == "2st64" else 1)
+    reads = way == "read"
+    if two:
+        expect(instruction, 2 if reads else 3, "offset0", "offset1")
+        offsets = [step * _number(instruction, each, 255) for each in ("offset0", "offset1")]
+    else:
+        expect(instruction, 2, "offset")
+        offsets = [_number(instruction, "offset", 65535)]
+    count = max(size // 4, 1)
+    if reads:
+        target, pointer = instruction.operands
+        data = [register(target, instruction, scalar=False, count=count * len(offsets)).row]
+        data = [data[0] + count * place for place in range(len(offsets))]
+    else:
+        pointer, *values = instruction.operands
+        data = [register(each, instruction, scalar=False, count=count).row for each in values]
+    address = register(pointer, instruction, scalar=False)
+    registers = 0
+    for first in data:
+        registers |= ((1 << count) - 1) << (first + VECTORS)
+    touch = _read if reads else _write
+    extend = width[0] == "i"
+
+    def run(wave: Wave) -> None:
+        # a load may overwrite its own address
+        places = [_places(wave, address.row, offset, size, instruction) for offset in offsets]
+        tickets = [
+            touch(wave, first, where, size, extend, instruction, name)
+            for first, where in zip(data, places, strict=True)
+        ]
+        group = wave.group
+
+        def settle() -> None:
+            for ticket in tickets:
+                group.done(ticket)
+
+        wave.waits.ask(Request(registers if reads else 0, instruction.line, settle=settle), vector=False)
+
+    refuse = refuse_undefined(address.mask, instruction, "an LDS address")
+    pointer_reads = address.mask | 3 << EXEC
+    return Step(
+        instruction, name, "lds", run, pointer_reads | (0 if reads else registers), registers if reads else 0, refuse
+    )
+
+
+def _places(wave: Wave, row: int, offset: int, size: int, instruction: Instruction) -> NDArray[np.int64]:
+    """First bytes, one for each active lane."""
+    pointers = wave.rows[row] if wave.lanes is None else wave.rows[row][wave.lanes]
+    found = pointers.astype(np.int64) + offset
+    unit = min(size, 4)
+    if (found & (unit - 1)).any():
+        raise AccessError(f"an LDS address is not a multiple of {unit}: {instruction.text}", instruction.line)
+    return found
+
+
+def _count(wave: Wave, name: str, places: NDArray[np.int64], size: int) -> None:
+    """Passes that LDS needs if 32 banks of four bytes serve one word each in a pass."""
+    passes, least = _passes(places.tobytes(), size)
+    wave.group.counts.lds_accesses[name] += least
+    wave.group.counts.lds_conflicts[name] += passes - least
+
+
+_PASSES: dict[tuple[bytes, int], tuple[int, int]] = {}
+
+
+def _passes(raw: bytes, size: int) -> tuple[int, int]:
+    if (raw, size) in _PASSES:
+        return _PASSES[raw, size]
+    if len(_PASSES) > 50_000:
+        _PASSES.clear()
+    places = np.frombuffer(raw, np.int64)
+    words = max(size // 4, 1)
+    together = BANKS // words if words & (words - 1) == 0 else 8
+    passes = least = 0
+    for start in range(0, len(places), together):
+        touched = (places[start : start + together, None] // 4 + np.arange(words)).reshape(-1)
+        passes += int(np.bincount(np.unique(touched) % BANKS).max())
+        least += 1
+    _PASSES[raw, size] = passes, least
+    return passes, least
+
+
+def _read(
+    wave: Wave, first: int, places: NDArray[np.int64], size: int, extend: bool, instruction: Instruction, name: str
+) -> int:
+    group = wave.group
+    ticket = group.access("read", wave.number, places[:, None] + np.arange(size), instruction.line)
+    _count(wave, name, places, size)
+    if size < 4:
+        shadow = np.zeros(len(places), np.uint32)
+        value = np.zeros(len(places), np.uint32)
+        for byte in range(size):
+            value |= group.data[places + byte].astype(np.uint32) << np.uint32(8 * byte)
+            shadow |= group.undefined[places + byte].astype(np.uint32) << np.uint32(8 * byte)
+        if extend:
+            up, down = np.uint32(32 - 8 * size), np.int32(32 - 8 * size)
+            value = ((value << up).view(np.int32) >> down).view(np.uint32)
+            shadow = ((shadow << up).view(np.int32) >> down).view(np.uint32)
+        put(wave, first, value, shadow)
+        return ticket
+    for word in range(size // 4):
+        where = (places >> 2) + word
+        put(wave, first + word, group.words[where], group.undefined_words[where])
+    return ticket
+
+
+def put(wave: Wave, row: int, value: NDArray[np.uint32], shadow: NDArray[np.uint32]) -> None:
+    """Write what was loaded, one value for each active lane."""
+    bit = 1 << (row + VECTORS)
+    unsure = bool(shadow.any())
+    if wave.lanes is None:
+        wave.rows[row][...] = value
+        if unsure or wave.undefined & bit:
+            wave.shade(row, shadow)
+    else:
+        wave.rows[row][wave.lanes] = value
+        if unsure or wave.undefined & bit:
+            spread = np.zeros(LANES, np.uint32)
+            spread[wave.lanes] = shadow
+            wave.shade(row, spread)
+
+
+def take(wave: Wave, row: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """What is to be stored and its undefined bits, one for each active lane."""
+    value, shadow = wave.rows[row], wave.shadows[row]
+    return (value, shadow) if wave.lanes is None else (value[wave.lanes], shadow[wave.lanes])
+
+
+def _write(
+    wave: Wave, first: int, places: NDArray[np.int64], size: int, extend: bool, instruction: Instruction, name: str
+) -> int:
+    group = wave.group
+    values, undefined = zip(*[take(wave, first + word) for word in range(max(size // 4, 1))], strict=True)
+    new, shadow = (
+        np.stack(each, axis=1).view(np.uint8).reshape(len(places), -1)[:, :size] for each in (values, undefined)
+    )
+    bytes_at = places[:, None] + np.arange(size)
+    ticket = group.access("write", wave.number, bytes_at, instruction.line, new)
+    _count(wave, name, places, size)
+    group.data[bytes_at] = new
+    group.undefined[bytes_at] = shadow
+    return ticket
+
+
+def _add(name: str, instruction: Instruction) -> Step:
+    expect(instruction, 2, "offset")
+    offset = _number(instruction, "offset", 65535)
+    address, value = (register(each, instruction, scalar=False) for each in instruction.operands)
+
+    def run(wave: Wave) -> None:
+        group = wave.group
+        places = _places(wave, address.row, offset, 4, instruction)
+        ticket = group.access("add", wave.number, places[:, None] + np.arange(4), instruction.line)
+        _count(wave, name, places, 4)
+        data, shadow = take(wave, value.row)
+        np.add.at(group.words, places >> 2, data)
+        np.bitwise_or.at(group.undefined_words, places >> 2, np.where(shadow != 0, np.uint32(0xFFFFFFFF), np.uint32(0)))
+        wave.waits.ask(Request(0, instruction.line, settle=lambda: group.done(ticket)), vector=False)
+
+    refuse = refuse_undefined(address.mask, instruction, "an LDS address")
+    return Step(instruction, name, "lds", run, address.mask | value.mask | 3 << EXEC, 0, refuse)
+
+
+def _permute(name: str, instruction: Instruction) -> Step:
+    """Each lane takes the register of the lane that its address, over four, names; 0 if that one is not active."""
+    expect(instruction, 3, "offset")
+    offset = _number(instruction, "offset", 65535)
+    target, address, data = (register(each, instruction, scalar=False) for each in instruction.operands)
+
+    def source(wave: Wave) -> NDArray[np.int64]:
+        return (wave.rows[address.row].astype(np.int64) + offset) // 4 % LANES
+
+    step = _moved(name, instruction, target, data, source)
+    step.reads |= address.mask
+    refuse = refuse_undefined(address.mask, instruction, "which lane is read")
+
+    def shade(wave: Wave) -> None:
+        # lanes that are not active may hold anything
+        if wave.undefined & address.mask and wave.shadows[address.row][wave.active()].any():
+            refuse(wave)
+
+    step.shade = shade
+    return step
+
+
+def _swizzle(name: str, instruction: Instruction) -> Step:
+    expect(instruction, 2, "offset")
+    target, data = (register(each, instruction, scalar=False) for each in instruction.operands)
+    match = _SWIZZLE.match(str(instruction.modifiers.get("offset", "")))
+    if match is None:
+        raise unknown(instruction, "the swizzle is not known")
+    numbers = [int(each) for each in match[2].split(",")]
+    lane = np.arange(LANES)
+    if match[1] == "SWAP" and len(numbers) == 1 and numbers[0] in (1, 2, 4, 8, 16):
+        pattern = lane ^ numbers[0]
+    elif match[1] == "QUAD_PERM" and len(numbers) == 4 and max(numbers) < 4:
+        pattern = lane // 4 * 4 + np.array(numbers)[lane % 4]
+    else:
+        raise unknown(instruction, "the swizzle is not known")
+    return _moved(name, instruction, target, data, lambda wave: pattern)
+
+
+def _moved(
+    name: str,
+    instruction: Instruction,
+    target: Register,
+    data: Register,
+    source: Callable[[Wave], NDArray[np.int64]],
+) -> Step:
+    """Lanes take from lanes; it touches no memory, but it returns as LDS does."""
+
+    def run(wave: Wave) -> None:
+        places, active = source(wave), wave.active()
+        there = active[places]
+        value = np.where(there, wave.rows[data.row][places], np.uint32(0))
+        shadow = np.where(there, wave.shadows[data.row][places], np.uint32(0))
+        wave.write(target.row, value)
+        wave.shade(target.row, shadow)
+        wave.waits.ask(Request(target.mask, instruction.line), vector=False)
+
+    return Step(instruction, name, "lds", run, data.mask | 3 << EXEC, target.mask, lambda wave: None)
