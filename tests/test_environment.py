@@ -11,12 +11,12 @@ import torch
 
 from epfuse import Path, Target, environment, fused_experts
 from epfuse.config import MINIMAX_M3_EP8, Policy
-from epfuse.environment import Environment, LogLevel
+from epfuse.environment import Environment, LogLevel, Switch
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.policy import LayerRequest, plan_layer
 from tests.cases import make_case
 
-VARIABLES = {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel}
+VARIABLES = {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel, "EPFUSE_NO_COMPILE": Switch}
 SOURCE = pathlib.Path(environment.__file__).parent
 
 
@@ -25,7 +25,7 @@ def _read_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test has an environment of its own, and leaves no handler behind."""
     log = logging.getLogger("epfuse")
     handlers, level = list(log.handlers), log.level
-    for name in VARIABLES:
+    for name in (*VARIABLES, "EPFUSE_KERNELS"):
         monkeypatch.delenv(name, raising=False)
     environment.environment.cache_clear()
     yield
@@ -68,6 +68,14 @@ def test_how_much_is_logged(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     logging.getLogger("epfuse.policy").info("a decision")
     logging.getLogger("epfuse.policy").debug("a detail")
     assert capsys.readouterr().err == "INFO epfuse.policy: a decision\n"
+
+
+def test_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment.environment() == Environment(kernels=None, no_compile=False)
+    environment.environment.cache_clear()
+    monkeypatch.setenv("EPFUSE_KERNELS", "/opt/kernels")
+    monkeypatch.setenv("EPFUSE_NO_COMPILE", "1")
+    assert environment.environment() == Environment(kernels="/opt/kernels", no_compile=True)
 
 
 def test_one_file_reads_them_and_documents_them_all() -> None:

@@ -5,6 +5,8 @@
 | `EPFUSE_POLICY` | `auto` (default), `seed-1782` | the policy of plans that name none |
 | `EPFUSE_PATH` | `auto` (default) or the name of a path | what `Path.AUTO` stands for |
 | `EPFUSE_LOG` | `debug`, `info`, `warning` (default), `error` | how much of epfuse's log goes to stderr |
+| `EPFUSE_KERNELS` | a folder | kernels that `epfuse warmup` has compiled (`epfuse.bundle`) |
+| `EPFUSE_NO_COMPILE` | `0` (default), `1` | `1`: compiling a kernel after a warm-up is an error, not a warning |
 
 Any other value is an error. An argument in code wins over the variable. Integrations may read variables of their own.
 """
@@ -32,6 +34,13 @@ class LogLevel(enum.Enum):
     ERROR = "error"
 
 
+class Switch(enum.Enum):
+    """Off or on."""
+
+    OFF = "0"
+    ON = "1"
+
+
 E = TypeVar("E", bound=enum.Enum)
 
 
@@ -44,11 +53,15 @@ class Environment:
         policy: of plans that name none (EPFUSE_POLICY).
         path: what `Path.AUTO` stands for (EPFUSE_PATH).
         log: how much is logged (EPFUSE_LOG); None leaves logging as the application has set it.
+        kernels: folder of a bundle (EPFUSE_KERNELS).
+        no_compile: whether compiling after a warm-up is an error (EPFUSE_NO_COMPILE).
     """
 
     policy: Policy = Policy.AUTO
     path: Path = Path.AUTO
     log: LogLevel | None = None
+    kernels: str | None = None
+    no_compile: bool = False
 
 
 @functools.cache
@@ -62,6 +75,8 @@ def environment() -> Environment:
         policy=_read("EPFUSE_POLICY", Policy) or Policy.AUTO,
         path=_read("EPFUSE_PATH", Path) or Path.AUTO,
         log=_read("EPFUSE_LOG", LogLevel),
+        kernels=os.environ.get("EPFUSE_KERNELS") or None,
+        no_compile=(_read("EPFUSE_NO_COMPILE", Switch) or Switch.OFF) is Switch.ON,
     )
     if found.log is not None:
         _log_to_stderr(found.log)

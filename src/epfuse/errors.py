@@ -56,6 +56,10 @@ class CompilerDied(EpfuseError):
     """A process that compiles was ended by something else, such as the kernel where memory is short."""
 
 
+class NotCompiled(EpfuseError):
+    """A kernel is not compiled, and may not be compiled any more (EPFUSE_NO_COMPILE=1)."""
+
+
 class TuningError(EpfuseError):
     """A search for tiles can't be trusted or can't go on; the message says why."""
 

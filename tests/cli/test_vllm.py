@@ -37,6 +37,12 @@ def test_explain_minimax_m3_on_h100():
     assert group["with_epfuse"]["reason"].endswith("of MarlinExperts' time (docs/performance.md).")
 
 
+def test_explain_names_the_gpu_that_it_speaks_of():
+    line = ("explain", "--target", "sm_90", "--vllm-version", "0.25.1")
+    assert "NVIDIA H100 80GB HBM3 (sm_90)" in run(*line).stdout
+    assert "NVIDIA H200 (sm_90)" in run(*line, "--device", "NVIDIA H200").stdout
+
+
 def test_explain_without_expert_parallelism_on_hopper():
     (group,) = groups("--policy", "auto", "--target", "sm_90", "--no-ep")
     assert group["without_epfuse"]["experts"] == "HummingIndexedExperts"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -58,7 +59,12 @@ class Memory:
 
 
 def calls(layer: Layer, seed: int, count: int) -> list[Launch]:
-    """What ``count`` calls launch that differ in all that may differ between the calls of a layer."""
+    """What `drawn` calls launch."""
+    return launches_of(layer.target, drawn(layer, seed, count, MOST), layer.product, stand_in="cpu")
+
+
+def drawn(layer: Layer, seed: int, count: int, most: int) -> Callable[[], None]:
+    """``count`` calls that differ in all that may differ between the calls of a layer."""
     draw = random.Random(seed)
     shape, weights = layer.shape, WEIGHTS[next(iter(layer.formats))](layer.shape, layer.dtype)
     held = {name: _real(getattr(weights, name)) for name in KINDS}
@@ -69,7 +75,7 @@ def calls(layer: Layer, seed: int, count: int) -> list[Launch]:
     def call() -> None:
         for _ in range(count):
             memory = Memory(draw)
-            tokens = draw.choice([draw.randint(1, 8), draw.randint(1, 600), draw.randint(1, MOST)])
+            tokens = draw.choice([draw.randint(1, least) for least in (min(8, most), min(600, most), most)])
             hidden = memory.take(tokens, shape.hidden, dtype=layer.dtype)
             scratch = out = None
             kind = draw.randrange(4)
@@ -94,7 +100,7 @@ def calls(layer: Layer, seed: int, count: int) -> list[Launch]:
                 scratch=scratch,
             )
 
-    return launches_of(layer.target, call, layer.product, stand_in="cpu")
+    return call
 
 
 def _real(experts):

@@ -7,7 +7,7 @@ import re
 
 from epfuse import Path
 from epfuse.config import Policy
-from epfuse.environment import LogLevel
+from epfuse.environment import LogLevel, Switch
 from epfuse.policy import Storage
 
 TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "policy.md").read_text()
@@ -24,6 +24,7 @@ def test_the_example_runs_and_says_what_it_says() -> None:
 
 def test_every_variable_and_value_is_there() -> None:
     rows = {name: row for name, row in re.findall(r"\| `(EPFUSE_\w+)` \|(.*?)\|", TEXT)}
-    assert set(rows) == {"EPFUSE_POLICY", "EPFUSE_PATH", "EPFUSE_LOG"}
-    for name, kind in {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel}.items():
+    kinds = {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel, "EPFUSE_NO_COMPILE": Switch}
+    assert set(rows) == {*kinds, "EPFUSE_KERNELS"}
+    for name, kind in kinds.items():
         assert set(re.findall(r"`([\w-]+)`", rows[name])) == {member.value for member in kind}

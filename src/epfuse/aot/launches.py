@@ -39,7 +39,8 @@ class Launch:
         kernel: name in that module.
         signature: argument name -> Triton type, "constexpr" for a constant; of a tuple its items' types.
         constants: argument name -> value.
-        attributes: argument name -> what is known of it (divisibility, 32-bit range).
+        attributes: argument name -> what is known of it (divisibility, 32-bit range); of some nothing is, which counts
+            in Triton's key.
         options: compiler options.
     """
 
@@ -140,7 +141,6 @@ def launches_of(
                 attributes=tuple(
                     (names[place], tuple((name, value) for name, value in pairs))
                     for (place,), pairs in compile["configs"][0].items()
-                    if pairs
                 ),
                 options=tuple((name, _frozen(value)) for name, value in options.items() if name not in MACHINE_OPTIONS),
             )

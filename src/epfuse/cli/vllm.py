@@ -44,6 +44,7 @@ def vllm() -> None:
     show_default=True,
     help="The GPUs.",
 )
+@click.option("--device", metavar="NAME", help="The product, as torch names it.  [default: MI300X, H100]")
 @click.option("--vllm-version", default="0.33.0", show_default=True, help="The release that serves.")
 @click.option("--max-model-len", type=click.IntRange(1, 2**31 - 1), default=9472, show_default=True)
 @click.option("--moe-backend", default="auto", show_default=True, help="--moe-backend of vllm serve.")
@@ -56,6 +57,7 @@ def explain(
     tp: int,
     ep: bool,
     target: str,
+    device: str | None,
     vllm_version: str,
     max_model_len: int,
     moe_backend: str,
@@ -65,19 +67,21 @@ def explain(
     """Show what runs a model's experts without epfuse and with it, and why. Needs neither a GPU nor vLLM."""
     from epfuse.integrations.vllm.explain import Deployment
     from epfuse.integrations.vllm.explain import explain as explain_layers
-    from epfuse.target import Target
+    from epfuse.target import REFERENCE_DEVICE, Target
     from epfuse.weights.model_config import MINIMAX_M3, read_model
 
     experts = MINIMAX_M3 if model is None else read_model(model / "config.json" if model.is_dir() else model)
+    gpu = Target(target)
     backend = moe_backend.lower().replace("-", "_")  # as vLLM reads it
-    deployment = Deployment(Target(target), vllm_version, tp, ep, max_model_len, backend)
+    deployment = Deployment(gpu, vllm_version, tp, ep, max_model_len, backend, device)
     groups = explain_layers(experts, deployment, None if policy is None else Policy(policy))
     delivery = Delivery()
     with delivery.of("standard output"):
         if as_json:
             click.echo(json.dumps({"model": experts.name, "groups": [group.to_json() for group in groups]}, indent=2))
         else:
-            title = f"{experts.name}, vLLM {vllm_version}, {target}, tp {tp}{', ep' if ep else ''}"
+            product = device or REFERENCE_DEVICE[gpu]
+            title = f"{experts.name}, vLLM {vllm_version}, {product} ({target}), tp {tp}{', ep' if ep else ''}"
             Console().print(_table(groups, title))
     delivery.exit(passed=True)
 

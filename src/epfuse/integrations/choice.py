@@ -76,6 +76,7 @@ def ask_policy(facts: LayerFacts, policy: Policy) -> LayerPlan:
         checkpoint=facts.checkpoint,
         shared_experts=facts.shared_experts,
         tp_size=facts.tp_size,
+        device_name=facts.device_name,
         rival=facts.own_experts,
     )
     plan = plan_layer(request, policy)

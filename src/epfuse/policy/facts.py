@@ -48,6 +48,8 @@ class LayerFacts:
         needs_batch_invariance: results must not depend on the batch.
         all2all: name of the all-to-all backend in use; None where tokens stay where they are.
         is_batched: activations come as ``[E, capacity, H]``.
+        device_name: the product, as torch names it, for the tuned tables; None where no device is there to ask.
+        max_tokens: the most tokens of a call; None where nobody knows.
     """
 
     name: str
@@ -75,6 +77,8 @@ class LayerFacts:
     needs_batch_invariance: bool = False
     all2all: str | None = None
     is_batched: bool = False
+    device_name: str | None = None
+    max_tokens: int | None = None
 
 
 @checks_enums

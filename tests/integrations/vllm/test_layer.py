@@ -7,6 +7,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from epfuse.config import Path, Policy
 from epfuse.environment import environment
+from epfuse.integrations.vllm import layer, versions
 from epfuse.integrations.vllm.experts import EpfuseExperts
 from epfuse.policy import Storage
 from epfuse.target import Target
@@ -54,6 +55,17 @@ def test_auto_takes_other_shapes(changes, monkeypatch):
     assert experts_of(M3_EP8.but(**changes), monkeypatch) is EpfuseExperts
 
 
+def test_the_plan_is_for_the_gpu_that_is_there(monkeypatch):
+    """An H200's plan takes an H200's tables, and so does its log."""
+    found = []
+    monkeypatch.setattr(versions, "_product", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(layer, "take_over", lambda *given: found.append(given[-1].plan))
+    build(M3_EP8.but(target=Target.SM90), monkeypatch)
+    (plan,) = found
+    assert plan.request.device == "NVIDIA H200"
+    assert "on NVIDIA H200" in plan.at(1024).tile_source
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -64,8 +76,6 @@ def test_auto_takes_other_shapes(changes, monkeypatch):
     ids=str,
 )
 def test_auto_leaves_what_it_is_not_known_to_be_faster_at(changes, reason, monkeypatch):
-    from epfuse.integrations.vllm import layer
-
     said = []
     monkeypatch.setattr(layer, "_said", set())
     monkeypatch.setattr(layer.log, "info", lambda form, *args: said.append(form % args))
@@ -105,8 +115,6 @@ def test_the_seed_leaves_everything_else(changes, monkeypatch):
 
 
 def test_the_answer_is_logged_once(monkeypatch):
-    from epfuse.integrations.vllm import layer
-
     said = []
     monkeypatch.setattr(layer, "_said", set())
     monkeypatch.setattr(layer.log, "info", lambda form, *args: said.append(form % args))
@@ -120,8 +128,6 @@ def test_the_answer_is_logged_once(monkeypatch):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_error_leaves_the_layer_to_vllm_unless_strict(strict, monkeypatch):
-    from epfuse.integrations.vllm import layer
-
     def fail(*_):
         raise RuntimeError("asking broke")
 
@@ -135,8 +141,6 @@ def test_an_error_leaves_the_layer_to_vllm_unless_strict(strict, monkeypatch):
 
 
 def test_the_plan_of_the_seed_at_short_context_keeps_both_formats(monkeypatch):
-    from epfuse.integrations.vllm import layer
-
     plans = []
     monkeypatch.setattr(layer, "take_over", lambda *args: plans.append(args[-1].plan))
     experts_of(M3_EP8.but(max_model_len=4096), monkeypatch, Policy.SEED_1782)

@@ -94,6 +94,7 @@ class Deployment:
         expert_parallel: ``--enable-expert-parallel``.
         max_model_len: ``--max-model-len``.
         backend: ``--moe-backend``.
+        device_name: the product, as torch names it, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
     """
 
     target: Target
@@ -102,6 +103,7 @@ class Deployment:
     expert_parallel: bool
     max_model_len: int
     backend: str = "auto"
+    device_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: in
         own_experts=own.name,
         checkpoint=None if model.checkpoint in _LEFT else model.checkpoint,
         asked_backend=deployment.backend,
+        device_name=deployment.device_name,
     )
 
 

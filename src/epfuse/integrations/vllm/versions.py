@@ -14,7 +14,7 @@ from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.policy import LayerFacts
-from epfuse.target import Target, target_of
+from epfuse.target import Target, device_name, target_of
 from epfuse.weights.checkpoint_format import Checkpoint
 
 
@@ -94,6 +94,8 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
         own_experts=own_experts(quant_method),
         checkpoint=None if method is None else method.checkpoint,
         target=_target(moe_config.device),
+        device_name=_product(moe_config.device),
+        max_tokens=_max_tokens(),
         shape=None
         if moe_config.num_local_experts == 0
         else LayerShape(
@@ -211,12 +213,28 @@ def _target(device: Any) -> Target | None:
         return None
 
 
+def _product(device: Any) -> str | None:
+    """The GPU, as tables know it; None where there is none to ask."""
+    found = torch.device(device)
+    return device_name(found) if found.type == "cuda" else None
+
+
 def _model_config() -> Any:
     """The ModelConfig while a model is built; None outside."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
     return None if config is None else config.model_config
+
+
+def _max_tokens() -> int | None:
+    """The most tokens of a call while serving; None outside of a model's construction."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    scheduler = getattr(config, "scheduler_config", None)
+    found = None if scheduler is None else scheduler.max_num_batched_tokens
+    return None if found is None else int(found)
 
 
 def _needs_batch_invariance() -> bool:

@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.activation import activate
 from epfuse.stages.quantize.kernel import quantize_block, widen
 
 
+@cached
 @triton.jit(do_not_specialize=["R"])
 def activate_kernel(
     gate_up, codes, scales, sorted_routes, num_padded,

@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.route.kernel import local_slots
 
 
+@cached
 @triton.jit(do_not_specialize=["R", "out_is_free"])
 def combine_kernel(
     routed, topk_ids, expert_map, route_row, out,

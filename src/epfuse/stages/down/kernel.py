@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.grouped_gemm import grouped_dot, tile_of
 
 
+@cached
 @triton.jit(do_not_specialize=["R"])
 def down_kernel(
     y, w2, w2_scale, topk_weights, out, sorted_routes, block_expert, num_padded,

@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.grouped_fp8_gemm import grouped_fp8_dot
 from epfuse.stages.grouped_gemm import tile_of
 
 
+@cached
 @triton.jit(do_not_specialize=["R"])
 def down_fp8_kernel(
     y, y_scale, w2, w2_scale, topk_weights, out, sorted_routes, block_expert, num_padded,

@@ -3,6 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.sm90_gemm import (
     fragment_pointers,
     fragment_scale_pointers,
@@ -87,6 +88,7 @@ def down_tile(
 
 
 # arrivals begins in the middle of the counters, at another place with every number of tokens
+@cached
 @gluon.jit(do_not_specialize=["R", "arrivals"])
 def down_sm90_kernel(
     y, w2, w2_scale, topk_weights, out, sorted_routes, block_expert, num_padded, partials, arrivals,

@@ -3,12 +3,14 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.down.kernel_sm90 import store_weighted_panel
 from epfuse.stages.sm90_fp8_gemm import run_tiles
 from epfuse.stages.sm90_gemm import let_next_kernel_start
 
 
 # STEPS as in kernel_sm90_fp8.py of gate_up.
+@cached
 @gluon.jit(do_not_specialize=["R", "STEPS", "PANELS"])
 def down_sm90_fp8_kernel(
     y_head, y_few, y_rest, y_scale, w2, w2_scale, topk_weights, out, lone_token, final,

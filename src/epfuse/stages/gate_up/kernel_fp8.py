@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.grouped_fp8_gemm import grouped_fp8_dot
 from epfuse.stages.grouped_gemm import tile_of
 
 
+@cached
 @triton.jit(do_not_specialize=["R"])
 def gate_up_fp8_kernel(
     x, x_scale, w13, w13_scale, out, sorted_routes, block_expert, num_padded,

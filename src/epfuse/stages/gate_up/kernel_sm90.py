@@ -3,6 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.activation import activate
 from epfuse.stages.sm90_gemm import (
     fetch_into_l2,
@@ -113,6 +114,7 @@ def gate_up_tile(
         store_activated(acc, out, block_routes, None, n * (BLOCK_N // 2), R, I, activation, ACTIVATION)
 
 
+@cached
 @gluon.jit(do_not_specialize=["R", "FIRST_WAVE", "arrivals"])
 def gate_up_sm90_kernel(
     x, w13, w13_scale, out, sorted_routes, block_expert, num_padded, partials, arrivals,

@@ -3,12 +3,14 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.gate_up.kernel_sm90 import store_activated_panel
 from epfuse.stages.sm90_fp8_gemm import run_tiles
 from epfuse.stages.sm90_gemm import let_next_kernel_start
 
 
 # A STEPS of 1 would be a constant, and for that code ptxas 12.8 (triton 3.6) reads uniform registers of another branch.
+@cached
 @gluon.jit(do_not_specialize=["R", "STEPS", "PANELS"])
 def gate_up_sm90_fp8_kernel(
     x_head, x_few, x_rest, x_scale, w13, w13_scale, y, sorted_routes, block_expert, block_row, num_padded, counter,

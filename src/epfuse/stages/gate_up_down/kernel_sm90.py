@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.down.kernel_sm90 import store_weighted_panel
 from epfuse.stages.gate_up.kernel_sm90 import store_activated_panel
 from epfuse.stages.gate_up_down.kernel_sm90_counters import say_done, wait_until
@@ -138,6 +139,7 @@ def consume_both(
         tile = read_tile(tiles, tile_full, tile_empty, count)
 
 
+@cached
 @gluon.jit(do_not_specialize=["R", "UP_PANELS", "DOWN_PANELS"])
 def gate_up_down_sm90_kernel(
     x_head, x_few, x_rest, w13_lines, w13_scale, y, y_head, y_few, y_rest, w2_lines, w2_scale, topk_weights, out,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.route.kernel import local_slots
 
 
@@ -37,6 +38,7 @@ def note_row(
         tl.store(lone_token + row, tl.where((tl.sum(local.to(tl.int32), 0) == 1) & (lone_stored != 0), token, -1))
 
 
+@cached
 @triton.jit(do_not_specialize=["R", "lone_stored"])
 def gather_kernel(
     x, out, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded,

@@ -7,6 +7,8 @@ instruction does with NaN or saturation, and in Triton's interpreter, whose FP8 
 import triton
 import triton.language as tl
 
+from epfuse.kernel_cache import cached
+
 
 @triton.jit
 def widen(x):
@@ -67,6 +69,7 @@ def quantize_block(x, CEIL: tl.constexpr, FNUZ: tl.constexpr):
     return codes.to(tl.uint8), tl.where(finite, scale, 255).to(tl.uint8)
 
 
+@cached
 @triton.jit
 def quantize_kernel(
     x, codes, scales,

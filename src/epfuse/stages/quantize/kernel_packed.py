@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from epfuse.kernel_cache import cached
 from epfuse.stages.gather.kernel import note_row, route_at, row_of
 from epfuse.stages.quantize.kernel import inverse_of, quantize_block, shared_scale, widen
 
@@ -36,6 +37,7 @@ def quantize_row(x, HARDWARE: tl.constexpr):
     return codes, scale
 
 
+@cached
 @triton.jit(do_not_specialize=["R", "lone_stored"])
 def quantize_packed_kernel(
     x, codes, scales, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from epfuse.kernel_cache import cached
+
 ZEROS = tl.constexpr(1024)  # arrival counters that a program clears at a time
 PIECE = tl.constexpr(32)  # routes compared with a chunk at a time: AMD's scalar registers hold the truth values
 
@@ -86,6 +88,7 @@ def place(
     clear(arrivals, num_arrivals)
 
 
+@cached
 @triton.jit(do_not_specialize=["R", "num_arrivals"])
 def route_kernel(
     topk_ids, expert_map, sorted_routes, block_expert, block_row, num_padded, arrivals, R, E, num_arrivals,
@@ -124,6 +127,7 @@ def route_kernel(
     clear(arrivals, num_arrivals)
 
 
+@cached
 @triton.jit(do_not_specialize=["R"])
 def count_kernel(
     topk_ids, expert_map, counts, R, E,
@@ -139,6 +143,7 @@ def count_kernel(
     tl.store(counts + pid * BINS + tl.arange(0, BINS), found)
 
 
+@cached
 @triton.jit(do_not_specialize=["R", "num_arrivals"])
 def place_kernel(
     topk_ids, expert_map, counts, sorted_routes, block_expert, block_row, num_padded, arrivals, R, E, num_arrivals,

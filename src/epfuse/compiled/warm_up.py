@@ -1,0 +1,139 @@
+"""Compile a layer's kernels in processes side by side, then load them into this one."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from epfuse.aot.launches import Launch
+from epfuse.aot.tasks import start
+from epfuse.compiled.launchers import compile_launchers
+from epfuse.compiled.layer import Layer, kernels, run_calls, token_counts
+from epfuse.kernel_cache import folder, is_compiled, kernels_in, say_ready
+from epfuse.target import planning_for
+from epfuse.workers import Died, Workers
+
+log = logging.getLogger(__name__)
+
+MOST_WORKERS = 16
+"""Processes that compile; each takes some 0.7 GB of the host's memory, and none of the GPU's."""
+
+_warm: set[tuple[Layer, int]] = set()
+
+
+def warm_up(layer: Layer, max_tokens: int, say: Callable[[str], None] = log.info) -> None:
+    """Have every kernel that calls of up to ``max_tokens`` tokens launch compiled and loaded on the current device.
+
+    What is compiled already, in the bundle or in the folder of kernels, is only loaded. Of several processes of one
+    host one compiles and the others wait for it. A layer like one before costs nothing. A kernel that is needed
+    afterwards and is not there is counted (`epfuse.kernel_cache.late_compiles`).
+
+    Args:
+        layer: on the GPU that is there.
+        max_tokens: the largest T.
+        say: takes a line of progress.
+
+    Host syncs: none; nothing is launched.
+    """
+    if (layer, max_tokens) in _warm:
+        return
+    say_ready(False)
+    begun = time.monotonic()
+    wanted = kernels(layer, max_tokens)
+    if missing(wanted):
+        with _one_at_a_time():
+            left = missing(wanted)  # another rank may have compiled them meanwhile
+            if left:
+                say(f"compiling {len(left)} of {len(wanted)} kernels for 1 to {max_tokens} tokens")
+                for failure in compile_all(left, jobs=_jobs(), done=functools.partial(_progress, say, len(left))):
+                    log.warning("%s; it will be compiled when it is needed", failure)
+    load(layer, max_tokens, wanted)
+    say_ready(True)
+    _warm.add((layer, max_tokens))
+    say(f"{len(wanted)} kernels for 1 to {max_tokens} tokens are loaded, in {time.monotonic() - begun:.1f} s")
+
+
+def missing(launches: Sequence[Launch]) -> list[Launch]:
+    """Those that are not compiled."""
+    return [launch for launch in launches if not is_compiled(launch.compile)]
+
+
+def compile_all(
+    launches: Sequence[Launch], jobs: int, done: Callable[[int], None], place: Path | None = None
+) -> list[str]:
+    """Compile in ``jobs`` processes, which need no GPU and take no GPU's memory.
+
+    Args:
+        launches: what to compile; the slowest kernels, persistent ones, first.
+        jobs: processes.
+        done: called with how many are done, after each.
+        place: a folder to keep them in, with Triton's launchers; None for epfuse's own, without.
+
+    Returns:
+        A sentence for each that was not compiled.
+    """
+    slowest_first = sorted(launches, key=lambda launch: "gate_up" not in launch.kernel)
+    with Workers(min(jobs, len(launches)) or 1, start) as workers:
+        found = workers.map(_compile, [(launch, place) for launch in slowest_first], done)
+    failures = []
+    for launch, result in zip(slowest_first, found, strict=True):
+        reason = result.reason if isinstance(result, Died) else result
+        if reason is not None:
+            failures.append(f"{launch.kernel} was not compiled: {reason}")
+    return failures
+
+
+def _compile(launch: Launch, place: Path | None) -> str | None:
+    """In a process of its own: what went wrong, or None."""
+    with kernels_in(place):
+        try:
+            compiled = launch.compile()
+            if place is not None:
+                compile_launchers(compiled, launch.target)
+        except Exception as error:  # whatever the compiler raises is the finding
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def load(layer: Layer, max_tokens: int, launches: Sequence[Launch]) -> None:
+    """Have Triton find and load on the current device what is compiled; what is not is compiled here.
+
+    Triton keeps kernels by the arguments of a launch. So the launchers are called as a call would call them, with
+    tensors that have no memory, and each kernel stops before it is launched.
+    """
+    functions = {launch.kernel: launch.function() for launch in launches}
+    for function in functions.values():
+        function.run = functools.partial(_only_load, type(function).run.__get__(function))
+    try:
+        with planning_for(layer.target, layer.product):
+            run_calls(layer, token_counts(layer, max_tokens))
+    finally:
+        for function in functions.values():
+            del function.run
+
+
+def _only_load(run: Callable[..., object], *arguments: object, grid: object, warmup: bool, **named: object) -> object:
+    return run(*arguments, grid=grid, warmup=True, **named)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Wait for the other processes of this host that use the folder of kernels."""
+    with (folder() / "epfuse-warm-up.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process, however it ends
+        yield
+
+
+def _jobs() -> int:
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def _progress(say: Callable[[str], None], whole: int, count: int) -> None:
+    if count == whole or count % max(1, whole // 5) == 0:
+        say(f"{count} of {whole} kernels are compiled")

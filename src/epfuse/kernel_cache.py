@@ -1,0 +1,207 @@
+"""Where compiled kernels lie: in a folder that nobody moves while a process runs, and in a bundle that is only read.
+
+Triton reads TRITON_CACHE_DIR at every compile, and others set it in the middle of a process: torch's inductor when it
+makes its first kernel in Triton (`torch._inductor.runtime.triton_heuristics.CachingAutotuner`), vLLM when it compiles a
+model. What is compiled after that is not where the next process looks before. So epfuse's kernels, and no others, go
+through `KernelCache`, whose folder is settled once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from triton import knobs
+from triton.runtime.cache import FileCacheManager
+from triton.runtime.jit import JITFunction
+
+from epfuse.bundle import bundle
+from epfuse.environment import environment
+from epfuse.errors import NotCompiled
+
+log = logging.getLogger(__name__)
+
+_AT_START = os.environ.get("TRITON_CACHE_DIR")
+_ours = threading.RLock()
+
+
+def cached(kernel: Any) -> Any:
+    """Have a kernel compiled through `KernelCache`: a decorator above Triton's or Gluon's ``jit``."""
+    if isinstance(kernel, JITFunction):  # not where it is interpreted
+        make = kernel.create_binder
+
+        def create_binder() -> Any:
+            found = make()
+            kernel.compile = _through_cache(kernel.compile)
+            return found
+
+        kernel.device_caches = defaultdict(create_binder)
+    return kernel
+
+
+def _through_cache(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_and_load(*arguments: Any, **named: Any) -> Any:
+        with kernels_in():
+            found = compile_kernel(*arguments, **named)
+            found._init_handles()  # it would at the launch, which follows; up to triton 3.6 it compiles a launcher too
+        return found
+
+    return compile_and_load
+
+
+@contextmanager
+def kernels_in(place: Path | None = None) -> Iterator[None]:
+    """Inside, Triton's kernels are looked for and kept where epfuse's are.
+
+    A cache manager that the user has set (TRITON_CACHE_MANAGER) stays.
+
+    Args:
+        place: a folder to write all of them to, even those that are elsewhere; None for `folder` and the bundle.
+    """
+    with _ours:
+        if knobs.cache.manager_class is not None:
+            yield
+            return
+        manager = KernelCache if place is None else type("KernelsInPlace", (KernelCache,), {"place": place})
+        knobs.cache.manager_class = manager
+        try:
+            yield
+        finally:
+            del knobs.cache.manager_class
+
+
+class KernelCache(FileCacheManager):  # type: ignore[misc]
+    """Triton's files of one kernel: the bundle's, if it has them, else those in `folder`.
+
+    A group's files are found beside it, wherever the folder has been brought since they were written.
+    """
+
+    place: Path | None = None
+
+    def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
+        if override or dump:
+            super().__init__(key, override, dump)
+            return
+        self.key = key
+        self.cache_dir = str((self.place or folder()) / key)
+        self.lock_path = os.path.join(self.cache_dir, "lock")
+        self._bundle = bundle() if self.place is None else None
+
+    def get_file(self, filename: str) -> str | None:
+        """Where a file is; None if it is nowhere."""
+        if self._bundle is not None and (shipped := self._bundle.file(self.key, filename)) is not None:
+            return str(shipped)
+        found: str | None = super().get_file(filename)
+        return found
+
+    def get_group(self, filename: str) -> dict[str, str] | None:
+        """Where the files of a compiled kernel are; None if one is missing."""
+        group = self.get_file(f"__grp__{filename}")
+        if group is not None:
+            try:
+                names = [str(name) for name in json.loads(Path(group).read_bytes())["child_paths"]]
+            except (OSError, ValueError, KeyError, TypeError):
+                names = []
+            files = {name: self.get_file(name) for name in names}
+            if files and all(files.values()):
+                return {name: str(path) for name, path in files.items()}
+        if self.place is None:
+            _say_missing(filename.removesuffix(".json"))
+        return None
+
+    def put(self, data: Any, filename: str, binary: bool = True) -> str:
+        """Keep a file; the folder is made by the first one."""
+        os.makedirs(self.cache_dir, exist_ok=True)
+        path: str = super().put(data, filename, binary)
+        return path
+
+
+@functools.cache
+def folder() -> Path:
+    """Where kernels are kept: TRITON_CACHE_DIR as it was when epfuse was imported, else Triton's folder in the home.
+
+    A value that inductor has set by then is not the user's. If the folder can't be written, a temporary one is made,
+    with a warning: everything is compiled again in the next process.
+    """
+    given = None if _AT_START is None or _is_inductors(_AT_START) else _AT_START
+    found = Path(given or knobs.cache.get_triton_dir("cache"))
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=found):
+            pass
+    except OSError as error:
+        spare = Path(tempfile.mkdtemp(prefix="epfuse-kernels-"))
+        log.warning(
+            "compiled kernels can't be kept in %s (%s) but in %s, for this process alone; TRITON_CACHE_DIR names"
+            " another folder, and EPFUSE_KERNELS kernels that are compiled already ('epfuse warmup')",
+            found,
+            error.strerror,
+            spare,
+        )
+        return spare
+    return found
+
+
+def _is_inductors(name: str) -> bool:
+    """Whether a folder is the one that inductor chooses: ``triton/DEVICE`` in its own."""
+    owner = Path(name).parent.parent
+    own = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return Path(name).parent.name == "triton" and (owner.name.startswith("torchinductor_") or str(owner) == own)
+
+
+class _Missing(Exception):
+    """A kernel is not there."""
+
+
+def is_compiled(compile_kernel: Callable[[], object]) -> bool:
+    """Whether ``compile_kernel`` would find its kernel. Nothing is compiled."""
+    with kernels_in():
+        before, _Late.asked = _Late.asked, True
+        try:
+            compile_kernel()
+        except _Missing:
+            return False
+        finally:
+            _Late.asked = before
+    return True
+
+
+class _Late:
+    """Kernels that were compiled after all had been said to be there."""
+
+    ready = False
+    asked = False
+    count = 0
+
+
+def say_ready(ready: bool = True) -> None:
+    """From now on a kernel that is not there is worth a warning, or with EPFUSE_NO_COMPILE=1 an error."""
+    _Late.ready = ready
+
+
+def late_compiles() -> int:
+    """How many kernels have been compiled since `say_ready`."""
+    return _Late.count
+
+
+def _say_missing(name: str) -> None:
+    if _Late.asked:
+        raise _Missing
+    if not _Late.ready:
+        return
+    if environment().no_compile:
+        raise NotCompiled(
+            f"kernel {name} is not compiled, and EPFUSE_NO_COMPILE=1 forbids to compile it now; warm up with more"
+            " tokens, or make the bundle of EPFUSE_KERNELS again ('epfuse warmup')"
+        )
+    _Late.count += 1
+    log.warning("kernel %s is compiled while requests wait for it (%d since the warm-up)", name, _Late.count)
