@@ -1,51 +1,75 @@
-"""Runs of small points for tests of what runs them."""
+"""Runs that never ran: folders as jobs leave them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import json
 from pathlib import Path
+from typing import Any
 
-from epfuse.serving.journal import Journal
-from epfuse.serving.layout import RunFolder
-from epfuse.serving.lock import RunLock
-from epfuse.serving.point import Arm, Client, Command, Point, PointJob, Run
+from epfuse.serving.layout import RunFolder, make_key, write_model
+from epfuse.serving.matrix import Selection, expand
+from epfuse.serving.plan import jobs, resolve
+from epfuse.serving.point import Done, End, GateResult, Leg, PointJob
+from epfuse.serving.recipe import load_recipe
+from tests.serving.test_results import raw
 
-SIX = ("1k1k-c1", "1k1k-c16", "1k1k-c256", "8k1k-c1", "8k1k-c16", "8k1k-c256")
-
-
-def make_run(
-    path: Path, points: Sequence[str] = SIX, canary: str | None = None, name: str = "t", launcher: str = "local"
-) -> RunFolder:
-    """A run's folder, with its journal begun."""
-    folder = RunFolder(path)
-    path.mkdir(parents=True, exist_ok=True)
-    jobs = [_job(name, point) for point in points]
-    run = Run(
-        name=name,
-        recipe="test",
-        recipe_sha256="0" * 64,
-        epfuse="0",
-        created=time.time(),
-        points=tuple(points),
-        canary=canary,
-        launcher=launcher,
-    )
-    folder.create(run, jobs)
-    Journal.begin(folder.journal, run.name, run.points, run.created)
-    return folder
+LABEL = "Not vLLM: <b>made up</b> for a test"
 
 
-def open_run(folder: RunFolder) -> tuple[RunLock, Journal]:
-    """Lock and journal of a run."""
-    lock = RunLock(folder.path / "dispatcher.lock")
-    return lock, Journal(folder.journal, lock)
+def make_run(folder: Path, pairs: int = 4, effect: float = 0.05, recipe: str = "minimaxm3-mi300x") -> RunFolder:
+    """Six points of a comparison, all done."""
+    loaded = load_recipe(recipe)
+    found = expand(loaded.recipe.matrix, loaded.recipe.runners, Selection(concurrencies=loaded.recipe.six))
+    run = RunFolder(folder)
+    made = [job.model_copy(update={"label": LABEL}) for job in jobs(loaded.recipe, found, "first", pairs=pairs)]
+    run.create(resolve(loaded, made).model_copy(update={"label": LABEL, "created": 1.8e9}), made)
+    for number, job in enumerate(made):
+        finish(run, job, effect, seed=100 * number)
+    return run
 
 
-def _job(run: str, name: str) -> PointJob:
-    point = Point(
-        name=name, model="m", prefix="m", target="cpu", precision="fp8", isl=8, osl=8, concurrency=1, tp=1, ep=1
-    )
-    arm = Arm(name="baseline", server=Command(argv=("true",)))
-    client = Client(prompts=1, concurrency=1, warmups=1, isl=8, osl=8)
-    return PointJob(run=run, point=point, arms=(arm,), order=("baseline",), client=client, gpus=0, gpu_vendor="none")
+def finish(run: RunFolder, job: PointJob, effect: float = 0.05, seed: int = 0, state: End = End.DONE) -> Done:
+    """Write what an attempt leaves."""
+    point = run.point(job.point.name)
+    key = make_key(job.run, job.point.name, 1)
+    attempt = point.attempt(key)
+    legs = []
+    for number, arm in enumerate(job.order, 1):
+        files = attempt.leg(number, arm)
+        files.path.mkdir(parents=True)
+        concurrency = min(job.client.concurrency, 8)
+        content = raw(60, concurrency, seed + (number - 1) // 2)
+        if arm == "candidate":
+            speed_up(content, 1 + effect + 0.001 * (number % 3))
+        files.result.write_text(json.dumps(content))
+        files.server_log.write_text("ready\n")
+        gate = GateResult(
+            passed=True, reason="", difference=0.001 * number, allowed=0.02, greedy_equal=30, greedy_total=32
+        )
+        legs.append(
+            Leg(
+                number=number,
+                arm=arm,
+                folder=str(files.path.relative_to(point.path)),
+                state=End.DONE,
+                started=1.0,
+                ended=2.0,
+                metrics={"total_token_throughput": 1.0},
+                gate=gate,
+            )
+        )
+    attempt.job_log.write_text("log\n")
+    packages = {"vllm": "0.33.0", "torch": "2.14.0"}
+    arms = {name: {"packages": packages, "plugin_sha256": name[0] * 4} for name in dict.fromkeys(job.order)}
+    attempt.versions.write_text(json.dumps({"node": "n1", "epfuse": "0.1.0", "arms": arms}))
+    done = Done(name=job.point.name, key=key, state=state, node="n1", started=1.0, ended=2.0, legs=tuple(legs))
+    write_model(point.done, done)
+    return done
+
+
+def speed_up(content: dict[str, Any], factor: float) -> None:
+    """The same requests, all faster."""
+    content["duration"] /= factor
+    content["ttfts"] = [value / factor for value in content["ttfts"]]
+    content["itls"] = [[gap / factor for gap in gaps] for gaps in content["itls"]]
+    content["start_times"] = [value / factor for value in content["start_times"]]

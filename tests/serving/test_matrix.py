@@ -12,7 +12,6 @@ from epfuse.serving.entries import Entry, MultiNodeEntry, Runners
 from epfuse.serving.matrix import (
     Row,
     Selection,
-    benchmarks,
     expand,
     mark_evals,
     only_evals,
@@ -297,12 +296,10 @@ def test_evals_are_the_highest_and_the_median() -> None:
     assert evaluated(16, 256) == [256]
 
 
-def test_benchmarks_leave_rows_that_are_only_for_evals_out() -> None:
+def test_rows_that_are_only_for_evals_are_the_chosen_ones() -> None:
     found = rows({"tp": 8, "conc-list": [1, 16, 256]}, isl=8192)
     evals = only_evals(found)
     assert [(row.conc, row.eval_only) for row in evals] == [(256, True)]
-    assert benchmarks(evals) == []
-    assert benchmarks([*found, *evals]) == found
 
 
 def test_marking_evals_twice_changes_nothing() -> None:

@@ -281,8 +281,3 @@ def only_evals(rows: Iterable[Row]) -> list[Row]:
 def without_evals(rows: Iterable[Row]) -> list[Row]:
     """All rows, for their speed alone."""
     return [replace(row, is_eval=False) for row in rows]
-
-
-def benchmarks(rows: Iterable[Row]) -> list[Row]:
-    """The rows that have a speed."""
-    return [row for row in rows if not row.eval_only]

@@ -62,6 +62,7 @@ def points(recipe: Recipe, rows: Sequence[Row]) -> list[Point]:
                 prefix=row.entry.model_prefix,
                 target=row.entry.runner,
                 precision=row.entry.precision,
+                framework=row.entry.framework,
                 isl=row.isl,
                 osl=row.osl,
                 concurrency=row.conc,

@@ -41,6 +41,7 @@ class Point(Frozen):
         prefix: short name of the model in results.
         target: hardware, e.g. ``mi300x``.
         precision: of the checkpoint, e.g. ``fp8``.
+        framework: that serves.
         isl, osl: longest input and output of a request, tokens.
         concurrency: requests in flight.
         tp: GPUs that share the attention, or hold a copy of it each (``dp_attention``).
@@ -55,6 +56,7 @@ class Point(Frozen):
     prefix: Name
     target: Name
     precision: Name
+    framework: Name = "vllm"
     isl: Count
     osl: Count
     concurrency: Count

@@ -7,7 +7,9 @@ import click
 from epfuse.cli.main import LazyGroup
 
 COMMANDS = {
+    "export": "A run's results for other tools: InferenceX' aggregates, CSV.",
     "plan": "The points of a recipe, their commands and their environment, with epfuse and without.",
+    "report": "A run as one page: throughput, latencies, comparisons with their intervals, gates, environment.",
 }
 """Command -> its line in the help; ``epfuse.cli.serve.NAME`` holds a click command of the same name."""
 

@@ -1,0 +1,232 @@
+"""A run as it lies in its folder: every point's state, its legs measured anew, and the A/B verdicts.
+
+What can't be read is said where it stands; everything else is still there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from epfuse.errors import ConfigError
+from epfuse.input_file import DEEPEST, read_object
+from epfuse.profiling.text import printable
+from epfuse.serving.journal import read_journal
+from epfuse.serving.layout import LegFolder, RunFolder
+from epfuse.serving.point import Done, End, Leg, Point, PointJob, Run
+from epfuse.serving.results import Measured, read_result
+from epfuse.serving.verdict import Verdict, judge
+
+LONGEST_FACT = 300
+"""Characters of a value of versions.json that are shown."""
+MOST_FACTS = 5000
+
+
+@dataclass(frozen=True)
+class LegRecord:
+    """A leg, and what its requests say.
+
+    Attributes:
+        measured: None where it has no result that can be read; ``fault`` then says why, if it should have one.
+        files: words -> path relative to the run's folder, of what is there.
+    """
+
+    leg: Leg
+    measured: Measured | None
+    fault: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PointRecord:
+    """A point.
+
+    Attributes:
+        job: None where point.json can't be read.
+        state: the end that its job wrote, else what the journal says.
+        reason: of the state, or why a file can't be read.
+        facts: of versions.json, flat: ``arms.baseline.packages.vllm`` -> text.
+    """
+
+    name: str
+    job: PointJob | None
+    state: str
+    reason: str
+    done: Done | None
+    legs: list[LegRecord] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def point(self) -> Point | None:
+        """What was measured."""
+        return None if self.job is None else self.job.point
+
+    @property
+    def measured(self) -> Iterator[tuple[LegRecord, Measured]]:
+        """Legs that ended well and have numbers."""
+        for record in self.legs:
+            if record.leg.state is End.DONE and record.measured is not None:
+                yield record, record.measured
+
+    def log_ratios(self, baseline: str, candidate: str) -> list[float]:
+        """Of each whole pair, log(candidate / baseline) of the total throughput."""
+        throughput = {record.leg.number: (record.leg.arm, found.total_throughput) for record, found in self.measured}
+        ratios = []
+        for first in range(1, len(self.legs) + 1, 2):
+            pair = dict(throughput[number] for number in (first, first + 1) if number in throughput)
+            if set(pair) == {baseline, candidate} and min(pair.values()) > 0:
+                ratios.append(math.log(pair[candidate] / pair[baseline]))
+        return ratios
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run.
+
+    Attributes:
+        verdicts: point -> verdict, of those that have more than one pair by design; empty without a comparison.
+        faults: of files that belong to no point.
+    """
+
+    run: Run
+    points: list[PointRecord]
+    verdicts: dict[str, Verdict]
+    faults: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Every point ended well and every result could be read."""
+        return not self.faults and all(
+            point.state == End.DONE and all(not record.fault for record in point.legs) for point in self.points
+        )
+
+
+def collect(folder: RunFolder, progress: Callable[[int, int], None] = lambda done, total: None) -> RunRecord:
+    """Read a run.
+
+    Args:
+        folder: of the run.
+        progress: called with points read and points in all.
+
+    Raises:
+        ConfigError: run.json can't be read; of all else the record says it.
+    """
+    run = folder.read_run()
+    faults: list[str] = []
+    states: dict[str, tuple[str, str]] = {}
+    if folder.journal.exists():
+        try:
+            states = {name: (change.state, change.why) for name, change in read_journal(folder.journal).points.items()}
+        except ConfigError as error:
+            faults.append(_shown(error, folder))
+    points = []
+    for number, name in enumerate(run.points):
+        progress(number, len(run.points))
+        points.append(_point(folder, run, name, *states.get(name, ("planned", ""))))
+    progress(len(run.points), len(run.points))
+    verdicts: dict[str, Verdict] = {}
+    if run.compare is not None:
+        compare = run.compare
+        compared = [point for point in points if point.job is not None and _pairs_of(point.job) > 1]
+        ratios = {point.name: point.log_ratios(compare.baseline, compare.candidate) for point in compared}
+        verdicts = judge(ratios, compare)
+    return RunRecord(run, points, verdicts, faults)
+
+
+def _pairs_of(job: PointJob) -> int:
+    return len(job.order) // 2 if len(job.arms) > 1 else 0
+
+
+def _point(folder: RunFolder, run: Run, name: str, state: str, why: str) -> PointRecord:
+    place = folder.point(name)
+    job: PointJob | None = None
+    done: Done | None = None
+    reasons = [why] if why else []
+    try:
+        job = folder.read_job(name)
+    except ConfigError as error:
+        reasons.append(_shown(error, folder))
+    try:
+        done = folder.read_done(name)
+    except ConfigError as error:
+        state, reasons = "unreadable", [*reasons, _shown(error, folder)]
+    if done is None:
+        return PointRecord(name, job, state, "; ".join(reasons), None)
+    attempt = place.attempt(done.key)
+    facts: dict[str, str] = {}
+    if attempt.versions.exists():
+        try:
+            facts = flat(read_object(attempt.versions, "versions"))
+        except ConfigError as error:
+            reasons.append(_shown(error, folder))
+    concurrency = 1 if job is None else job.client.concurrency
+    legs = [_leg(folder, name, leg, concurrency) for leg in done.legs]
+    reason = "; ".join(dict.fromkeys(filter(None, (printable(done.reason), *reasons))))
+    files = _there(folder, {"job": attempt.job_log, "versions": attempt.versions, "end": place.done})
+    return PointRecord(name, job, done.state, reason, done, legs, facts, files)
+
+
+def _leg(folder: RunFolder, name: str, leg: Leg, concurrency: int) -> LegRecord:
+    point = folder.point(name).path
+    path = point / leg.folder
+    if not path.resolve().is_relative_to(point.resolve()):
+        return LegRecord(leg, None, f"folder {printable(leg.folder)} is not in the point's", {})
+    files = LegFolder(path)
+    there = {"result": files.result, "server": files.server_log, "client": files.client_log, "gate": files.gate}
+    there |= {"GPUs": files.gpu_samples, "trace": files.trace}
+    measured, fault = None, ""
+    if leg.state is End.DONE and (leg.metrics or files.result.exists()):
+        try:
+            measured = read_result(files.result, concurrency)
+        except ConfigError as error:
+            fault = _shown(error, folder)
+    return LegRecord(leg, measured, fault, _there(folder, there))
+
+
+def _there(folder: RunFolder, files: Mapping[str, Path]) -> dict[str, str]:
+    return {word: str(path.relative_to(folder.path)) for word, path in files.items() if path.is_file()}
+
+
+def _shown(error: ConfigError, folder: RunFolder) -> str:
+    """A fault without the path that leads to the run's folder: a report is read elsewhere."""
+    return printable(str(error).replace(f"{folder.path}/", ""))[:500]
+
+
+def flat(found: Mapping[str, Any], before: str = "", depth: int = 0) -> dict[str, str]:
+    """A nested object as one level of texts, keys joined by dots.
+
+    Args:
+        found: of a JSON file.
+        before: what keys begin with.
+        depth: of the object in the file.
+    """
+    facts: dict[str, str] = {}
+    for key, value in found.items():
+        name = f"{before}{printable(str(key))}"
+        if isinstance(value, dict) and depth < DEEPEST:
+            facts |= flat(value, f"{name}.", depth + 1)
+        else:
+            facts[name] = printable(str(value))[:LONGEST_FACT]
+        if len(facts) > MOST_FACTS:
+            break
+    return facts
+
+
+def differences(record: RunRecord) -> tuple[dict[str, str], list[tuple[str, dict[str, list[str]]]]]:
+    """The environment: facts that are the same in all points and arms, and those that are not.
+
+    Returns:
+        Name -> value, and for each other name its values with who has them.
+    """
+    values: dict[str, dict[str, list[str]]] = {}
+    for point in record.points:
+        for name, value in point.facts.items():
+            arm, _, rest = name.removeprefix("arms.").partition(".") if name.startswith("arms.") else ("", "", name)
+            who = f"{point.name} {arm}".strip()
+            values.setdefault(rest, {}).setdefault(value, []).append(who)
+    common = {name: next(iter(of)) for name, of in values.items() if len(of) == 1}
+    return common, [(name, of) for name, of in values.items() if len(of) > 1]
