@@ -138,7 +138,7 @@ def test_formats_are_complete() -> None:
 def test_operator_takes_every_format(form: str) -> None:
     weights = FORMATS[form]()
     names, tensors = take_apart(weights)
-    again = put_together(names, tensors, L, H, 64)
+    again = put_together(names, tensors, H, 64)
     assert again.kept.keys() == weights.kept.keys()
     assert again.spans() == weights.spans()  # the same memory
     x = rows(3).to(weights.activation_dtypes[0])
@@ -152,10 +152,10 @@ def test_operator_takes_every_format(form: str) -> None:
         torch.library.opcheck(torch.ops.epfuse.fused_experts, call, test_utils="test_schema")
 
 
-@pytest.mark.parametrize(("formats", "tensors"), [("dense_experts", 1), ("block_fp8_experts", 0), ("tomorrows", 9)])
+@pytest.mark.parametrize(("formats", "tensors"), [("dense", 1), ("block_fp8", 0), ("tomorrows", 9)])
 def test_a_graph_that_describes_no_layer_is_refused(formats: str, tensors: int) -> None:
     with pytest.raises(ConfigError, match="tensors left"):
-        put_together(formats, [torch.zeros(1)] * tensors, L, H, 48)
+        put_together(formats, [torch.zeros(1)] * tensors, H, 48)
 
 
 @torch.no_grad()

@@ -26,11 +26,9 @@ def test_file_exists(name: str) -> None:
     [
         ("REFERENCES", "src/epfuse/stages/activation_reference.py"),
         ("Activation", "src/epfuse/config.py"),
-        ("KINDS", "src/epfuse/weights/consistency.py"),
-        ("PREPARED_FOR", "src/epfuse/weights/experts.py"),
+        ("FORMATS", "src/epfuse/weights/formats.py"),
+        ("Projections", "src/epfuse/weights/projections.py"),
         ("FAMILIES", "src/epfuse/families/registry.py"),
-        ("WEIGHTS", "src/epfuse/aot/calls.py"),
-        ("FORMATS", "tests/test_compile_ops.py"),
         ("TARGETS", "src/epfuse/cli/aot.py"),
         ("WeightFormat", "src/epfuse/config.py"),
         ("Target", "src/epfuse/target.py"),

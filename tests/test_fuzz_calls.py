@@ -29,11 +29,12 @@ from epfuse import (
 )
 from epfuse.errors import ConfigError, ExpertMapError, LayoutError
 from epfuse.numerics.e8m0 import ScaleRounding
-from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout, decode, encode
+from epfuse.numerics.mxfp8 import MXFP8, decode, encode
 from epfuse.policy import decide
 from epfuse.reference import run_reference
 from epfuse.weights.block_fp8 import BlockFP8
-from epfuse.weights.experts import Projections
+from epfuse.weights.dense import DenseExperts
+from epfuse.weights.mxfp8 import MXFP8Experts
 
 TOKENS, TOP_K, HIDDEN, INTERMEDIATE, EXPERTS = 3, 2, 32, 32, 4
 
@@ -147,9 +148,7 @@ NUMBERS = st.sampled_from(
         *(torch.float32, Path.BF16, ScaleRounding.CEIL, torch.nn.Parameter(torch.ones(1))),
     ]
 )
-ENUMS = st.sampled_from(
-    [*Path, *Combine, *Target, *ScaleRounding, *ScaleLayout, "bf16", "atomic", None, 0, True, object()]
-)
+ENUMS = st.sampled_from([*Path, *Combine, *Target, *ScaleRounding, "bf16", "atomic", None, 0, True, object()])
 
 
 def bend(data: st.DataObject, given: dict[str, Any], most: int = 2) -> dict[str, Any]:
@@ -221,12 +220,10 @@ CONSTRUCTORS: dict[str, tuple[int, Callable[..., object]]] = {
     "shape": (5, LayerShape),
     "map": (1, ExpertMap),
     "scratch": (2, Scratch),
-    "projections": (1, lambda x: ExpertWeights(1, 32, 32, dense_experts=x)),
-    "formats": (2, lambda x, y: ExpertWeights(1, 32, 32, mxfp8_experts=Projections(x, y))),
-    "sizes": (
-        3,
-        lambda *x: ExpertWeights(*x, dense_experts=Projections(torch.zeros(1, 64, 32), torch.zeros(1, 32, 32))),
-    ),
+    "formats": (1, ExpertWeights),
+    "projections": (2, lambda x, y: ExpertWeights((x, y))),
+    "dense": (2, DenseExperts),
+    "mxfp8": (2, MXFP8Experts),
     "of path": (4, lambda *x: scratch_size(Path.BF16, *x)),
     "decide": (1, lambda x: decide(Path.AUTO, Target.GFX950, LayerShape(32, 32, 4, 2, 2), x)),
 }
@@ -248,7 +245,7 @@ def test_constructors_of_tensors(data: st.DataObject) -> None:
     calls: list[Callable[[], object]] = [
         lambda: ExpertMap(t["map"]),
         lambda: Scratch(t["out"], t["hidden"]),
-        lambda: MXFP8(t["values13"], t["scales13"], data.draw(st.just(ScaleLayout.ROWS) | ENUMS)).dequantize(),
+        lambda: MXFP8(t["values13"], t["scales13"]).dequantize(),
         lambda: MXFP8.quantize(t["w13"], **options),
         lambda: encode(t["w13"], **options),
         lambda: decode(

@@ -10,7 +10,7 @@ from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError, DeviceError, DtypeError, EpfuseError, LayoutError, ShapeError
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.weights.block_fp8 import BlockFP8, BlockScale
-from epfuse.weights.experts import expert_matrix, stack_rows
+from epfuse.weights.projections import expert_matrix
 
 W13 = torch.zeros(3, 20, 8, dtype=torch.bfloat16)
 W2 = torch.zeros(3, 8, 10, dtype=torch.bfloat16)
@@ -45,7 +45,7 @@ def test_dense_takes_other_dtypes_and_bf16_does_not(dtype: torch.dtype) -> None:
         (W13, W2.transpose(1, 2).contiguous(), ShapeError, "w2 has shape (3, 10, 8); beside w13"),
         (W13, W2.transpose(1, 2).contiguous().transpose(1, 2), LayoutError, "w2 has strides (80, 1, 8)"),
         (W13.to(torch.int8), W2, DtypeError, "w13 has dtype torch.int8; it must be bfloat16, float16 or float32"),
-        (W13, W2.float(), DtypeError, "w13 is torch.bfloat16 and w2 is torch.float32; both must have one dtype"),
+        (W13, W2.float(), DtypeError, "w13 is in torch.bfloat16 and w2 in torch.float32; both must have one dtype"),
         (W13, W2.to("meta"), DeviceError, "w13 is on cpu and w2 on meta; both must be on one device"),
     ],
 )
@@ -125,9 +125,9 @@ def test_block_fp8_is_converted_from_mxfp8_in_new_memory(rule: BlockScale) -> No
     assert list(weights.kept) == [WeightFormat.BLOCK_FP8]
     assert weights.nbytes == {WeightFormat.BLOCK_FP8: 3 * 3 * 64 * 96 + 4 * 3 * (2 * 1 + 1 * 1)}
     assert (weights.local_experts, weights.hidden, weights.intermediate) == (3, 64, 96)
-    assert stack_rows(weights.block_fp8_experts.w13) == 192
+    assert weights.reference_experts.w13.shape == (3, 192, 64)
     expected = BlockFP8.quantize(MXFP8(tensors[0], tensors[1]), rule).dequantize(torch.float64)
-    assert torch.equal(expert_matrix(weights.block_fp8_experts.w13, 1, torch.float64), expected[1])
+    assert torch.equal(expert_matrix(weights.reference_experts.w13, 1, torch.float64), expected[1])
     assert all(torch.equal(tensor.view(torch.uint8), old) for tensor, old in zip(tensors, before, strict=True))
 
 

@@ -16,9 +16,8 @@ import torch
 from epfuse.config import Activation, Combine, Path
 from epfuse.errors import ConfigError, DtypeError, ShapeError
 from epfuse.expert_map import ExpertMap
-from epfuse.weights.consistency import KINDS
-from epfuse.weights.experts import ExpertWeights, Projections, stack_tensors
-from epfuse.weights.panels import PanelStack, RowOrder
+from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.formats import FORMAT_OF
 
 
 def traced_experts(
@@ -72,53 +71,36 @@ def traced_experts(
 
 def take_apart(weights: ExpertWeights) -> tuple[str, list[torch.Tensor]]:
     """The names of the formats that are kept, joined by commas, and the tensors of each: w13's, then w2's."""
-    names, tensors = [], []
-    for name in KINDS:
-        experts = getattr(weights, name)
-        if experts is not None:
-            names.append(name)
-            tensors += [*stack_tensors(experts.w13), *stack_tensors(experts.w2)]
+    names = [experts.form.value for experts in weights.formats]
+    tensors = [tensor for experts in weights.formats for _, tensor in experts.tensors()]
     # a graph would carry their gradients to an operator that has none; the layer's result never requires one
     return ",".join(names), [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
 
 
-def put_together(
-    formats: str, tensors: Sequence[torch.Tensor], local_experts: int, hidden: int, intermediate: int
-) -> ExpertWeights:
+def put_together(formats: str, tensors: Sequence[torch.Tensor], hidden: int, intermediate: int) -> ExpertWeights:
     """The inverse of `take_apart`, on the same memory.
 
     Args:
-        formats: names of `ExpertWeights`' fields, joined by commas.
+        formats: names of `WeightFormat`, joined by commas.
         tensors: of each format.
-        local_experts: L.
         hidden: H.
         intermediate: I.
 
     Raises:
         EpfuseError: they don't describe one layer.
     """
-    rest = list(tensors)
-    kept: dict[str, Any] = {}
+    rest, known = list(tensors), {form.value: form for form in FORMAT_OF}
+    kept = []
     for name in formats.split(","):
-        w13 = _stack(name, rest, 2 * intermediate, hidden, RowOrder.GATE_UP)
-        w2 = _stack(name, rest, hidden, intermediate, RowOrder.PLAIN)
-        kept[name] = Projections(w13, w2)
-    return ExpertWeights(local_experts, hidden, intermediate, **kept)
-
-
-def _stack(name: str, rest: list[torch.Tensor], rows: int, columns: int, order: RowOrder) -> Any:
-    """The next stack of ``rest``, which is taken from it."""
-    kind: Any = KINDS.get(name)
-    if kind is None or len(rest) < (1 if kind is torch.Tensor else 2):
-        raise ConfigError(
-            f"formats has {name!r} with {len(rest)} tensors left; the graph was not made by this version of epfuse"
-        )
-    first = rest.pop(0)
-    if kind is torch.Tensor:
-        return first
-    if issubclass(kind, PanelStack):
-        return kind(first, rest.pop(0), rows, columns, order)
-    return kind(first, rest.pop(0))
+        form = known.get(name)
+        count = 0 if form is None else 2 * len(FORMAT_OF[form].parts(form, (1, 2, 1), torch.bfloat16))
+        if form is None or len(rest) < count:
+            raise ConfigError(
+                f"formats has {name!r} with {len(rest)} tensors left; the graph was not made by this version of epfuse"
+            )
+        kept.append(FORMAT_OF[form].rebuilt(rest[:count], hidden, intermediate))
+        del rest[:count]
+    return ExpertWeights(tuple(kept))
 
 
 def _activation(kind: str, parameters: Sequence[float]) -> Activation:
@@ -153,7 +135,7 @@ def _operator(
 
     return fused_experts(
         hidden,
-        put_together(formats, weights, local_experts, hidden.shape[1], intermediate),
+        put_together(formats, weights, hidden.shape[1], intermediate),
         topk_weights,
         topk_ids,
         ExpertMap.of_checked(slots, local_experts),

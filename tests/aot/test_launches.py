@@ -8,7 +8,8 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from epfuse.aot.calls import SHAPES, WEIGHTS, calls, token_counts
+from epfuse import ExpertWeights
+from epfuse.aot.calls import SHAPES, calls, token_counts
 from epfuse.aot.tasks import Job, list_jobs, start
 from epfuse.config import Combine, Path, WeightFormat
 from epfuse.policy import READABLE, decide
@@ -61,9 +62,8 @@ def test_arguments_are_specialised(jobs: list[Job]) -> None:
 
 
 def test_every_format_has_weights() -> None:
-    assert set(WEIGHTS) == set(WeightFormat)
-    for form, make in WEIGHTS.items():
-        assert set(make(SHAPES["gpt-oss-120b"], torch.bfloat16).kept) == {form}
+    for form in WeightFormat:
+        assert set(ExpertWeights.without_data(form, SHAPES["gpt-oss-120b"]).kept) == {form}
 
 
 @pytest.mark.parametrize("target", [Target.SM90, Target.GFX942, Target.GFX950])
@@ -111,7 +111,7 @@ def _given(scratch: bool) -> list[tuple[str, object]]:
 
     memory.overlaps = lambda first, second: True  # a server's scratch may have out's memory; tensors without data can't
     shape, form = SHAPES["minimax-m3"], WeightFormat.FRAGMENT
-    weights = WEIGHTS[form](shape, torch.bfloat16)
+    weights = ExpertWeights.without_data(form, shape)
     slots = ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0)
     found: list[tuple[str, object]] = []
 
@@ -192,7 +192,7 @@ def _constants_of_one_step() -> list[dict[str, object]]:
     def call() -> None:
         hidden = torch.empty(20, shape.hidden, dtype=torch.bfloat16, device=META)
         ids = torch.empty(20, shape.top_k, dtype=torch.int32, device=META)
-        weights, slots = WEIGHTS[form](shape, torch.bfloat16), ExpertMap.contiguous(8, 1, 0)
+        weights, slots = ExpertWeights.without_data(form, shape), ExpertMap.contiguous(8, 1, 0)
         operands = layer_call(form, weights, hidden, torch.empty(ids.shape, device=META), ids, slots)
         for _, launch in family_of(Path.W8A8, form, tiles).steps(operands, tiles).launches:
             launch()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
-from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout, ScaleRounding, decode, encode
+from epfuse.numerics.mxfp8 import MXFP8, ScaleRounding, decode, encode
 from tests.numerics.formats import same
 
 
@@ -36,42 +36,27 @@ def test_properties() -> None:
     assert quantized.device == torch.device("cpu")
     assert quantized.nbytes == 3 * 5 * 64 + 3 * 5 * 2
     with pytest.raises(dataclasses.FrozenInstanceError):
-        quantized.layout = ScaleLayout.PACKED  # type: ignore[misc]
-
-
-def test_layouts_hold_the_same_scales_and_convert_back() -> None:
-    rows = MXFP8.quantize(some(3, 5, 64) * torch.logspace(-6, 6, 64))
-    packed = rows.with_layout(ScaleLayout.PACKED)
-    assert packed.scales.shape == (3, 2, 5)
-    assert packed.scales.is_contiguous()
-    assert all(packed.scales[e, b, n] == rows.scales[e, n, b] for e in range(3) for n in range(5) for b in range(2))
-    assert len(rows.scales.unique()) > 3
-    assert packed.values.data_ptr() == rows.values.data_ptr()
-    assert same(packed.dequantize(torch.float32), rows.dequantize(torch.float32))
-    assert packed.with_layout(ScaleLayout.PACKED) is packed
-    assert torch.equal(packed.with_layout(ScaleLayout.ROWS).scales, rows.scales)
-    assert torch.equal(packed.scales_as(ScaleLayout.ROWS), rows.scales)
+        quantized.values = quantized.scales  # type: ignore[misc]
 
 
 def test_indexing_a_stack_gives_a_view_of_one_matrix() -> None:
-    stack = MXFP8.quantize(some(3, 5, 64)).with_layout(ScaleLayout.PACKED)
+    stack = MXFP8.quantize(some(3, 5, 64))
     one = stack[1]
     assert one.values.data_ptr() == stack.values[1].data_ptr()
-    assert one.layout is ScaleLayout.PACKED
     assert same(one.dequantize(torch.float32), stack.dequantize(torch.float32)[1])
     assert len(list(stack)) == 3
     with pytest.raises(ShapeError, match="stack"):
         one[0]
 
 
-@pytest.mark.parametrize("layout", list(ScaleLayout))
-def test_fnuz_holds_the_same_numbers(layout: ScaleLayout) -> None:
-    quantized = MXFP8.quantize(some(3, 5, 64)).with_layout(layout)
-    fnuz = quantized.to_fnuz()
-    assert fnuz.values.dtype == torch.float8_e4m3fnuz
-    assert fnuz.layout is layout
-    assert torch.equal(fnuz.dequantize(torch.float64), quantized.dequantize(torch.float64))
-    assert fnuz.to_fnuz() is fnuz
+def test_fnuz_holds_the_same_numbers_in_the_same_memory() -> None:
+    quantized = MXFP8.quantize(some(3, 5, 64))
+    numbers, pointer = quantized.dequantize(torch.float64), quantized.values.data_ptr()
+    fnuz = quantized.to_fnuz_()
+    assert (fnuz.values.dtype, fnuz.values.data_ptr()) == (torch.float8_e4m3fnuz, pointer)
+    assert torch.equal(fnuz.dequantize(torch.float64), numbers)
+    with pytest.raises(DtypeError, match="starts from float8_e4m3fn"):
+        fnuz.to_fnuz_()
 
 
 def test_scales_may_come_as_torch_e8m0() -> None:
@@ -103,9 +88,7 @@ def test_what_is_refused() -> None:
         MXFP8(values[0], scales[0])
     with pytest.raises(ShapeError, match=r"values has shape \(4, 48\).*multiple of 32"):
         MXFP8(values[:, :48].contiguous(), scales)
-    with pytest.raises(ShapeError, match=r"scales has shape \(4, 2\).*PACKED.*\(2, 4\)"):
-        MXFP8(values, scales, ScaleLayout.PACKED)
-    with pytest.raises(ShapeError, match=r"scales has shape \(4, 1\).*ROWS.*\(4, 2\)"):
+    with pytest.raises(ShapeError, match=r"scales has shape \(4, 1\).*must be \(4, 2\)"):
         MXFP8(values, scales[:, :1].contiguous())
     with pytest.raises(DtypeError, match=r"values has dtype torch\.uint8"):
         MXFP8(values.view(torch.uint8), scales)

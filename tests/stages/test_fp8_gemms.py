@@ -16,7 +16,7 @@ from epfuse.stages.route import reference as route_reference
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
 from epfuse.weights.block_fp8 import BlockFP8, BlockScale
-from epfuse.weights.experts import expert_matrix
+from epfuse.weights.projections import expert_matrix
 from tests.cases import ROUTINGS, Case, make_case, snr_db
 
 TILES = {
@@ -45,8 +45,8 @@ def stack_of(dense: torch.Tensor, group: int, dtype: torch.dtype) -> MXFP8 | Blo
     packed.scales[:, ::3, 1] = 0
     if group == 128:
         blocks = BlockFP8.quantize(packed, BlockScale.AMAX)
-        return blocks.to_fnuz() if dtype is FNUZ else blocks
-    return packed.to_fnuz() if dtype is FNUZ else packed
+        return blocks.to_fnuz_() if dtype is FNUZ else blocks
+    return packed.to_fnuz_() if dtype is FNUZ else packed
 
 
 def numbers(stack: MXFP8 | BlockFP8, expert: int) -> torch.Tensor:

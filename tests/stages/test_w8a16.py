@@ -29,7 +29,10 @@ def test_same_bits_as_bf16(device: torch.device, routing: str, values: torch.dty
         stack.scales[:, ::3, 1] = 3  # the least that BF16 holds with every code
     routes = route_reference.route(case.topk_ids, case.expert_map.on(device), case.weights.local_experts, 16)
     results = []
-    for convert in (lambda w: w.dequantize(torch.bfloat16), lambda w: w.to_fnuz() if "fnuz" in str(values) else w):
+    for convert in (
+        lambda w: w.dequantize(torch.bfloat16),
+        lambda w: w.to_fnuz_() if "fnuz" in str(values) else w,  # the last use of w
+    ):
         with poisoned_memory():
             y = launch_gate_up(case.hidden, convert(stacks.w13), routes, 4, ACTIVATION, TILE)
             results.append((y, launch_down(y, convert(stacks.w2), routes, case.topk_weights, TILE)))

@@ -22,7 +22,7 @@ from epfuse.verify.problem import Problem
 from epfuse.verify.record import ORACLE
 from epfuse.verify.scenarios import KINDS, make_scenarios
 from epfuse.verify.subject import Stored, Subject, subjects_of
-from epfuse.weights.experts import expert_matrix
+from epfuse.weights.projections import expert_matrix
 from tests.cases import snr_db
 
 PROBLEM = Problem(

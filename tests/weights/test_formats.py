@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from epfuse import ExpertMap, ExpertWeights, Path, Target, fused_experts
-from epfuse.config import Combine, WeightFormat
+from epfuse.compile_ops import put_together, take_apart
+from epfuse.config import Combine, LayerShape, WeightFormat
 from epfuse.errors import ConfigError, DtypeError, EpfuseError, LayoutError, ShapeError
-from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
+from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.policy import READABLE
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.reference import route
 from epfuse.stages.tiles import GemmTile
-from epfuse.weights.block_fp8 import BlockFP8
-from epfuse.weights.experts import PREPARED_FOR, Projections, expert_matrix
-from epfuse.weights.fragment import check_packable, pack
+from epfuse.weights.block_fp8 import BlockFP8, BlockFP8Experts
+from epfuse.weights.dense import DenseExperts
+from epfuse.weights.formats import BYTES_PER_WEIGHT, PREPARED_FOR
+from epfuse.weights.fragment import FragmentExperts, check_packable, pack
+from epfuse.weights.mxfp8 import MXFP8Experts
 from epfuse.weights.panels import RowOrder
+from epfuse.weights.projections import expert_matrix
 from epfuse.weights.row_fp8 import pack_rows
 
 LOCAL, HIDDEN, INTERMEDIATE = 2, 128, 64
@@ -88,7 +93,7 @@ def test_codes_of_gfx942_are_not_packed_for_hopper(path: Path) -> None:
         with pytest.raises(DtypeError, match=r"codes in torch\.float8_e4m3fnuz; Hopper's orders are made from"):
             convert(stack)
     with pytest.raises(DtypeError, match="E4M3FNUZ is made from float8_e4m3fn"):
-        ExpertWeights.block_fp8(*parts()).prepare(Target.GFX942).block_fp8_experts.w13.to_fnuz_()
+        ExpertWeights.block_fp8(*parts()).prepare(Target.GFX942).reference_experts.w13.to_fnuz_()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +109,7 @@ def test_codes_of_gfx942_are_not_packed_for_hopper(path: Path) -> None:
 )
 def test_consumed_weights_say_so_at_every_use(make: str, target: Target, path: Path) -> None:
     weights = MAKERS[make]()
-    kept = weights.block_fp8_experts if make == "block_fp8" else weights.mxfp8_experts
+    kept = weights.reference_experts
     again = replace(weights)  # shares the matrices
     weights.prepare(target, path)
     hidden, ids = torch.ones(1, HIDDEN, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int32)
@@ -137,7 +142,7 @@ def test_a_refused_preparation_consumes_nothing() -> None:
         assert weights.prepare(Target.SM90) is weights  # fragment order can't hold it either, and leaves it
         assert all(map(torch.equal, numbers(weights, WeightFormat.MXFP8), before))
     block = ExpertWeights.block_fp8(*parts())
-    block.block_fp8_experts.w2.scales[0, 0, 0] = 3e38
+    block.reference_experts.w2.scales[0, 0, 0] = 3e38
     with pytest.raises(ConfigError, match="whose double float32 can't hold"):
         block.prepare(Target.GFX942)
     assert numbers(block, WeightFormat.BLOCK_FP8)
@@ -175,27 +180,81 @@ def test_scale_bytes_are_the_same_bits_under_both_of_their_dtypes(make) -> None:
 
 
 def test_a_layer_is_of_one_kind_however_it_is_made() -> None:
-    first, second = (Projections(MXFP8(*p[:2]), MXFP8(*p[2:])) for p in (parts(), parts()))
-    sizes = (LOCAL, HIDDEN, INTERMEDIATE)
-    mixed = Projections(first.w13, first.w2.to_fnuz())
-    packed = Projections(first.w13, first.w2.with_layout(ScaleLayout.PACKED))
-    fragments = Projections(pack(second.w13, RowOrder.PLAIN), pack(second.w2, RowOrder.PLAIN))
-    cases: list[tuple[dict[str, object], type[EpfuseError], str]] = [
-        ({"mxfp8_experts": mixed}, DtypeError, r"w13 is in torch.float8_e4m3fn and w2 in torch.float8_e4m3fnuz"),
-        ({"mxfp8_experts": packed}, LayoutError, "scales in layout PACKED"),
-        ({"fragment_experts": fragments}, LayoutError, "rows in the orders PLAIN and PLAIN"),
-        ({"mxfp8_experts": fragments}, ConfigError, "mxfp8_experts.w13 is a FragmentMXFP8; it must be a MXFP8"),
-        ({"block_fp8_experts": first}, ConfigError, "block_fp8_experts.w13 is a MXFP8; it must be a BlockFP8"),
-        ({"mxfp8_experts": (first.w13, first.w2)}, ConfigError, "mxfp8_experts is a tuple"),
-        ({}, ConfigError, "in no format at all"),
+    def stored(rows: int = 2 * INTERMEDIATE) -> tuple[MXFP8, MXFP8]:
+        w13, s13, w2, s2 = parts()
+        return MXFP8(w13[:, :rows].contiguous(), s13[:, :rows].contiguous()), MXFP8(w2, s2)
+
+    def fragments(order: RowOrder) -> tuple[object, object]:
+        w13, w2 = stored()
+        return pack(w13, order), pack(w2, RowOrder.PLAIN)
+
+    def mixed() -> MXFP8Experts:
+        w13, w2 = stored()
+        return MXFP8Experts(w13, w2.to_fnuz_())
+
+    layer, smaller = MXFP8Experts(*stored()), DenseExperts(torch.zeros(1, 32, 32), torch.zeros(1, 32, 16))
+    cases: list[tuple[Callable[[], object], type[EpfuseError], str]] = [
+        (mixed, DtypeError, "w13 is in torch.float8_e4m3fn and w2 in torch.float8_e4m3fnuz"),
+        (lambda: FragmentExperts(*fragments(RowOrder.PLAIN)), LayoutError, "rows in the orders PLAIN and PLAIN"),
+        (lambda: MXFP8Experts(*fragments(RowOrder.GATE_UP)), ConfigError, "w13 is a FragmentMXFP8; it must be a MXFP8"),
+        (lambda: BlockFP8Experts(*stored()), ConfigError, "w13 is a MXFP8; it must be a BlockFP8"),
+        (lambda: MXFP8Experts(*stored(rows=64)), ShapeError, r"w2 has shape \(2, 128, 64\); beside w13 \(2, 64, 128\)"),
+        (lambda: ExpertWeights((stored(),)), ConfigError, "formats has a tuple; it must hold some of MXFP8Experts"),
+        (lambda: ExpertWeights(()), ConfigError, "in no format at all"),
+        (lambda: ExpertWeights(layer), ConfigError, "in no format at all"),
+        (lambda: ExpertWeights((layer, layer)), ConfigError, "mxfp8 twice"),
+        (lambda: ExpertWeights((smaller, layer)), ShapeError, r"dense has \(L, H, I\) = \(1, 32, 16\) and mxfp8"),
     ]
-    for fields, kind, words in cases:
+    for make, kind, words in cases:
         with pytest.raises(kind, match=words):
-            ExpertWeights(*sizes, **fields)
-    with pytest.raises(ShapeError, match=r"mxfp8_experts.w13 has shape \(2, 128, 128\); it must be \(2, 256, 128\)"):
-        ExpertWeights(LOCAL, HIDDEN, 128, mxfp8_experts=first)
-    with pytest.raises(ConfigError, match="hidden is True"):
-        ExpertWeights(LOCAL, True, INTERMEDIATE, mxfp8_experts=first)
+            make()
+
+
+@pytest.mark.parametrize("form", WeightFormat)
+def test_a_format_says_where_its_bytes_lie(form: WeightFormat) -> None:
+    shape = LayerShape(256, 384, 4, 3, 2)
+    weights = ExpertWeights.without_data(form, shape)
+    assert list(weights.kept) == [form]
+    assert (weights.local_experts, weights.hidden, weights.intermediate) == (3, 256, 384)
+    numbers = 3 * 3 * 256 * 384
+    assert weights.nbytes[form] == sum(tensor.nbytes for _, tensor in weights.kept[form].tensors())
+    assert weights.nbytes[form] / numbers == pytest.approx(BYTES_PER_WEIGHT[form], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "path"),
+    [
+        (ExpertWeights.mxfp8, Target.SM90, Path.AUTO),
+        (ExpertWeights.mxfp8, Target.SM90, Path.W8A8),
+        (ExpertWeights.mxfp8, Target.GFX942, Path.AUTO),
+        (ExpertWeights.hybrid, Target.GFX942, Path.AUTO),
+    ],
+)
+def test_memory_that_prepare_took_is_not_read_as_a_checkpoint_again(make, target: Target, path: Path) -> None:
+    """A second layer over the same tensors would compute with garbage, or with E4M3FNUZ as E4M3FN."""
+    tensors = parts()
+    prepared = make(*tensors).prepare(target, path)
+    views = tuple(tensor.view(torch.uint8).view(tensor.dtype) for tensor in tensors)
+    for given in (tensors, views, tuple(tensor[:1] for tensor in tensors)):
+        for again in (ExpertWeights.mxfp8, ExpertWeights.hybrid, ExpertWeights.block_fp8):
+            with pytest.raises(ConfigError, match=r"w13 lies in memory that holds .* now: ExpertWeights.prepare"):
+                again(*given)
+    names, taken = take_apart(prepared)
+    assert put_together(names, taken, HIDDEN, INTERMEDIATE).kept.keys() == prepared.kept.keys()
+    arena = torch.zeros(2 * tensors[0].numel(), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for half in arena.view(2, *tensors[0].shape):  # two layers of one storage
+        half.copy_(parts()[0])
+        ExpertWeights.mxfp8(half, *parts()[1:]).prepare(target, path)
+
+
+def test_memory_that_prepare_left_alone_may_be_read_again() -> None:
+    rng = torch.Generator().manual_seed(0)
+    stacks = [MXFP8.quantize(torch.randn(2, n, k, generator=rng)) for n, k in ((192, 160), (160, 96))]
+    tensors = tuple(part for w in stacks for part in (w.values, w.scales))
+    before = numbers(ExpertWeights.mxfp8(*tensors), WeightFormat.MXFP8)
+    ExpertWeights.mxfp8(*tensors).prepare(Target.SM90, Path.W8A8)  # padded: in new memory
+    after = numbers(ExpertWeights.mxfp8(*tensors), WeightFormat.MXFP8)
+    assert all(map(torch.equal, before, after))
 
 
 def test_quantize_names_the_projection_whose_rows_are_no_whole_blocks() -> None:

@@ -7,8 +7,8 @@ import torch
 
 from epfuse import ExpertWeights, Target
 from epfuse.config import WeightFormat
-from epfuse.errors import ConfigError, LayoutError
-from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
+from epfuse.errors import ConfigError
+from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.weights.fragment import LARGEST_SCALE, SCALE_SHIFT, pack, unpack
 from epfuse.weights.panels import RowOrder
 
@@ -101,8 +101,6 @@ def test_what_has_no_code_is_refused_before_anything_is_written() -> None:
         with pytest.raises(ConfigError, match=words):
             pack(weights, RowOrder.PLAIN)
         assert torch.equal(weights.values.view(torch.uint8), before)
-    with pytest.raises(LayoutError, match="packed scales"):
-        pack(random_mxfp8(1, 64, 128).with_layout(ScaleLayout.PACKED), RowOrder.PLAIN)
 
 
 def test_prepare_rearranges_for_hopper_only() -> None:

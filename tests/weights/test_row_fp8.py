@@ -7,8 +7,8 @@ import torch
 
 from epfuse import ExpertWeights, Path, Target
 from epfuse.config import WeightFormat
-from epfuse.errors import ConfigError, LayoutError
-from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
+from epfuse.errors import ConfigError
+from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.weights.panels import RowOrder, source_rows
 from epfuse.weights.row_fp8 import one_scale_a_row, pack_rows
 
@@ -124,23 +124,16 @@ def test_names_are_no_paths_or_targets() -> None:
     assert torch.equal(w13.values.view(torch.uint8), before)
 
 
-def test_packed_scales_are_refused() -> None:
-    weights = random_mxfp8(1, 64, 128)
-    scales = weights.scales.transpose(-1, -2).contiguous()
-    with pytest.raises(LayoutError, match="ROWS layout"):
-        pack_rows(MXFP8(weights.values, scales, ScaleLayout.PACKED), RowOrder.PLAIN)
-
-
 def test_prepare_for_w8a8_takes_no_second_copy() -> None:
     w13, w2 = random_mxfp8(2, 256, 256), random_mxfp8(2, 256, 128)
     weights = ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
     before = weights.nbytes[WeightFormat.MXFP8]
     prepared = weights.prepare(Target.SM90, Path.W8A8)
     assert list(prepared.kept) == [WeightFormat.ROW_FP8]
-    assert prepared.row_fp8_experts is not None
-    assert prepared.row_fp8_experts.w13.codes.data_ptr() == w13.values.data_ptr()
-    assert prepared.row_fp8_experts.w2.codes.data_ptr() == w2.values.data_ptr()
+    packed = prepared.kept[WeightFormat.ROW_FP8]
+    assert packed.w13.codes.data_ptr() == w13.values.data_ptr()
+    assert packed.w2.codes.data_ptr() == w2.values.data_ptr()
     assert prepared.nbytes[WeightFormat.ROW_FP8] < before
-    assert list(
-        ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales).prepare(Target.GFX950, Path.W8A8).kept
-    ) == [WeightFormat.MXFP8]
+    w13, w2 = random_mxfp8(2, 256, 256), random_mxfp8(2, 256, 128)
+    other = ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
+    assert list(other.prepare(Target.GFX950, Path.W8A8).kept) == [WeightFormat.MXFP8]

@@ -10,11 +10,12 @@ import torch
 
 from epfuse.arguments import checks_enums
 from epfuse.bench.layers import Layer
-from epfuse.bench.roofline import BYTES_PER_WEIGHT, Operand, Work
+from epfuse.bench.roofline import Operand, Work
 from epfuse.bench.routing import Routing
 from epfuse.config import WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.target import Target, target_of
+from epfuse.weights.formats import BYTES_PER_WEIGHT
 
 HIDDEN_STD = 3.0
 """Of the activations. The projections then have it too, and the clamp at 7 bites on 1 % of the gates and 2 % of the

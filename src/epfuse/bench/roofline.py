@@ -7,18 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from epfuse.arguments import checks_enums
-from epfuse.config import WeightFormat
-
-BYTES_PER_WEIGHT = {
-    WeightFormat.DENSE: 2.0,
-    WeightFormat.MXFP8: 1 + 1 / 32,
-    WeightFormat.MXFP8_FNUZ: 1 + 1 / 32,
-    WeightFormat.FRAGMENT: 1 + 1 / 32,
-    WeightFormat.ROW_FP8: 1.0,
-    WeightFormat.BLOCK_FP8: 1 + 4 / 128**2,
-    WeightFormat.BLOCK_FP8_FNUZ: 1 + 4 / 128**2,
-}
-"""Bytes of one weight in memory, its share of the scales included; dense weights are BF16."""
 
 
 class Operand(enum.Enum):

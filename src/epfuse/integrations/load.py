@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from epfuse.config import Path, SwiGLUOAI
+from epfuse.config import Path, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import Checkpoint, LayerPlan, Storage
@@ -119,4 +119,4 @@ def _weights(plan: LayerPlan, given: Parameters) -> ExpertWeights:
     if plan.storage is Storage.MXFP8:
         return ExpertWeights.mxfp8(*mxfp8).prepare(target)
     both = ExpertWeights.hybrid(*mxfp8)
-    return both.prepare(target) if plan.storage is Storage.HYBRID else replace(both, mxfp8_experts=None)
+    return both.prepare(target) if plan.storage is Storage.HYBRID else both.without(WeightFormat.MXFP8)

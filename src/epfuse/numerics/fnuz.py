@@ -72,7 +72,7 @@ def normalize_to_fnuz(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch
         DtypeError: either has another dtype.
         ConfigError: a scale byte is 254, see `double_scales`.
     """
-    _require_fn(values)
+    require_e4m3fn(values)
     doubled = double_scales(scales)
     return fn_codes_to_fnuz(values.view(torch.uint8)).view(torch.float8_e4m3fnuz), doubled
 
@@ -96,7 +96,7 @@ def normalize_to_fnuz_(values: torch.Tensor, scales: torch.Tensor) -> tuple[torc
         DtypeError: either has another dtype.
         ConfigError: a scale byte is 254, see `double_scales`.
     """
-    _require_fn(values)
+    require_e4m3fn(values)
     scales = as_e8m0_bytes("scales", scales)
     scales.copy_(double_scales(scales))
     codes = values.view(torch.uint8)
@@ -105,7 +105,13 @@ def normalize_to_fnuz_(values: torch.Tensor, scales: torch.Tensor) -> tuple[torc
     return codes.view(torch.float8_e4m3fnuz), scales
 
 
-def _require_fn(values: torch.Tensor) -> None:
+def require_e4m3fn(values: torch.Tensor) -> None:
+    """Refuse codes whose bytes don't mean E4M3FN.
+
+    Raises:
+        ConfigError, LayoutError: no plain tensor.
+        DtypeError: another dtype.
+    """
     require_plain("values", values)
     if values.dtype != torch.float8_e4m3fn:
         raise DtypeError(f"values has dtype {values.dtype}; normalisation to E4M3FNUZ starts from float8_e4m3fn")

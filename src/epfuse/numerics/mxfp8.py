@@ -11,14 +11,13 @@ Source: OCP Microscaling Formats (MX) v1.0. What that leaves to the implementati
 
 from __future__ import annotations
 
-import enum
 import itertools
 from dataclasses import dataclass
 
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.errors import DtypeError, ShapeError
 from epfuse.numerics.consumable import Consumable
 from epfuse.numerics.e8m0 import (
     NAN_BYTE,
@@ -29,7 +28,7 @@ from epfuse.numerics.e8m0 import (
     magnitude_bits,
     scale_bytes,
 )
-from epfuse.numerics.fnuz import FN_NAN, normalize_to_fnuz
+from epfuse.numerics.fnuz import FN_NAN, double_scales, normalize_to_fnuz_, require_e4m3fn
 from epfuse.operands import require_plain
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "MXFP8",
     "SOURCE_DTYPES",
     "VALUE_DTYPES",
-    "ScaleLayout",
     "ScaleRounding",
     "decode",
     "encode",
@@ -52,15 +50,6 @@ E4M3_MAX = 448.0
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 VALUE_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 DECODED_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-
-
-class ScaleLayout(enum.Enum):
-    """Where the scale of row n and block b of a matrix is stored."""
-
-    ROWS = "rows"
-    """``[.., N, K/32]``, as checkpoints have it: a row's scales are adjacent."""
-    PACKED = "packed"
-    """``[.., K/32, N]``: the scales that one K step of a GEMM needs are adjacent."""
 
 
 @torch.no_grad()
@@ -125,7 +114,6 @@ def decode(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torc
     return product.reshape(values.shape).to(dtype)
 
 
-@checks_enums
 @dataclass(frozen=True, repr=False)
 class MXFP8(Consumable):
     """A matrix, or a stack of matrices, in MXFP8: values and scales travel together.
@@ -134,9 +122,8 @@ class MXFP8(Consumable):
     within a few times one matrix whatever the stack holds.
 
     Args:
-        values: ``[.., N, K]`` contiguous, float8_e4m3fn, or float8_e4m3fnuz after `to_fnuz`; K a multiple of 32.
-        scales: contiguous, uint8 or float8_e8m0fnu (kept as uint8), in the shape that ``layout`` says.
-        layout: ROWS, ``[.., N, K/32]``, or PACKED, ``[.., K/32, N]``.
+        values: ``[.., N, K]`` contiguous, float8_e4m3fn, or float8_e4m3fnuz after `to_fnuz_`; K a multiple of 32.
+        scales: ``[.., N, K/32]`` contiguous, uint8 or float8_e8m0fnu (kept as uint8).
 
     Raises:
         ShapeError: fewer than two dimensions, K not a multiple of 32, or scales of another shape.
@@ -145,36 +132,23 @@ class MXFP8(Consumable):
         LayoutError: not contiguous.
     """
 
-    values: torch.Tensor
-    scales: torch.Tensor
-    layout: ScaleLayout = ScaleLayout.ROWS
-
     def __post_init__(self) -> None:
         _check_values(self.values)
         object.__setattr__(self, "scales", as_e8m0_bytes("scales", self.scales))
         if self.values.dim() < 2:
             raise ShapeError(f"values has shape {tuple(self.values.shape)}; MXFP8 needs at least [N, K]")
-        rows = _blocked("values", self.values)[:-1]
-        needed = rows if self.layout is ScaleLayout.ROWS else (*rows[:-2], rows[-1], rows[-2])
+        needed = _blocked("values", self.values)[:-1]
         if self.scales.shape != needed:
             raise ShapeError(
-                f"scales has shape {tuple(self.scales.shape)}; beside values {tuple(self.values.shape)} in layout"
-                f" {self.layout.name} it must be {needed}"
+                f"scales has shape {tuple(self.scales.shape)}; beside values {tuple(self.values.shape)} it must be"
+                f" {needed}"
             )
-        if self.scales.device != self.values.device:
-            raise DeviceError(
-                f"scales is on {self.scales.device} and values on {self.values.device}; both must be on one device"
-            )
-        for name, tensor in (("values", self.values), ("scales", self.scales)):
-            if not tensor.is_contiguous():
-                raise LayoutError(
-                    f"{name} has strides {tensor.stride()}; it must be contiguous (call .contiguous() once at load)"
-                )
+        self.require_together()
 
     @classmethod
     @checks_enums
     def quantize(cls, x: torch.Tensor, rounding: ScaleRounding = ScaleRounding.FLOOR) -> MXFP8:
-        """Encode ``[.., N, K]`` bfloat16, float16 or float32; scales in layout ROWS.
+        """Encode ``[.., N, K]`` bfloat16, float16 or float32.
 
         Raises:
             ShapeError, DtypeError: as `encode`; also fewer than two dimensions.
@@ -204,34 +178,25 @@ class MXFP8(Consumable):
         if dtype not in DECODED_DTYPES:
             raise DtypeError(f"dtype is {dtype}; MXFP8 decodes to bfloat16, float32 or float64")
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        rows = self.scales_as(ScaleLayout.ROWS)
         for index in self._matrices():
-            out[index].copy_(decode(self.values[index], rows[index], dtype))
+            out[index].copy_(decode(self.values[index], self.scales[index], dtype))
         return out
 
-    @checks_enums
-    def scales_as(self, layout: ScaleLayout) -> torch.Tensor:
-        """The scale bytes in ``layout``; the tensor itself if it has that layout, else a transposed view."""
-        return self.scales if layout is self.layout else self.scales.transpose(-1, -2)
+    def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """``[N, K]`` numbers of one expert, as `dequantize` gives them."""
+        return self[expert].dequantize(dtype)
 
-    @checks_enums
-    def with_layout(self, layout: ScaleLayout) -> MXFP8:
-        """The same numbers with scales in ``layout``; values are shared, scales copied if the layout changes."""
-        if layout is self.layout:
-            return self
-        return MXFP8(self.values, self.scales_as(layout).contiguous(), layout)
+    def check_fnuz(self) -> None:
+        """As `Consumable.check_fnuz`: no scale byte may be 254."""
+        require_e4m3fn(self.values)
+        double_scales(self.scales)
 
-    def to_fnuz(self) -> MXFP8:
-        """The same numbers in E4M3FNUZ, for gfx94x, as new tensors; itself if it is in E4M3FNUZ already.
-
-        `epfuse.numerics.fnuz.normalize_to_fnuz_` does it without a second copy.
-
-        Raises:
-            ConfigError: a scale byte is 254, whose double E8M0 can't hold.
-        """
-        if self.values.dtype == torch.float8_e4m3fnuz:
-            return self
-        return MXFP8(*normalize_to_fnuz(self.values, self.scales), self.layout)
+    def to_fnuz_(self) -> MXFP8:
+        """As `Consumable.to_fnuz_`, one slice of the first dimension at a time."""
+        self.check_fnuz()
+        values, scales = self.values, self.scales
+        self.consume("E4M3FNUZ", "values", "scales")
+        return MXFP8(*normalize_to_fnuz_(values, scales))
 
     def __getitem__(self, index: int) -> MXFP8:
         """Matrix ``index`` of a stack ``[L, .., N, K]``: a view.
@@ -242,22 +207,7 @@ class MXFP8(Consumable):
         """
         if self.values.dim() < 3:
             raise ShapeError(f"values has shape {tuple(self.shape)}; only a stack [L, .., N, K] can be indexed")
-        return MXFP8(self.values[index], self.scales[index], self.layout)
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the values, ``[.., N, K]``."""
-        return self.values.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Where values and scales live."""
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values and scales: 33/32 of a byte per value."""
-        return self.values.nbytes + self.scales.nbytes
+        return MXFP8(self.values[index], self.scales[index])
 
     def _matrices(self) -> list[tuple[int, ...]]:
         """Index of each ``[N, K]`` matrix."""

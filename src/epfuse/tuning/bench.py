@@ -8,7 +8,7 @@ from epfuse.arguments import checks_enums
 from epfuse.bench.inputs import Inputs, cache_bytes_of, draw_inputs
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import QUICK, Method, Sampling, time_calls
-from epfuse.bench.roofline import BYTES_PER_WEIGHT, Operand, Roofs, Work, floor_of
+from epfuse.bench.roofline import Operand, Roofs, Work, floor_of
 from epfuse.bench.roofs import measure_roofs
 from epfuse.bench.routing import Kind, Routing
 from epfuse.bench.weights import LayerWeights
@@ -18,6 +18,7 @@ from epfuse.stages.tiles import GemmTile, LayerTiles
 from epfuse.tuning.calls import bind_layer, bind_stage, layer_call
 from epfuse.tuning.search import Point, Timed
 from epfuse.verify.budget import compare, dense_tolerance, fp8_tolerance
+from epfuse.weights.formats import BYTES_PER_WEIGHT
 
 SHARE = {Stage.GATE_UP: 2 / 3, Stage.DOWN: 1 / 3}
 """Each stage's part of an expert's weights."""

@@ -101,12 +101,12 @@ def shortfall(candidate: Candidate) -> str | None:
     """Why the compiled tile won't do; None if it may."""
     import torch
 
-    from epfuse.aot.calls import WEIGHTS
     from epfuse.aot.gates import check
     from epfuse.aot.kernels import Use, build
     from epfuse.aot.launches import launches_of
     from epfuse.expert_map import ExpertMap
     from epfuse.tuning.calls import bind_layer, layer_call
+    from epfuse.weights.experts import ExpertWeights
 
     shape, tokens = candidate.shape, candidate.tokens
     tiles = LayerTiles(candidate.block_m, candidate.tile, candidate.tile)
@@ -114,7 +114,7 @@ def shortfall(candidate: Candidate) -> str | None:
     def call() -> None:
         operands = layer_call(
             candidate.weights,
-            WEIGHTS[candidate.weights](shape, torch.bfloat16),
+            ExpertWeights.without_data(candidate.weights, shape),
             torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta"),
             torch.empty(tokens, shape.top_k, dtype=torch.float32, device="meta"),
             torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta"),

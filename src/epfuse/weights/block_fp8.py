@@ -6,18 +6,23 @@ The format of DeepSeek-V3's checkpoints, for which FP8 grouped GEMMs exist on GP
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
+from epfuse.config import WeightFormat
+from epfuse.errors import ConfigError, DtypeError, ShapeError
 from epfuse.numerics.consumable import Consumable
 from epfuse.numerics.e8m0 import ScaleRounding, decode_scales, magnitude_bits, scale_bytes
 from epfuse.numerics.fnuz import fn_codes_to_fnuz
 from epfuse.numerics.mxfp8 import BLOCK as MX_BLOCK
 from epfuse.numerics.mxfp8 import DECODED_DTYPES, E4M3_MAX, MXFP8, SOURCE_DTYPES, VALUE_DTYPES
 from epfuse.operands import require_plain
+from epfuse.target import Target
+from epfuse.weights.projections import E4M3Projections, Part
 
 BLOCK = 128
 """Rows and columns that share a scale."""
@@ -38,15 +43,12 @@ class BlockFP8(Consumable):
     """The weights of L experts in block FP8: number = value * scale of its block.
 
     Args:
-        values: ``[L, N, K]`` contiguous, float8_e4m3fn, or float8_e4m3fnuz after `to_fnuz`.
+        values: ``[L, N, K]`` contiguous, float8_e4m3fn, or float8_e4m3fnuz after `to_fnuz_`.
         scales: ``[L, ceil(N/128), ceil(K/128)]`` contiguous float32.
 
     Raises:
         ShapeError, DtypeError, DeviceError, LayoutError: the two don't fit together.
     """
-
-    values: torch.Tensor
-    scales: torch.Tensor
 
     def __post_init__(self) -> None:
         require_plain("values", self.values)
@@ -65,13 +67,7 @@ class BlockFP8(Consumable):
                 f"scales has shape {tuple(self.scales.shape)}; beside values {tuple(self.values.shape)} it must be"
                 f" {needed}"
             )
-        if self.scales.device != self.values.device:
-            raise DeviceError(
-                f"scales is on {self.scales.device} and values on {self.values.device}; both must be on one device"
-            )
-        for name, tensor in (("values", self.values), ("scales", self.scales)):
-            if not tensor.is_contiguous():
-                raise LayoutError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+        self.require_together()
 
     @classmethod
     @torch.no_grad()
@@ -125,12 +121,7 @@ class BlockFP8(Consumable):
         return BlockFP8(self.values[expert : expert + 1], self.scales[expert : expert + 1]).dequantize(dtype)[0]
 
     def check_fnuz(self) -> None:
-        """Refuse what E4M3FNUZ, whose scales are doubled, can't hold. Syncs with the device; meant for load time.
-
-        Raises:
-            DtypeError: the values are in E4M3FNUZ already.
-            ConfigError: a scale is finite and its double is not.
-        """
+        """As `Consumable.check_fnuz`: no finite scale may have a double that is not."""
         if self.values.dtype != torch.float8_e4m3fn:
             raise DtypeError(f"values has dtype {self.values.dtype}; E4M3FNUZ is made from float8_e4m3fn")
         if bool((self.scales.isfinite() & (self.scales * 2).isinf()).any()):
@@ -138,44 +129,26 @@ class BlockFP8(Consumable):
 
     @torch.no_grad()
     def to_fnuz_(self) -> BlockFP8:
-        """`to_fnuz` in the memory of this one, one expert at a time; this one is consumed.
-
-        Raises:
-            DtypeError, ConfigError: as `check_fnuz`; nothing is changed.
-        """
+        """As `Consumable.to_fnuz_`, one expert at a time: codes keep their bits, scales double."""
         self.check_fnuz()
         codes, scales = self.values.view(torch.uint8), self.scales
-        self.consume("E4M3FNUZ")
+        self.consume("E4M3FNUZ", "values", "scales")
         for matrix in codes:
             matrix.copy_(fn_codes_to_fnuz(matrix))
         return BlockFP8(codes.view(torch.float8_e4m3fnuz), scales.mul_(2))
 
-    @torch.no_grad()
-    def to_fnuz(self) -> BlockFP8:
-        """The same numbers in E4M3FNUZ, for gfx94x (codes keep their bits, scales double), as new tensors.
 
-        Raises:
-            ConfigError: as `check_fnuz`.
-        """
-        if self.values.dtype == torch.float8_e4m3fnuz:
-            return self
-        self.check_fnuz()
-        return BlockFP8(fn_codes_to_fnuz(self.values.view(torch.uint8)).view(torch.float8_e4m3fnuz), self.scales * 2)
+@dataclass(frozen=True)
+class BlockFP8Experts(E4M3Projections[BlockFP8]):
+    """Block FP8; `epfuse.ExpertWeights.block_fp8` makes it from MXFP8."""
 
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the values, ``[L, N, K]``."""
-        return self.values.shape
+    stack: ClassVar = BlockFP8
+    forms: ClassVar = {WeightFormat.BLOCK_FP8: None, WeightFormat.BLOCK_FP8_FNUZ: Target.GFX942}
 
-    @property
-    def device(self) -> torch.device:
-        """Where values and scales live."""
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values and scales."""
-        return self.values.nbytes + self.scales.nbytes
+    @classmethod
+    def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
+        """Values, and a float32 for 128x128 of them."""
+        return (size, cls.codes(form)), (_scale_shape(size), torch.float32)
 
 
 def scale_block(weights: MXFP8 | BlockFP8) -> tuple[int, int]:
@@ -183,7 +156,7 @@ def scale_block(weights: MXFP8 | BlockFP8) -> tuple[int, int]:
     return (BLOCK, BLOCK) if isinstance(weights, BlockFP8) else (1, MX_BLOCK)
 
 
-def _scale_shape(shape: torch.Size) -> tuple[int, int, int]:
+def _scale_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     experts, rows, columns = shape
     return experts, -(-rows // BLOCK), -(-columns // BLOCK)
 

@@ -15,13 +15,26 @@ byte plus 120: as a BF16 exponent it is the scale times 2^120, which makes up fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.errors import ConfigError, LayoutError
-from epfuse.numerics.mxfp8 import MXFP8, ScaleLayout
-from epfuse.weights.panels import PANEL_ROWS, STEP_K, PanelStack, RowOrder, require_fn, source_rows, take_rows
+from epfuse.config import WeightFormat
+from epfuse.errors import ConfigError
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.target import Target
+from epfuse.weights.panels import (
+    PANEL_ROWS,
+    STEP_K,
+    PanelProjections,
+    PanelStack,
+    RowOrder,
+    require_fn,
+    source_rows,
+    take_rows,
+)
+from epfuse.weights.projections import Part
 
 SCALE_SHIFT = 120
 LARGEST_SCALE = 254 - SCALE_SHIFT
@@ -42,6 +55,25 @@ class FragmentMXFP8(PanelStack):
     def padded_columns(self) -> int:
         return self.codes.shape[2] * 32
 
+    def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's ``[N, K]`` in the checkpoint's order."""
+        return unpack(self, expert).dequantize(dtype)
+
+
+@dataclass(frozen=True)
+class FragmentExperts(PanelProjections[FragmentMXFP8]):
+    """MXFP8 as `epfuse.weights.mxfp8` prepares it for Hopper's W8A16."""
+
+    stack: ClassVar = FragmentMXFP8
+    forms: ClassVar = {WeightFormat.FRAGMENT: Target.SM90}
+
+    @classmethod
+    def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
+        """Codes, 32 k of a panel adjacent, and four scale bytes to an int32."""
+        local, panels, steps = size[0], -(-size[1] // PANEL_ROWS), -(-size[2] // STEP_K)
+        codes = (local, panels, steps * STEP_K // 32, 32 * PANEL_ROWS)
+        return (codes, torch.uint8), ((local, panels, steps, PANEL_ROWS), torch.int32)
+
 
 @torch.no_grad()
 @checks_enums
@@ -49,17 +81,14 @@ def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
     """Repack, one matrix at a time, into the memory of ``weights`` where the sizes allow it.
 
     Args:
-        weights: ``[L, N, K]`` E4M3FN with scales in ROWS layout. **Overwritten** when N is a multiple of 64 and K of
+        weights: ``[L, N, K]`` E4M3FN. **Overwritten** when N is a multiple of 64 and K of
             128 (and consumed: `Consumable`); otherwise left alone and new memory is taken.
         order: GATE_UP for w13 ``[L, 2I, H]``, PLAIN for w2.
 
     Raises:
         ConfigError: as `check_packable`; such weights run in their own order.
         DtypeError: the codes are not E4M3FN.
-        LayoutError: scales are not in ROWS layout.
     """
-    if weights.layout is not ScaleLayout.ROWS:
-        raise LayoutError("weights have packed scales; repacking into fragments takes the ROWS layout")
     local, rows, columns = weights.values.shape
     padded = -(-columns // STEP_K) * STEP_K
     source = source_rows(rows, order)
@@ -67,7 +96,7 @@ def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
     check_packable(weights)
     codes, scales = weights.values.view(torch.uint8), weights.scales
     if panels * PANEL_ROWS == rows and padded == columns:
-        weights.consume("fragment order")
+        weights.consume("fragment order", "values", "scales")
         out_codes = codes.view(local, panels, padded // 32, 2048)
         out_scales = scales.view(local, panels, padded // STEP_K, 256)
     else:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self, TypeVar
 
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.errors import DtypeError
+from epfuse.errors import DtypeError, LayoutError
 from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.numerics.stack import ExpertStack
+from epfuse.weights.projections import Projections
 
 PANEL_ROWS = 64
 STEP_K = 128
@@ -26,7 +30,7 @@ class RowOrder(enum.Enum):
 
 @checks_enums
 @dataclass(frozen=True)
-class PanelStack:
+class PanelStack(ExpertStack):
     """A stack of matrices in panels of 64 rows, K padded to whole steps of 128.
 
     Attributes:
@@ -44,17 +48,39 @@ class PanelStack:
     order: RowOrder
 
     @property
-    def device(self) -> torch.device:
-        """Where codes and scales live."""
-        return self.codes.device
+    def shape(self) -> tuple[int, int, int]:
+        """(L, N, K), without padding."""
+        return self.codes.shape[0], self.rows, self.columns
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Codes, then scales."""
+        return self.codes, self.scales
 
     @property
     def panels(self) -> int:
         return self.codes.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+
+P = TypeVar("P", bound=PanelStack)
+
+
+@dataclass(frozen=True)
+class PanelProjections(Projections[P]):
+    """Both projections in panels: rows of w13 in order GATE_UP, of w2 in order PLAIN."""
+
+    def check(self) -> None:
+        """The orders that kernels read."""
+        if (self.w13.order, self.w2.order) != (RowOrder.GATE_UP, RowOrder.PLAIN):
+            raise LayoutError(
+                f"{self.form.value} has rows in the orders {self.w13.order.name} and {self.w2.order.name}; they must"
+                " be GATE_UP and PLAIN"
+            )
+
+    @classmethod
+    def rebuilt(cls, tensors: Sequence[torch.Tensor], hidden: int, intermediate: int) -> Self:
+        """As `Projections.rebuilt`; the tensors don't tell what is padding."""
+        w13 = cls.stack(*tensors[:2], 2 * intermediate, hidden, RowOrder.GATE_UP)
+        return cls(w13, cls.stack(*tensors[2:], hidden, intermediate, RowOrder.PLAIN))
 
 
 def require_fn(weights: MXFP8) -> None:

@@ -12,14 +12,26 @@ A panel is 64 weight rows. Its codes lie as ``[K / 128][64 rows][128]``, so that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.errors import LayoutError
+from epfuse.config import WeightFormat
 from epfuse.numerics.e8m0 import NAN_BYTE, ScaleRounding, decode_scales, magnitude_bits, scale_bytes
-from epfuse.numerics.mxfp8 import BLOCK, MXFP8, ScaleLayout
-from epfuse.weights.panels import PANEL_ROWS, STEP_K, PanelStack, RowOrder, require_fn, source_rows, take_rows
+from epfuse.numerics.mxfp8 import BLOCK, MXFP8
+from epfuse.target import Target
+from epfuse.weights.panels import (
+    PANEL_ROWS,
+    STEP_K,
+    PanelProjections,
+    PanelStack,
+    RowOrder,
+    require_fn,
+    source_rows,
+    take_rows,
+)
+from epfuse.weights.projections import Part
 
 _BIAS = 127
 _LEAST, _MOST = 1, 254
@@ -51,22 +63,34 @@ class RowFP8(PanelStack):
         return out
 
 
+@dataclass(frozen=True)
+class RowFP8Experts(PanelProjections[RowFP8]):
+    """FP8 as `epfuse.weights.mxfp8` prepares it for Hopper's W8A8."""
+
+    stack: ClassVar = RowFP8
+    forms: ClassVar = {WeightFormat.ROW_FP8: Target.SM90}
+
+    @classmethod
+    def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
+        """Codes, 128 k of a panel adjacent, and a float32 for each row."""
+        local, panels, steps = size[0], -(-size[1] // PANEL_ROWS), -(-size[2] // STEP_K)
+        codes = (local, panels, steps, PANEL_ROWS, STEP_K)
+        return (codes, torch.float8_e4m3fn), ((local, panels * PANEL_ROWS), torch.float32)
+
+
 @torch.no_grad()
 @checks_enums
 def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
     """Repack, one matrix at a time, into the codes' memory where the sizes allow it.
 
     Args:
-        weights: ``[L, N, K]`` E4M3FN with scales in ROWS layout. **Codes are overwritten** when N is a multiple of 64
+        weights: ``[L, N, K]`` E4M3FN. **Codes are overwritten** when N is a multiple of 64
             and K of 128 (and consumed: `Consumable`); otherwise left alone and new memory is taken.
         order: GATE_UP for w13 ``[L, 2I, H]``, PLAIN for w2.
 
     Raises:
         DtypeError: the codes are not E4M3FN.
-        LayoutError: scales are not in ROWS layout.
     """
-    if weights.layout is not ScaleLayout.ROWS:
-        raise LayoutError("weights have packed scales; one scale a row is made from the ROWS layout")
     require_fn(weights)
     values, bytes_ = weights.values, weights.scales
     local, rows, columns = values.shape
@@ -77,7 +101,7 @@ def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
     codes = values.view(size) if fits else values.new_empty(size)
     scales = torch.empty(local, source.numel(), dtype=torch.float32, device=values.device)
     if fits:
-        weights.consume("codes with one scale a row")
+        weights.consume("codes with one scale a row", "values")
     for expert in range(local):
         moved, row_scales = one_scale_a_row(values[expert], bytes_[expert])
         packed = take_rows(moved.view(torch.uint8), source, steps * STEP_K, 0)

@@ -10,7 +10,7 @@ from torch import nn
 from epfuse.errors import DtypeError, LayoutError, ShapeError
 from epfuse.integrations.transformers.experts import EPExperts
 from epfuse.parallel.shard import check_whole
-from epfuse.weights.experts import DENSE_DTYPES
+from epfuse.weights.dense import DENSE_DTYPES
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 

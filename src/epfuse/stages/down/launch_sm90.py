@@ -8,7 +8,6 @@ from epfuse.stages.down.kernel_sm90 import down_sm90_kernel
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums
 from epfuse.stages.tiles import Sm90Tile
-from epfuse.weights.experts import stack_rows
 from epfuse.weights.fragment import FragmentMXFP8
 
 
@@ -36,7 +35,7 @@ def launch_down_sm90(
 
     Host syncs: none; graph-capturable.
     """
-    hidden, intermediate = stack_rows(w2), y.shape[1]
+    hidden, intermediate = w2.shape[1], y.shape[1]
     if out is None:
         out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
     w = operand_of(w2, hidden)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from epfuse.stages.route.table import RouteTable
-from epfuse.weights.experts import Stack, expert_matrix, stack_rows
+from epfuse.weights.projections import Stack, expert_matrix
 
 
 def down(
@@ -27,7 +27,7 @@ def down(
     Returns:
         ``[R, H]`` in y's dtype.
     """
-    out = torch.empty(routes.num_routes, stack_rows(w2), dtype=y.dtype, device=y.device)
+    out = torch.empty(routes.num_routes, w2.shape[1], dtype=y.dtype, device=y.device)
     for expert, rows in routes.groups():
         acc = y[rows].to(compute) @ expert_matrix(w2, expert, compute).T
         acc *= topk_weights.reshape(-1)[rows, None].to(compute)

@@ -10,7 +10,6 @@ from epfuse.stages.route.table import RouteTable
 from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums
 from epfuse.stages.tiles import Sm90Tile
 from epfuse.target import compute_units
-from epfuse.weights.experts import stack_rows
 from epfuse.weights.fragment import FragmentMXFP8
 
 
@@ -39,7 +38,7 @@ def launch_gate_up_sm90(
 
     Host syncs: none; graph-capturable.
     """
-    hidden, intermediate = x.shape[1], stack_rows(w13) // 2
+    hidden, intermediate = x.shape[1], w13.shape[1] // 2
     if out is None:
         out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
     w = operand_of(w13, 2 * intermediate)

@@ -7,7 +7,7 @@ import torch
 from epfuse.config import Activation
 from epfuse.stages.activation_reference import activated
 from epfuse.stages.route.table import RouteTable
-from epfuse.weights.experts import Stack, expert_matrix, stack_rows
+from epfuse.weights.projections import Stack, expert_matrix
 
 
 def gate_up(
@@ -33,7 +33,7 @@ def gate_up(
         ``[R, I]`` in x's dtype (float64 if ``compute`` is).
     """
     dtype = torch.float64 if compute == torch.float64 else x.dtype
-    out = torch.empty(routes.num_routes, stack_rows(w13) // 2, dtype=dtype, device=x.device)
+    out = torch.empty(routes.num_routes, w13.shape[1] // 2, dtype=dtype, device=x.device)
     for expert, rows in routes.groups():
         acc = x[rows // top_k].to(compute) @ expert_matrix(w13, expert, compute).T
         out[rows] = activated(acc.to(dtype).to(compute), activation).to(dtype)
