@@ -146,6 +146,7 @@ class BlockFP8Experts(E4M3Projections[BlockFP8]):
     forms: ClassVar = {WeightFormat.BLOCK_FP8: None, WeightFormat.BLOCK_FP8_FNUZ: Target.GFX942}
 
     @classmethod
+    @checks_enums
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
         """Values, and a float32 for 128x128 of them."""
         return (size, cls.codes(form)), (_scale_shape(size), torch.float32)

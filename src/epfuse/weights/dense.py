@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import WeightFormat
 from epfuse.errors import DtypeError, LayoutError, ShapeError
 from epfuse.operands import require_plain
@@ -37,6 +38,7 @@ class DenseExperts(Projections[torch.Tensor]):
                 )
 
     @classmethod
+    @checks_enums
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
         """The matrices themselves."""
         return ((size, dtype),)

@@ -272,6 +272,7 @@ class ExpertWeights:
         """The weights in every format that is kept."""
         return {experts.form: experts for experts in self.formats}
 
+    @checks_enums
     def without(self, form: WeightFormat) -> ExpertWeights:
         """The weights but for one format.
 

@@ -68,6 +68,7 @@ class FragmentExperts(PanelProjections[FragmentMXFP8]):
     forms: ClassVar = {WeightFormat.FRAGMENT: Target.SM90}
 
     @classmethod
+    @checks_enums
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
         """Codes, 32 k of a panel adjacent, and four scale bytes to an int32."""
         local, panels, steps = size[0], -(-size[1] // PANEL_ROWS), -(-size[2] // STEP_K)

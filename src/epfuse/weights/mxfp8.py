@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.numerics.mxfp8 import BLOCK, MXFP8
@@ -28,10 +29,12 @@ class MXFP8Experts(E4M3Projections[MXFP8]):
     forms: ClassVar = {WeightFormat.MXFP8: None, WeightFormat.MXFP8_FNUZ: Target.GFX942}
 
     @classmethod
+    @checks_enums
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
         """Values, and a scale byte for 32."""
         return (size, cls.codes(form)), ((*size[:2], size[2] // BLOCK), torch.uint8)
 
+    @checks_enums
     def prepared(self, target: Target, path: Path) -> Projections[Any]:
         """Hopper's orders: one scale a row for W8A8, fragments for every other path."""
         if target is not Target.SM90:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from epfuse.numerics.consumable import Consumable, require_as_loaded
@@ -121,6 +122,7 @@ class Projections(ABC, Generic[S]):
 
     @classmethod
     @abstractmethod
+    @checks_enums
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
         """The tensors that a stack of ``[L, N, K]`` numbers lies in, in the order of `ExpertStack.tensors`.
 
@@ -145,6 +147,7 @@ class Projections(ABC, Generic[S]):
         half = len(tensors) // 2
         return cls(cls.stack(*tensors[:half]), cls.stack(*tensors[half:]))
 
+    @checks_enums
     def check_prepare(self, target: Target) -> None:
         """Refuse what ``target``'s form can't hold, before the memory of any format is written.
 
@@ -152,6 +155,7 @@ class Projections(ABC, Generic[S]):
             ConfigError: as said.
         """
 
+    @checks_enums
     def prepared(self, target: Target, path: Path) -> Projections[Any]:
         """What ``target`` reads fastest on ``path``, in the memory of these, which are consumed.
 
@@ -177,16 +181,19 @@ class E4M3Projections(Projections[C]):
         return fnuz if self.w13.values.dtype == torch.float8_e4m3fnuz else stored
 
     @classmethod
+    @checks_enums
     def codes(cls, form: WeightFormat) -> torch.dtype:
         """Dtype of the codes in ``form``."""
         return torch.float8_e4m3fn if cls.forms[form] is None else torch.float8_e4m3fnuz
 
+    @checks_enums
     def check_prepare(self, target: Target) -> None:
         """Scales must have a double for gfx942."""
         if target is Target.GFX942 and self.forms[self.form] is None:
             self.w13.check_fnuz()
             self.w2.check_fnuz()
 
+    @checks_enums
     def prepared(self, target: Target, path: Path) -> Projections[Any]:
         """E4M3FNUZ for gfx942."""
         if target is Target.GFX942 and self.forms[self.form] is None:

@@ -71,6 +71,7 @@ class RowFP8Experts(PanelProjections[RowFP8]):
     forms: ClassVar = {WeightFormat.ROW_FP8: Target.SM90}
 
     @classmethod
+    @checks_enums
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
         """Codes, 128 k of a panel adjacent, and a float32 for each row."""
         local, panels, steps = size[0], -(-size[1] // PANEL_ROWS), -(-size[2] // STEP_K)
