@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-from epfuse.aot.calls import WEIGHTS
 from epfuse.aot.launches import Launch, launches_of
 from epfuse.api import fused_experts
 from epfuse.compiled.layer import Layer, kernels
@@ -17,7 +16,7 @@ from epfuse.expert_map import ExpertMap
 from epfuse.families.registry import scratch_size
 from epfuse.scratch import Scratch
 from epfuse.target import Target
-from epfuse.weights.consistency import KINDS
+from epfuse.weights.experts import ExpertWeights
 
 SHAPE = LayerShape(hidden=256, intermediate=128, experts=16, local_experts=4, top_k=3)
 """Small: operands lie in real memory, which is not touched. Rows of ids and router weights are 12 bytes."""
@@ -66,9 +65,9 @@ def calls(layer: Layer, seed: int, count: int) -> list[Launch]:
 def drawn(layer: Layer, seed: int, count: int, most: int) -> Callable[[], None]:
     """``count`` calls that differ in all that may differ between the calls of a layer."""
     draw = random.Random(seed)
-    shape, weights = layer.shape, WEIGHTS[next(iter(layer.formats))](layer.shape, layer.dtype)
-    held = {name: _real(getattr(weights, name)) for name in KINDS}
-    weights = replace(weights, **{name: value for name, value in held.items() if value is not None})
+    shape = layer.shape
+    made = ExpertWeights.without_data(next(iter(layer.formats)), shape, layer.dtype)
+    weights = ExpertWeights(tuple(_real(experts) for experts in made.formats))
     slots = torch.arange(shape.experts)
     expert_map = ExpertMap(torch.where(slots < shape.local_experts, slots, -1))
 
@@ -105,16 +104,9 @@ def drawn(layer: Layer, seed: int, count: int, most: int) -> Callable[[], None]:
 
 def _real(experts):
     """The same stacks in memory that is never touched."""
-    if experts is None:
-        return None
-    stacks = []
-    for stack in (experts.w13, experts.w2):
-        if isinstance(stack, torch.Tensor):
-            stacks.append(torch.empty(stack.shape, dtype=stack.dtype))
-            continue
-        tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in vars(stack).items() if torch.is_tensor(t)}
-        stacks.append(replace(stack, **tensors))
-    return replace(experts, w13=stacks[0], w2=stacks[1])
+    _, hidden, intermediate = experts.sizes
+    tensors = [torch.empty(tensor.shape, dtype=tensor.dtype) for _, tensor in experts.tensors()]
+    return type(experts).rebuilt(tensors, hidden, intermediate)
 
 
 def compare(name: str, seed: int, count: int) -> tuple[list[str], dict[str, int]]:

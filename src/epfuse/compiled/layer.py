@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from epfuse.aot.calls import WEIGHTS
 from epfuse.aot.launches import Launch, launches_of
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums, integer
@@ -16,7 +15,6 @@ from epfuse.expert_map import ExpertMap
 from epfuse.policy.call import call_table
 from epfuse.stages.extent import ADDRESSABLE
 from epfuse.target import REFERENCE_DEVICE, Target
-from epfuse.weights.consistency import KINDS
 from epfuse.weights.experts import ExpertWeights
 
 
@@ -125,6 +123,5 @@ def _bytes_of_a_token(layer: Layer) -> set[int]:
 
 def _weights(layer: Layer) -> ExpertWeights:
     """All that is kept, without data."""
-    made = [WEIGHTS[form](layer.shape, layer.dtype) for form in layer.formats]
-    kept = {name: getattr(weights, name) for weights in made for name in KINDS if getattr(weights, name) is not None}
-    return ExpertWeights(layer.shape.local_experts, layer.shape.hidden, layer.shape.intermediate, **kept)
+    made = (ExpertWeights.without_data(form, layer.shape, layer.dtype) for form in layer.formats)
+    return ExpertWeights(tuple(experts for weights in made for experts in weights.formats))
