@@ -26,14 +26,18 @@ class YamlTree:
         values: plain Python.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, most_values: int = MOST_VALUES) -> None:
         """Parse a document.
+
+        Args:
+            text: of the file.
+            most_values: that it may have with every alias written out.
 
         Raises:
             YamlFault: it is not YAML, too large once its aliases are written out, contains itself, or has a key twice.
         """
         try:
-            loader = _Loader(text)
+            loader = _Loader(text, most_values)
             self._root = loader.get_single_node()
             self.values: Any = None if self._root is None else loader.construct_document(self._root)
         except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError) as error:
@@ -56,8 +60,9 @@ class YamlTree:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, most_values: int) -> None:
         super().__init__(text)
+        self._most_values = most_values
         self._sizes: dict[int, int] = {}  # of the nodes that are complete, by identity
         self._composed = 0
 
@@ -79,9 +84,9 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             raise yaml.composer.ComposerError(
                 None, None, f"a number has more than {LONGEST_NUMBER} digits", node.start_mark
             )
-        if max(size, self._composed) > MOST_VALUES:
+        if max(size, self._composed) > self._most_values:
             raise yaml.composer.ComposerError(
-                None, None, f"with its aliases it has more than {MOST_VALUES} values", node.start_mark
+                None, None, f"with its aliases it has more than {self._most_values} values", node.start_mark
             )
         self._sizes[id(node)] = size
         return node

@@ -17,7 +17,7 @@ from epfuse.profiling.text import printable
 try:
     from pydantic import BeforeValidator, Discriminator, Field, FiniteFloat, Tag, ValidationError, model_validator
 
-    from epfuse.profiling.yaml_tree import YamlFault, YamlTree
+    from epfuse.profiling.yaml_tree import MOST_VALUES, YamlFault, YamlTree
 except ImportError as error:
     raise MissingDependency(f"recipes need the package {error.name!r}: pip install 'epfuse[serve]'") from error
 
@@ -220,27 +220,27 @@ def parse(data: bytes, kind: type[Model], what: str, where: str) -> Model:
         return kind.model_validate(tree.values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        path = _without_tags(first["loc"])
+        path = without_tags(first["loc"])
         place = ".".join(printable(str(step))[:80] for step in path) or "the file"
         message = "this key is unknown" if first["type"] == "extra_forbidden" else printable(first["msg"])
         raise ConfigError(f"{what} {where}, line {tree.line(path)}: {place}: {message}") from None
 
 
-def read_tree(data: bytes, what: str, where: str) -> YamlTree:
+def read_tree(data: bytes, what: str, where: str, most_values: int = MOST_VALUES) -> YamlTree:
     """YAML with lines, within limits of values, aliases and depth.
 
     Raises:
         ConfigError: it is not UTF-8 or no such YAML.
     """
     try:
-        return YamlTree(data.decode("utf-8-sig"))
+        return YamlTree(data.decode("utf-8-sig"), most_values)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} {where} is not UTF-8: {error}") from None
     except YamlFault as fault:
         raise ConfigError(f"{what} {where} is not YAML: {fault}") from None
 
 
-def _without_tags(path: tuple[Any, ...]) -> tuple[str | int, ...]:
+def without_tags(path: tuple[Any, ...]) -> tuple[str | int, ...]:
     """Where the file has a fault: pydantic also names which of several classes an object was taken for."""
     found: list[str | int] = []
     for step in path:

@@ -23,6 +23,7 @@ EPILOG = """\b
 Examples:
   epfuse serve plan minimaxm3-mi300x --six
   epfuse serve plan minimaxm3-mi300x --lengths 8k1k --max-conc 64 --json | jq '.points[].name'
+  epfuse serve plan minimaxm3-mi300x --matrix amd-master.yaml --key 'minimaxm3-*' --runner mi300x
   epfuse serve plan my.yaml --key 'minimaxm3-*' --evals only
 
 \b

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -34,6 +36,14 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 
 OPTIONS = (
     click.argument("recipe", metavar="RECIPE"),
+    click.option(
+        "--matrix",
+        "masters",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Take the matrix from InferenceX' master file, not from the recipe; more than once for several.",
+    ),
     click.option(
         "--six", is_flag=True, help="Only the recipe's few concurrencies: c1, c16 and c256 of the seed's six."
     ),
@@ -89,6 +99,21 @@ def selects_arms(function: Function) -> Function:
     return function
 
 
+def _with_matrix(loaded: LoadedRecipe, masters: tuple[Path, ...]) -> LoadedRecipe:
+    from epfuse.serving.inferencex import import_master
+    from epfuse.serving.recipe import LoadedRecipe
+
+    imported = import_master(masters)
+    for sentence in imported.skipped:
+        click.echo(f"epfuse: {sentence}", err=True)
+    nodes = {entry.runner: (entry.runner,) for entry in imported.matrix.values()}
+    changed = {"matrix": imported.matrix, "runners": nodes | loaded.recipe.runners}
+    recipe = loaded.recipe.model_copy(update=changed)
+    source = f"{loaded.source} with {', '.join(path.name for path in masters)}"
+    digest = hashlib.sha256((loaded.sha256 + imported.sha256).encode()).hexdigest()
+    return LoadedRecipe(recipe, source, digest)
+
+
 @dataclass(frozen=True)
 class Choice:
     """A recipe and the rows of it that the options leave."""
@@ -97,8 +122,16 @@ class Choice:
     rows: list[Row]
 
     @classmethod
-    def of(cls, recipe: str, six: bool, sweep_runner: str | None, evals: str, **selection: Any) -> Choice:
-        """Read the recipe and expand it.
+    def of(
+        cls,
+        recipe: str,
+        masters: tuple[Path, ...],
+        six: bool,
+        sweep_runner: str | None,
+        evals: str,
+        **selection: Any,
+    ) -> Choice:
+        """Read the recipe and expand it; what an imported matrix leaves out is said on stderr.
 
         Raises:
             ConfigError: it can't be used, or nothing is left of it.
@@ -107,6 +140,8 @@ class Choice:
         from epfuse.serving.recipe import load_recipe
 
         loaded = load_recipe(recipe)
+        if masters:
+            loaded = _with_matrix(loaded, masters)
         found = loaded.recipe
         if six:
             if selection["concurrencies"]:
