@@ -186,6 +186,11 @@ def test_several_nodes_and_speculation_can_be_planned_but_not_run() -> None:
         planned(_parse(MINIMAL.replace("{tp: 8,", "{tp: 8, spec-decoding: mtp,")))
 
 
+def test_an_ep_that_vllm_has_not_is_refused_and_not_silently_another() -> None:
+    with pytest.raises(ConfigError, match="ep 4 and tp 8"):
+        planned(_parse(MINIMAL.replace("{tp: 8,", "{tp: 8, ep: 4,")))
+
+
 def test_any_server_command_gets_the_point() -> None:
     text = MINIMAL + "server: {command: [python, -m, x, --port, '{port}', --len, '{max_model_len}', 7]}\n"
     server = planned(_parse(text))[0].arms[0].server

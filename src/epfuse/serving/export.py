@@ -64,7 +64,7 @@ def _aggregate(record: RunRecord, job: PointJob, arm: str, legs: list[Measured])
             "pp": 1,
             "dcp_size": 1,
             "pcp_size": 1,
-            "ep": point.ep,
+            "ep": _ep(job, arm),
             "dp_attention": str(point.dp_attention).lower(),
             "tput_per_gpu": statistics.median(leg.total_throughput for leg in legs) / ranks,
             "output_tput_per_gpu": statistics.median(leg.output_throughput for leg in legs) / ranks,
@@ -72,6 +72,11 @@ def _aggregate(record: RunRecord, job: PointJob, arm: str, legs: list[Measured])
         }
         | _times(legs)
     )
+
+
+def _ep(job: PointJob, arm: str) -> int:
+    """The point's, unless the arm has expert parallelism of its own: vLLM's then is as large as tp."""
+    return job.point.tp if "--enable-expert-parallel" in job.arm(arm).server.argv else job.point.ep
 
 
 def _times(legs: list[Measured]) -> dict[str, float]:

@@ -43,7 +43,7 @@ def points(recipe: Recipe, rows: Sequence[Row]) -> list[Point]:
     """The points of rows.
 
     Raises:
-        ConfigError: a row needs several nodes or speculation, which no run has, or two rows are the same.
+        ConfigError: a row needs several nodes, speculation or an ep that vLLM has not, or two rows are the same.
     """
     found = []
     for row in rows:
@@ -51,6 +51,8 @@ def points(recipe: Recipe, rows: Sequence[Row]) -> list[Point]:
             raise ConfigError(f"key {row.key!r} needs several nodes; a run takes one node a point (--single-node)")
         if row.spec_decoding != "none":
             raise ConfigError(f"key {row.key!r} has spec-decoding {row.spec_decoding!r}; a run takes 'none'")
+        if row.ep not in (1, row.tp) and recipe.server.command is None:
+            raise ConfigError(f"key {row.key!r} has ep {row.ep} and tp {row.tp}; vllm serve's ep is 1 or tp")
     for row, name in zip(rows, point_names(rows), strict=True):
         assert isinstance(row.conc, int)
         assert row.tp is not None

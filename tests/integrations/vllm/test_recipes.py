@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from importlib import resources
 from types import ModuleType
 
 import pytest
@@ -34,7 +35,10 @@ def parser() -> FlexibleArgumentParser:
     return cli_args().make_arg_parser(FlexibleArgumentParser())
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_recipes() if served(name)])
+DEMOS = [str(path) for path in (resources.files("epfuse.serving") / "demos").iterdir() if path.name.endswith(".yaml")]
+
+
+@pytest.mark.parametrize("name", [name for name in [*shipped_recipes(), *DEMOS] if served(name)])
 def test_vllm_reads_every_command_of_a_shipped_recipe(parser: FlexibleArgumentParser, name: str) -> None:
     for words in sorted({arm.server.argv for job in served(name) for arm in job.arms}):
         parsed = parser.parse_args([word.replace("{port}", "8888") for word in words[2:]])
