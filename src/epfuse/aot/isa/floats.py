@@ -98,12 +98,17 @@ def division_scale(a: Value, denominator: Value, numerator: Value) -> tuple[Valu
     rest = ~none & ~large
     subnormal = rest & (exponent(denominator) == 0)
     rest &= ~subnormal
-    quotient = np.abs(n / d)
-    small = rest & (quotient < TINY) & (quotient > 0)
-    rest &= ~small
+    with np.errstate(all="ignore"):
+        quotient = np.abs(n.astype(np.float64) / d.astype(np.float64))
+    small = rest & (quotient < float(TINY)) & (quotient > 0)
+    # the reciprocal would be subnormal; the pseudocode scales up here, which would overflow
+    slow = rest & (np.abs(d) > np.float32(2.0**126)) & np.isfinite(d)
+    down = slow & (~small | (a == denominator))
+    rest &= ~small & ~slow
     tiny = rest & (exponent(numerator) <= 23)
-    up = (large & (a == denominator)) | subnormal | (small & (a == numerator)) | tiny
-    value = np.where(up, scaled(np.ascontiguousarray(a), np.full(a.shape, 64, np.int32).view(np.uint32)), a)
+    up = (large & (a == denominator)) | subnormal | (small & ~slow & (a == numerator)) | tiny
+    power = np.where(up, 64, np.where(down, -64, 0)).astype(np.int32).view(np.uint32)
+    value = np.where(up | down, scaled(np.ascontiguousarray(a), power), a)
     return np.where(none, np.uint32(0x7FC00000), value), large | small
 
 

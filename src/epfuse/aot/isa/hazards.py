@@ -61,31 +61,28 @@ class Outstanding:
     def wait(self, counts: dict[str, int]) -> None:
         """Wait until at most so many requests are left of each counter."""
         if "vmcnt" in counts:
-            self._finish("vmcnt", self.vector, max(0, len(self.vector) - counts["vmcnt"]))
+            self._finish("vmcnt", self.vector[: max(0, len(self.vector) - counts["vmcnt"])])
         if "lgkmcnt" in counts:
-            self._wait_lds(counts["lgkmcnt"])
+            self._finish("lgkmcnt", self._returned(counts["lgkmcnt"]))
 
-    def _wait_lds(self, left: int) -> None:
-        scalar = [each for each in self.lds if each.scalar]
+    def _returned(self, left: int) -> list[Request]:
+        """What LGKMCNT at ``left`` is sure to have covered."""
         if not left:
-            self._finish("lgkmcnt", self.lds, len(self.lds))
-        elif not scalar:
-            self._finish("lgkmcnt", self.lds, max(0, len(self.lds) - left))
-        else:
-            # scalar loads may all have returned first, and none of them is sure to have: only LDS beyond the count is
-            shared = [each for each in self.lds if not each.scalar]
-            done = len(shared) - min(left, len(shared))
-            self._finish("lgkmcnt", shared, done)
-            self.lds = [each for each in self.lds if each.scalar or each in shared]
+            return list(self.lds)
+        # scalar loads may all have returned first, and none of them is sure to have: only LDS beyond the count is
+        shared = [each for each in self.lds if not each.scalar]
+        return shared[: max(0, len(shared) - left)]
 
-    def _finish(self, counter: str, queue: list[Request], done: int) -> None:
+    def _finish(self, counter: str, done: list[Request]) -> None:
         if not done:
             return
         self.waited[counter] += 1
-        for request in queue[:done]:
+        finished = {id(request) for request in done}
+        for request in done:
             if request.settle is not None:
                 request.settle()
-        del queue[:done]
+        self.vector = [each for each in self.vector if id(each) not in finished]
+        self.lds = [each for each in self.lds if id(each) not in finished]
         self.pending = 0
         for request in (*self.vector, *self.lds):
             self.pending |= request.targets
@@ -164,7 +161,6 @@ class Recent:
 
     def _add(self, result: Result) -> None:
         self.results = [each for each in self.results if result.clock - each.clock <= LONGEST]
-        # what is written again needs no distance from the earlier write
         self.results.append(result)
         self.hot = 0
         for each in self.results:

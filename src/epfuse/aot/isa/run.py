@@ -182,7 +182,7 @@ def _run_group(waves: list[Wave], steps: list[Step], tallies: Tallies, order: ra
     while True:
         turn = list(waves)
         order.shuffle(turn)
-        stops = {wave: _run_wave(wave, steps, tallies, left) for wave in turn}
+        stops = {wave: run_wave(wave, steps, tallies, left) for wave in turn}
         names = {steps[place].name for place in stops.values()}
         if len(names) > 1:
             line = next(steps[place].instruction.line for place in stops.values() if steps[place].name == "s_barrier")
@@ -192,7 +192,7 @@ def _run_group(waves: list[Wave], steps: list[Step], tallies: Tallies, order: ra
         waves[0].group.barrier()
 
 
-def _run_wave(wave: Wave, steps: list[Step], tallies: Tallies, left: dict[Wave, int]) -> int:
+def run_wave(wave: Wave, steps: list[Step], tallies: Tallies, left: dict[Wave, int]) -> int:
     """Run to a barrier or to the end; gives the place of that instruction."""
     waits, recent, remaining, scalars = wave.waits, wave.recent, left[wave], wave.scalars
     tally, idle = tallies
