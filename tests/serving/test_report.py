@@ -55,6 +55,15 @@ def test_the_page_needs_nothing_but_itself_and_escapes(whole: RunFolder) -> None
         assert words in page
 
 
+def test_a_run_on_cpus_has_ranks_and_no_gpus(tmp_path: Path) -> None:
+    run = make_run(tmp_path, pairs=2)
+    for point in run.read_run().points:
+        write_model(run.point(point).job, run.read_job(point).model_copy(update={"gpus": 0, "gpu_vendor": "none"}))
+    page = serve_page(collect(run), 1.8e9)
+    assert "tokens/s/rank" in page
+    assert "tokens/s/GPU" not in page
+
+
 def test_the_environment_s_differences_are_told_apart(whole: RunFolder) -> None:
     common, differing = differences(collect(whole))
     assert common["packages.vllm"] == "0.33.0"

@@ -67,6 +67,7 @@ def serve_page(record: RunRecord, made: float) -> str:
         faults=record.faults,
         counts={state: states.count(state) for state in dict.fromkeys(states)},
         good=GOOD,
+        unit=unit(record),
         chart=_chart(record),
         verdicts=_verdicts(record),
         points=[_point_row(point) for point in record.points],
@@ -79,8 +80,13 @@ def serve_page(record: RunRecord, made: float) -> str:
     )  # fmt: skip
 
 
+def unit(record: RunRecord) -> str:
+    """What a throughput is divided by; a server on a CPU has ranks and no GPU."""
+    return "GPU" if any(point.job is not None and point.job.gpus for point in record.points) else "rank"
+
+
 def _chart(record: RunRecord) -> dict[str, Any] | None:
-    """Tokens a second and GPU over tokens a second and user; one line for lengths, layout and arm."""
+    """Tokens a second and GPU (`unit`) over tokens a second and user; one line for lengths, layout and arm."""
     lines: dict[str, list[tuple[int, float, float, str]]] = {}
     for point, job, arm, legs in measurements(record):
         users = [user for leg in legs if (user := leg.per_user) is not None]
@@ -89,7 +95,7 @@ def _chart(record: RunRecord) -> dict[str, Any] | None:
         shape = job.point
         user, gpu = statistics.median(users), statistics.median(leg.total_throughput for leg in legs) / max(shape.tp, 1)
         name = f"{short_lengths(shape.isl, shape.osl)}, {arm}"
-        hint = f"{point.name}, {arm}: {user:.3g} tokens/s/user, {gpu:,.3g} tokens/s/GPU"
+        hint = f"{point.name}, {arm}: {user:.3g} tokens/s/user, {gpu:,.3g} tokens/s/{unit(record)}"
         lines.setdefault(name, []).append((shape.concurrency, user, gpu, hint))
     if not lines:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from epfuse import __version__
@@ -238,7 +239,7 @@ def resolve(
     return Run(
         name=found[0].run,
         label=loaded.recipe.label,
-        recipe=loaded.source,
+        recipe=Path(loaded.source).name,  # a page is read elsewhere
         recipe_sha256=loaded.sha256,
         epfuse=__version__,
         created=time.time(),
