@@ -27,7 +27,9 @@ B, Y = WeightFormat.BLOCK_FP8, WeightFormat.BLOCK_FP8_FNUZ
         (Target.GFX942, {Z, D}, Path.W8A16, Z),
         (Target.GFX942, {Y}, Path.BLOCK_FP8, Y),
         (Target.GFX950, {M, D}, Path.W8A16, M),
-        (Target.CPU, {M}, Path.REFERENCE, None),
+        (Target.CPU, {M}, Path.W8A16, M),
+        (Target.CPU, {B}, Path.W8A16, B),
+        (Target.CPU, {F}, Path.REFERENCE, None),
     ],
 )
 def test_auto(target: Target, formats: set[WeightFormat], path: Path, reads: WeightFormat | None) -> None:

@@ -49,9 +49,13 @@ def test_a_bf16_checkpoint_is_not_rounded(target: Target) -> None:
     assert all("round" in reason for _, reason in plan.refused_storage)
 
 
-def test_a_cpu_runs_the_reference() -> None:
-    plan = planned(target=Target.CPU)
-    assert [entry.decision.path for entry in plan.ranges] == [Path.REFERENCE]
+@pytest.mark.parametrize(
+    ("checkpoint", "path"),
+    [(Checkpoint.MXFP8, Path.W8A16), (Checkpoint.BLOCK_FP8, Path.W8A16), (Checkpoint.BF16, Path.BF16)],
+)
+def test_a_cpu_runs_its_own_family(checkpoint: Checkpoint, path: Path) -> None:
+    plan = planned(target=Target.CPU, checkpoint=checkpoint)
+    assert [entry.decision.path for entry in plan.ranges] == [path]
 
 
 def test_sizes_that_mxfp8_has_no_groups_for_are_kept_in_bf16() -> None:

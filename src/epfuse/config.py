@@ -22,11 +22,12 @@ class Path(enum.Enum):
     AUTO = "auto"
     """The policy chooses."""
     REFERENCE = "reference"
-    """Plain PyTorch; the oracle of the others and what runs on a CPU."""
+    """Plain PyTorch; the oracle of the others."""
     BF16 = "bf16"
     """Dense weights (BF16; FP16 and FP32 too), activations of the same dtype."""
     W8A16 = "w8a16"
-    """MXFP8 weights, dequantised to BF16 in registers, which is exact; BF16 activations."""
+    """MXFP8 weights, dequantised to BF16 in registers, which is exact; BF16 activations. On a CPU block FP8 weights
+    too, FP16 and FP32 activations too, and an expert at a time."""
     W8A8 = "w8a8"
     """MXFP8 weights and activations quantised to MXFP8, multiplied by native FP8 dots; loses accuracy. With weights in
     ROW_FP8 the activations have one scale a row too."""

@@ -1,4 +1,4 @@
-"""route -> gate_up -> down -> combine in plain PyTorch: the oracle of every family, and what a CPU runs."""
+"""route -> gate_up -> down -> combine in plain PyTorch: the oracle of every family."""
 
 from __future__ import annotations
 

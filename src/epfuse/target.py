@@ -131,6 +131,19 @@ def compute_units(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies matrices of ``dtype`` without widening each number first.
+
+    Where it does not, torch's product of BF16 or FP16 matrices takes many times as long as one in FP32.
+    """
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
 @functools.lru_cache(maxsize=64)
 def device_name(device: torch.device) -> str:
     """The product, as torch names it: what tuned tables are keyed by."""

@@ -38,13 +38,15 @@ def names(found: list[Contender]) -> list[tuple[str, str]]:
     return [(contender.name, contender.weights) for contender in found]
 
 
-def test_a_cpu_has_the_reference() -> None:
-    (reference,) = contenders(LAYERS["small"])
-    assert (reference.name, reference.kind, reference.method) == ("reference", Kind.PATH, Method.PLAIN)
+def test_a_cpu_has_its_own_family_and_the_reference_where_it_is_asked_for() -> None:
+    dense, packed = contenders(LAYERS["small"])
+    assert names([dense, packed]) == [("bf16", "dense"), ("w8a16", "mxfp8")]
+    assert (dense.kind, dense.method) == (Kind.PATH, Method.PLAIN)
+    (reference,) = contenders(LAYERS["small"], "reference")
     assert reference.operand is Operand.FP32
     assert reference.block_m(64) is None
     with pytest.raises(UnsupportedTarget):
-        contenders(LAYERS["small"], "w8a16")
+        contenders(LAYERS["small"], "w8a8")
 
 
 @pytest.mark.usefixtures("hopper")

@@ -29,7 +29,7 @@ def weights() -> LayerWeights:
 
 
 @pytest.fixture
-def reference(weights: LayerWeights) -> Contender:
+def ours(weights: LayerWeights) -> Contender:
     return paths_of(problem_of(SMALL), (), weights)[0]
 
 
@@ -54,14 +54,14 @@ def run_one(weights: LayerWeights, contender: Contender) -> Row:
     return row
 
 
-def test_a_right_result_has_a_time(weights: LayerWeights, reference: Contender) -> None:
-    row = run_one(weights, reference)
+def test_a_right_result_has_a_time(weights: LayerWeights, ours: Contender) -> None:
+    row = run_one(weights, ours)
     assert row.ok
     assert row.time is not None
     assert row.time.median_us > 0
     assert row.relative_error is not None
     assert 1e-4 < row.relative_error < row.error_limit
-    assert (row.contender, row.routing, row.tokens, row.variants) == ("reference", "uniform", 3, 8)
+    assert (row.contender, row.routing, row.tokens, row.variants) == ("bf16", "uniform", 3, 8)
     assert row.floor_us == pytest.approx(1e6 * max(row.weight_bytes / 3e12, row.flops / 5e13), rel=0.3)
 
 
@@ -78,8 +78,8 @@ def wrong_when_timed(result: torch.Tensor, made: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("change", [lost_row, nan_element, wrong_when_timed])
-def test_a_wrong_result_has_no_time(weights: LayerWeights, reference: Contender, change: Change) -> None:
-    row = run_one(weights, spoiled(reference, change))
+def test_a_wrong_result_has_no_time(weights: LayerWeights, ours: Contender, change: Change) -> None:
+    row = run_one(weights, spoiled(ours, change))
     assert row.time is None
     assert row.wrong
     assert not row.ok
@@ -87,18 +87,18 @@ def test_a_wrong_result_has_no_time(weights: LayerWeights, reference: Contender,
     assert ("the timed calls' result is wrong" if change is wrong_when_timed else "the result is wrong") in row.failure
 
 
-def test_an_output_that_is_not_written_is_poison(weights: LayerWeights, reference: Contender) -> None:
-    lazy = replace(reference, bind=lambda inputs: lambda: torch.empty_like(inputs.hidden))
+def test_an_output_that_is_not_written_is_poison(weights: LayerWeights, ours: Contender) -> None:
+    lazy = replace(ours, bind=lambda inputs: lambda: torch.empty_like(inputs.hidden))
     assert run_one(weights, lazy).wrong
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-def test_a_failure_costs_its_own_row(weights: LayerWeights, reference: Contender, kind: Kind) -> None:
+def test_a_failure_costs_its_own_row(weights: LayerWeights, ours: Contender, kind: Kind) -> None:
     def breaks(result: torch.Tensor, made: int) -> torch.Tensor:
         raise RuntimeError("no kernel image\nand a long trace")
 
-    broken = replace(spoiled(reference, breaks), kind=kind)
-    ((first, second),) = run_points(PLAN, weights, [broken, reference], ROOFS)
+    broken = replace(spoiled(ours, breaks), kind=kind)
+    ((first, second),) = run_points(PLAN, weights, [broken, ours], ROOFS)
     assert first.failure == "RuntimeError: no kernel image"
     assert first.time is None
     assert not first.wrong
@@ -106,17 +106,17 @@ def test_a_failure_costs_its_own_row(weights: LayerWeights, reference: Contender
     assert second.time is not None
 
 
-def test_out_of_memory(weights: LayerWeights, reference: Contender) -> None:
+def test_out_of_memory(weights: LayerWeights, ours: Contender) -> None:
     def runs_out(result: torch.Tensor, made: int) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    assert run_one(weights, spoiled(reference, runs_out)).failure == "cpu is out of memory"
+    assert run_one(weights, spoiled(ours, runs_out)).failure == "cpu is out of memory"
 
 
-def test_points_come_in_order_and_progress_names_them(weights: LayerWeights, reference: Contender) -> None:
+def test_points_come_in_order_and_progress_names_them(weights: LayerWeights, ours: Contender) -> None:
     plan = replace(PLAN, tokens=(1, 2), routings=(Routing.parse("uniform"), Routing.parse("all-to:2")))
     said: list[str] = []
-    found = [(r.routing, r.tokens) for rows in run_points(plan, weights, [reference], ROOFS, said.append) for r in rows]
+    found = [(r.routing, r.tokens) for rows in run_points(plan, weights, [ours], ROOFS, said.append) for r in rows]
     assert found == [("uniform", 1), ("uniform", 2), ("all-to:2", 1), ("all-to:2", 2)]
-    assert said[0] == "T=1 uniform, reference"
+    assert said[0] == "T=1 uniform, bf16"
     assert len(said) == 4

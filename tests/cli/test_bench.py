@@ -90,7 +90,7 @@ def test_a_wrong_result_shows_no_time_and_exits_1() -> None:
     assert result.exit_code == 1
     record = json.loads(result.stdout)
     assert record["ok"] is False
-    assert [row["time"] for row in record["rows"]] == [None, None]
+    assert [row["time"] for row in record["rows"]] == [None] * 4
     assert all("the result is wrong" in row["failure"] for row in record["rows"])
 
 
@@ -98,7 +98,7 @@ def test_a_wrong_result_shows_no_time_and_exits_1() -> None:
 def test_a_wrong_result_in_the_table() -> None:
     result = run("--peers", "none")
     assert result.exit_code == 1
-    assert "FAIL: reference dense, T=1, uniform: the result is wrong" in result.stdout
+    assert "FAIL: bf16 dense, T=1, uniform: the result is wrong" in result.stdout
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_compare(tmp_path: Path) -> None:
     assert "slower" in result.stdout
     assert run("--peers", "none", "--compare", file, "--fail-on-slower").exit_code == 1
     compared = json.loads(run("--peers", "none", "--compare", file, "--json").stdout)["comparison"]
-    assert [change["verdict"] for change in compared["changes"]] == ["slower", "slower"]
+    assert [change["verdict"] for change in compared["changes"]] == ["slower"] * 4
 
 
 @pytest.mark.usefixtures("steady_clock")
@@ -151,7 +151,7 @@ def test_a_run_that_is_cut_off_leaves_its_record(tmp_path: Path, monkeypatch: py
     assert run("--peers", "none", "--json", str(tmp_path / "r.json")).exit_code == 130
     record = read_record(tmp_path / "r.json")
     assert not record.complete
-    assert [row.tokens for row in record.rows] == [1]
+    assert [row.tokens for row in record.rows] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_run_that_is_cut_off_leaves_its_record(tmp_path: Path, monkeypatch: py
         (["--tokens", "0"], "'0' is not a token count"),
         (["--tokens", "many"], "'many' is not a token count"),
         (["--paths", "w4a4"], "'w4a4' is not one of auto, all, reference"),
-        (["--paths", "w8a16"], "path 'w8a16' has no kernel for cpu"),
+        (["--paths", "w8a8"], "path 'w8a8' has no kernel for cpu"),
         (["--peers", "sglang"], "'sglang' is not one of vllm, transformers, torch, none"),
         (["--peers", "none,torch"], "none excludes all others"),
         (["--routing", "zipf"], "routing is 'zipf'; it must be"),

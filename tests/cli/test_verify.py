@@ -67,7 +67,7 @@ def test_too_little_memory_exits_2(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--path", "bf16"], "'bf16' has no kernel for cpu with weights in dense; it can run reference"),
+        (["--path", "w8a8"], "path 'w8a8' has MXFP8 weights, whose sizes must be multiples of 32"),
         (["--experts", "7"], "epfuse: ep_size is 3; it must divide experts=7"),
         (["--top-k", "9"], "top_k is 9, more than experts=6"),
         (["--hidden", "0"], "0 is not in the range 1<=x<=1048576"),

@@ -267,12 +267,14 @@ def test_paths_with_fp8_activations_pass_in_the_interpreter(monkeypatch: pytest.
 
 
 def test_subjects_of_the_device() -> None:
-    assert subjects_of(PROBLEM, "all") == REFERENCE
-    assert subjects_of(PROBLEM, "auto") == REFERENCE
+    dense = Subject(Path.BF16, Stored.DENSE, WeightFormat.DENSE)
+    packed = [Subject(Path.W8A16, Stored.MXFP8, form) for form in (WeightFormat.MXFP8, WeightFormat.BLOCK_FP8)]
+    assert subjects_of(PROBLEM, "all") == (*REFERENCE, dense)
+    assert subjects_of(PROBLEM, "auto") == (dense,)
     problem = replace(PROBLEM, hidden=96, intermediate=64)
-    assert subjects_of(problem, "all") == REFERENCE + PACKED
-    assert subjects_of(problem, "auto") == REFERENCE + PACKED
-    with pytest.raises(UnsupportedTarget, match=r"'w8a8' has no kernel for cpu with weights in mxfp8; it can run ref"):
+    assert subjects_of(problem, "all") == (*REFERENCE, *PACKED, dense, *packed)
+    assert set(subjects_of(problem, "auto")) == {dense, *packed}
+    with pytest.raises(UnsupportedTarget, match=r"'w8a8' has no kernel for cpu with weights in mxfp8; it can run w8a"):
         subjects_of(problem, "w8a8")
 
 

@@ -74,7 +74,7 @@ def _counts(context: click.Context, parameter: click.Parameter, values: tuple[st
     callback=comma_names(PATH_NAMES),
     metavar="NAME,..",
     help=f"Some of {', '.join(PATH_NAMES)}. auto: what the policy chooses; all: every weight format and way to sum,"
-    " too.  [default: each path that has kernels, on its best weights; the reference on a CPU]",
+    " too.  [default: each path that has kernels, on its best weights]",
 )
 @click.option(
     "--routing",

@@ -23,11 +23,11 @@ class Steps(NamedTuple):
     """What a call launches, in order.
 
     Attributes:
-        table: of the routes; the first launch fills it.
+        table: of the routes; the first launch fills it. None where no kernel reads one.
         launches: each may run again; what shares a reduction wants the table's arrivals cleared before.
     """
 
-    table: RouteTable
+    table: RouteTable | None
     launches: tuple[Step, ...]
 
 
@@ -85,6 +85,7 @@ class Family(ABC):
         reads: target -> path -> the weights that the kernels read, best first.
         tile: class of its tiles. Of families that read the same weights a call's tiles tell which one runs.
         combines: how it can sum a token's routes.
+        beside_fp8: dtypes of the activations that it takes beside weights in FP8.
         activations: what it has device code for (`epfuse.stages.activation`).
         least_block_m: rows of its smallest block.
         every_gpu: whether it gives way where a GPU has kernels of its own for the same weights.
@@ -94,6 +95,7 @@ class Family(ABC):
     reads: ClassVar[Mapping[Target, Mapping[Path, tuple[WeightFormat, ...]]]]
     tile: ClassVar[type[GemmTile]]
     combines: ClassVar[frozenset[Combine]] = frozenset({Combine.DETERMINISTIC})
+    beside_fp8: ClassVar[frozenset[torch.dtype]] = frozenset({torch.bfloat16})
     activations: ClassVar[frozenset[type[Activation]]] = frozenset({SwiGLUOAI})
     least_block_m: ClassVar[int] = 16
     every_gpu: ClassVar[bool] = False
@@ -123,11 +125,15 @@ class Family(ABC):
             return f"{self.name} has no kernel for {target.value} that reads {form.value} weights on {path.value}."
         if combine not in self.combines:
             return f"{self.name} does not sum routes by {combine.value}."
-        if activation not in self.activations:
+        if not self.computes(activation):
             return f"{self.name} has no code for {activation.__name__}."
-        if path is not Path.BF16 and dtype != torch.bfloat16:
+        if path is not Path.BF16 and dtype not in self.beside_fp8:
             return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
         return None
+
+    def computes(self, activation: type[Activation]) -> bool:
+        """Whether it has code for an activation."""
+        return activation in self.activations
 
     @abstractmethod
     def defaults(

@@ -7,6 +7,7 @@ import torch
 from epfuse.arguments import checks_enums, integer, member
 from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
+from epfuse.families.cpu import CPU
 from epfuse.families.family import Family
 from epfuse.families.portable import PORTABLE
 from epfuse.families.portable_fp8 import PORTABLE_FP8
@@ -17,7 +18,7 @@ from epfuse.scratch import ScratchSize
 from epfuse.stages.tiles import LayerTiles, TileRange
 from epfuse.target import Target
 
-FAMILIES: tuple[Family, ...] = (SM90, SM90_PACKED, SM90_FP8, PORTABLE, PORTABLE_FP8)
+FAMILIES: tuple[Family, ...] = (SM90, SM90_PACKED, SM90_FP8, PORTABLE, PORTABLE_FP8, CPU)
 """Best first: kernels of one GPU come before those for every GPU."""
 
 PREFERENCE = (Path.W8A16, Path.BF16, Path.W8A8, Path.BLOCK_FP8)
@@ -44,12 +45,18 @@ def readable_formats(
     target: Target, path: Path, combine: Combine, activation: type[Activation] = SwiGLUOAI
 ) -> tuple[WeightFormat, ...]:
     """The weights whose kernels on a path activate and sum routes so, best first; none where there is no kernel."""
-    able = [family for family in FAMILIES if combine in family.combines and activation in family.activations]
+    able = [family for family in FAMILIES if combine in family.combines and family.computes(activation)]
     return tuple(
         form
         for form in READABLE[target].get(path, ())
         if any(form in family.reads.get(target, {}).get(path, ()) for family in able)
     )
+
+
+@checks_enums
+def takes_beside_fp8(target: Target, path: Path, dtype: torch.dtype) -> bool:
+    """Whether any family on a path takes activations of a dtype where the weights are in FP8."""
+    return any(path in family.reads.get(target, {}) and dtype in family.beside_fp8 for family in FAMILIES)
 
 
 @checks_enums

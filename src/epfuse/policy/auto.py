@@ -16,6 +16,7 @@ import torch
 
 from epfuse.config import Combine, Path, Policy
 from epfuse.errors import ConfigError
+from epfuse.families.registry import READABLE
 from epfuse.policy.call import CallTable, call_table
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage
 from epfuse.policy.ranges import Route, token_ranges
@@ -175,10 +176,10 @@ def _table(path: Path, request: LayerRequest) -> CallTable:
 
 def _routes(storage: Storage, request: LayerRequest, gains: tuple[Gain, ...]) -> list[Route]:
     """The paths of a storage by token count."""
-    if not request.target.is_gpu:
-        return [Route(None, Path.REFERENCE, f"It is what {request.target.value} runs.")]
     if storage is Storage.BF16:
         return [Route(None, Path.BF16, "It is what reads BF16 weights.")]
+    if storage is Storage.BLOCK_FP8 and Path.BLOCK_FP8 not in READABLE[request.target]:
+        return [Route(None, Path.W8A16, "It reads block FP8 here, and rounds no activation to FP8.")]
     if storage is Storage.BLOCK_FP8:
         reason = "It is what reads block FP8; activations are quantised per 128 values, as such models are trained."
         return [Route(None, Path.BLOCK_FP8, reason)]

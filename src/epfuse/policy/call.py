@@ -12,7 +12,7 @@ import torch
 from epfuse.arguments import checks_enums, integer
 from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.errors import UnsupportedTarget
-from epfuse.families.registry import FP8_PATHS, READABLE, family_of, readable_formats
+from epfuse.families.registry import FP8_PATHS, READABLE, family_of, readable_formats, takes_beside_fp8
 from epfuse.policy.decision import Considered, Decision, Verdict
 from epfuse.policy.tiles import tile_ranges
 from epfuse.target import REFERENCE_DEVICE, Target
@@ -183,7 +183,7 @@ def _refusal(
         return f"It reads {' or '.join(form.value for form in readable)}; what is kept is {kept}."
     if not formats.intersection(readable_formats(target, path, combine, activation)):
         return f"It has no code for {activation.__name__}."
-    if path is not Path.BF16 and dtype != torch.bfloat16:
+    if path is not Path.BF16 and not takes_beside_fp8(target, path, dtype):
         return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
     return None
 

@@ -127,12 +127,29 @@ def _part(rows: int) -> bool:
 
 
 @dataclass(frozen=True)
+class LibraryTile(GemmTile):
+    """No tile of ours: the matrices go to a library, which cuts them as it likes."""
+
+    block_n: int = 0
+    block_k: int = 0
+    group_m: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+
+    @property
+    def key(self) -> str:
+        """``library``."""
+        return "library"
+
+
+@dataclass(frozen=True)
 class LayerTiles:
     """Tiles of one layer call.
 
     Args:
         block_m: rows of a block, a power of two, at least 16; with Hopper tiles that are not persistent at least 8.
-            With persistent tiles also the sum of two powers of two, each at least 8.
+            With persistent tiles also the sum of two powers of two, each at least 8. With a library's: experts are
+            taken together until they have so many rows.
         gate_up: tile of the first GEMM.
         down: tile of the second GEMM; of persistent tiles the same one, because one launch may be for both.
     """
@@ -158,6 +175,8 @@ class LayerTiles:
             return
         if self.block_m < least or self.block_m.bit_count() > 1:
             raise ConfigError(f"block_m is {self.block_m}; it must be a power of two, none below {least}")
+        if isinstance(self.gate_up, LibraryTile) and isinstance(self.down, LibraryTile):
+            return
         for name in ("gate_up", "down"):
             tile: GemmTile = getattr(self, name)
             for size in ("block_n", "block_k"):

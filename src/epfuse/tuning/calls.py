@@ -108,14 +108,16 @@ def bind_stage(
         _launch(family.steps(call, tiles))
         steps = family.steps(call._replace(w2=None) if stage is Stage.GATE_UP else call._replace(w13=None), tiles)
         _launch(steps, before=name)
-    step, arrivals = dict(steps.launches)[name], steps.table.arrivals
+    step, table = dict(steps.launches)[name], steps.table
+    assert table is not None, f"{family.name} has no tiles to search"
+    arrivals = table.arrivals
 
     def run() -> torch.Tensor:
         if arrivals is not None:  # in a whole call routing clears them, and what makes the rows lies between:
             arrivals.zero_()
             arrivals.new_zeros(1)  # Hopper's kernels count before the launch before them has ended
         step()
-        return steps.table.num_padded
+        return table.num_padded
 
     return run
 

@@ -85,8 +85,8 @@ def point_of(target: Target, path: Path, tokens: int) -> Point:
         UnsupportedTarget: the target has no kernel for the path.
     """
     forms = READABLE.get(target, {}).get(path, ())
-    if not forms:
-        raise UnsupportedTarget(f"path {path.value!r} has no kernel for {target.value}")
+    if not forms or not target.is_gpu:  # a library's products have no tiles to search
+        raise UnsupportedTarget(f"path {path.value!r} has no kernel for {target.value} with tiles to search")
     return Point(path, forms[0], tokens)
 
 

@@ -1,4 +1,4 @@
-"""Top-k sum in plain PyTorch: the oracle of the kernel and the CPU's path."""
+"""Top-k sum in plain PyTorch: the oracle of the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GEMM2 in plain PyTorch: the oracle of the kernels and the CPU's path."""
+"""GEMM2 in plain PyTorch: the oracle of the kernels."""
 
 from __future__ import annotations
 

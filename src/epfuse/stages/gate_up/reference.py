@@ -1,4 +1,4 @@
-"""GEMM1 with its activation in plain PyTorch: the oracle of the kernels and the CPU's path."""
+"""GEMM1 with its activation in plain PyTorch: the oracle of the kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing in plain PyTorch: the oracle of the kernels and the CPU's path."""
+"""Routing in plain PyTorch: the oracle of the kernels."""
 
 from __future__ import annotations
 

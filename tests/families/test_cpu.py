@@ -1,0 +1,143 @@
+"""The layer on a CPU against float64: every format and dtype, all routings, sizes that grouped products refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, fused_experts
+from epfuse.config import LayerShape, WeightFormat, silu_gate
+from epfuse.families import cpu
+from epfuse.policy import decide
+from epfuse.reference import run_reference
+from epfuse.verify.budget import compare, dense_tolerance
+from epfuse.verify.suite import poisoned_memory
+from tests.cases import ROUTINGS, Case, make_case
+
+CPU = torch.device("cpu")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FORMS = [WeightFormat.DENSE, WeightFormat.MXFP8, WeightFormat.BLOCK_FP8]
+ACTIVATIONS = [SwiGLUOAI(), silu_gate(), SwiGLUOAI(alpha=1.0, beta=0.0, limit=1.5)]
+
+
+@pytest.fixture(params=["native", "widened"], autouse=True)
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of CPU: with products in the activations' dtype, and without."""
+    native = request.param == "native"
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: native or dtype == torch.float32)
+    monkeypatch.setattr(cpu, "RUN", 16)
+
+
+def in_format(weights: ExpertWeights, form: WeightFormat) -> ExpertWeights:
+    if form is WeightFormat.DENSE:
+        return weights
+    packed = ExpertWeights.quantize(weights)
+    if form is WeightFormat.MXFP8:
+        return packed
+    w13, w2 = packed.mxfp8_experts.w13, packed.mxfp8_experts.w2
+    return ExpertWeights.block_fp8(w13.values, w13.scales, w2.values, w2.scales)
+
+
+def check(case: Case, weights: ExpertWeights, activation: SwiGLUOAI, path: Path = Path.AUTO) -> torch.Tensor:
+    """Within the budget of `epfuse.verify.budget`, on any path."""
+    operands = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map)
+    oracle = run_reference(*operands, activation, torch.float64)
+    with poisoned_memory():
+        result = fused_experts(*operands, activation=activation, path=path, out=torch.full_like(case.hidden, torch.nan))
+    assert result.dtype == case.hidden.dtype
+    tolerance = dense_tolerance(case.hidden.dtype, weights.hidden, weights.intermediate)
+    assert compare(result, oracle).within(tolerance), (compare(result, oracle), tolerance)
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=[form.value for form in FORMS])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=["oai", "silu", "clamped"])
+def test_every_format_in_every_dtype(dtype: torch.dtype, form: WeightFormat, activation: SwiGLUOAI) -> None:
+    case = make_case(CPU, tokens=37, hidden=96, intermediate=128, dtype=dtype, scale=3.0)
+    check(case, in_format(case.weights, form), activation)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("tokens", [1, 3, 300])
+def test_every_routing(routing: str, tokens: int) -> None:
+    case = make_case(CPU, tokens=tokens, routing=routing)
+    check(case, case.weights, SwiGLUOAI())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(33, 17), (40, 31), (16, 65)])
+def test_sizes_that_the_grouped_product_refuses(dtype: torch.dtype, hidden: int, intermediate: int) -> None:
+    case = make_case(CPU, tokens=19, hidden=hidden, intermediate=intermediate, dtype=dtype)
+    check(case, case.weights, silu_gate())
+
+
+def test_weights_that_do_not_begin_on_a_boundary() -> None:
+    case = make_case(CPU, dtype=torch.float32)
+    dense = case.weights.dense_experts
+
+    def moved(stack: torch.Tensor) -> torch.Tensor:
+        return torch.empty(stack.numel() + 1).narrow(0, 1, stack.numel()).view_as(stack).copy_(stack)
+
+    check(case, ExpertWeights.dense(moved(dense.w13), moved(dense.w2)), silu_gate())
+
+
+def test_the_ranks_add_up_and_two_calls_give_the_same_bits() -> None:
+    whole = make_case(CPU, tokens=64, experts=16, local=16, dtype=torch.float32)
+    dense = whole.weights.dense_experts
+    parts = []
+    for rank in range(4):
+        mine = ExpertWeights.dense(dense.w13[4 * rank : 4 * rank + 4], dense.w2[4 * rank : 4 * rank + 4])
+        emap = ExpertMap.contiguous(16, 4, rank)
+        call = (whole.hidden, mine, whole.topk_weights, whole.topk_ids, emap)
+        parts.append(fused_experts(*call))
+        assert torch.equal(parts[-1], fused_experts(*call))
+    torch.testing.assert_close(sum(parts), check(whole, whole.weights, SwiGLUOAI()), atol=1e-5, rtol=1e-5)
+
+
+def test_nan_reaches_its_own_token_only_and_skipped_routes_nothing() -> None:
+    case = make_case(CPU, tokens=24, routing="padding_ids", dtype=torch.float32)
+    case.topk_weights[5] = torch.nan  # an odd token: all its ids are -1
+    case.topk_weights[4] = torch.nan
+    case.topk_ids[4, 0] = 0
+    result = check(case, case.weights, SwiGLUOAI())
+    assert result.isnan().any(1).nonzero().flatten().tolist() == [4]
+    assert not result[1::2].any()
+
+
+def test_no_token_and_gradients_and_modes_leave_it_alone() -> None:
+    case = make_case(CPU, dtype=torch.float32)
+    none = case.hidden[:0], case.weights, case.topk_weights[:0], case.topk_ids[:0], case.expert_map
+    assert fused_experts(*none).shape == (0, 64)
+    want = check(case, case.weights, SwiGLUOAI())
+    dense = case.weights.dense_experts
+    learned = ExpertWeights.dense(dense.w13.clone().requires_grad_(), dense.w2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fused_experts(case.hidden, learned, case.topk_weights, case.topk_ids, case.expert_map)
+    assert torch.equal(got, want)
+    assert not got.requires_grad
+
+
+@pytest.mark.parametrize("form", list(WeightFormat))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_auto_takes_it_wherever_the_weights_are_as_a_checkpoint_has_them(
+    form: WeightFormat, dtype: torch.dtype
+) -> None:
+    decision = decide(Path.AUTO, Target.CPU, LayerShape(64, 64, 8, 8, 2), 5, frozenset({form}), dtype)
+    assert decision.path is {
+        WeightFormat.DENSE: Path.BF16,
+        WeightFormat.MXFP8: Path.W8A16,
+        WeightFormat.BLOCK_FP8: Path.W8A16,
+    }.get(form, Path.REFERENCE)
+    assert (decision.family is cpu.CPU) is (form in FORMS)
+
+
+def test_runs_have_all_rows_once() -> None:
+    for counts in ([], [0, 0], [3], [0, 5, 0, 0, 20, 1, 0], [16] * 4, [1] * 40, [100, 0, 0]):
+        runs = list(cpu.runs_of(counts, 16))
+        seen = [0] * len(counts)
+        for run in runs:
+            assert run.rows >= 16 or run is runs[-1]
+            for expert, (start, end) in enumerate(zip([0, *run.ends], run.ends, strict=False), run.first):
+                seen[expert] += end - start
+        assert seen == counts

@@ -1,0 +1,134 @@
+"""Time a layer on this CPU with epfuse beside each of transformers' own experts implementations.
+
+    python -m tools.cpu_beside_transformers
+    python -m tools.cpu_beside_transformers --dtype bf16 --tokens 1,16 --repeats 40 --json
+
+Every repeat runs all of them once, in another order each time, so that what else the machine does hits all alike: read
+the ratios, which are medians over the repeats, with the middle half of them beside. One that takes over 30 times as
+long as the fastest in a first run is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+
+from epfuse import ExpertMap, ExpertWeights, fused_experts
+from epfuse.bench.machine import versions
+from epfuse.cli.exits import PlainCommand
+from epfuse.cli.names import token_counts
+from epfuse.config import silu_gate
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RIVALS = ("eager", "batched_mm", "grouped_mm")
+HOPELESS = 30
+EXAMPLE = "Example: python -m tools.cpu_beside_transformers --dtype bf16 --tokens 1,16"
+H, I, E, K = 1024, 512, 32, 4  # noqa: E741 - the letters of DESIGN.md
+
+
+def contenders(dtype: torch.dtype, tokens: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name -> one call, on the same weights and routes."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=I, num_experts=E, num_experts_per_tok=K)
+    module = Qwen3MoeExperts(config).to(dtype).requires_grad_(False)
+    module.gate_up_proj.normal_(0, H**-0.5)
+    module.down_proj.normal_(0, I**-0.5)
+    hidden = torch.randn(tokens, H).to(dtype)
+    scores, ids = torch.rand(tokens, E).topk(K)
+    scores = scores / scores.sum(-1, keepdim=True)
+    weights, whole = ExpertWeights.dense(module.gate_up_proj.data, module.down_proj.data), ExpertMap.all_local(E)
+    cast = scores.to(dtype)
+
+    def rival(name: str) -> Callable[[], torch.Tensor]:
+        def call() -> torch.Tensor:
+            config._experts_implementation = name
+            return module(hidden, ids, cast)
+
+        return call
+
+    calls: dict[str, Callable[[], torch.Tensor]] = {name: rival(name) for name in RIVALS}
+    calls["epfuse"] = lambda: fused_experts(hidden, weights, scores, ids, whole, activation=silu_gate())
+    return calls
+
+
+def timed(call: Callable[[], torch.Tensor]) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, Any]:
+    """One row of the table.
+
+    Raises:
+        RuntimeError: epfuse's result is not the others'.
+    """
+    calls = contenders(dtype, tokens)
+    error = (calls["epfuse"]().double() - calls["eager"]().double()).norm() / calls["eager"]().double().norm()
+    if not error < 4 * torch.finfo(dtype).eps:
+        raise RuntimeError(f"epfuse is {error:.1e} off transformers' eager experts at {tokens} tokens")
+    first = {name: timed(call) for name, call in calls.items()}
+    names = [name for name in calls if first[name] <= HOPELESS * min(first.values())]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    shuffle = random.Random(0)
+    for _ in range(repeats):
+        for name in shuffle.sample(names, len(names)):
+            times[name].append(timed(calls[name]))
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    best = min((name for name in names if name != "epfuse"), key=lambda name: medians[name])
+    low, ratio, high = statistics.quantiles(
+        [own / other for own, other in zip(times["epfuse"], times[best], strict=True)], n=4
+    )
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "milliseconds": medians,
+        "best": best,
+        "ratio": ratio,
+        "middle_half": [low, high],
+    }
+
+
+@click.command(cls=PlainCommand, help="Time a layer on this CPU with epfuse beside transformers. " + EXAMPLE)
+@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=("bf16", "fp32"))
+@click.option("--tokens", callback=token_counts, default="1,16,256,1024", show_default=True, help="Token counts.")
+@click.option("--repeats", type=click.IntRange(3, 10_000), default=20, show_default=True, help="Of each.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def main(dtypes: tuple[str, ...], tokens: tuple[int, ...], repeats: int, as_json: bool) -> None:
+    """The whole run."""
+    torch.manual_seed(0)
+    rows = []
+    head = f"{'dtype':9}{'tokens':>7}  " + "".join(f"{name:>12}" for name in (*RIVALS, "epfuse")) + "   epfuse/best"
+    if not as_json:
+        print(f"H {H}, I {I}, E {E}, K {K}, {torch.get_num_threads()} threads; milliseconds, medians of {repeats}")
+        print(head)
+    for dtype in dtypes:
+        for count in tokens:
+            print(f"{dtype} {count} tokens ..", file=sys.stderr)
+            row = measure(DTYPES[dtype], count, repeats)
+            rows.append(row)
+            if not as_json:
+                cells = [row["milliseconds"].get(name) for name in (*RIVALS, "epfuse")]
+                shown = "".join(f"{'-' if cell is None else format(cell, '.2f'):>12}" for cell in cells)
+                low, high = row["middle_half"]
+                print(
+                    f"{row['dtype']:9}{count:>7}  {shown}   {row['ratio']:.2f} ({low:.2f}..{high:.2f}) of {row['best']}"
+                )
+    if as_json:
+        shape = {"hidden": H, "intermediate": I, "experts": E, "top_k": K}
+        print(json.dumps({"versions": versions(), "threads": torch.get_num_threads(), "shape": shape, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
