@@ -3,7 +3,8 @@
 Counters follow AMD's "AMD Instinct MI300 Instruction Set Architecture" (4.4, Data Dependency Resolution) and LLVM's
 `AMDGPUUsage` and `SIInsertWaitcnts.cpp`: VMCNT counts vector memory, loads and stores, and they return in order;
 LGKMCNT counts LDS, which returns in order, and scalar loads, which do not. Wait states follow that document's 4.5
-(Manually Inserted Wait States) and LLVM's `GCNHazardRecognizer.cpp`: an instruction is one state, ``s_nop n`` is n + 1.
+(Manually Inserted Wait States), its table 37 for matrix instructions, and LLVM's `GCNHazardRecognizer.cpp`: an
+instruction is one state, ``s_nop n`` is n + 1.
 """
 
 from __future__ import annotations

@@ -86,7 +86,14 @@ def _access(name: str, instruction: Instruction, way: str, two: str | None, widt
     refuse = refuse_undefined(address.mask, instruction, "an LDS address")
     pointer_reads = address.mask | 3 << EXEC
     return Step(
-        instruction, name, "lds", run, pointer_reads | (0 if reads else registers), registers if reads else 0, refuse
+        instruction,
+        name,
+        "lds",
+        run,
+        pointer_reads | (0 if reads else registers),
+        registers if reads else 0,
+        refuse,
+        facts={"bytes": size},
     )
 
 
@@ -131,7 +138,7 @@ def _read(
     wave: Wave, first: int, places: NDArray[np.int64], size: int, extend: bool, instruction: Instruction, name: str
 ) -> int:
     group = wave.group
-    ticket = group.access("read", wave.number, places[:, None] + np.arange(size), instruction.line)
+    ticket = group.access("read", wave.number, places, size, instruction.line)
     _count(wave, name, places, size)
     if size < 4:
         shadow = np.zeros(len(places), np.uint32)
@@ -177,15 +184,17 @@ def _write(
     wave: Wave, first: int, places: NDArray[np.int64], size: int, extend: bool, instruction: Instruction, name: str
 ) -> int:
     group = wave.group
-    values, undefined = zip(*[take(wave, first + word) for word in range(max(size // 4, 1))], strict=True)
-    new, shadow = (
-        np.stack(each, axis=1).view(np.uint8).reshape(len(places), -1)[:, :size] for each in (values, undefined)
-    )
-    bytes_at = places[:, None] + np.arange(size)
-    ticket = group.access("write", wave.number, bytes_at, instruction.line, new)
+    taken = [take(wave, first + word) for word in range(max(size // 4, 1))]
+    new = np.stack([value for value, _ in taken], axis=1).view(np.uint8)[:, :size]
+    ticket = group.access("write", wave.number, places, size, instruction.line, new)
     _count(wave, name, places, size)
-    group.data[bytes_at] = new
-    group.undefined[bytes_at] = shadow
+    for word, (value, shadow) in enumerate(taken):
+        if size >= 4:
+            group.words[(places >> 2) + word], group.undefined_words[(places >> 2) + word] = value, shadow
+            continue
+        for byte in range(size):
+            group.data[places + byte] = (value >> np.uint32(8 * byte)).astype(np.uint8)
+            group.undefined[places + byte] = (shadow >> np.uint32(8 * byte)).astype(np.uint8)
     return ticket
 
 
@@ -197,7 +206,7 @@ def _add(name: str, instruction: Instruction) -> Step:
     def run(wave: Wave) -> None:
         group = wave.group
         places = _places(wave, address.row, offset, 4, instruction)
-        ticket = group.access("add", wave.number, places[:, None] + np.arange(4), instruction.line)
+        ticket = group.access("add", wave.number, places, 4, instruction.line)
         _count(wave, name, places, 4)
         data, shadow = take(wave, value.row)
         np.add.at(group.words, places >> 2, data)

@@ -65,7 +65,8 @@ DIFFERS = {
 }
 _MATRIX = (
     "The order of additions and what is rounded in between: here products and C are summed in double precision and "
-    "rounded once. Subnormals are kept."
+    "rounded once. Subnormals are kept here; the MI200 takes those of FP16 and BF16 for zeros (MIOpen's notes), and "
+    "what this GPU does has not been seen."
 )
 
 _SCALAR = """
@@ -135,7 +136,8 @@ def rows() -> list[Meaning]:
         for name in VECTORS
     ]
     found += [
-        Meaning(name, "mfma", CALCULATOR, f"{TRITON}; wait states: {ISA}, and {HAZARDS}", _MATRIX) for name in SHAPES
+        Meaning(name, "mfma", CALCULATOR, f"{TRITON}; wait states: {ISA}, table 37, and {HAZARDS}", _MATRIX)
+        for name in SHAPES
     ]
     for kind, names, source, second in _OTHERS:
         found += [Meaning(name, kind, source, second, DIFFERS.get(name, "")) for name in names]

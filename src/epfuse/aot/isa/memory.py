@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from epfuse.aot.isa.errors import AccessError, HazardError
 
 Bytes = NDArray[np.uint8]
+Places = NDArray[np.int64]
 BASE = 0x7E40_0000_0000
 """The first address: V# bases have 48 bits."""
 GUARD = 4096
@@ -32,11 +33,16 @@ class Buffer:
         return self.address + self.size
 
 
+def grains_of(places: Places, size: int, grain: int) -> Places:
+    """Numbers of the grains, [lanes, grains of a lane], of accesses that begin at bytes ``places``."""
+    return np.asarray((places // grain)[:, None] + np.arange(max(size // grain, 1)))
+
+
 class Memory:
     """Buffers in one address space.
 
     ``data`` and ``undefined`` are the bytes from `BASE` on and, for each, the bits that nothing has defined.
-    ``writer`` says of each byte which wave has written it in this launch.
+    ``writer`` says of each grain, a few bytes, which wave has written it in this launch.
     """
 
     def __init__(self) -> None:
@@ -44,6 +50,7 @@ class Memory:
         self._starts: list[int] = []
         self.data: Bytes = np.zeros(GUARD, np.uint8)
         self.undefined: Bytes = np.full(GUARD, 255, np.uint8)
+        self._grain = 1
         self.writer = np.full(GUARD, NOBODY, np.int32)
 
     def place(self, array: NDArray[np.generic], name: str, *, defined: bool = True, align: int = 16) -> int:
@@ -100,46 +107,49 @@ class Memory:
             )
             raise AccessError(f"{end - first} bytes at {first:#x} are in no buffer: {near}")
 
-    def begin(self) -> None:
-        """A launch begins: nobody has written anything in it."""
-        self.writer = np.full(len(self.data), NOBODY, np.int32)
+    def begin(self, grain: int = 1) -> None:
+        """A launch begins, nobody has written anything in it; ``grain`` is its smallest access in bytes, at most 4."""
+        self._grain = grain
+        self.writer = np.full(len(self.data) // grain, NOBODY, np.int32)
 
     def touch(
-        self,
-        kind: str,
-        owner: int,
-        group: int,
-        places: NDArray[np.int64],
-        line: int,
-        written: Bytes | None = None,
-    ) -> None:
+        self, kind: str, owner: int, group: int, places: Places, size: int, line: int, written: Bytes | None = None
+    ) -> Places:
         """Note that a wave reads, writes or adds to bytes.
 
         Args:
             kind: "read", "write" or "add".
             owner: number of the wave in the launch.
             group: number of its workgroup.
-            places: bytes from `BASE` on, any shape.
+            places: first bytes, from `BASE` on, one for each lane.
+            size: bytes of a lane.
             line: of the assembly.
-            written: what is written to each byte; several waves may write the same.
+            written: what is written, [lanes, size]; several waves may write the same.
+
+        Returns:
+            What `settle` takes.
 
         Raises:
             HazardError: another wave of the launch has written a byte and it is not known to be there.
         """
-        writer = self.writer[places]
-        free = (writer == NOBODY) | (writer == owner) | (writer == SETTLED - group)
-        if written is not None:
-            free |= (self.data[places] == written) & (writer != ADDED)
+        grains = grains_of(places, size, self._grain)
+        writer = self.writer[grains]
         if kind == "add":
             free = (writer == NOBODY) | (writer == ADDED)
+        else:
+            free = (writer == NOBODY) | (writer == owner) | (writer == SETTLED - group)
+        if written is not None and not free.all():
+            same = self.data[places[:, None] + np.arange(size)] == written
+            free |= same.reshape(*free.shape, -1).all(axis=2) & (writer != ADDED)
         if not free.all():
-            place = BASE + int(places[~free].flat[0])
+            place = BASE + int(grains[~free].flat[0]) * self._grain
             buffer = self.buffer_of(place)
             name = "memory" if buffer is None else f"{buffer.name} at byte {place - buffer.address}"
             raise HazardError(f"{kind}s {name}, which another wave has written in this launch", line)
         if kind != "read":
-            self.writer[places] = ADDED if kind == "add" else owner
+            self.writer[grains] = ADDED if kind == "add" else owner
+        return grains
 
-    def settle(self, places: NDArray[np.int64], group: int) -> None:
+    def settle(self, grains: Places, group: int) -> None:
         """What a wave has stored and waited for is there for its workgroup, which was at a barrier."""
-        self.writer[places] = SETTLED - group
+        self.writer[grains] = SETTLED - group

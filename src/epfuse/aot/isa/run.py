@@ -110,14 +110,15 @@ def launch(
     counts = Counts()
     tally, idle = [0] * len(steps), [0] * len(steps)
     pointer = memory.place(np.frombuffer(kernarg, np.uint8), "kernarg", align=64)
-    memory.begin()
+    grain = min([4, *(step.facts["bytes"] for step in steps if "bytes" in step.facts)])
+    memory.begin(grain)
     order = random.Random(seed)
     groups = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
     numbers = {group: number for number, group in enumerate(groups)}
     order.shuffle(groups)
     with np.errstate(all="ignore"):
         for group in groups:
-            shared = Workgroup(numbers[group], lds_bytes + program.lds_bytes, memory, counts)
+            shared = Workgroup(numbers[group], lds_bytes + program.lds_bytes, memory, counts, grain)
             waves = [
                 _wave(program, number, group, shared, pointer, kernarg, seed) for number in range(threads // LANES)
             ]

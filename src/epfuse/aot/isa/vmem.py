@@ -19,6 +19,8 @@ from epfuse.aot.isa.wave import Step, Wave, refuse_undefined
 
 _NAME = re.compile(r"(buffer|global)_(load|store)_(ubyte|sbyte|byte|ushort|sshort|short|dword|dwordx[234])$")
 _SIZES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
+NO_WAVE = -(1 << 30)
+"""Scalar loads see nothing that was written in the launch: their cache is not told."""
 LINE = 7
 """log2 of a cache line's bytes."""
 FORMAT = 0x27000
@@ -67,14 +69,14 @@ def _access(name: str, instruction: Instruction, space: str, way: str, width: st
         kept = where if inside is None else where[inside]
         settle: Callable[[], None] | None = None
         if kept.size:
-            whole = kept[:, None] + np.arange(size)
             written = _taken(wave, data.row, inside, size) if way == "store" else None
             try:
-                memory.touch(kind, group.number << 8 | wave.number, group.number, whole, instruction.line, written)
+                owner = group.number << 8 | wave.number
+                grains = memory.touch(kind, owner, group.number, kept, size, instruction.line, written)
             except IsaError as error:
                 raise type(error)(f"{error}: {instruction.text}") from None
             if way == "store":
-                settle = lambda: group.stored(whole)  # noqa: E731
+                settle = lambda: group.stored(grains)  # noqa: E731
             _count(wave, kept, size, loads)
         move(wave, data.row, where, inside, size, extend)
         wave.waits.ask(Request(data.mask if loads else 0, instruction.line, settle=settle), vector=True)
@@ -91,7 +93,9 @@ def _access(name: str, instruction: Instruction, space: str, way: str, width: st
             refuse(wave)
 
     reads = pointers | 3 << EXEC | (0 if loads else data.mask)
-    facts = {"stored": data.mask} if way == "store" and size > 8 and _creates_hazard(instruction, space) else {}
+    facts = {"bytes": size}
+    if way == "store" and size > 8 and _creates_hazard(instruction, space):
+        facts["stored"] = data.mask
     return Step(instruction, name, "vmem", run, reads, data.mask if loads else 0, shade, facts=facts)
 
 
@@ -272,7 +276,7 @@ def _scalar_load(name: str, instruction: Instruction) -> Step:
         except AccessError as error:
             raise AccessError(f"{error}: {instruction.text}", instruction.line) from None
         place = address - BASE
-        memory.touch("read", -10, -10, np.arange(place, place + 4 * count), instruction.line)
+        memory.touch("read", NO_WAVE, NO_WAVE, np.arange(place, place + 4 * count, 4), 4, instruction.line)
         data, undefined = (
             array[place : place + 4 * count].view(np.uint32).tolist() for array in (memory.data, memory.undefined)
         )

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from epfuse.aot.isa.counts import Counts
 from epfuse.aot.isa.errors import AccessError, HazardError
-from epfuse.aot.isa.memory import Memory
+from epfuse.aot.isa.memory import Memory, grains_of
 
 Places = NDArray[np.int64]
 NOBODY, MANY = -1, -2
@@ -23,9 +23,10 @@ class Workgroup:
         number: of the workgroup in the grid.
         data, undefined: LDS bytes and which of their bits nothing has defined.
         memory, counts: of the launch.
+        grain: bytes that are looked after together: the smallest access of the program, at most 4.
     """
 
-    def __init__(self, number: int, lds_bytes: int, memory: Memory, counts: Counts) -> None:
+    def __init__(self, number: int, lds_bytes: int, memory: Memory, counts: Counts, grain: int = 1) -> None:
         size = -(-lds_bytes // 16) * 16
         self.number = number
         self.size = lds_bytes
@@ -35,23 +36,27 @@ class Workgroup:
         self.undefined = np.full(size, 255, np.uint8)
         self.words = self.data.view(np.uint32)
         self.undefined_words = self.undefined.view(np.uint32)
-        self._writer = np.full(size, NOBODY, np.int8)
-        self._adder = np.full(size, NOBODY, np.int8)
-        self._readers = np.zeros(size, np.uint32)
+        self._grain = grain
+        self._writer = np.full(size // grain, NOBODY, np.int8)
+        self._adder = np.full(size // grain, NOBODY, np.int8)
+        self._readers = np.zeros(size // grain, np.uint32)
         self._touched = False
         self._in_flight: dict[int, tuple[str, int, Places]] = {}
         self._stores: list[Places] = []
         self._next = 0
 
-    def access(self, kind: str, wave: int, places: Places, line: int, written: NDArray[np.uint8] | None = None) -> int:
+    def access(
+        self, kind: str, wave: int, places: Places, size: int, line: int, written: NDArray[np.uint8] | None = None
+    ) -> int:
         """Note that a wave reads, writes or adds to bytes.
 
         Args:
             kind: "read", "write" or "add".
             wave: which.
-            places: bytes, any shape.
+            places: first bytes, one for each lane.
+            size: bytes of a lane.
             line: of the assembly.
-            written: what is written to each byte; several waves may write the same.
+            written: what is written, [lanes, size]; several waves may write the same.
 
         Returns:
             A ticket for `done`.
@@ -60,40 +65,45 @@ class Workgroup:
             AccessError: a byte is outside LDS.
             HazardError: another wave has touched a byte since the last barrier.
         """
-        if places.size and not (places.min() >= 0 and places.max() < self.size):
-            outside = places[(places < 0) | (places >= self.size)].flat[0]
-            raise AccessError(f"LDS byte {outside} is outside the workgroup's {self.size}", line)
-        self._judge(kind, wave, places, line, written)
-        self._mark(kind, wave, places)
+        if places.size and not (places.min() >= 0 and places.max() + size <= self.size):
+            outside = places[(places < 0) | (places + size > self.size)].flat[0]
+            raise AccessError(f"{size} LDS bytes at {outside} are outside the workgroup's {self.size}", line)
+        grains = grains_of(places, size, self._grain)
+        self._judge(kind, wave, grains, line, places, written)
+        self._mark(kind, wave, grains)
         self._next += 1
-        self._in_flight[self._next] = (kind, wave, places)
+        self._in_flight[self._next] = (kind, wave, grains)
         return self._next
 
-    def _judge(self, kind: str, wave: int, places: Places, line: int, written: NDArray[np.uint8] | None) -> None:
-        writer = self._writer[places]
+    def _judge(
+        self, kind: str, wave: int, grains: Places, line: int, places: Places, written: NDArray[np.uint8] | None
+    ) -> None:
+        writer = self._writer[grains]
         others = (writer != NOBODY) & (writer != wave)
-        if written is not None:
-            others &= self.data[places] != written
         if others.any():
-            raise HazardError(f"wave {wave} {kind}s LDS that another wave has written since the last barrier", line)
+            if written is not None:
+                changed = self.data[places[:, None] + np.arange(written.shape[1])] != written
+                others &= changed.reshape(*others.shape, -1).any(axis=2)
+            if others.any():
+                raise HazardError(f"wave {wave} {kind}s LDS that another wave has written since the last barrier", line)
         if kind != "add":
-            adder = self._adder[places]
+            adder = self._adder[grains]
             if ((adder != NOBODY) & (adder != wave)).any():
                 raise HazardError(
                     f"wave {wave} {kind}s LDS that another wave has added to since the last barrier", line
                 )
-        if kind != "read" and (self._readers[places] & ~np.uint32(1 << wave)).any():
+        if kind != "read" and (self._readers[grains] & ~np.uint32(1 << wave)).any():
             raise HazardError(f"wave {wave} {kind}s LDS that another wave has read since the last barrier", line)
 
-    def _mark(self, kind: str, wave: int, places: Places) -> None:
+    def _mark(self, kind: str, wave: int, grains: Places) -> None:
         self._touched = True
         if kind == "read":
-            self._readers[places] |= np.uint32(1 << wave)
+            self._readers[grains] |= np.uint32(1 << wave)
         elif kind == "write":
-            self._writer[places] = wave
+            self._writer[grains] = wave
         else:
-            before = self._adder[places]
-            self._adder[places] = np.where((before == NOBODY) | (before == wave), wave, MANY)
+            before = self._adder[grains]
+            self._adder[grains] = np.where((before == NOBODY) | (before == wave), wave, MANY)
 
     def done(self, ticket: int) -> None:
         """A wave has waited for an access."""
