@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from epfuse.children import Children
 from epfuse.errors import EpfuseError
 from epfuse.report.write import write_atomic
 from epfuse.serving import evals, gate, load, trace
+from epfuse.serving.client import run_client
 from epfuse.serving.environments import Task, prepare
 from epfuse.serving.layout import AttemptFolder, LegFolder
 from epfuse.serving.node import Gpus, Sampler
@@ -162,39 +161,25 @@ class LegRunner:
         if arm.epfuse is not PutIn.PATCH or isinstance(arm.environment, Image):
             yield
             return
-        self._client(arm, ("python", "-m", "epfuse", "vllm", "patch", "apply"), leg.path / "patch.log", "the patch")
+
+        def patch(verb: str, look: Callable[[], None]) -> None:
+            task = self.task(arm, ("python", "-m", "epfuse", "vllm", "patch", verb), "")
+            run_client(task, leg.path / "patch.log", f"vllm patch {verb}", look, self._job.polls.watch)
+
+        patch("apply", self._watch)
         try:
             yield
         finally:
-            self._client(
-                arm, ("python", "-m", "epfuse", "vllm", "patch", "revert"), leg.path / "patch.log", "its undoing"
-            )
+            patch("revert", lambda: None)  # whatever ended the leg
 
-    def _client(self, arm: Arm, argv: Sequence[str], log: Path, what: str) -> None:
-        """Run a command of an arm's environment to its end."""
-        self._finish(self.task(arm, argv, f"epfuse-{secrets.token_hex(8)}"), log, what)
+    def _run(self, task: Task, log: Path, what: str, server: Server) -> None:
+        """Run a command to its end, beside a server that is looked at meanwhile."""
 
-    def _finish(self, task: Task, log: Path, what: str) -> None:
-        """Run a task; its process group ends with it, or with us."""
-        try:
-            with log.open("ab") as out, Children() as children:
-                code = subprocess.run(
-                    task.argv,
-                    env=task.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    process_group=children.id,
-                    check=False,
-                ).returncode
-        except OSError as error:
-            raise load.LoadFault(f"{what}: {task.argv[0]} can't be started: {error.strerror or error}") from None
-        finally:
-            if task.ending:
-                subprocess.run(task.ending, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
-        if code:
-            tail = log.read_text(errors="replace").strip()[-500:]
-            raise load.LoadFault(f"{what}: {task.argv[0]} ended with exit code {code}: {tail}")
+        def look() -> None:
+            self._watch()
+            server.check()
+
+        run_client(task, log, what, look, self._job.polls.watch)
 
     def _check_plugin(self, arm: Arm, leg: LegFolder, found: Measured) -> None:
         """Whether the arm runs what it says: or a comparison would compare a thing with itself."""
@@ -249,7 +234,7 @@ class LegRunner:
         broken = ""
         with self._watch.phase("the evals", job.deadlines.evals):
             try:
-                server.during(lambda: self._client(arm, argv, log, "the evals"), self._watch)
+                self._run(self.task(arm, argv, f"epfuse-{secrets.token_hex(8)}"), log, "the evals", server)
             except load.LoadFault as fault:
                 broken = str(fault)
         values, reason = evals.read_evals(job.gate, folder)
@@ -267,7 +252,7 @@ class LegRunner:
         if job.client.tool == "builtin":  # it belongs to this epfuse, whatever the arm runs in
             task = prepare(Venv(), argv, {"PYTHONPATH": str(OURS)}, name="", folders=(), gpus=0, vendor="none")
         with self._watch.phase("the load", job.deadlines.warmup + job.deadlines.load):
-            server.during(lambda: self._finish(task, leg.client_log, "the load"), self._watch)
+            self._run(task, leg.client_log, "the load", server)
         found.metrics = load.read_result(job.client, leg.result)
 
 
