@@ -66,6 +66,29 @@ def test_product_is_torchs(name: str) -> None:
     np.testing.assert_array_equal(result_of(wave, 0, shape.rows), (2 * (a @ b.T) + 1).numpy())
 
 
+def test_accumulation_registers() -> None:
+    """As Triton 3.6 has them: A, B, C and D in either file, loads into them and stores from them."""
+    rows = place(torch.eye(16), torch.bfloat16, 16)
+    body = """
+        v_accvgpr_write_b32 a4, v6
+        v_accvgpr_write_b32 a5, v7
+        s_nop 1
+        v_mfma_f32_16x16x16_bf16 a[0:3], a[4:5], v[6:7], 1.0
+        v_mfma_f32_16x16x16_bf16 a[0:3], v[6:7], a[4:5], a[0:3]
+        s_nop 6
+        ds_write_b128 v9, a[0:3]
+        s_waitcnt lgkmcnt(0)
+        ds_read_b128 a[8:11], v9
+        s_waitcnt lgkmcnt(0)
+        v_accvgpr_read_b32 v0, a8
+        v_accvgpr_read_b32 v1, a9
+        v_accvgpr_read_b32 v2, a10
+        v_accvgpr_read_b32 v3, a11
+    """
+    wave = execute(body, vectors={6: rows[0], 7: rows[1], 9: 16 * np.arange(64)})
+    np.testing.assert_array_equal(result_of(wave, 0, 16), 1 + 2 * np.eye(16))
+
+
 def test_subnormals_and_one_rounding() -> None:
     tiny = torch.full((16, 16), 2.0**-130)
     wave = execute(

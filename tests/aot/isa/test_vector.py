@@ -65,6 +65,8 @@ def bits(value: float) -> int:
         ("v_mul_hi_i32 v0, v1, v2", LOW, 7, 0, LOW),
         ("v_mul_u32_u24_e32 v0, v1, v2", 0xFF000003, 0xFF000005, 0, 15),
         ("v_mad_u32_u24 v0, v1, v2, v3", 0xFF000003, 5, 2, 17),
+        ("v_mul_i32_i24_e32 v0, v1, v2", 0xAAFFFFFD, 5, 0, 0xFFFFFFF1),
+        ("v_mad_i32_i24 v0, v1, v2, v3", 0xAAFFFFFD, 0xBBFFFFFE, 4, 10),
         ("v_min_u32_e32 v0, v1, v2", LOW, 5, 0, 5),
         ("v_max_u32_e32 v0, v1, v2", LOW, 5, 0, LOW),
         ("v_min_i32_e32 v0, v1, v2", LOW, 5, 0, LOW),

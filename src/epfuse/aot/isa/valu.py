@@ -55,6 +55,11 @@ def _high_signed(a: Value, b: Value) -> Value:
     return _unsigned((_signed(a).astype(np.int64) * _signed(b).astype(np.int64) >> 32).astype(np.int32))
 
 
+def _signed24(value: Value) -> Value:
+    """The low 24 bits extended by their sign, as a pattern of 32 bits."""
+    return _unsigned(_signed(value << np.uint32(8)) >> 8)
+
+
 def _field(a: Value, start: Value, width: Value) -> Value:
     return a >> (start & _31) & ((np.uint32(1) << (width & _31)) - np.uint32(1))
 
@@ -151,6 +156,8 @@ VECTORS: dict[str, Vector] = {
     "v_mul_hi_i32": Vector(_high_signed, 2),
     "v_mul_u32_u24": Vector(lambda a, b: (a & _LOW24) * (b & _LOW24), 2),
     "v_mad_u32_u24": Vector(lambda a, b, c: (a & _LOW24) * (b & _LOW24) + c, 3),
+    "v_mul_i32_i24": Vector(lambda a, b: _signed24(a) * _signed24(b), 2),
+    "v_mad_i32_i24": Vector(lambda a, b, c: _signed24(a) * _signed24(b) + c, 3),
     "v_min_u32": Vector(lambda a, b: np.minimum(a, b), 2),
     "v_max_u32": Vector(lambda a, b: np.maximum(a, b), 2),
     "v_min_i32": Vector(_min_signed, 2),
