@@ -14,7 +14,6 @@ from epfuse.serving.journal import ENDS, State, read_journal
 from epfuse.serving.launchers.launcher import Rejected, Unsure
 from epfuse.serving.layout import RunFolder
 from epfuse.serving.point import End
-from epfuse.serving.signs import cancel_file
 from tests.serving.runs import SIX, make_run, open_run
 from tests.serving.simulation import Killed, World
 
@@ -297,7 +296,7 @@ def test_a_cancel_is_asked_until_a_look_shows_its_effect(tmp_path: Path, away: b
     world = World(0, tmp_path / "points", stuck=True)
     now = dispatcher(folder, world)
     now.step()
-    cancel_file(folder.point("a")).touch()
+    folder.point("a").cancel.touch()
     if away:
         world.down_until = world.time + 500
         for _ in range(20):
@@ -315,7 +314,7 @@ def test_a_cancel_is_asked_until_a_look_shows_its_effect(tmp_path: Path, away: b
 def test_a_point_that_is_cancelled_before_it_began_is_never_submitted(tmp_path: Path) -> None:
     folder = make_run(tmp_path, ["a"])
     world = World(0, tmp_path / "points")
-    cancel_file(folder.point("a")).touch()
+    folder.point("a").cancel.touch()
     now = dispatcher(folder, world)
     now.dispatch()
     kill(now)

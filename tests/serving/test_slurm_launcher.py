@@ -59,7 +59,8 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stubs:
 def order(tmp_path: Path) -> Order:
     folder = tmp_path / "50% of it"
     folder.mkdir()
-    return Order("r-p-1", ("python", "-m", "job", "/a folder/it's", "--key", "r-p-1"), folder)
+    argv = ("python", "-m", "job", "/a folder/it's", "--key", "r-p-1")
+    return Order("r-p-1", argv, folder, node="n7", seconds=90)
 
 
 def launcher(**options: object) -> SlurmLauncher:
@@ -74,7 +75,8 @@ def test_sbatch_gets_the_key_thrice_and_no_requeue(stubs: Stubs, order: Order) -
     (call,) = stubs.calls("sbatch")
     script = order.folder / "batch.sh"
     assert call == [
-        *("-J", "other", "--requeue", "--partition=gpu", "--exclusive", "--parsable", "-N", "1", "-n", "1"),
+        *("-J", "other", "--requeue", "--partition=gpu", "--nodelist=n7", "--time=12"),
+        *("--exclusive", "--parsable", "-N", "1", "-n", "1"),
         *("-J", "r-p-1", "--comment=r-p-1", "--no-requeue", "--dependency=singleton", "--open-mode=append"),
         *("-o", str(order.folder / "job.log").replace("%", "%%"), str(script)),
     ]

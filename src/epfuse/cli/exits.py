@@ -6,6 +6,7 @@
 | 1 | a check failed: a wrong result, a broken gate, a slower path |
 | 2 | wrong usage, or an environment in which the command can't do its work or deliver its result |
 | 70 | a bug of epfuse: something was raised that nobody expected; EPFUSE_LOG=debug shows the traceback |
+| 75 | `epfuse serve`: points of a run have not ended, nothing is lost, the run can be resumed |
 | 130 | interrupted |
 """
 
@@ -29,6 +30,7 @@ from epfuse.errors import EpfuseError
 EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+EXIT_UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory")

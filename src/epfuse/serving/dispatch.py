@@ -17,15 +17,14 @@ from epfuse.serving.contact import Clock, Contacts, WallClock
 from epfuse.serving.journal import AT_WORK, ENDS, SENT, Change, Journal, State
 from epfuse.serving.launchers.launcher import Launcher, Order, Phase, Rejected, Sighting, Unreachable, Unsure
 from epfuse.serving.layout import RunFolder, make_key
-from epfuse.serving.point import End, Run
-from epfuse.serving.signs import cancel_file, last_words, phase_of
+from epfuse.serving.point import End, PointJob, Run
+from epfuse.serving.signs import last_words, phase_of
 
 HOPELESS = re.compile(
-    r"PartitionConfig|PartitionNodeLimit|PartitionTimeLimit|PartitionDown|PartitionInactive|BadConstraints"
-    r"|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|JobHeld|held"
-    r"|Nodes_required_for_job_are_DOWN|ReqNodeNotAvail|Max\w*PerJob|MaxWallDurationPerJobLimit|NodeNotAvail"
+    r"PartitionConfig|PartitionNodeLimit|PartitionTimeLimit|BadConstraints|DependencyNeverSatisfied|InvalidAccount"
+    r"|InvalidQOS|AccountNotAllowed|QOSNotAllowed|JobHeld|held|Max\w*PerJob|MaxWallDurationPerJobLimit"
 )
-"""Slurm's reasons for PENDING that no other job's end changes."""
+"""Slurm's reasons for PENDING that neither another job's end nor a node that comes back changes."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,49 @@ class Dispatcher:
                 return
             self.clock.sleep(self.rules.poll)
 
+    def end_points(self, names: Sequence[str], seen: Callable[[], None] = lambda: None) -> str:
+        """Wait until these points have ended, which somebody asked for (`PointFolder.cancel`).
+
+        Returns:
+            Why some have not; empty if they have.
+        """
+        points = self.journal.history.points
+        while True:
+            self.step()
+            seen()
+            left = [name for name in names if points[name].state not in ENDS]
+            silent = self._contacts.silent_for(self.rules.outage)
+            if not left or silent is not None:
+                return f"{', '.join(left)} have not ended: {silent}" if left else ""
+            self.clock.sleep(self.rules.poll)
+
+    def plan_again(self) -> None:
+        """Plan what has ended without a measurement; what there was of it stays in the folders of its attempts."""
+        for name, change in list(self.journal.history.points.items()):
+            folder = self.folder.point(name)
+            if change.state not in ENDS or self._done_well(name):
+                continue
+            if (holder := self._holder(name)) is not None:
+                revoke(folder.path, holder)
+            if folder.done.exists():
+                old = folder.attempt(make_key(self.run.name, name, max(1, change.attempt))).path
+                old.mkdir(parents=True, exist_ok=True)
+                folder.done.rename(old / folder.done.name)
+            folder.cancel.unlink(missing_ok=True)
+            self._change(name, State.PLANNED, "again, as asked", attempt=change.attempt + 1, job="")
+
+    def _done_well(self, name: str) -> bool:
+        try:
+            done = self.folder.read_done(name)
+        except ConfigError:
+            return False
+        return done is not None and done.state is End.DONE
+
     @property
     def finished(self) -> bool:
         """Whether nothing is left to wait for."""
         states = {change.state for change in self.journal.history.points.values()}
-        return states <= ENDS or (states <= ENDS | {State.PLANNED} and (bool(self._stop()) or not self.submits))
+        return states <= ENDS or (states <= ENDS | {State.PLANNED} and bool(self._stop()))
 
     @property
     def unfinished(self) -> str:
@@ -168,6 +205,8 @@ class Dispatcher:
     def _read_folder(self, name: str) -> None:
         """What the point's own files say: its end, or its phase."""
         state = self.journal.history.points[name].state
+        if state in (State.FAILED, State.CANCELLED) and self._done_well(name):
+            self._change(name, State.DONE, "after it had been given up")
         if state in ENDS or self._ended(name):
             return
         folder = self.folder.point(name)
@@ -193,7 +232,7 @@ class Dispatcher:
             return True
         if done is None:
             return False
-        if done.state is End.FAILED and cancel_file(self.folder.point(name)).exists():
+        if done.state is End.FAILED and self.folder.point(name).cancel.exists():
             self._change(name, State.CANCELLED, done.reason)
         elif done.state is End.FAILED:
             self._fail(name, self._doomed.pop(name, done.reason))
@@ -263,7 +302,7 @@ class Dispatcher:
             revoke(folder.path, holder)  # what still runs there, unseen, ends without a word
         if name in self._doomed:
             self._fail(name, self._doomed.pop(name))
-        elif cancel_file(folder).exists():
+        elif folder.cancel.exists():
             self._change(name, State.CANCELLED, "as asked")
         elif holder is not None or jobs:
             how = f"ended as {jobs[-1].word}" if jobs else "is gone"
@@ -296,7 +335,7 @@ class Dispatcher:
     def _end_what_must(self, name: str) -> None:
         """Cancels: asked again until a look shows their effect."""
         change = self.journal.history.points[name]
-        asked = cancel_file(self.folder.point(name)).exists()
+        asked = self.folder.point(name).cancel.exists()
         if change.state in ENDS or not (asked or name in self._doomed):
             return
         if change.state is State.PLANNED:
@@ -316,16 +355,17 @@ class Dispatcher:
         """Give planned points to places that have room and answer."""
         probed: set[str] = set()
         for name in self._ready():
-            place = self._free_place()
+            job = self.folder.read_job(name)
+            place = self._free_place(job.node)
             if place is None:
-                return
+                continue
             if place not in probed:
                 if (why := self.launcher.probe(place)) is not None:
                     self._contacts.failed(place, why)
                     continue
                 self._contacts.answered(place)
                 probed.add(place)
-            if not self._send(name, place):
+            if not self._send(name, place, job):
                 return
 
     def _ready(self) -> list[str]:
@@ -339,15 +379,17 @@ class Dispatcher:
             name for name in self.run.points if points[name].state is State.PLANNED and (not alone or name == canary)
         ]
 
-    def _free_place(self) -> str | None:
+    def _free_place(self, node: str | None) -> str | None:
         taken = [change.place for change in self._changes() if change.state in SENT]
         for place, room in self.launcher.places.items():
+            if node is not None and node != place and node in self.launcher.places:
+                continue
             paused = self._contacts.paused(place) or self._contacts.paused(_submitting(place))
             if not paused and (room is None or taken.count(place) < room):
                 return place
         return None
 
-    def _send(self, name: str, place: str) -> bool:
+    def _send(self, name: str, place: str, job: PointJob) -> bool:
         """Submit a point; whether the next one may follow at once."""
         attempt = max(1, self.journal.history.points[name].attempt)
         key = make_key(self.run.name, name, attempt)
@@ -356,7 +398,8 @@ class Dispatcher:
         attempt_folder.mkdir(parents=True, exist_ok=True)
         argv = (*self.job, str(point.path), "--key", key)
         self._change(name, State.SUBMITTING, attempt=attempt, place=place, job="")
-        answer = self.launcher.submit(Order(key, argv, attempt_folder), place)
+        order = Order(key, argv, attempt_folder, node=job.node, seconds=job.deadlines.job)
+        answer = self.launcher.submit(order, place)
         if isinstance(answer, Unsure):
             self._change(name, State.UNKNOWN, answer.why)
             # apart from its looks: a place that shows its queue at once may refuse jobs for an hour

@@ -4,6 +4,8 @@
 
     RUN/run.json                             Run: what was asked, resolved
     RUN/journal.jsonl                        the dispatcher's
+    RUN/dispatcher.lock                      who runs the run now
+    RUN/points/NAME/cancel                   somebody wants the point's end
     RUN/points/NAME/point.json               PointJob: all that a job needs
     RUN/points/NAME/running/key              the claim: the folder is made atomically, by one attempt
     RUN/points/NAME/attempts/KEY/job.log     an attempt
@@ -127,6 +129,11 @@ class PointFolder:
     def done(self) -> Path:
         return self.path / "done.json"
 
+    @property
+    def cancel(self) -> Path:
+        """It is asked that the point end; the dispatcher that runs it sees it, or the next one."""
+        return self.path / "cancel"
+
     def attempt(self, key: str) -> AttemptFolder:
         """The folder of one attempt."""
         return AttemptFolder(self.path / "attempts" / key)
@@ -145,6 +152,11 @@ class RunFolder:
     @property
     def journal(self) -> Path:
         return self.path / "journal.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Of the run's one dispatcher (`epfuse.serving.lock`)."""
+        return self.path / "dispatcher.lock"
 
     def point(self, name: str) -> PointFolder:
         """The folder of the point of this name."""

@@ -1,8 +1,6 @@
-"""What a point's folder says while its job runs, and what is left there for the dispatcher."""
+"""What a point's folder says while its job runs, and after it died."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from epfuse.serving.journal import AT_WORK, State
 from epfuse.serving.layout import PointFolder
@@ -20,11 +18,6 @@ def phase_of(point: PointFolder) -> State:
     except (OSError, ValueError):
         return State.STARTING
     return phase if phase in AT_WORK else State.STARTING
-
-
-def cancel_file(point: PointFolder) -> Path:
-    """Where it is asked that a point end; the dispatcher that runs it sees it, or the next one."""
-    return point.path / "cancel"
 
 
 def last_words(point: PointFolder, key: str) -> str:

@@ -21,11 +21,15 @@ class Order:
         key: names the attempt everywhere: letters, digits, ``.``, ``_`` and ``-``.
         argv: the job's command, without a shell.
         folder: for the job's output and the batch script; exists.
+        node: the only one that will do; None: any.
+        seconds: after which the job ends itself; None: never.
     """
 
     key: str
     argv: tuple[str, ...]
     folder: Path
+    node: str | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ gives the same number again.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -49,6 +50,7 @@ FINAL = (
 )
 """What sbatch says of an order that it will refuse each time."""
 
+MARGIN_MINUTES = 10
 NO_ACCOUNTING = "Slurm accounting storage is disabled"
 RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED", "RESIZING"}
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -63,12 +65,10 @@ class SlurmLauncher:
 
     Attributes:
         options: what sbatch is told beyond the job itself.
-        minutes: the jobs' time limit; None leaves the partition's.
         sleep: waits between two tries of a look; tests hand in their own.
     """
 
     options: Options = field(default_factory=Options)
-    minutes: int | None = None
     sleep: Callable[[float], None] = tenacity.nap.sleep
     name: str = "slurm"
     _message_timeout: float | None = field(default=None, init=False)
@@ -119,7 +119,8 @@ class SlurmLauncher:
         reply = self._run(["scontrol", "ping"])
         if reply.code == 0 and re.search(r"\bis UP\b", reply.out):
             return None
-        return f"the controller does not answer: {reply.words}"
+        down = re.search(r"^.*\bis DOWN\b.*$", reply.out, re.MULTILINE)
+        return f"the controller does not answer: {down[0] if down else reply.words}"
 
     def cancel(self, place: str, key: str) -> str | None:
         """``scancel`` by name: it says nothing of a job that is not there, and nothing of one that does not end."""
@@ -143,10 +144,11 @@ class SlurmLauncher:
             "account": options.account,
             "qos": options.qos,
             "constraint": options.constraint,
-            "nodelist": options.nodelist,
+            "nodelist": order.node or options.nodelist,
             "gres": options.gres,
             "cpus-per-task": options.cpus,
-            "time": self.minutes,
+            # minutes, and some for the job to stop its server by itself
+            "time": None if order.seconds is None else math.ceil(order.seconds / 60) + MARGIN_MINUTES,
         }
         # the user's own arguments come first: of two, sbatch takes the later one, and these must be ours
         argv = ["sbatch", *options.arguments]

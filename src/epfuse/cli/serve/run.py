@@ -1,0 +1,124 @@
+"""``epfuse serve run``."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from epfuse.cli.serve.running import EXITS, Patience, dispatch, dispatches
+from epfuse.cli.serve.selection import Choice, selects, selects_arms
+from epfuse.errors import ConfigError
+
+EPILOG = f"""\b
+Examples:
+  epfuse serve run minimaxm3-mi300x --six --launcher slurm --slurm partition=mi300x --out six
+  epfuse serve run minimaxm3-h200 --conc 16 --compare 8 --launcher local
+  epfuse serve run my.yaml --launcher ssh --host node1 --host node2
+
+{EXITS}"""
+
+LONGEST_RUN = 60
+
+
+def _settings(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if name not in ("partition", "account", "qos", "constraint", "nodelist", "gres") or not equals or not text:
+            raise click.BadParameter(
+                f"{value[:40]!r} is no NAME=VALUE of partition, account, qos, constraint, nodelist, gres"
+            )
+        found[name] = text
+    return found
+
+
+@click.command(epilog=EPILOG)
+@selects
+@selects_arms
+@click.option("--profile", is_flag=True, help="A trace of each server, for epfuse profile.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "slurm", "ssh"]),
+    default="local",
+    show_default=True,
+    help="What starts the jobs: this machine one after the other, Slurm, or hosts without it.",
+)
+@click.option("--host", "hosts", multiple=True, metavar="HOST", help="Of --launcher ssh; can be given several times.")
+@click.option(
+    "--slurm",
+    "slurm",
+    multiple=True,
+    callback=_settings,
+    metavar="NAME=VALUE",
+    help="For sbatch, in place of the recipe's: partition, account, qos, constraint, nodelist, gres.",
+)
+@click.option(
+    "--canary/--no-canary",
+    default=True,
+    show_default=True,
+    help="The cheapest point must end well before the others start.",
+)
+@click.option("--name", metavar="NAME", help="Of the run.  [default: the recipe's, and the time]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="The run's folder, on a file system that the nodes see under the same path.  [default: its name]",
+)
+@dispatches
+def run(
+    arms: tuple[str, ...],
+    pairs: int | None,
+    profile: bool,
+    launcher: Literal["local", "slurm", "ssh"],
+    hosts: tuple[str, ...],
+    slurm: dict[str, str],
+    canary: bool,
+    name: str | None,
+    out: Path | None,
+    poll: float | None,
+    attempts: int,
+    outage: float,
+    hopeless: float,
+    identical: int,
+    python: str,
+    as_json: bool,
+    **selection: Any,
+) -> None:
+    """Run the points of RECIPE, each of them once, and wait for their ends.
+
+    RECIPE is a YAML file or the name of a shipped one: minimaxm3-mi300x, minimaxm3-h200. All that is known is in the
+    run's folder: this command may be interrupted or killed at any time, and `epfuse serve resume` goes on.
+    """
+    from epfuse.serving.layout import RunFolder
+    from epfuse.serving.plan import resolve
+    from epfuse.serving.point import Slurm
+
+    if hosts and launcher != "ssh":
+        raise ConfigError(f"--host is for --launcher ssh; the launcher is {launcher}")
+    if slurm and launcher != "slurm":
+        raise ConfigError(f"--slurm is for --launcher slurm; the launcher is {launcher}")
+    choice = Choice.of(**selection)
+    called = name or default_name(choice.loaded.recipe.name)
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", called) or len(called) > LONGEST_RUN:
+        raise ConfigError(f"--name is {called!r}; it must have at most {LONGEST_RUN} of a-z, 0-9, '.', '_' and '-'")
+    jobs = choice.jobs(called, arms, pairs, profile)
+    resolved = resolve(choice.loaded, jobs, launcher=launcher, hosts=hosts, canary=canary)
+    resolved = resolved.model_copy(update={"slurm": Slurm(**(resolved.slurm.model_dump() | slurm))})
+    patience = Patience(poll, attempts, outage, hopeless, identical, python, as_json)
+    folder = RunFolder((out or Path(called)).absolute())
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.create(resolved, jobs)
+    click.echo(f"run {called}: {len(jobs)} points, in {folder.path}", err=True)
+    dispatch(folder, patience, lambda dispatcher: None, take_over=False)
+
+
+def default_name(recipe: str) -> str:
+    """A run's name that no other run on a cluster has: keys begin with it."""
+    made = f"-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    return recipe[: LONGEST_RUN - len(made)].rstrip("._-") + made

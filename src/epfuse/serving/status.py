@@ -1,0 +1,139 @@
+"""Where a run is, for people and programs: read from its journal and its points' ends, without a lock."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from epfuse.errors import ConfigError
+from epfuse.serving.journal import ENDS, History, State, read_journal
+from epfuse.serving.layout import RunFolder, make_key
+from epfuse.serving.lock import Owner, read_owner
+
+COLOURS = {
+    State.DONE: "green",
+    State.FAILED: "red",
+    State.GATED_OUT: "red",
+    State.CANCELLED: "yellow",
+    State.UNKNOWN: "yellow",
+    State.RUNNING: "cyan",
+}
+LAST_NOTES = 5
+
+
+@dataclass(frozen=True)
+class PointStatus:
+    """A point's row.
+
+    Attributes:
+        key: of its present attempt; empty before the first.
+        since: seconds since 1970.
+        why: in words.
+    """
+
+    name: str
+    state: State
+    attempt: int
+    key: str
+    place: str
+    job: str
+    since: float
+    why: str
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in ENDS
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run's table.
+
+    Attributes:
+        dispatcher: who runs it, if the lock's file names one; whether it lives, only its machine knows.
+        notes: the journal's last ones.
+        torn: bytes of a last line that is not finished.
+    """
+
+    run: str
+    label: str
+    launcher: str
+    dispatcher: Owner | None
+    points: tuple[PointStatus, ...]
+    notes: tuple[str, ...]
+    torn: int
+
+    @property
+    def finished(self) -> bool:
+        return all(point.has_ended for point in self.points)
+
+    @property
+    def all_done(self) -> bool:
+        return all(point.state is State.DONE for point in self.points)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"finished": self.finished, "all_done": self.all_done}
+
+    def table(self, now: float) -> Table:
+        """For a terminal.
+
+        Args:
+            now: seconds since 1970.
+        """
+        table = Table(
+            box=SIMPLE_HEAD, title=f"{self.run}{f' ({self.label})' if self.label else ''}", title_justify="left"
+        )
+        for name in ("point", "state", "try", "place", "job", "for", "why"):
+            table.add_column(name, overflow="fold", justify="right" if name in ("try", "for") else "left")
+        for point in self.points:
+            state = Text(point.state, COLOURS.get(point.state, ""))
+            attempt = str(point.attempt) if point.attempt else ""
+            table.add_row(
+                *(point.name, state, attempt, point.place, point.job, _duration(now - point.since), Text(point.why))
+            )
+        return table
+
+
+def read_status(folder: RunFolder) -> RunStatus:
+    """Where a run is now.
+
+    Raises:
+        ConfigError: it is no run, or its files are damaged.
+    """
+    run = folder.read_run()
+    return status_of(folder, run.label, run.launcher, read_journal(folder.journal))
+
+
+def status_of(folder: RunFolder, label: str, launcher: str, history: History) -> RunStatus:
+    """As `read_status`, of a journal that is open."""
+    points = []
+    for name, change in history.points.items():
+        state, why = change.state, change.why
+        if state not in ENDS:
+            try:
+                done = folder.read_done(name)
+            except ConfigError as error:
+                done, why = None, str(error)
+            if done is not None:  # it ended, and no dispatcher has looked since
+                state, why = State(done.state), done.reason
+        key = make_key(history.run, name, change.attempt) if change.attempt else ""
+        points.append(PointStatus(name, state, change.attempt, key, change.place, change.job, change.at, why))
+    notes = tuple(
+        f"{datetime.fromtimestamp(note.at, UTC):%Y-%m-%d %H:%M:%S} UTC: {note.text}"
+        for note in history.notes[-LAST_NOTES:]
+    )
+    owner = read_owner(folder.lock)
+    return RunStatus(history.run, label, launcher, owner, tuple(points), notes, history.torn)
+
+
+def _duration(seconds: float) -> str:
+    whole = max(0, int(seconds))
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02}"
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
