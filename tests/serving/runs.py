@@ -28,7 +28,6 @@ def make_run(folder: Path, pairs: int = 4, effect: float = 0.05, recipe: str = "
     return run
 
 
-<<<<<<< HEAD
 def finish(run: RunFolder, job: PointJob, effect: float = 0.05, seed: int = 0, state: End = End.DONE) -> Done:
     """Write what an attempt leaves."""
     point = run.point(job.point.name)
@@ -66,12 +65,6 @@ def finish(run: RunFolder, job: PointJob, effect: float = 0.05, seed: int = 0, s
     done = Done(name=job.point.name, key=key, state=state, node="n1", started=1.0, ended=2.0, legs=tuple(legs))
     write_model(point.done, done)
     return done
-=======
-def open_run(folder: RunFolder) -> tuple[RunLock, Journal]:
-    """Lock and journal of a run."""
-    lock = RunLock(folder.lock)
-    return lock, Journal(folder.journal, lock)
->>>>>>> 4cb4f5d (epfuse serve run, status, cancel and resume, with exit codes for scripts; tests that hurt a real Slurm)
 
 
 def speed_up(content: dict[str, Any], factor: float) -> None:

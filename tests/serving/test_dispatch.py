@@ -14,8 +14,8 @@ from epfuse.serving.journal import ENDS, State, read_journal
 from epfuse.serving.launchers.launcher import Rejected, Unsure
 from epfuse.serving.layout import RunFolder
 from epfuse.serving.point import End
-from tests.serving.runs import SIX, make_run, open_run
 from tests.serving.simulation import Killed, World
+from tests.serving.small_runs import SIX, make_run, open_run
 
 RULES = Rules(poll=5.0, attempts=50, losses=50, outage=1e9, identical=10**9)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from epfuse.errors import ConfigError
 from epfuse.serving.journal import ENDS, NEXT, SENT, Journal, State, read_journal
 from epfuse.serving.layout import RunFolder
-from tests.serving.runs import make_run, open_run
+from tests.serving.small_runs import make_run, open_run
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from epfuse.serving.launchers.slurm import SlurmLauncher
 from epfuse.serving.layout import RunFolder
 from epfuse.serving.point import Slurm
 from tests.serving import stub_job
-from tests.serving.runs import open_run
+from tests.serving.small_runs import open_run
 
 RULES = Rules(poll=0.3, attempts=20, identical=10**9, outage=300, longest_pause=2.0, hopeless=3.0, ask_again=2.0)
 JOB = (sys.executable, stub_job.__file__)

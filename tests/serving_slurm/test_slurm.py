@@ -19,7 +19,7 @@ import pytest
 from epfuse.serving.dispatch import Dispatcher
 from epfuse.serving.journal import State, read_journal
 from epfuse.serving.layout import RunFolder
-from tests.serving.runs import SIX, make_run
+from tests.serving.small_runs import SIX, make_run
 from tests.serving.stub_job import events
 from tests.serving_slurm.cluster import Cluster
 from tests.serving_slurm.dispatcher import RULES, dispatcher

@@ -18,7 +18,7 @@ from epfuse.cli.main import main
 from epfuse.serving.journal import State, read_journal
 from epfuse.serving.layout import RunFolder
 from tests.serving import stub_job
-from tests.serving.runs import make_run, open_run
+from tests.serving.small_runs import make_run, open_run
 from tests.serving.stub_job import events
 
 # In place of the interpreter of the jobs: `-m epfuse.serving.job` is the stub.
