@@ -22,7 +22,8 @@ from epfuse.stages.activation_reference import REFERENCES
 from epfuse.stages.route.reference import local_experts, table_order
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, LibraryTile, TileRange
 from epfuse.target import Target, multiplies
-from epfuse.weights.experts import DENSE_DTYPES, Stack, expert_matrix, stack_rows
+from epfuse.weights.dense import DENSE_DTYPES
+from epfuse.weights.projections import Stack, expert_matrix
 
 RUN = 64
 """Experts are taken together until they have so many rows."""
@@ -169,7 +170,7 @@ class Products:
             stack = self.stack[run.first : run.first + len(counts)].transpose(1, 2)
             ends = torch.tensor(run.ends, dtype=torch.int32, device="cpu")
             return torch.nn.functional.grouped_mm(x.to(self.dtype), stack, offs=ends).float()
-        out = x.new_empty(x.shape[0], stack_rows(self.stack), dtype=torch.float32)
+        out = x.new_empty(x.shape[0], self.stack.shape[1], dtype=torch.float32)
         for expert, (count, end) in enumerate(zip(counts, run.ends, strict=True), run.first):
             if not count:
                 continue
