@@ -9,7 +9,7 @@ from epfuse.serving.point import PutIn
 
 
 def test_six_points_and_a_comparison_at_one_of_them(tmp_path):
-    folder = prepare(tmp_path / "run", "transformers")
+    folder = prepare(tmp_path / "run", "transformers", "demo")
     run = folder.read_run()
     assert "not vLLM" in run.label
     assert len(run.points) == 6
@@ -24,12 +24,12 @@ def test_six_points_and_a_comparison_at_one_of_them(tmp_path):
         assert [arm.server.argv[-1] for arm in job.arms] == ["eager", "epfuse"]
         assert all(arm.epfuse is PutIn.NOT for arm in job.arms)
     with pytest.raises(ConfigError, match="has a run already"):
-        prepare(tmp_path / "run", "transformers")
+        prepare(tmp_path / "run", "transformers", "demo")
 
 
 def test_vllm_on_a_cpu_says_that_both_arms_have_our_experts(tmp_path, monkeypatch):
     monkeypatch.setattr(local_demo, "_write_model", lambda environment, model: model.mkdir())
-    folder = prepare(tmp_path / "run", "vllm", tmp_path / "venv")
+    folder = prepare(tmp_path / "run", "vllm", "demo", tmp_path / "venv")
     run = folder.read_run()
     assert "epfuse's experts in both arms" in run.label
     jobs = [folder.read_job(name) for name in run.points]
@@ -48,5 +48,5 @@ def test_vllm_on_a_cpu_says_that_both_arms_have_our_experts(tmp_path, monkeypatc
 def test_without_vllm_its_demo_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(local_demo, "vllm_environment", lambda: None)
     with pytest.raises(ConfigError, match="vLLM for CPUs is not installed"):
-        prepare(tmp_path / "run", "vllm")
+        prepare(tmp_path / "run", "vllm", "demo")
     assert not (tmp_path / "run" / "run.json").exists()

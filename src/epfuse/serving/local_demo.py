@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ from epfuse.serving.server import free_port
 ROOT = Path(__file__).resolve().parents[3]
 """A checkout, if epfuse was not installed as a wheel."""
 PAIRS = {"transformers": 4, "vllm": 2}
-"""Of the comparison. A server of vLLM takes 40 s to start on two cores, and all is to end in ten minutes."""
+"""Of the comparison. A server of vLLM takes 40 s to start on two cores."""
 BOTH_ARMS = {"transformers": True, "vllm": False}
 """Whether points without a comparison serve both arms once, so that the gate has something to compare."""
 WRITING_SECONDS = 300.0
@@ -34,11 +33,12 @@ def vllm_environment() -> Path | None:
     return made if (made / "bin" / "vllm").exists() and writer.exists() else None
 
 
-def prepare(folder: Path, server: Server, environment: Path | None = None) -> RunFolder:
+def prepare(folder: Path, server: Server, name: str, environment: Path | None = None) -> RunFolder:
     """Make the run, ready to be dispatched.
 
     Args:
         folder: of the run; has none yet.
+        name: of the run.
         server: what serves.
         environment: with ``vllm``: the virtual environment of vLLM for CPUs; None: `vllm_environment`.
 
@@ -51,7 +51,7 @@ def prepare(folder: Path, server: Server, environment: Path | None = None) -> Ru
         raise ConfigError(f"{folder} has a run already; give another folder, or resume that one")
     file = {"transformers": "transformers.yaml", "vllm": "vllm-cpu.yaml"}[server]
     loaded = load_recipe(str(resources.files("epfuse.serving") / "demos" / file))
-    found = _six_points(loaded, server, f"demo-{time.strftime('%m%d-%H%M%S')}")
+    found = _six_points(loaded, server, name)
     folder.mkdir(parents=True, exist_ok=True)
     if server == "vllm":
         at = environment or vllm_environment()

@@ -210,3 +210,16 @@ def test_a_launcher_that_does_not_answer_is_exit_code_75(
     lock, journal = open_run(folder)
     with lock, journal:
         assert journal.history.points["a"].state is State.PLANNED
+
+
+def test_the_demonstration_brings_its_own_points(tmp_path):
+    done = CliRunner().invoke(main, ["serve", "run", "--local-demo", "--out", str(tmp_path / "demo"), "--six"])
+    assert done.exit_code == 2
+    assert "leave six out" in done.stderr
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_run_without_a_recipe_is_refused():
+    done = CliRunner().invoke(main, ["serve", "run"])
+    assert done.exit_code == 2
+    assert "Missing argument 'RECIPE'" in done.stderr

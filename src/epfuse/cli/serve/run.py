@@ -6,23 +6,31 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from epfuse.cli.serve.running import EXITS, Patience, dispatch, dispatches
 from epfuse.cli.serve.selection import Choice, selects, selects_arms
 from epfuse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from epfuse.serving.layout import RunFolder
 
 EPILOG = f"""\b
 Examples:
   epfuse serve run minimaxm3-mi300x --six --launcher slurm --slurm partition=mi300x --out six
   epfuse serve run minimaxm3-h200 --conc 16 --compare 8 --launcher local
   epfuse serve run my.yaml --launcher ssh --host node1 --host node2
+  epfuse serve run --local-demo --out serve-demo
 
 {EXITS}"""
 
 LONGEST_RUN = 60
+DEMO = "transformers"
+WITH_DEMO = {"local_demo", "name", "out", "poll", "attempts", "outage", "hopeless", "identical", "python", "as_json"}
+"""What can be given with --local-demo: it has points, arms and a launcher of its own."""
 
 
 def _settings(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -70,8 +78,18 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     metavar="FOLDER",
     help="The run's folder, on a file system that the nodes see under the same path.  [default: its name]",
 )
+@click.option(
+    "--local-demo",
+    type=click.Choice([DEMO, "vllm"]),
+    is_flag=False,
+    flag_value=DEMO,
+    help="No RECIPE: six scaled-down points and a comparison here, without a GPU, of a small model in transformers"
+    " or, in a checkout, in vLLM's CPU build.",
+)
 @dispatches
+@click.pass_context
 def run(
+    context: click.Context,
     arms: tuple[str, ...],
     pairs: int | None,
     profile: bool,
@@ -81,6 +99,7 @@ def run(
     canary: bool,
     name: str | None,
     out: Path | None,
+    local_demo: Literal["transformers", "vllm"] | None,
     poll: float | None,
     attempts: int,
     outage: float,
@@ -103,19 +122,50 @@ def run(
         raise ConfigError(f"--host is for --launcher ssh; the launcher is {launcher}")
     if slurm and launcher != "slurm":
         raise ConfigError(f"--slurm is for --launcher slurm; the launcher is {launcher}")
+    patience = Patience(poll, attempts, outage, hopeless, identical, python, as_json)
+    if local_demo is not None:
+        dispatch(_demonstration(context, local_demo, name, out), patience, lambda dispatcher: None, take_over=False)
+        return
     choice = Choice.of(**selection)
-    called = name or default_name(choice.loaded.recipe.name)
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", called) or len(called) > LONGEST_RUN:
-        raise ConfigError(f"--name is {called!r}; it must have at most {LONGEST_RUN} of a-z, 0-9, '.', '_' and '-'")
+    called = _checked(name or default_name(choice.loaded.recipe.name))
     jobs = choice.jobs(called, arms, pairs, profile)
     resolved = resolve(choice.loaded, jobs, launcher=launcher, hosts=hosts, canary=canary)
     resolved = resolved.model_copy(update={"slurm": Slurm(**(resolved.slurm.model_dump() | slurm))})
-    patience = Patience(poll, attempts, outage, hopeless, identical, python, as_json)
     folder = RunFolder((out or Path(called)).absolute())
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.create(resolved, jobs)
     click.echo(f"run {called}: {len(jobs)} points, in {folder.path}", err=True)
     dispatch(folder, patience, lambda dispatcher: None, take_over=False)
+
+
+def _demonstration(
+    context: click.Context, server: Literal["transformers", "vllm"], name: str | None, out: Path | None
+) -> RunFolder:
+    """The demonstration's run, made.
+
+    Raises:
+        ConfigError: an option that chooses what it has chosen already, or it can't be made here.
+    """
+    from epfuse.serving.local_demo import prepare
+
+    given = {
+        found
+        for found in context.params
+        if context.get_parameter_source(found) is ParameterSource.COMMANDLINE and found not in WITH_DEMO
+    }
+    if given:
+        raise ConfigError(f"--local-demo has its own points and arms; leave {', '.join(sorted(given))} out")
+    called = _checked(name or default_name("local-demo"))
+    folder = prepare((out or Path(called)).absolute(), server, called)
+    run = folder.read_run()
+    click.echo(f"run {called}: {len(run.points)} points, in {folder.path}; {run.label}", err=True)
+    return folder
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", name) or len(name) > LONGEST_RUN:
+        raise ConfigError(f"--name is {name!r}; it must have at most {LONGEST_RUN} of a-z, 0-9, '.', '_' and '-'")
+    return name
 
 
 def default_name(recipe: str) -> str:

@@ -35,7 +35,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 
 
 OPTIONS = (
-    click.argument("recipe", metavar="RECIPE"),
+    click.argument("recipe", metavar="RECIPE", required=False),
     click.option(
         "--matrix",
         "masters",
@@ -124,7 +124,7 @@ class Choice:
     @classmethod
     def of(
         cls,
-        recipe: str,
+        recipe: str | None,
         masters: tuple[Path, ...],
         six: bool,
         sweep_runner: str | None,
@@ -136,6 +136,8 @@ class Choice:
         Raises:
             ConfigError: it can't be used, or nothing is left of it.
         """
+        if recipe is None:  # only `run --local-demo` goes without
+            raise click.UsageError("Missing argument 'RECIPE'.")
         from epfuse.serving.matrix import Selection, expand, only_evals, sweep_runners, without_evals
         from epfuse.serving.recipe import load_recipe
 
