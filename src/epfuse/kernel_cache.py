@@ -8,6 +8,7 @@ through `KernelCache`, whose folder is settled once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -16,12 +17,12 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from triton import knobs
 from triton.runtime.cache import FileCacheManager
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from epfuse.bundle import bundle
@@ -58,7 +59,7 @@ def _through_cache(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
     return compile_and_load
 
 
-@contextmanager
+@contextlib.contextmanager
 def kernels_in(place: Path | None = None) -> Iterator[None]:
     """Inside, Triton's kernels are looked for and kept where epfuse's are.
 
@@ -205,3 +206,13 @@ def _say_missing(name: str) -> None:
         )
     _Late.count += 1
     log.warning("kernel %s is compiled while requests wait for it (%d since the warm-up)", name, _Late.count)
+
+
+def _take_driver() -> None:
+    """Have Triton's driver made of what the bundle holds, where nobody has made it yet: else it is compiled in C."""
+    if bundle() is not None and driver._active is None:
+        with kernels_in(), contextlib.suppress(RuntimeError):  # there is no GPU
+            driver.active.get_current_target()
+
+
+_take_driver()  # a kernel's module is imported before its first launch, which makes the driver

@@ -1,6 +1,6 @@
 """A process that has made one of epfuse's kernels, without a GPU (`test_kernel_cache.py`). Prints what it did as JSON.
 
-usage: python cache.py plain|inductor|late|warm
+usage: python cache.py plain|inductor|late|warm|bundled
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+
+from epfuse.compiled.layer import Layer
+from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.target import Target, planning_for
+from tests.compiled import keys
 
 
 class Driver(DriverBase):
@@ -101,7 +106,6 @@ def main(way: str) -> None:
     knobs.compilation.listener = listen
     from epfuse import kernel_cache
     from epfuse.stages.combine.launch import launch_combine
-    from epfuse.target import Target, planning_for
 
     done: dict[str, object] = {}
     if way == "late":  # as after a warm-up that has compiled nothing
@@ -109,7 +113,10 @@ def main(way: str) -> None:
     if way == "inductor":
         make_inductors_kernel()
     if way == "warm":
-        done = warm()
+        done = warm(keys.LAYERS["sm_90-bf16-deterministic"])
+    elif way == "bundled":  # the model of `test_bundle.py`
+        shape = LayerShape(hidden=256, intermediate=128, experts=4, local_experts=4, top_k=2)
+        done = warm(Layer.on(Target.SM90, Path.BF16, frozenset({WeightFormat.DENSE}), shape))
     else:
         with planning_for(Target.SM90, stand_in="cpu"):
             rows, ids = torch.empty(6, 64, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.int32)
@@ -119,13 +126,11 @@ def main(way: str) -> None:
     print(json.dumps({"moved": os.environ.get("TRITON_CACHE_DIR"), **done}))
 
 
-def warm() -> dict[str, object]:
+def warm(layer: Layer) -> dict[str, object]:
     """A warm-up, then drawn calls: what was said, and how many kernels Triton had looked for before the calls."""
     from epfuse.compiled.warm_up import warm_up
-    from epfuse.target import planning_for
-    from tests.compiled import keys
 
-    layer, said = keys.LAYERS["sm_90-bf16-deterministic"], list[str]()
+    said = list[str]()
     for _ in range(2):  # a second layer of the same kind
         warm_up(layer, MOST, said.append)
     before = len(compiled)

@@ -25,6 +25,7 @@ COMMANDS = {
     "tune": "Search tiles for a layer's shape on this GPU; only results that are right count.",
     "verify": "The correctness suite on this machine's device, any shape, against a float64 oracle.",
     "vllm": "What vLLM does with a model's experts, with epfuse and without; the patch for images without plugins.",
+    "warmup": "Compile a model's kernels ahead of time, without a GPU, into a folder for EPFUSE_KERNELS.",
 }
 """Subcommand -> its line in the help; ``epfuse.cli.NAME`` holds a click command of the same name."""
 

@@ -21,23 +21,34 @@ from epfuse.errors import MissingDependency
 from epfuse.target import Target
 
 
-def compile_launchers(compiled: Any, target: Target) -> None:
-    """Compile, where Triton's cache goes now, what a process needs that loads ``compiled``.
+def compile_driver_module(target: Target) -> None:
+    """Compile, where Triton's cache goes now, the module that talks to the driver of ``target``.
 
-    Args:
-        compiled: a kernel of Triton's.
-        target: its GPU. On AMD nothing is compiled: Triton's module names the path of the ROCm library that it finds.
+    Nothing on AMD: Triton's module there names the path of the ROCm library that it finds.
 
     Raises:
         MissingDependency: there is no C compiler.
     """
-    if target.is_amd:
-        return
-    _link_without_a_driver()
-    driver = importlib.import_module("triton.backends.nvidia.driver")
-    for make in (driver.CudaUtils, functools.partial(driver.CudaLauncher, compiled.src, compiled.metadata)):
-        with contextlib.suppress(ImportError, AttributeError):  # it is compiled and kept; to load it takes the driver
-            make()
+    if not target.is_amd:
+        _link_without_a_driver()
+        with contextlib.suppress(ImportError):  # it is compiled and kept; to load it takes the driver
+            _nvidia().CudaUtils()
+
+
+def compile_launcher(compiled: Any, target: Target) -> None:
+    """Compile the launcher of a kernel of Triton's, where there is one, as up to 3.6 on NVIDIA's GPUs.
+
+    Raises:
+        MissingDependency: there is no C compiler.
+    """
+    if not target.is_amd and hasattr(_nvidia(), "make_launcher"):
+        _link_without_a_driver()
+        with contextlib.suppress(ImportError):
+            _nvidia().CudaLauncher(compiled.src, compiled.metadata)
+
+
+def _nvidia() -> Any:
+    return importlib.import_module("triton.backends.nvidia.driver")
 
 
 @functools.cache

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from epfuse.aot.launches import Launch
 from epfuse.aot.tasks import start
-from epfuse.compiled.launchers import compile_launchers
+from epfuse.bundle import bundle
+from epfuse.compiled.launchers import compile_driver_module, compile_launcher
 from epfuse.compiled.layer import Layer, kernels, run_calls, token_counts
 from epfuse.kernel_cache import folder, is_compiled, kernels_in, say_ready
-from epfuse.target import planning_for
+from epfuse.target import Target, planning_for
 from epfuse.workers import Died, Workers
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ def warm_up(layer: Layer, max_tokens: int, say: Callable[[str], None] = log.info
         with _one_at_a_time():
             left = missing(wanted)  # another rank may have compiled them meanwhile
             if left:
+                if (shipped := bundle()) is not None:
+                    made = f"{shipped.manifest.product} and up to {shipped.manifest.max_tokens} tokens"
+                    log.warning("EPFUSE_KERNELS, made for %s, lacks %d kernels of %s", made, len(left), layer)
                 say(f"compiling {len(left)} of {len(wanted)} kernels for 1 to {max_tokens} tokens")
                 for failure in compile_all(left, jobs=_jobs(), done=functools.partial(_progress, say, len(left))):
                     log.warning("%s; it will be compiled when it is needed", failure)
@@ -80,6 +84,8 @@ def compile_all(
     """
     slowest_first = sorted(launches, key=lambda launch: "gate_up" not in launch.kernel)
     with Workers(min(jobs, len(launches)) or 1, start) as workers:
+        if place is not None and launches:
+            workers.map(_compile_module, [(launches[0].target, place)], lambda count: None)
         found = workers.map(_compile, [(launch, place) for launch in slowest_first], done)
     failures = []
     for launch, result in zip(slowest_first, found, strict=True):
@@ -95,10 +101,15 @@ def _compile(launch: Launch, place: Path | None) -> str | None:
         try:
             compiled = launch.compile()
             if place is not None:
-                compile_launchers(compiled, launch.target)
+                compile_launcher(compiled, launch.target)
         except Exception as error:  # whatever the compiler raises is the finding
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return None
+
+
+def _compile_module(target: Target, place: Path) -> None:
+    with kernels_in(place):
+        compile_driver_module(target)
 
 
 def load(layer: Layer, max_tokens: int, launches: Sequence[Launch]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from epfuse.errors import ConfigError
 from epfuse.families.registry import scratch_size
 from epfuse.integrations.load import LoadedLayer, Parameters, load_layer
 from epfuse.integrations.vllm import versions
+from epfuse.integrations.warm import warm
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.scratch import Scratch
+
+log = logging.getLogger("vllm.epfuse")
 
 _READ = frozenset({"w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"})
 """What `load` takes of a layer."""
@@ -87,14 +91,15 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
         sizes = [scratch_size(path, 1, topk, K, N // 2) for path in paths]
         return (M, max(size.y for size in sizes)), (M, max(size.routed for size in sizes)), (M, K)
 
-    def load(self, layer: Any, plan: LayerPlan) -> None:
-        """Take over a layer's weights, in their own memory where the plan keeps MXFP8.
+    def load(self, layer: Any, plan: LayerPlan, max_tokens: int | None = None) -> None:
+        """Take over a layer's weights, in their own memory where the plan keeps MXFP8; have its kernels ready.
 
         Called again for the same tensors, which vLLM may do, it changes nothing.
 
         Args:
             layer: vLLM's RoutedExperts after loading.
             plan: how epfuse runs it.
+            max_tokens: the most tokens of a call; None where vLLM has not said.
 
         Raises:
             ConfigError: other weights have been loaded since, the activation is not the plan's, or the layer has what
@@ -127,6 +132,7 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
             replace_parameter(layer, "w2_weight", dense.w2)
         self._weight_addresses = (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr())
         self._activation_name = layer.activation.value
+        warm(self._loaded, max_tokens, log)
 
     @property
     def has_rearranged_weights(self) -> bool:

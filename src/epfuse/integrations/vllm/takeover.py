@@ -22,7 +22,7 @@ def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: ty
     def process_weights_after_loading(layer: Any) -> None:
         """Do what vLLM does, which builds the kernel object; then give the weights to our experts."""
         own_processing(layer)
-        method.moe_kernel.fused_experts.load(layer, choice.plan)
+        method.moe_kernel.fused_experts.load(layer, choice.plan, choice.facts.max_tokens)
 
     setattr(method, backend_attribute, backend)
     method.experts_cls = experts_cls

@@ -1,0 +1,107 @@
+"""A bundle, made without a GPU, serves a process without compiler and home; a stale one is said and not used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from epfuse.bundle import KERNELS, MANIFEST, Bundle
+from epfuse.errors import ConfigError
+from tests.compiled.test_kernel_cache import MOVERS, run
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A small model's bundle for 1 and 2 tokens, and what the command said."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "config.json").write_text(json.dumps(MIXTRAL))
+    line = ["warmup", "--model", str(folder), "--target", "sm_90", "--no-ep", "--tp", "1", "--max-tokens", "2"]
+    kept = {name: value for name, value in os.environ.items() if name not in MOVERS}
+    done = subprocess.run(
+        [sys.executable, "-m", "epfuse", *line, "--out", str(folder / "bundle"), "--json"],
+        env={**kept, "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "bundle", json.loads(done.stdout)
+
+
+def test_the_command_says_what_it_made(made: tuple[Path, dict[str, Any]]) -> None:
+    bundle, said = made
+    assert said["kernels"] == 4  # route, gate_up, down, combine
+    assert said["product"] == "NVIDIA H100 80GB HBM3"
+    assert len(said["layers"]) == 1  # identical layers once
+    assert len(list((bundle / KERNELS).glob("*/*.cubin"))) == 4
+    assert list((bundle / KERNELS).glob("*/cuda_utils*.so"))  # what takes a C compiler
+    assert not (bundle.parent / ".triton").exists()
+
+
+def test_an_image_without_a_compiler(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Moved, without gcc and ptxas in PATH, without a home, and forbidden to compile; called as a server calls."""
+    moved = shutil.copytree(made[0], tmp_path / "opt" / "kernels")
+    (tmp_path / "file").touch()
+    home = {"PATH": "", "TRITON_HOME": str(tmp_path / "file")}
+    found, said = run(tmp_path, "bundled", EPFUSE_KERNELS=str(moved), EPFUSE_NO_COMPILE="1", **home)
+    assert found, said
+    assert all(hit for _, hit in found["compiled"])
+    assert not any("compiling" in line for line in found["said"])
+    assert len(found["compiled"]) == found["before"]
+    assert found["late"] == 0
+
+
+def _damaged(bundle: Path, to: Path, **changes: object) -> Path:
+    copy = shutil.copytree(bundle, to)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps(manifest | changes))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("triton", "3.5.0"), ("sources", "0" * 64), ("abi", "cpython-39-x86_64-linux-gnu")]
+)
+def test_a_stale_bundle_is_refused(made: tuple[Path, dict[str, Any]], tmp_path: Path, name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"compiled with {name} {value}, and here is .*make them again"):
+        Bundle.read(_damaged(made[0], tmp_path / "stale", **{name: value}))
+
+
+@pytest.mark.parametrize("changes", [{"files": {"../../etc/passwd": "0"}}, {"files": []}, {"more": 1}])
+def test_a_hostile_manifest_is_refused(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError, match="manifest"):
+        Bundle.read(_damaged(made[0], tmp_path / "hostile", **changes))
+
+
+def test_a_changed_file_is_not_used(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = shutil.copytree(made[0], tmp_path / "changed")
+    victim = next((copy / KERNELS).glob("*/route_kernel.cubin"))
+    bundle = Bundle.read(copy)
+    assert bundle.file(victim.parent.name, victim.name) == victim
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    bundle = Bundle.read(copy)
+    assert bundle.file(victim.parent.name, victim.name) is None
+    assert f"{victim} is not what the manifest says, and is not used" in caplog.text
+    assert bundle.file(victim.parent.name, "unknown") is None
