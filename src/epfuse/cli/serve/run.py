@@ -87,9 +87,7 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     " or, in a checkout, in vLLM's CPU build.",
 )
 @dispatches
-@click.pass_context
 def run(
-    context: click.Context,
     arms: tuple[str, ...],
     pairs: int | None,
     profile: bool,
@@ -124,7 +122,12 @@ def run(
         raise ConfigError(f"--slurm is for --launcher slurm; the launcher is {launcher}")
     patience = Patience(poll, attempts, outage, hopeless, identical, python, as_json)
     if local_demo is not None:
-        dispatch(_demonstration(context, local_demo, name, out), patience, lambda dispatcher: None, take_over=False)
+        dispatch(
+            _demonstration(click.get_current_context(), local_demo, name, out),
+            patience,
+            lambda dispatcher: None,
+            take_over=False,
+        )
         return
     choice = Choice.of(**selection)
     called = _checked(name or default_name(choice.loaded.recipe.name))
