@@ -1,6 +1,7 @@
 # make demo   create .venv, install, run the demonstration
 # make test   create .venv, install, run the tests
 # make test-vllm   download the tested vLLM releases (once), run the integration's tests against their code, no GPU needed
+# make test-sglang   the same with the tested SGLang releases
 # make test-vllm-e2e   install vLLM for CPUs (once, in $(VLLM_TREES)/cpu), serve a small MiniMax-M3 with it
 # make aot    create .venv, install, compile every kernel for the GPUs and check it
 # make hooks  run `make lint typecheck` before each commit from now on (pre-commit; nothing is fetched then)
@@ -19,6 +20,8 @@ AOT_FLAGS ?=
 
 # Where vLLM's unpacked releases, and its environment for CPUs, are kept between runs.
 VLLM_TREES ?= .vllm
+# And SGLang's.
+SGLANG_TREES ?= .sglang
 
 BIN := $(VENV)/bin
 
@@ -40,7 +43,7 @@ endif
 CREATED := $(VENV)/.created-$(MODE)
 INSTALLED := $(VENV)/.installed-$(MODE)
 
-.PHONY: demo test test-vllm test-vllm-e2e aot lint hooks format typecheck clean
+.PHONY: demo test test-vllm test-sglang test-vllm-e2e aot lint hooks format typecheck clean
 
 demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
@@ -52,6 +55,12 @@ test-vllm: $(INSTALLED)
 	$(BIN)/python tools/vllm_releases.py $(VLLM_TREES)
 	for tree in $(VLLM_TREES)/release-*; do \
 	    PYTHONPATH="$$tree:$(VLLM_TREES)/packages" $(BIN)/python -m pytest tests/integrations/vllm $(PYTEST_FLAGS) || exit 1; \
+	done
+
+test-sglang: $(INSTALLED)
+	$(BIN)/python tools/sglang_releases.py $(SGLANG_TREES)
+	for tree in $(SGLANG_TREES)/release-*; do \
+	    PYTHONPATH="$$tree:$(SGLANG_TREES)/packages" $(BIN)/python -m pytest tests/integrations/sglang $(PYTEST_FLAGS) || exit 1; \
 	done
 
 test-vllm-e2e:

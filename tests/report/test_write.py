@@ -236,7 +236,7 @@ OWN_WRITERS = {
     "tools/vllm_on_gpu/warm_up.py": "logs of processes, written while they run",
     "tools/beside_peers.py": "a harness in a temporary folder of its own",
     "tools/vllm_cpu.py": "makes an environment, before epfuse is in it",
-    "tools/vllm_releases.py": "renames a folder that it has unpacked",
+    "tools/server_releases.py": "renames a folder that it has unpacked",
 }
 WRITERS = {"write_text", "write_bytes", "mkstemp", "NamedTemporaryFile", "dump", "rename", "touch"}
 

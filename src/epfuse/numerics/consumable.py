@@ -117,6 +117,21 @@ def _note_overwritten(tensor: torch.Tensor, became: str) -> None:
     parts.append((begin, begin + tensor.nbytes, became))
 
 
+def note_restored(tensor: torch.Tensor) -> None:
+    """Say that a tensor's memory holds what its dtype says again, after `Consumable.consume`.
+
+    Args:
+        tensor: contiguous, all of it written.
+    """
+    key = tensor.untyped_storage()._cdata
+    if key not in _OVERWRITTEN:
+        return
+    storage, parts = _OVERWRITTEN[key]
+    begin = int(tensor.storage_offset()) * tensor.element_size()
+    end = begin + tensor.nbytes
+    _OVERWRITTEN[key] = (storage, [part for part in parts if not (begin <= part[0] and part[1] <= end)])
+
+
 def require_as_loaded(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor whose memory a conversion has overwritten: its bytes don't mean what its dtype says.
 
@@ -125,7 +140,7 @@ def require_as_loaded(name: str, tensor: torch.Tensor) -> None:
         tensor: contiguous; looked up by its memory, so that a view or a detached copy of the same memory is found too.
 
     Raises:
-        ConfigError: as said. It stays so while the memory lives, whatever is written there later.
+        ConfigError: as said. It stays so while the memory lives, until `note_restored`.
     """
     if not _OVERWRITTEN or torch.compiler.is_compiling():
         return

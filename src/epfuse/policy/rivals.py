@@ -46,6 +46,10 @@ EVIDENCE: dict[tuple[Target, str], Evidence] = {
     (Target.GFX942, "TritonExperts"): Evidence(
         "The GEMMs are predicted to be even; TritonExperts' activation and sum pass over other ranks' rows, too."
     ),
+    (Target.GFX942, "block FP8 made of MXFP8"): Evidence(
+        "SGLang makes MXFP8 block FP8 when it loads it, which changes the weights; epfuse's stay exact, and w8a16 is"
+        " predicted to take 0.55 to 0.83 of the time of BF16 GEMMs (docs/mi300x.md)."
+    ),
     (Target.CPU, "Mxfp8EmulationTritonExperts"): Evidence("vLLM's choice needs Triton, which vLLM has not on a CPU."),
 }
 """(target, class of the experts that would run otherwise) -> evidence.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from epfuse.integrations.vllm.interfaces import USES, Use, What, known_interfaces
+from epfuse.integrations.interfaces import Use, What
+from epfuse.integrations.vllm.interfaces import USES, VLLM
 
 
 def use_of(of: str, what: What) -> Use:
@@ -15,7 +16,7 @@ def use_of(of: str, what: What) -> Use:
 
 def write_package(package: Path, release: str, changed: dict[Use, tuple[str, ...]] | None = None) -> None:
     """A ``vllm`` directory with the interfaces of ``release``, but for those that are ``changed``."""
-    known = known_interfaces()[release]
+    known = VLLM.known[release]
     sources: dict[str, dict[str, list[str]]] = {}
     for use in sorted(USES, key=lambda use: use.what is What.PARAMETERS):  # the last definition of a name counts
         parts = (changed or {}).get(use, known[str(use)])

@@ -7,8 +7,9 @@ import logging
 
 import pytest
 
+from epfuse.integrations.interfaces import What
 from epfuse.integrations.vllm import plugin, releases
-from epfuse.integrations.vllm.interfaces import USES, What, known_interfaces, nearest, read_interfaces
+from epfuse.integrations.vllm.interfaces import USES, VLLM
 from tests.integrations.vllm.fake import use_of, write_package
 
 CONFIG = use_of("FusedMoEConfig", What.FIELDS)
@@ -17,8 +18,8 @@ HAVE_VLLM = importlib.util.find_spec("vllm") is not None
 
 
 def test_the_record_has_every_tested_release_and_all_that_is_used():
-    assert tuple(known_interfaces()) == releases.TESTED
-    for interfaces in known_interfaces().values():
+    assert tuple(VLLM.known) == releases.TESTED
+    for interfaces in VLLM.known.values():
         assert list(interfaces) == [str(use) for use in USES]
         assert all(interfaces.values())
         for use in USES:
@@ -27,22 +28,22 @@ def test_the_record_has_every_tested_release_and_all_that_is_used():
 
 @pytest.mark.skipif(not HAVE_VLLM, reason="needs a vLLM on the path")
 def test_the_record_is_what_the_release_has():
-    assert read_interfaces(releases.package()) == known_interfaces()[releases.installed()]
+    assert VLLM.read(releases.package()) == VLLM.known[releases.installed()]
 
 
 @pytest.mark.parametrize("release", releases.TESTED)
 def test_an_imitated_release_is_known(release, tmp_path):
     write_package(tmp_path, release)
-    assert nearest(tmp_path).release == release
-    assert nearest(tmp_path).differences == ()
+    assert VLLM.nearest(tmp_path).release == release
+    assert VLLM.nearest(tmp_path).differences == ()
 
 
 @pytest.mark.parametrize("use", USES, ids=str)
 def test_each_part_that_goes_is_named(use, tmp_path):
-    parts = known_interfaces()["0.33.0"][str(use)]
+    parts = VLLM.known["0.33.0"][str(use)]
     gone = next(part for part in reversed(parts) if f"{use.of}.{part}" not in {other.of for other in USES})
     write_package(tmp_path, "0.33.0", {use: tuple(part for part in parts if part != gone)})
-    match = nearest(tmp_path)
+    match = VLLM.nearest(tmp_path)
     assert match.release == "0.33.0"
     (difference,) = match.differences
     assert str(use) in difference
@@ -50,16 +51,16 @@ def test_each_part_that_goes_is_named(use, tmp_path):
 
 
 def test_what_a_build_adds_to_the_configuration_counts(tmp_path):
-    parts = known_interfaces()["0.33.0"][str(CONFIG)]
+    parts = VLLM.known["0.33.0"][str(CONFIG)]
     write_package(tmp_path, "0.33.0", {CONFIG: (*parts, "swiglu_offset")})
-    assert str(nearest(tmp_path)) == f"{CONFIG} adds swiglu_offset, compared with 0.33.0"
+    assert str(VLLM.nearest(tmp_path)) == f"{CONFIG} adds swiglu_offset, compared with 0.33.0"
 
 
 def test_what_a_build_adds_elsewhere_does_not(tmp_path):
     write_package(tmp_path, "0.32.0")
     file = tmp_path / CONFIG.file
     file.write_text("import os\nRANKS = 8\nif os:\n    def more(): ...\n" + file.read_text())
-    assert not nearest(tmp_path).differences
+    assert not VLLM.nearest(tmp_path).differences
 
 
 @pytest.mark.parametrize("content", [b"class FusedMoEConfig\n", b"\xff\xfe", b"\0", b"(" * 100_000, None], ids=str)
@@ -71,7 +72,7 @@ def test_a_file_that_is_no_source_is_missing(content, tmp_path):
         file.mkdir()
     else:
         file.write_bytes(content)
-    assert any("FusedMoEConfig" in text and text.endswith("is missing") for text in nearest(tmp_path).differences)
+    assert any("FusedMoEConfig" in text and text.endswith("is missing") for text in VLLM.nearest(tmp_path).differences)
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_the_text_of_the_version_does_not_decide(version, said, tmp_path, monkey
 
 @pytest.mark.parametrize("version", ["0.33.0", "0.33.0.post1", "0.34.0"])
 def test_one_difference_stands_down_with_one_warning_that_names_it(version, said, tmp_path, monkeypatch):
-    parts = known_interfaces()["0.33.0"][str(APPLY)]
+    parts = VLLM.known["0.33.0"][str(APPLY)]
     write_package(tmp_path, "0.33.0", {APPLY: (*parts, "token_mask=")})
     monkeypatch.setattr(releases, "installed", lambda: version)
     monkeypatch.setattr(releases, "package", lambda: tmp_path)

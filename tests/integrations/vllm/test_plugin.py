@@ -8,6 +8,7 @@ import logging
 import pytest
 
 from epfuse.errors import ConfigError
+from epfuse.integrations import installed as found
 from epfuse.integrations.vllm import plugin, releases
 
 
@@ -66,7 +67,7 @@ def test_a_switch_is_0_or_1(monkeypatch):
 
 
 def test_metadata_without_a_version(monkeypatch):
-    monkeypatch.setattr(releases, "version", lambda name: None)
+    monkeypatch.setattr(found, "version", lambda name: None)
     assert releases.installed() == "unknown"
 
 
@@ -74,7 +75,7 @@ def test_without_metadata_the_version_is_unknown(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(releases, "version", missing)
+    monkeypatch.setattr(found, "version", missing)
     assert releases.installed() == "unknown"
 
 

@@ -33,10 +33,10 @@ def _register_once() -> None:
         log.info("epfuse %s is not in use: %s=1", __version__, DISABLE)
         return
     from epfuse.integrations.vllm import releases
-    from epfuse.integrations.vllm.interfaces import nearest
+    from epfuse.integrations.vllm.interfaces import VLLM
 
     found, package = releases.installed(), releases.package()
-    match = None if package is None else nearest(package)
+    match = None if package is None else VLLM.nearest(package)
     if (match is None or match.differences) and not is_on(FORCE):
         log.warning(
             "epfuse %s is not in use: vLLM %s is not as the releases that it was tested with, %s: %s"

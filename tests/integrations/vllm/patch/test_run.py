@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from epfuse.errors import ConfigError
-from epfuse.integrations.vllm.interfaces import What
+from epfuse.integrations.interfaces import What
 from epfuse.integrations.vllm.patch import block, lock, run
 from epfuse.integrations.vllm.patch.journal import journal
 from epfuse.integrations.vllm.patch.run import State

@@ -8,7 +8,7 @@ from typing import Any
 
 from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError
-from epfuse.integrations.vllm.interfaces import nearest
+from epfuse.integrations.vllm.interfaces import VLLM
 from epfuse.integrations.vllm.patch.block import BEGIN, END, TARGETS, has_this_block, with_block, without_block
 from epfuse.integrations.vllm.patch.journal import change, journal, read, undo_interrupted
 from epfuse.integrations.vllm.patch.site import Site
@@ -62,7 +62,7 @@ def status(site: Site) -> Report:
     """Look, and change nothing; says too where this vLLM does not look like a tested release."""
     with site.locked():
         report = _look(site)
-    match = nearest(site.root / "vllm")
+    match = VLLM.nearest(site.root / "vllm")
     if match.differences and not report.detail:
         return replace(report, detail=f"It is not as the releases that epfuse was tested with: {match}")
     return report
@@ -110,7 +110,7 @@ def revert(site: Site) -> Report:
 
 
 def _check_interfaces(site: Site) -> None:
-    match = nearest(site.root / "vllm")
+    match = VLLM.nearest(site.root / "vllm")
     if match.differences:
         raise ConfigError(
             f"vLLM {site.release} in {site.root} is not as the releases that epfuse was tested with,"
