@@ -49,9 +49,9 @@ def tables_of(record: Record) -> list[Table]:
     return found
 
 
-def show(record: Record, console: Console) -> None:
-    """Print every table."""
-    for table in tables_of(record):
+def show(tables: Iterable[Table], console: Console) -> None:
+    """Print tables."""
+    for table in tables:
         shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in table.columns:
             shown.add_column(column)
@@ -60,12 +60,12 @@ def show(record: Record, console: Console) -> None:
         console.print(shown)
 
 
-def markdown(record: Record, command: str) -> str:
-    """Every table as Markdown, and what made them; ``command`` is what was typed."""
+def markdown(tables: Iterable[Table], command: str) -> str:
+    """Tables as Markdown, and what made them; ``command`` is what was typed."""
     found = versions()
     date = datetime.now(UTC).date().isoformat()
     parts = [f"Made by `{command}` on {date}, epfuse {found['epfuse']}, triton {found['triton']}."]
-    for table in tables_of(record):
+    for table in tables:
         lines = [f"**{table.title}**", "", _line(table.columns), _line(["---"] * len(table.columns))]
         parts.append("\n".join(lines + [_line(row) for row in table.rows]))
     return "\n\n".join(parts) + "\n"

@@ -45,7 +45,12 @@ def least_bytes(problem: Problem, subjects: tuple[Subject, ...]) -> int:
     return weights + sum(problem.tokens) * len(KINDS) * each
 
 
-def run(problem: Problem, subjects: tuple[Subject, ...], advance: Callable[[], None] = lambda: None) -> Record:
+def run(
+    problem: Problem,
+    subjects: tuple[Subject, ...],
+    advance: Callable[[], None] = lambda: None,
+    scenarios: list[Scenario] | None = None,
+) -> Record:
     """Verify ``subjects``: on each rank, each scenario against the float64 oracle; then the sum over the ranks.
 
     Holds one rank's weights at a time, in the formats of the subjects that share an oracle, and per scenario its
@@ -55,8 +60,9 @@ def run(problem: Problem, subjects: tuple[Subject, ...], advance: Callable[[], N
         problem: sizes, device, seed.
         subjects: from `subjects_of`; the device must be able to run them.
         advance: called after each scenario of each rank.
+        scenarios: None for all of the problem.
     """
-    scenarios = make_scenarios(problem)
+    scenarios = make_scenarios(problem) if scenarios is None else scenarios
     cases = []
     for stored in _kinds_stored(subjects):
         alike = [subject for subject in subjects if subject.stored is stored]

@@ -1,0 +1,254 @@
+"""What the gate executes: layers, routings, shards and budgets, each a case that runs by itself in any process."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from epfuse.aot.isa.device import Session, executing
+from epfuse.aot.isa.errors import IsaError
+from epfuse.aot.isa.expected import mismatches, same
+from epfuse.aot.isa.layers import EXACT, Exact
+from epfuse.aot.isa.work import Work, work_of
+from epfuse.api import fused_experts
+from epfuse.config import Combine, LayerShape
+from epfuse.expert_map import ExpertMap
+from epfuse.families.registry import FP8_PATHS
+from epfuse.reference import run_reference
+from epfuse.stages.route.launch import launch_route
+from epfuse.stages.route.table import RouteTable
+from epfuse.target import Target
+from epfuse.verify.problem import Problem
+from epfuse.verify.scenarios import make_scenarios
+from epfuse.verify.subject import Subject
+from epfuse.verify.suite import run as verify
+from epfuse.weights.experts import ExpertWeights
+
+TARGET = Target.GFX942
+
+
+@dataclass
+class Found:
+    """What a case's execution found.
+
+    Attributes:
+        failures: in words; none is a case that passed.
+        hashes: of the machine codes that ran -> their kernel.
+        launches: how many.
+        instructions: executed wave instructions.
+        work: of the GEMMs, where their numbers are the case's subject.
+        seconds: that it took, compiling included.
+    """
+
+    failures: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    launches: int = 0
+    instructions: int = 0
+    work: list[Work] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def judge(self, session: Session) -> None:
+        """Take in what ran."""
+        for launched in session.launches:
+            self.hashes[launched.recorded.hash] = launched.recorded.program.name
+            self.launches += 1
+            self.instructions += sum(launched.counts.instructions.values())
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """One case.
+
+    Attributes:
+        name: what it executed.
+        found: what came out.
+    """
+
+    name: str
+    found: Found
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.found.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "name": self.name,
+            "ok": self.ok,
+            "failures": self.found.failures,
+            "launches": self.found.launches,
+            "instructions": self.found.instructions,
+            "seconds": round(self.found.seconds, 2),
+            "gemms": [work.to_json() for work in self.found.work],
+        }
+
+
+class Case(Protocol):
+    """One thing to execute and to judge."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    def execute(self, found: Found, seed: int) -> None:
+        """Run under the ISA model, the waves' order by ``seed``; what is wrong goes to ``found``."""
+        ...
+
+
+def run_case(case: Case, seed: int) -> Found:
+    """Execute a case; an error of the model is its failure."""
+    found, began = Found(), time.perf_counter()
+    torch.set_num_threads(1)
+    try:
+        case.execute(found, seed)
+    except IsaError as error:
+        found.failures.append(f"{type(error).__name__}: {error}")
+    found.seconds = time.perf_counter() - began
+    return found
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer call on exactly summable numbers: every launch, and the result, without one mismatch.
+
+    Attributes:
+        exact: the call.
+    """
+
+    exact: Exact
+
+    @property
+    def name(self) -> str:
+        """Its sizes."""
+        return f"layer {self.exact.name}"
+
+    def execute(self, found: Found, seed: int) -> None:
+        """Compare each launch with its stage's reference on what it was given, the result with the layer's."""
+        exact = self.exact
+        operands = exact.hidden(), exact.weights(0), exact.topk_weights(), exact.topk_ids(), exact.expert_map(0)
+        with executing(TARGET, seed) as session:
+            y = fused_experts(*operands, activation=EXACT, path=exact.path, combine=exact.combine)
+        found.judge(session)
+        for launched in session.launches:
+            found.failures += [str(each) for each in mismatches(launched)]
+        found.work = [work for launched in session.launches if (work := work_of(launched)) is not None]
+        if lost := session.defined.undefined(y):
+            found.failures.append(f"the result has {lost} elements that nothing wrote")
+        if exact.path not in FP8_PATHS:  # whose activations are quantised, unlike the reference's
+            wrong = int((~same(y, run_reference(*operands, activation=EXACT))).sum())
+            if wrong:
+                found.failures.append(f"the result has {wrong} of {y.numel()} elements that are not the reference's")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routing kernels alone: every size of their tiles.
+
+    Attributes:
+        tokens: T.
+        block_m: rows of a block.
+        shape: E, L, K.
+        seed: of the routing.
+    """
+
+    tokens: int
+    block_m: int
+    shape: LayerShape
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its sizes."""
+        return f"route T={self.tokens} BLOCK_M={self.block_m}"
+
+    def execute(self, found: Found, seed: int) -> None:
+        """Compare the table with the reference's."""
+        rng = torch.Generator().manual_seed(self.seed)
+        ids = torch.randint(-3, self.shape.experts + 3, (self.tokens, self.shape.top_k), generator=rng).int()
+        expert_map = ExpertMap.contiguous(self.shape.experts, self.shape.experts // self.shape.local_experts, 1)
+        with executing(TARGET, seed) as session:
+            table = RouteTable.empty(ids.numel(), self.shape.local_experts, self.block_m, ids.device)
+            launch_route(ids, expert_map.on(ids.device), self.shape.local_experts, table)
+        found.judge(session)
+        for launched in session.launches:
+            found.failures += [str(each) for each in mismatches(launched)]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Exact sums in float32: the ranks' results add up to the unsharded layer's, bit for bit.
+
+    Attributes:
+        exact: the call; float32, and as many routes as are drawn for any rank.
+    """
+
+    exact: Exact
+
+    @property
+    def name(self) -> str:
+        """Its sizes."""
+        return f"{self.exact.ranks} shards {self.exact.name}"
+
+    def execute(self, found: Found, seed: int) -> None:
+        """Every rank, and a rank that holds all experts."""
+        exact = self.exact
+        rng = torch.Generator().manual_seed(exact.seed)
+        ids = torch.randint(0, exact.shape.experts, (exact.tokens, exact.shape.top_k), generator=rng).int()
+        hidden, factors = exact.hidden(), exact.topk_weights()
+        shards = [exact.weights(rank) for rank in range(exact.ranks)]
+        parts = [shard.dense_experts for shard in shards]
+        whole = ExpertWeights.dense(
+            torch.cat([part.w13 for part in parts if part]), torch.cat([part.w2 for part in parts if part])
+        )
+        everyone = ExpertMap.all_local(exact.shape.experts)
+        with executing(TARGET, seed) as session:
+            total = torch.zeros_like(hidden)
+            for rank, shard in enumerate(shards):
+                total += fused_experts(
+                    hidden, shard, factors, ids, exact.expert_map(rank), activation=EXACT, path=exact.path
+                )
+            unsharded = fused_experts(hidden, whole, factors, ids, everyone, activation=EXACT, path=exact.path)
+        found.judge(session)
+        wrong = int((~same(total, unsharded)).sum())
+        if wrong:
+            found.failures.append(f"the shards' sum differs from the unsharded layer in {wrong} elements")
+        wrong = int((~same(total, run_reference(hidden, whole, factors, ids, everyone, EXACT))).sum())
+        if wrong:
+            found.failures.append(f"the shards' sum differs from the reference in {wrong} elements")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """General numbers: `epfuse verify`'s scenarios, rank by rank and summed, within its budgets.
+
+    Attributes:
+        problem: sizes, tokens, seed.
+        subject: one way to compute the layer.
+        scenarios: names of scenarios.
+    """
+
+    problem: Problem
+    subject: Subject
+    scenarios: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Its path and scenarios."""
+        subject, counts = self.subject, ",".join(map(str, self.problem.tokens))
+        atomic = " atomic" if subject.combine is Combine.ATOMIC else ""
+        return f"budget {subject.path.value} {subject.form.value}{atomic} T={counts}: {', '.join(self.scenarios)}"
+
+    def execute(self, found: Found, seed: int) -> None:
+        """`epfuse.verify.suite.run`, unchanged."""
+        with executing(TARGET, seed) as session:
+            scenarios = [each for each in make_scenarios(self.problem) if each.name in self.scenarios]
+            record = verify(self.problem, (self.subject,), scenarios=scenarios)
+        found.judge(session)
+        for case in record.cases:
+            found.failures += [f"{case.path}, {case.name}: {failure}" for failure in case.failures]

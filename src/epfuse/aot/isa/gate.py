@@ -1,0 +1,144 @@
+"""The gate on executed machine code: which cases there are, and their run in parallel processes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+
+from epfuse.aot.isa.cases import Budget, Case, CaseRecord, Found, Layer, Routing, Shards, run_case
+from epfuse.aot.isa.layers import Exact
+from epfuse.aot.tasks import start
+from epfuse.config import Combine, LayerShape, Path, WeightFormat
+from epfuse.verify.problem import Problem
+from epfuse.verify.scenarios import KINDS
+from epfuse.verify.subject import Stored, Subject
+from epfuse.workers import Died, Workers
+
+EXPERTS, LOCAL, TOP_K = 128, 16, 4
+"""MiniMax-M3's on 8 ranks: constants of the kernels, so that what is executed is what `epfuse aot` compiles."""
+
+SUBJECTS = (
+    Subject(Path.BF16, Stored.DENSE, WeightFormat.DENSE),
+    Subject(Path.W8A16, Stored.MXFP8, WeightFormat.MXFP8_FNUZ),
+    Subject(Path.W8A16, Stored.MXFP8, WeightFormat.MXFP8),
+    Subject(Path.W8A8, Stored.MXFP8, WeightFormat.MXFP8_FNUZ),
+    Subject(Path.W8A8, Stored.MXFP8, WeightFormat.MXFP8_FNUZ, Combine.ATOMIC),
+    Subject(Path.BLOCK_FP8, Stored.MXFP8, WeightFormat.BLOCK_FP8_FNUZ),
+    Subject(Path.BLOCK_FP8, Stored.MXFP8, WeightFormat.BLOCK_FP8_FNUZ, Combine.ATOMIC),
+)
+"""Every way in which gfx942 computes the layer."""
+
+SIZES = {
+    # Triton specialises on multiples of 16, of sizes and of scales in a row: as in MiniMax-M3 (6144, 3072) ..
+    "even": {Path.BF16: (1152, 256), Path.W8A16: (1152, 256), Path.W8A8: (1536, 512), Path.BLOCK_FP8: (2048, 384)},
+    # .. and as in gpt-oss-120b (2880, 2880), which leaves a tail in every loop over K
+    "masked": {path: (1088, 320) for path in (Path.BF16, Path.W8A16, Path.W8A8, Path.BLOCK_FP8)},
+}
+"""(H, I) that make the same machine codes as the true sizes, and are as small as can be."""
+
+SHORT = {
+    "even": {Path.BF16: (256, 128), Path.W8A16: (256, 128), Path.W8A8: (512, 512), Path.BLOCK_FP8: (2048, 128)},
+    "masked": {path: (320, 192) for path in (Path.BF16, Path.W8A16, Path.W8A8, Path.BLOCK_FP8)},
+}
+"""(H, I) that make the same machine codes of the GEMMs, not of combine."""
+
+FEW = 9
+"""Tokens of a layer in the smallest tile."""
+LIVE = 29
+"""Local routes of such a layer: more than one block of one expert."""
+MANY = 512
+"""Tokens from which combine's tile is a larger one."""
+TILES = {FEW: 16, MANY: 64, 1537: 128}
+"""T -> the largest BLOCK_M of any family there."""
+
+ROUTES = [
+    *product((8, 16, 32, 64, 128, 256, 384), (16,)),
+    *product((385, 1024), (16, 32, 64)),
+    *product((1537,), (16, 32, 64, 128)),
+    (1024, 128),
+]
+"""T and BLOCK_M of every size of the routing kernels."""
+
+
+def layers(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iterator[Layer]:
+    """A layer for every machine code of a GEMM: way, sizes, dtype, tile."""
+    for subject, sizes, (tokens, block_m) in product(SUBJECTS, all_sizes.values(), TILES.items()):
+        dense = subject.form is WeightFormat.DENSE
+        for dtype in (torch.bfloat16, torch.float16, torch.float32) if dense else (torch.bfloat16,):
+            if dtype == torch.float32 and tokens > MANY:  # its GEMMs have one tile at any T
+                continue
+            shape = LayerShape(*sizes[subject.path], EXPERTS, LOCAL, TOP_K)
+            live = LIVE if tokens == FEW else block_m * 3 // 2 + 5
+            yield Layer(Exact(subject.path, subject.form, dtype, subject.combine, shape, tokens, live, seed))
+
+
+def routings(seed: int) -> Iterator[Routing]:
+    """Every size of the routing kernels."""
+    shape = LayerShape(32, 32, EXPERTS, LOCAL, TOP_K)
+    for tokens, block_m in ROUTES:
+        yield Routing(tokens, block_m, shape, seed)
+
+
+def shards(seed: int) -> Shards:
+    """Two ranks in float32."""
+    shape = LayerShape(96, 64, 4, 2, 2)
+    return Shards(Exact(Path.BF16, WeightFormat.DENSE, torch.float32, Combine.DETERMINISTIC, shape, 3, 0, seed))
+
+
+def budgets(seed: int) -> Iterator[Budget]:
+    """Every way, every scenario of `epfuse verify`, on two ranks."""
+    problem = Problem(160, 96, 4, 2, 2, (3,), torch.bfloat16, torch.device("cpu"), seed)
+    for subject, scenario in product(SUBJECTS, KINDS):
+        yield Budget(problem, subject, (scenario,))
+
+
+def every_case(seed: int) -> list[Case]:
+    """All that there is."""
+    return [*layers(seed, SIZES), *routings(seed), shards(seed), *budgets(seed)]
+
+
+def share(seed: int) -> list[Case]:
+    """What CI executes in one run: every kernel and every way in the smallest tile, and more by the seed.
+
+    A run has for each way a layer with tails or one without, at few tokens, and one scenario of `epfuse verify`; one
+    layer in a larger tile; the routing kernels in one launch and in two; the shards.
+    """
+    draw = random.Random(seed)
+    found: list[Case] = []
+    by_way: dict[object, list[Layer]] = {}
+    larger = []
+    for layer in layers(seed, SHORT):
+        exact = layer.exact
+        if exact.tokens == FEW:
+            by_way.setdefault((exact.path, exact.form, exact.combine, exact.dtype), []).append(layer)
+        else:
+            larger.append(layer)
+    found += [draw.choice(choices) for choices in by_way.values()]
+    found.append(draw.choice(larger))
+    one, two = ([each for each in routings(seed) if (each.tokens * TOP_K > 4096) is more] for more in (False, True))
+    found += [draw.choice(one), draw.choice(two), shards(seed)]
+    for subject in SUBJECTS:
+        found.append(draw.choice([each for each in budgets(seed) if each.subject == subject]))
+    return found
+
+
+def run(cases: list[Case], seed: int, workers: int, progress: Callable[[int, int], None]) -> list[CaseRecord]:
+    """Execute cases in parallel.
+
+    Args:
+        cases: of `every_case` or `share`.
+        seed: of the order in which waves and workgroups advance.
+        workers: processes.
+        progress: called with the cases done and the cases in all.
+    """
+    progress(0, len(cases))
+    with Workers(workers, start) as pool:
+        results = pool.map(run_case, [(case, seed) for case in cases], lambda done: progress(done, len(cases)))
+    records = []
+    for case, result in zip(cases, results, strict=True):
+        found = Found([result.reason]) if isinstance(result, Died) else result
+        records.append(CaseRecord(case.name, found))
+    return records

@@ -1,0 +1,124 @@
+"""Layers with exactly summable numbers, small integers times powers of two: every order of summation is exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from epfuse.arguments import checks_enums
+from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.expert_map import ExpertMap
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.target import Target
+from epfuse.weights.experts import ExpertWeights
+
+EXACT = SwiGLUOAI(alpha=0.0, beta=1.0, limit=7.0)
+"""With this gain the sigmoid is one half: the activation of a small integer is exact whatever exp and division do."""
+
+NAN_TOKEN, NAN_WEIGHT = 4, 6
+"""Tokens whose results are NaN, and no other's."""
+
+
+@checks_enums
+@dataclass(frozen=True)
+class Exact:
+    """One layer call on exactly summable numbers.
+
+    Attributes:
+        path, form, dtype, combine: as in a call.
+        shape: sizes of one rank's layer.
+        tokens: T.
+        live: local routes, of the T*K.
+        seed: of the numbers and the routing.
+    """
+
+    path: Path
+    form: WeightFormat
+    dtype: torch.dtype
+    combine: Combine
+    shape: LayerShape
+    tokens: int
+    live: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What a failed case is called by."""
+        dtype = str(self.dtype).removeprefix("torch.") if self.form is WeightFormat.DENSE else self.form.value
+        atomic = " atomic" if self.combine is Combine.ATOMIC else ""
+        return f"{self.path.value} {dtype}{atomic} T={self.tokens} H={self.shape.hidden} I={self.shape.intermediate}"
+
+    @property
+    def ranks(self) -> int:
+        """P."""
+        return self.shape.experts // self.shape.local_experts
+
+    def _draw(self, *key: int) -> torch.Generator:
+        seed = self.seed
+        for part in key:
+            seed = (seed * 1_000_003 + part) % 2**62
+        return torch.Generator().manual_seed(seed)
+
+    def hidden(self) -> torch.Tensor:
+        """``[T, H]``: -1, 0 or 1, a row in eight doubled; one number of token `NAN_TOKEN` is NaN."""
+        rng = self._draw(0)
+        values = torch.randint(-1, 2, (self.tokens, self.shape.hidden), generator=rng)
+        hidden = (values * (1 + (torch.arange(self.tokens) % 8 == 3).int()[:, None])).to(self.dtype)
+        hidden[NAN_TOKEN : NAN_TOKEN + 1, self.shape.hidden // 3] = torch.nan
+        return hidden
+
+    def topk_weights(self) -> torch.Tensor:
+        """``[T, K]``: powers of two; those of token `NAN_WEIGHT` are NaN."""
+        powers = torch.randint(-2, 2, (self.tokens, self.shape.top_k), generator=self._draw(1))
+        factors = torch.exp2(powers.float())
+        factors[NAN_WEIGHT : NAN_WEIGHT + 1] = torch.nan
+        return factors
+
+    def topk_ids(self) -> torch.Tensor:
+        """``[T, K]`` int32: ``live`` routes of rank 0, three quarters of them to one expert, one to the last."""
+        rng, shape = self._draw(2), self.shape
+        routes = self.tokens * shape.top_k
+        if shape.experts > shape.local_experts:
+            ids = torch.randint(shape.local_experts, shape.experts, (routes,), generator=rng)
+        else:
+            ids = torch.full((routes,), -1)
+        ids[torch.rand(routes, generator=rng) < 0.1] = -1
+        where = torch.randperm(routes, generator=rng)[: self.live]
+        local = torch.zeros(where.numel(), dtype=torch.int64)
+        local[where.numel() * 3 // 4 :] = min(2, shape.local_experts - 1)
+        local[-1:] = shape.local_experts - 1
+        ids[where] = local
+        return ids.view(self.tokens, shape.top_k).int()
+
+    def dense(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """w13 and w2 of a rank in float32: -1, 0 or 1 times a power of two for each row and 32 columns."""
+        shape, drawn = self.shape, []
+        for which, (rows, columns) in enumerate(
+            ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
+        ):
+            stack = torch.empty(shape.local_experts, rows, columns)
+            for slot in range(shape.local_experts):
+                rng = self._draw(3, which, rank * shape.local_experts + slot)
+                values = torch.randint(-1, 2, (rows, columns), generator=rng)
+                powers = torch.randint(-1, 2, (rows, -(-columns // 32)), generator=rng)
+                stack[slot] = values * torch.exp2(powers.float()).repeat_interleave(32, 1)[:, :columns]
+            drawn.append(stack)
+        return drawn[0], drawn[1]
+
+    def weights(self, rank: int) -> ExpertWeights:
+        """A rank's experts in the case's format."""
+        stacks = self.dense(rank)
+        if self.form is WeightFormat.DENSE:
+            return ExpertWeights.dense(*(stack.to(self.dtype) for stack in stacks))
+        packed = [MXFP8.quantize(stack) for stack in stacks]
+        parts = [part for stack in packed for part in (stack.values, stack.scales)]
+        if self.form in (WeightFormat.BLOCK_FP8, WeightFormat.BLOCK_FP8_FNUZ):
+            made = ExpertWeights.block_fp8(*parts)
+        else:
+            made = ExpertWeights.mxfp8(*parts)
+        return made if self.form in made.kept else made.prepare(Target.GFX942)
+
+    def expert_map(self, rank: int) -> ExpertMap:
+        """Rank's contiguous share."""
+        return ExpertMap.contiguous(self.shape.experts, self.ranks, rank)

@@ -1,0 +1,63 @@
+"""``epfuse aot --execute``: run gfx942's machine code under a model of its instruction set, and judge the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from epfuse.cli.delivery import STDOUT, Delivery
+from epfuse.report.terminal import Console
+
+PARTS = ("share", "all")
+
+
+def execute(cases: str, faults: str, seed: int, workers: int | None, as_json: bool, as_markdown: bool) -> NoReturn:
+    """Execute cases and faults, print the record, exit.
+
+    Args:
+        cases: "share" or "all".
+        faults: these, or "none".
+        seed: draws the share, the numbers and the order in which waves run.
+        workers: processes; None for the CPUs.
+        as_json: JSON in the place of tables.
+        as_markdown: Markdown in the place of tables.
+
+    """
+    delivery = Delivery()
+    from epfuse.aot import tables
+    from epfuse.aot.isa import gate, inject
+    from epfuse.aot.isa.record import ExecutionRecord
+
+    count = workers or len(os.sched_getaffinity(0))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("executing gfx942's code", total=None)
+        chosen = gate.every_case(seed) if cases == "all" else gate.share(seed)
+        found = gate.run(chosen, seed, count, lambda done, total: progress.update(task, completed=done, total=total))
+        broken = None
+        if faults != "none":
+            task = progress.add_task("dropping instructions", total=None)
+            kernels = inject.subjects() if faults == "all" else inject.share(seed)
+            broken = inject.run(kernels, count, lambda done, total: progress.update(task, completed=done, total=total))
+    record = ExecutionRecord(seed, found, broken)
+    with delivery.of(STDOUT):
+        if as_json:
+            click.echo(json.dumps(record.to_json(_command()), indent=2, allow_nan=False))
+        elif as_markdown:
+            click.echo(tables.markdown(record.tables(), _command()), nl=False)
+        else:
+            tables.show(record.tables(), Console(width=None if sys.stdout.isatty() else 160))
+    for failure in record.failures():
+        click.echo(f"FAIL {failure}", err=True)
+    delivery.exit(passed=record.ok)
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
