@@ -11,7 +11,7 @@ import pytest
 from epfuse.serving import journal as journal_module
 from epfuse.serving.dispatch import Dispatcher, Rules
 from epfuse.serving.journal import ENDS, State, read_journal
-from epfuse.serving.launchers.launcher import Rejected, Unsure
+from epfuse.serving.launchers.launcher import Phase, Rejected, Unsure
 from epfuse.serving.layout import RunFolder
 from epfuse.serving.point import End
 from tests.serving.simulation import Killed, World
@@ -337,6 +337,22 @@ def test_a_job_that_dies_gets_another_attempt_after_its_claim_was_revoked(
     assert change.why == "attempt 3 ended as NODE_FAIL without a result"
     assert world.starts == {"a": 3}  # each one could claim
     assert [job.key for job in world.jobs] == ["t-a-1", "t-a-2", "t-a-3"]
+
+
+def test_jobs_that_are_taken_away_before_they_begin_are_no_failures(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    world = World(0, tmp_path / "points", stuck=True)
+    now = dispatcher(folder, world, Rules(attempts=1, losses=3, identical=2))
+    for _ in range(3):
+        while not any(job.phase is Phase.WAITING for job in world.jobs):
+            now.step()
+            world.sleep(5.0)
+        for job in world.jobs:
+            job.phase, job.word = Phase.ENDED, "CANCELLED"
+    world.stuck = False
+    now.dispatch()
+    kill(now)
+    assert set(states(folder).values()) == {State.DONE}
 
 
 def test_a_copy_that_comes_late_is_seen_and_does_not_run(tmp_path: Path) -> None:

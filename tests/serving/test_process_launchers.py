@@ -100,8 +100,9 @@ def test_a_job_outlives_a_killed_dispatcher_and_the_next_one_finds_it(order: Ord
 
 
 def test_what_can_not_be_started_is_rejected(tmp_path: Path) -> None:
-    answer = LocalLauncher().submit(Order("k-1", ("/no/such/python", "--key", "k-1"), tmp_path), HERE)
-    assert answer == Rejected("/no/such/python can't be started: No such file or directory")
+    python = str(tmp_path / "no-python")
+    answer = LocalLauncher().submit(Order("k-1", (python, "--key", "k-1"), tmp_path), HERE)
+    assert answer == Rejected(f"{python} can't be started: No such file or directory")
 
 
 def test_another_machines_processes_are_not_absent(order: Order) -> None:

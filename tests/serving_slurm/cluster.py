@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SBIN = "/usr/sbin:/usr/local/sbin:/sbin"
+# daemons are not in everybody's PATH; they lie beside the commands
+SBIN = str(Path(shutil.which("sbatch") or "sbatch").resolve().parents[1] / "sbin")
 DAEMONS = ("slurmd", "slurmctld", "slurmdbd", "mariadbd", "munged")
 
 # Stands before Slurm's own sbatch in PATH: notes each call, and may answer late, or falsely, after it has submitted.

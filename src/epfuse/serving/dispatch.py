@@ -26,6 +26,9 @@ HOPELESS = re.compile(
 )
 """Slurm's reasons for PENDING that neither another job's end nor a node that comes back changes."""
 
+TAKEN_AWAY = {"CANCELLED", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED"}
+"""Slurm's words for a job that ended by no act of its own."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -34,7 +37,7 @@ class Rules:
     Attributes:
         poll: seconds between two steps.
         attempts: at a point whose jobs die without an end.
-        losses: how often an attempt may be taken by the launcher, and then not be there.
+        losses: how often a point may be taken by the launcher, and then not be there, or end before it began.
         identical: failures of the same kind, one after the other, after which nothing more is submitted.
         hopeless: seconds that a job may be PENDING for a reason that never ends.
         outage: seconds without any answer from a launcher after which the dispatcher leaves; the run can be resumed.
@@ -308,8 +311,11 @@ class Dispatcher:
             how = f"ended as {jobs[-1].word}" if jobs else "is gone"
             words = last_words(folder, self._keys(change)[-1])
             why = f"attempt {change.attempt} {how} without a result{words and f'; its log ends: {words}'}"
-            if change.attempt < self.rules.attempts:
-                self._count_failure(why)
+            # never begun: that is no fault of the point, such as after a controller that lost its last seconds
+            taken_away = holder is None and jobs[-1].word in TAKEN_AWAY
+            if change.attempt < self.rules.attempts + (self.rules.losses if taken_away else 0):
+                if not taken_away:
+                    self._count_failure(why)
                 self._change(name, State.PLANNED, why, attempt=change.attempt + 1, job="")
             else:
                 self._fail(name, why)
