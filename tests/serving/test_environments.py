@@ -37,7 +37,10 @@ def started(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
         monkeypatch.setenv("NOT_FOR_RESULTS", "1")
         image = Image(
-            engine=engine, reference="vllm/vllm:tag", mounts=(Mount(source="/models", target="/m"),), shm_gib=32
+            engine=engine,
+            reference="vllm/vllm:tag",
+            mounts=(Mount(source=str(tmp_path / "models"), target=str(tmp_path / "m")),),
+            shm_gib=32,
         )
         task = prepare(
             image,
@@ -82,7 +85,7 @@ def test_docker_and_podman(started, engine, vendor, tmp_path):
     assert found.gpus == (gpus[1] if vendor == "nvidia" else None)
     assert found.group_add == (["video"] if vendor == "amd" else [])
     assert found.mount == [
-        "type=bind,src=/models,dst=/m,readonly",
+        f"type=bind,src={tmp_path / 'models'},dst={tmp_path / 'm'},readonly",
         f"type=bind,src={tmp_path / 'results'},dst={tmp_path / 'results'}",
     ]
     assert sorted(found.env) == ["PLAIN", "TOKEN"]
@@ -97,7 +100,11 @@ def test_apptainer(started, vendor, tmp_path):
     assert ("--rocm" in argv, "--nv" in argv) == (vendor == "amd", vendor == "nvidia")
     binds = [argv[place + 1] for place, word in enumerate(argv) if word == "--bind"]
     assert ("/dev/kfd,/dev/dri" in binds) == (vendor == "amd")
-    assert {"/dev/shm", "/models:/m:ro", f"{tmp_path / 'results'}:{tmp_path / 'results'}:rw"} <= set(binds)
+    assert {
+        "/dev/shm",
+        f"{tmp_path / 'models'}:{tmp_path / 'm'}:ro",
+        f"{tmp_path / 'results'}:{tmp_path / 'results'}:rw",
+    } <= set(binds)
     assert argv[-4:] == ["vllm/vllm:tag", "vllm", "serve", "M3"]
     assert environment["APPTAINERENV_TOKEN"] == SECRET
     assert not task.ending
@@ -109,7 +116,11 @@ def test_pyxis(started, vendor, tmp_path):
     options = dict(word.partition("=")[::2] for word in argv if word.startswith("--"))
     assert options["--container-image"] == "vllm/vllm:tag"
     mounts = options["--container-mounts"].split(",")
-    assert {"/models:/m:ro", f"{tmp_path / 'results'}:{tmp_path / 'results'}", "/dev/shm:/dev/shm"} <= set(mounts)
+    assert {
+        f"{tmp_path / 'models'}:{tmp_path / 'm'}:ro",
+        f"{tmp_path / 'results'}:{tmp_path / 'results'}",
+        "/dev/shm:/dev/shm",
+    } <= set(mounts)
     assert ("/dev/kfd:/dev/kfd" in mounts) == (vendor == "amd")
     assert options.get("--gpus") == ("8" if vendor == "nvidia" else None)
     assert options["--container-env"].split(",") == ["PLAIN", "TOKEN"]
