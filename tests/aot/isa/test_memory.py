@@ -249,4 +249,5 @@ def test_counts() -> None:
     # a stride of 16 bytes: 32 lanes share 8 banks
     assert (counts.lds_accesses["ds_write_b32"], counts.lds_conflicts["ds_write_b32"]) == (2, 6)
     assert counts.barriers == 1
+    assert counts.waits == {"lgkmcnt": 1, "vmcnt": 0}
     assert counts.reached == set(range(11))

@@ -50,6 +50,7 @@ def bits(value: float) -> int:
         # the second source is bytes 0 to 3, the first 4 to 7
         ("v_perm_b32 v0, v1, v2, v3", 0x77665544, 0x33221100, 0x07050301, 0x77553311),
         ("v_perm_b32 v0, v1, v2, v3", 0x80000000, 0x00008000, 0x0C0D0B08, 0x00FFFFFF),
+        ("v_alignbit_b32 v0, v1, v2, v3", 0x12345678, 0x9ABCDEF0, 40, 0x789ABCDE),
         ("v_pack_b32_f16 v0, v1, v2", 0xABCD1234, 0x11115678, 0, 0x56781234),
         ("v_bcnt_u32_b32 v0, v1, v2", 0xF0F0, 5, 0, 13),
         ("v_add_u32_e32 v0, v1, v2", LOW, 2, 0, 1),

@@ -123,6 +123,8 @@ def launch(
                 _wave(program, number, group, shared, pointer, kernarg, seed) for number in range(threads // LANES)
             ]
             _run_group(waves, steps, (tally, idle), order, most_steps)
+            for wave in waves:
+                counts.waits.update(wave.waits.waited)
     for place, step in enumerate(steps):
         if tally[place] + idle[place]:
             counts.instructions[step.name] += tally[place] + idle[place]

@@ -91,6 +91,12 @@ def _permuted(a: Value, b: Value, selector: Value) -> Value:
     return result
 
 
+def _aligned(a: Value, b: Value, shift: Value) -> Value:
+    """32 bits of the 64 in ``a`` (high) and ``b`` (low), from bit ``shift`` on."""
+    both = (a.astype(U64) << U64(32)) | b.astype(U64)
+    return np.asarray(both >> (shift & _31).astype(U64)).astype(np.uint32)
+
+
 def _unsigned_difference(a: Value, b: Value) -> Value:
     return np.where(a < b, np.uint32(0), a - b)
 
@@ -141,6 +147,7 @@ VECTORS: dict[str, Vector] = {
     "v_bfe_u32": Vector(_field, 3, controls=(1, 2)),
     "v_bfe_i32": Vector(_field_signed, 3, controls=(1, 2)),
     "v_perm_b32": Vector(_permuted, 3, controls=(2,)),
+    "v_alignbit_b32": Vector(_aligned, 3, controls=(2,)),
     "v_pack_b32_f16": Vector(lambda a, b: a & _LOW16 | b << np.uint32(16), 2, controls=()),
     "v_bcnt_u32_b32": Vector(_bitcount, 2),
     "v_add_u32": Vector(lambda a, b: a + b, 2, clamps=_unsigned_sum),
