@@ -1,6 +1,6 @@
 """A process that has made one of epfuse's kernels, without a GPU (`test_kernel_cache.py`). Prints what it did as JSON.
 
-usage: python cache.py plain|inductor|late|warm|bundled
+usage: python cache.py plain|inductor|warm|bundled
 """
 
 from __future__ import annotations
@@ -108,8 +108,6 @@ def main(way: str) -> None:
     from epfuse.stages.combine.launch import launch_combine
 
     done: dict[str, object] = {}
-    if way == "late":  # as after a warm-up that has compiled nothing
-        kernel_cache.say_ready()
     if way == "inductor":
         make_inductors_kernel()
     if way == "warm":

@@ -109,22 +109,22 @@ def _real(experts):
     return type(experts).rebuilt(tensors, hidden, intermediate)
 
 
-def compare(name: str, seed: int, count: int) -> tuple[list[str], dict[str, int]]:
-    """Kernels of drawn calls that the layer's set does not have, and how many kernels of each name it has."""
+def compare(name: str, seed: int, count: int) -> tuple[list[str], list[str], dict[str, int]]:
+    """Kernels of drawn calls that the layer's set does not have, `several`, and how many of each name it has."""
     layer = LAYERS[name]
     named = kernels(layer, MOST)
     strangers = [launch for launch in calls(layer, seed, count) if launch not in set(named)]
     counts: dict[str, int] = {}
     for launch in named:
         counts[launch.kernel] = counts.get(launch.kernel, 0) + 1
-    return [f"{launch.kernel}: {_closest(launch, named)}" for launch in strangers], counts
+    return [f"{launch.kernel}: {_closest(launch, named)}" for launch in strangers], several(named), counts
 
 
-def several(name: str) -> list[str]:
-    """Kernels of a layer that share kernel and constants, but not the key."""
+def several(named: tuple[Launch, ...]) -> list[str]:
+    """Kernels that share kernel and constants, but not the key."""
     seen: dict[object, Launch] = {}
     found = []
-    for launch in kernels(LAYERS[name], MOST):
+    for launch in named:
         constants = (launch.kernel, launch.constants, launch.options)
         if constants in seen:
             found.append(f"{launch.kernel}: {_closest(launch, (seen[constants],))}")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 pytest.importorskip("triton")
 
 from epfuse import kernel_cache
+from epfuse.environment import environment
+from epfuse.errors import NotCompiled
+from epfuse.kernel_cache import KernelCache
 
 PROGRAM = Path(__file__).parent / "cache.py"
 ROOT = Path(__file__).parents[2]
@@ -40,9 +44,9 @@ def test_what_inductor_moves_is_not_ours(tmp_path: Path) -> None:
     assert second["moved"] is None
     assert second["compiled"] == [["stranger", False], ["combine_kernel", True]]
     assert first["launched"] == second["launched"] == 2
-    # a child inherits what inductor set in its parent
-    child, _ = run(tmp_path, "plain", TRITON_CACHE_DIR=str(tmp_path / "inductor" / "triton" / "0"))
-    assert child["compiled"] == [["stranger", True], ["combine_kernel", True]]
+    # a child of the first process inherits the variable
+    assert kernel_cache._is_inductors("tmp/torchinductor_me/triton/0")
+    assert not kernel_cache._is_inductors(str(tmp_path / "inductor" / "triton" / "0"))  # not in this process
 
 
 def test_what_the_user_sets_governs(tmp_path: Path) -> None:
@@ -68,24 +72,40 @@ def test_a_folder_that_can_not_be_written_is_said(
     assert "EPFUSE_KERNELS" in caplog.text
 
 
-@pytest.mark.parametrize("forbidden", ["0", "1"])
-def test_a_late_compile_is_counted_or_an_error(tmp_path: Path, forbidden: str) -> None:
-    found, said = run(tmp_path, "late", EPFUSE_NO_COMPILE=forbidden)
-    if forbidden == "1":
-        assert found == {}
-        assert "NotCompiled: kernel combine_kernel is not compiled, and EPFUSE_NO_COMPILE=1 forbids" in said
-    else:
-        assert found["late"] == 1
-        assert "kernel combine_kernel is compiled while requests wait for it (1 since the warm-up)" in said
+@pytest.fixture
+def warmed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KernelCache]:
+    """An empty cache, after a warm-up."""
+    environment.cache_clear()
+    monkeypatch.setattr(KernelCache, "place", tmp_path)
+    cache = KernelCache("key")
+    monkeypatch.setattr(KernelCache, "place", None)
+    before = kernel_cache.late_compiles()
+    kernel_cache.say_ready()
+    yield cache
+    kernel_cache.say_ready(False)
+    kernel_cache._Late.count = before
+    environment.cache_clear()
+
+
+def test_a_late_compile_is_counted(warmed: KernelCache, caplog: pytest.LogCaptureFixture) -> None:
+    before = kernel_cache.late_compiles()
+    assert warmed.get_group("combine_kernel.json") is None
+    assert kernel_cache.late_compiles() == before + 1
+    assert "kernel combine_kernel is compiled while requests wait for it" in caplog.text
+
+
+def test_a_late_compile_can_be_an_error(warmed: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPFUSE_NO_COMPILE", "1")
+    with pytest.raises(NotCompiled, match="kernel combine_kernel is not compiled, and EPFUSE_NO_COMPILE=1 forbids"):
+        warmed.get_group("combine_kernel.json")
 
 
 def test_nothing_is_looked_for_after_a_warm_up(tmp_path: Path) -> None:
-    """Calls of any T, offsets and workspaces find every kernel loaded; the next process finds it compiled."""
-    for compiles in (True, False):
-        found, said = run(tmp_path, "warm", EPFUSE_NO_COMPILE="1")
-        assert found, said
-        assert len(found["compiled"]) == found["before"] > 0  # as Triton's listener sees it
-        assert all(hit for _, hit in found["compiled"])  # processes beside this one compile
-        assert found["launched"] >= 25 * 4
-        assert any("compiling" in line for line in found["said"]) is compiles
-        assert "4 kernels for 1 to 2 tokens are loaded" in found["said"][-1]
+    """Calls of any T, offsets and workspaces find every kernel loaded, and the warm-up what it has compiled itself."""
+    found, said = run(tmp_path, "warm", EPFUSE_NO_COMPILE="1")
+    assert found, said
+    assert len(found["compiled"]) == found["before"] > 0  # as Triton's listener sees it
+    assert all(hit for _, hit in found["compiled"])  # processes beside this one compile
+    assert found["launched"] >= 25 * 4
+    assert found["said"][0] == "compiling 4 of 4 kernels for 1 to 2 tokens"
+    assert "4 kernels for 1 to 2 tokens are loaded" in found["said"][-1]
