@@ -12,7 +12,7 @@ from torch import nn
 
 from epfuse import Combine, ExpertMap, ExpertWeights, Path, Scratch, SwiGLUOAI, Target, fused_experts, silu_gate
 from epfuse.compile_ops import put_together, take_apart
-from epfuse.config import WeightFormat
+from epfuse.config import LayerShape, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.parallel.group import EPGroup
 
@@ -129,8 +129,13 @@ FORMATS = {
 }
 
 
-def test_formats_are_complete() -> None:
-    assert {form for make in FORMATS.values() for form in make().kept} == set(WeightFormat)
+@pytest.mark.parametrize("form", WeightFormat)
+def test_every_format_can_be_taken_apart_and_put_together(form: WeightFormat) -> None:
+    weights = ExpertWeights.without_data(form, LayerShape(H, 64, E, L, K))
+    names, tensors = take_apart(weights)
+    again = put_together(names, tensors, H, 64)
+    assert list(again.kept) == [form]
+    assert [(t.shape, t.dtype) for _, t in again.kept[form].tensors()] == [(t.shape, t.dtype) for t in tensors]
 
 
 @torch.no_grad()

@@ -37,6 +37,12 @@ def test_explain_minimax_m3_on_h100():
     assert group["with_epfuse"]["reason"].endswith("of MarlinExperts' time (docs/performance.md).")
 
 
+@pytest.mark.parametrize("build", ["0.25.1.post1", "0.25.1+rocm711", "0.25.1.post2+cu130.g1234"])
+def test_explain_takes_a_build_of_a_release_as_the_plugin_does(build):
+    line = ("--policy", "auto", "--target", "sm_90", "--vllm-version")
+    assert groups(*line, build) == groups(*line, "0.25.1")
+
+
 def test_explain_names_the_gpu_that_it_speaks_of():
     line = ("explain", "--target", "sm_90", "--vllm-version", "0.25.1")
     assert "NVIDIA H100 80GB HBM3 (sm_90)" in run(*line).stdout
@@ -91,7 +97,14 @@ def test_explain_as_a_table():
 
 
 @pytest.mark.parametrize(
-    "args", [("--max-model-len", "2147483648"), ("--vllm-version", "0.1.0"), ("--tp", "129"), ("--tp", "5", "--no-ep")]
+    "args",
+    [
+        ("--max-model-len", "2147483648"),
+        ("--vllm-version", "0.1.0"),
+        ("--vllm-version", "0.25.1rc1"),
+        ("--tp", "129"),
+        ("--tp", "5", "--no-ep"),
+    ],
 )
 def test_explain_refuses_what_it_does_not_know(args):
     assert run("explain", *args).exit_code == 2

@@ -90,7 +90,10 @@ def make_layer(name: str, sizes: dict[str, int | None], activation: str | None) 
     chosen = known | given
     experts, ep_size = chosen["experts"], chosen["ep_size"]
     if ep_size < 1 or experts % ep_size:
-        raise ConfigError(f"ep_size is {ep_size}; it must divide experts={experts}")
+        raise ConfigError(
+            f"ep_size is {ep_size}; it must divide experts={experts}: a layer is timed on its first rank, which must"
+            " stand for all (fused_experts itself takes ranks with one expert more or less)"
+        )
     changes = [f"{size.replace('_', '-')} {value}" for size, value in given.items()]
     if activation is not None:
         gate = ACTIVATIONS[activation]

@@ -79,7 +79,10 @@ class DemoSettings:
                 f"weights is {self.weights!r}; it must be one of {', '.join(form.value for form in FORMS)}"
             )
         if self.size.experts % self.ranks:
-            raise ConfigError(f"ranks is {self.ranks}; the model's {self.size.experts} experts must divide evenly")
+            raise ConfigError(
+                f"ranks is {self.ranks}; it must divide the model's {self.size.experts} experts: the demonstration"
+                " compares ranks by what each holds, and has no column for one expert more"
+            )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be in 0..2**63-1")
 

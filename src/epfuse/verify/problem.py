@@ -56,7 +56,10 @@ class Problem:
         for name, least in (("ep_size", 1), ("experts", 1), ("seed", 0)):
             object.__setattr__(self, name, integer(name, getattr(self, name), least))
         if self.experts % self.ep_size:
-            raise ConfigError(f"ep_size is {self.ep_size}; it must divide experts={self.experts}")
+            raise ConfigError(
+                f"ep_size is {self.ep_size}; it must divide experts={self.experts}: the suite draws as many experts for"
+                " each rank (fused_experts itself takes ranks with one expert more or less)"
+            )
         _ = self.shape.with_distinct_experts()
         for name in ("hidden", "intermediate"):
             if getattr(self, name) < LEAST_SIZE:

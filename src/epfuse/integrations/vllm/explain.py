@@ -9,6 +9,7 @@ from epfuse.arguments import checks_enums
 from epfuse.config import Policy
 from epfuse.errors import ConfigError
 from epfuse.integrations.choice import Choice, choose
+from epfuse.integrations.vllm.releases import release_of
 from epfuse.policy import Checkpoint, LayerFacts, LayerPlan, model_facts
 from epfuse.target import Target
 from epfuse.weights.model_config import ExpertModel
@@ -68,7 +69,8 @@ def own_experts(model: ExpertModel, deployment: Deployment) -> OwnExperts:
     Raises:
         ConfigError: nothing is known of this release, GPU and checkpoint.
     """
-    known = OWN_EXPERTS.get(deployment.release, {})
+    release = release_of(deployment.release)
+    known = OWN_EXPERTS.get(release, {})
     if known and deployment.backend != "auto":
         asked = f"--moe-backend {deployment.backend}"
         return OwnExperts(f"those of {asked}", "Which class multiplies, or that none can, is not known here.")
@@ -78,7 +80,7 @@ def own_experts(model: ExpertModel, deployment: Deployment) -> OwnExperts:
             f"what vLLM {deployment.release} chooses for {model.checkpoint.value} experts on {deployment.target.value}"
             f" is not known; known are {', '.join(OWN_EXPERTS)} with mxfp8 and bf16 on gfx942, gfx950 and sm_90"
         )
-    humming = WITH_HUMMING.get(deployment.release)
+    humming = WITH_HUMMING.get(release)
     return humming[deployment.expert_parallel] if own is _MARLIN and humming is not None else own
 
 
@@ -89,7 +91,7 @@ class Deployment:
 
     Attributes:
         target: the GPUs.
-        release: vLLM's.
+        release: vLLM's version; of a later build of a release (``.post1``, ``+rocm711``) what the release does.
         tp_size: ``--tensor-parallel-size``.
         expert_parallel: ``--enable-expert-parallel``.
         max_model_len: ``--max-model-len``.
