@@ -10,6 +10,7 @@
 # KEEP_TORCH=1        use the torch (and triton, numpy) that PYTHON has installed, e.g. a ROCm build:
 #                     make demo PYTHON=/opt/rocm-torch/bin/python KEEP_TORCH=1
 # DEMO_FLAGS, PYTEST_FLAGS, AOT_FLAGS   passed on
+# WORKERS=1           test processes side by side (default: one a core, 8 at the most)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +18,7 @@ KEEP_TORCH ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 AOT_FLAGS ?=
+WORKERS ?= auto
 
 # Where vLLM's unpacked releases, and its environment for CPUs, are kept between runs.
 VLLM_TREES ?= .vllm
@@ -24,6 +26,9 @@ VLLM_TREES ?= .vllm
 SGLANG_TREES ?= .sglang
 
 BIN := $(VENV)/bin
+
+# A file's tests stay in one process: they share what its fixtures made. One thread each: the processes fill the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 # Git's name of a tree without files: what differs from it is every line that there is.
 EMPTY_TREE := 4b825dc642cb6eb9a060e54bf8d69288fbee4904
@@ -49,18 +54,18 @@ demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 test-vllm: $(INSTALLED)
 	$(BIN)/python tools/vllm_releases.py $(VLLM_TREES)
 	for tree in $(VLLM_TREES)/release-*; do \
-	    PYTHONPATH="$$tree:$(VLLM_TREES)/packages" $(BIN)/python -m pytest tests/integrations/vllm $(PYTEST_FLAGS) || exit 1; \
+	    PYTHONPATH="$$tree:$(VLLM_TREES)/packages" $(PYTEST) tests/integrations/vllm $(PYTEST_FLAGS) || exit 1; \
 	done
 
 test-sglang: $(INSTALLED)
 	$(BIN)/python tools/sglang_releases.py $(SGLANG_TREES)
 	for tree in $(SGLANG_TREES)/release-*; do \
-	    PYTHONPATH="$$tree:$(SGLANG_TREES)/packages" $(BIN)/python -m pytest tests/integrations/sglang $(PYTEST_FLAGS) || exit 1; \
+	    PYTHONPATH="$$tree:$(SGLANG_TREES)/packages" $(PYTEST) tests/integrations/sglang $(PYTEST_FLAGS) || exit 1; \
 	done
 
 test-vllm-e2e:

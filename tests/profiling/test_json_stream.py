@@ -79,7 +79,7 @@ def test_a_bare_array_is_a_trace(tmp_path: Path) -> None:
         (b'{"traceEvents": [{"name": "kernel"}]', "ends early"),
         (b'{"traceEvents": [{"a":' + b"[" * 200_000, "nested too deeply"),
         (b'{"traceEvents": [{"a":' + b"9" * 5000 + b"}]}" + b" " * 20, "is not a JSON trace"),
-        (gzip.compress(b'{"traceEvents": []}')[:-9], "damaged or cut short"),
+        (gzip.compress(b'{"traceEvents": []}', mtime=0)[:-9], "damaged or cut short"),
         (b"\x1f\x8bnot gzip at all", "damaged or cut short"),
     ],
 )
