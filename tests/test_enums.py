@@ -39,7 +39,7 @@ def modules() -> Iterator[object]:
             try:
                 yield importlib.import_module(found.name)
             except ModuleNotFoundError as missing:
-                if not str(missing.name).startswith("vllm"):  # its classes have no enums of ours
+                if not str(missing.name).startswith(("sglang", "vllm")):  # their classes have no enums of ours
                     raise
 
 
