@@ -12,6 +12,7 @@ def test_six_points_and_a_comparison_at_one_of_them(tmp_path):
     folder = prepare(tmp_path / "run", "transformers", "demo")
     run = folder.read_run()
     assert "not vLLM" in run.label
+    assert run.recipe == "epfuse's transformers.yaml"
     assert len(run.points) == 6
     assert (run.compare.baseline, run.compare.candidate) == ("eager", "epfuse")
     found = [folder.read_job(name) for name in run.points]

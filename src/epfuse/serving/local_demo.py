@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -51,6 +52,7 @@ def prepare(folder: Path, server: Server, name: str, environment: Path | None = 
         raise ConfigError(f"{folder} has a run already; give another folder, or resume that one")
     file = {"transformers": "transformers.yaml", "vllm": "vllm-cpu.yaml"}[server]
     loaded = load_recipe(str(resources.files("epfuse.serving") / "demos" / file))
+    loaded = replace(loaded, source=f"epfuse's {file}")
     found = _six_points(loaded, server, name)
     folder.mkdir(parents=True, exist_ok=True)
     if server == "vllm":
