@@ -83,7 +83,7 @@ def aot(
 
     --execute runs the compiled machine code of gfx942 on this CPU, under a model of its instruction set, and compares
     what it writes with the reference; and drops instructions, to see that the comparison notices. "share" is what a
-    seed draws, minutes on two CPUs; "all" takes an hour. Exit code 1 if anything differs.
+    seed draws, minutes on two CPUs; "all" takes hours. Exit code 1 if anything differs.
 
     \b
     Examples:
