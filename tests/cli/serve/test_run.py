@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def python(tmp_path: Path) -> str:
 
 
 def new_run(tmp_path: Path, **how: object) -> RunFolder:
-    folder = make_run(tmp_path / "run", ["a", "b"])
+    # jobs are found by their key on the whole machine, where other processes test too
+    folder = make_run(tmp_path / "run", ["a", "b"], name=f"t-{secrets.token_hex(4)}")
     (folder.path / "points" / "stub.json").write_text(json.dumps({"seconds": 0.05, **how}))
     return folder
 
@@ -100,8 +102,9 @@ def test_a_failed_point_is_exit_code_1_and_runs_again_only_when_asked(tmp_path: 
     assert serve("resume", folder.path, "--again", "--python", python, "--poll", "0.1").exit_code == 0
     done = folder.read_done("b")
     assert done is not None
-    assert done.key == "t-b-2"
-    assert (folder.point("b").attempt("t-b-1").path / "done.json").exists()
+    run = folder.read_run().name
+    assert done.key == f"{run}-b-2"
+    assert (folder.point("b").attempt(f"{run}-b-1").path / "done.json").exists()
     assert Counter(event for event, _, _ in events(folder.path / "points"))["start"] == 3
 
 

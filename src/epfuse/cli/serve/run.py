@@ -28,6 +28,7 @@ Examples:
 {EXITS}"""
 
 LONGEST_RUN = 60
+DIGITS = "-0000"
 DEMO = "transformers"
 WITH_DEMO = {"local_demo", "name", "out", "poll", "attempts", "outage", "hopeless", "identical", "python", "as_json"}
 """What can be given with --local-demo: it has points, arms and a launcher of its own."""
@@ -71,7 +72,11 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     show_default=True,
     help="The cheapest point must end well before the others start.",
 )
-@click.option("--name", metavar="NAME", help="Of the run.  [default: the recipe's, and the time]")
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="Of the run; four digits are added, so that no two runs share keys.  [default: the recipe's, and the time]",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -130,7 +135,7 @@ def run(
         )
         return
     choice = Choice.of(**selection)
-    called = _checked(name or default_name(choice.loaded.recipe.name))
+    called = _called(name, choice.loaded.recipe.name)
     jobs = choice.jobs(called, arms, pairs, profile)
     resolved = resolve(choice.loaded, jobs, launcher=launcher, hosts=hosts, canary=canary)
     resolved = resolved.model_copy(update={"slurm": Slurm(**(resolved.slurm.model_dump() | slurm))})
@@ -158,17 +163,21 @@ def _demonstration(
     }
     if given:
         raise ConfigError(f"--local-demo has its own points and arms; leave {', '.join(sorted(given))} out")
-    called = _checked(name or default_name("local-demo"))
+    called = _called(name, "local-demo")
     folder = prepare((out or Path(called)).absolute(), server, called)
     run = folder.read_run()
     click.echo(f"run {called}: {len(run.points)} points, in {folder.path}; {run.label}", err=True)
     return folder
 
 
-def _checked(name: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", name) or len(name) > LONGEST_RUN:
-        raise ConfigError(f"--name is {name!r}; it must have at most {LONGEST_RUN} of a-z, 0-9, '.', '_' and '-'")
-    return name
+def _called(name: str | None, otherwise: str) -> str:
+    """A run's name that no other run on a cluster has: jobs are found by keys, and these begin with it."""
+    if name is None:
+        return default_name(otherwise)
+    longest = LONGEST_RUN - len(DIGITS)
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", name) or len(name) > longest:
+        raise ConfigError(f"--name is {name!r}; it must have at most {longest} of a-z, 0-9, '.', '_' and '-'")
+    return f"{name}-{secrets.token_hex(2)}"
 
 
 def default_name(recipe: str) -> str:
