@@ -262,7 +262,7 @@ def test_a_signal_ends_the_server_and_is_told(tmp_path, number):
 
 
 def test_a_claim_that_is_revoked_under_way_leaves_no_end(tmp_path):
-    job = one_arm("step=0.2")
+    job = one_arm("step=2")  # a load that outlasts the wait below
     point = write(tmp_path / "p1", job)
     process = start(point)
     until(lambda: phase_of(point) == "running")
