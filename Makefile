@@ -3,7 +3,11 @@
 # make test-vllm   download the tested vLLM releases (once), run the integration's tests against their code, no GPU needed
 # make test-sglang   the same with the tested SGLang releases
 # make test-vllm-e2e   install vLLM for CPUs (once, in $(VLLM_TREES)/cpu), serve a small MiniMax-M3 with it
+# make test-slurm   hurt a real Slurm of one node (apt: slurm-wlm munge; with accounting slurmdbd mariadb-server, too);
+#                   EPFUSE_SLURM_SHARE=0.1 for a part of the kills
+# make serve-demo   the whole serving harness on this machine, without GPU and Slurm; writes serve-demo/report.html
 # make aot    create .venv, install, compile every kernel for the GPUs and check it
+# make aot-execute  run gfx942's machine code under a model of its instruction set: all cases and faults, hours
 # make hooks  run `make lint typecheck` before each commit from now on (pre-commit; nothing is fetched then)
 #
 # PYTHON=python3.12   the interpreter to build .venv from (3.11 or newer)
@@ -48,7 +52,7 @@ endif
 CREATED := $(VENV)/.created-$(MODE)
 INSTALLED := $(VENV)/.installed-$(MODE)
 
-.PHONY: demo test test-vllm test-sglang test-vllm-e2e aot lint hooks format typecheck clean
+.PHONY: demo test test-vllm test-sglang test-vllm-e2e test-slurm serve-demo aot aot-execute lint hooks format typecheck clean
 
 demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
@@ -72,8 +76,19 @@ test-vllm-e2e:
 	$(PYTHON) tools/vllm_cpu.py $(VLLM_TREES)/cpu
 	$(VLLM_TREES)/cpu/bin/python -m pytest tests/integrations/vllm_e2e $(PYTEST_FLAGS)
 
+# Its daemons want the cores for themselves.
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest tests/serving_slurm $(PYTEST_FLAGS)
+
+serve-demo: $(INSTALLED)
+	$(BIN)/epfuse serve run --local-demo --out serve-demo
+	$(BIN)/epfuse serve report serve-demo
+
 aot: $(INSTALLED)
 	$(BIN)/epfuse aot $(AOT_FLAGS)
+
+aot-execute: $(INSTALLED)
+	$(BIN)/epfuse aot --execute --cases all --faults all $(AOT_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
