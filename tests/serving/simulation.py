@@ -6,7 +6,7 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from epfuse.serving.claim import Claim, Revoked
@@ -29,7 +29,7 @@ class Job:
     word: str = "PENDING"
     why: str = ""
     claim: Claim | None = None
-    hidden: bool = False
+    works: bool = False
 
 
 @dataclass
@@ -39,6 +39,10 @@ class World:
     Attributes:
         seed: of everything that happens by chance.
         late: the longest time until an order that got no answer arrives after all.
+        copies: share of accepted orders that start two jobs in the same second, as without a singleton.
+        ghosts: share of jobs that the batch system calls dead while their processes run on.
+        starts, ends: of points; ``began`` of attempts, by their keys.
+        overlaps: points at which a job began while another one held the claim.
     """
 
     seed: int
@@ -49,11 +53,15 @@ class World:
     outages: float = 0.0
     losses: float = 0.0
     deaths: float = 0.0
+    copies: float = 0.0
+    ghosts: float = 0.0
     time: float = 1000.0
     jobs: list[Job] = field(default_factory=list)
     arriving: list[tuple[float, Order]] = field(default_factory=list)
     starts: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
+    began: Counter[str] = field(default_factory=Counter)
+    overlaps: list[str] = field(default_factory=list)
     orders: Counter[str] = field(default_factory=Counter)
     down_until: float = 0.0
     next_number: int = 1
@@ -88,28 +96,43 @@ class World:
         if self.chance.random() < self.outages / 100:
             self.down_until = self.time + self.chance.uniform(1, 120)
         for job in self.jobs:
-            if job.phase is not Phase.ENDED and not self.stuck and self.time >= job.due:
+            if (job.phase is not Phase.ENDED or job.works) and not self.stuck and self.time >= job.due:
                 self.advance(job)
 
     def advance(self, job: Job) -> None:
         if job.phase is Phase.WAITING:
-            if any(other.key == job.key and other.phase is Phase.RUNNING for other in self.jobs):
+            running = [other for other in self.jobs if other.key == job.key and other.phase is Phase.RUNNING]
+            if running and not self.copies:
                 return  # singleton
             job.phase, job.word, job.due = Phase.RUNNING, "RUNNING", self.time + self.chance.uniform(1, 60)
-            if not PointFolder(job.point).done.exists():
-                job.claim = Claim.take(job.point, job.key)
-            if job.claim is None:
-                job.phase, job.word = Phase.ENDED, "COMPLETED"
-            else:
-                self.starts[job.point.name] += 1
+            self.begin(job)
+        elif job.phase is Phase.ENDED:
+            self.end(job)  # a ghost's
         elif self.chance.random() < self.deaths:
-            job.phase, job.word = Phase.ENDED, "NODE_FAIL"
+            job.phase, job.word, job.works = Phase.ENDED, "NODE_FAIL", False
+        elif self.chance.random() < self.ghosts:
+            job.phase, job.word, job.due = Phase.ENDED, "NODE_FAIL", self.time + self.chance.uniform(0, 200)
         else:
             job.phase, job.word = Phase.ENDED, "COMPLETED"
             self.end(job)
 
+    def begin(self, job: Job) -> None:
+        """What the job does first: two copies of it both see that there is no end yet."""
+        if not PointFolder(job.point).done.exists():
+            job.claim = Claim.take(job.point, job.key)
+        if job.claim is None:
+            job.phase, job.word = Phase.ENDED, "COMPLETED"
+            return
+        for other in self.jobs:
+            if other.works and other.point == job.point and other.claim is not None and other.claim.held:
+                self.overlaps.append(job.point.name)
+        job.works = True
+        self.starts[job.point.name] += 1
+        self.began[job.key] += 1
+
     def end(self, job: Job, state: End = End.DONE, reason: str = "") -> None:
         assert job.claim is not None
+        job.works = False
         done = Done(name=job.point.name, key=job.key, state=state, reason=reason, started=1.0, ended=2.0)
         with contextlib.suppress(Revoked):
             job.claim.publish(done.model_dump_json(by_alias=True).encode(), PointFolder(job.point).done)
@@ -120,6 +143,9 @@ class World:
         job.why = self.pending_why
         self.next_number += 1
         self.jobs.append(job)
+        if self.chance.random() < self.copies:
+            self.jobs.append(replace(job, number=self.next_number))
+            self.next_number += 1
         return job
 
     # the launcher
@@ -150,7 +176,7 @@ class World:
         self.maybe_killed()
         if self.time < self.down_until:
             return Unreachable("Unable to contact slurm controller (connect failure)")
-        jobs = (job for job in self.jobs if job.key in keys and not job.hidden)
+        jobs = (job for job in self.jobs if job.key in keys)
         return Seen(tuple(Sighting(job.key, str(job.number), job.phase, job.word, job.why) for job in jobs))
 
     def probe(self, place: str) -> str | None:
@@ -161,5 +187,5 @@ class World:
             return "Unable to contact slurm controller (connect failure)"
         for job in self.jobs:
             if job.key == key and job.phase is not Phase.ENDED:
-                job.phase, job.word = Phase.ENDED, "CANCELLED"
+                job.phase, job.word, job.works = Phase.ENDED, "CANCELLED", False
         return None

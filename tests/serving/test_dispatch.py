@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from epfuse.serving import journal as journal_module
+from epfuse.serving.claim import Claim, holder_of, revoke
 from epfuse.serving.dispatch import Dispatcher, Rules
 from epfuse.serving.journal import ENDS, State, read_journal
 from epfuse.serving.launchers.launcher import Phase, Rejected, Unsure
 from epfuse.serving.layout import RunFolder
 from epfuse.serving.point import End
+from tests.serving.seeds import seeds
 from tests.serving.simulation import Killed, World
 from tests.serving.small_runs import SIX, make_run, open_run
 
@@ -55,7 +58,7 @@ def states(folder: RunFolder) -> dict[str, State]:
     return {name: change.state for name, change in read_journal(folder.journal).points.items()}
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", seeds(10, 200))
 def test_every_point_ends_exactly_once_whatever_fails(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +72,8 @@ def test_every_point_ends_exactly_once_whatever_fails(
         outages=chance.choice([0.0, 1.0]),
         losses=chance.choice([0.0, 0.2]),
         deaths=chance.choice([0.0, 0.2]),
+        copies=chance.choice([0.0, 0.5]),
+        ghosts=chance.choice([0.0, 0.2]),
     )
     whole = journal_module._write
 
@@ -81,18 +86,60 @@ def test_every_point_ends_exactly_once_whatever_fails(
 
     monkeypatch.setattr(journal_module, "_write", killed_while_writing)
     run_to_end(folder, world)
-    for _ in range(200):  # what is on its way arrives after the end
-        world.kills = 0.0
-        world.sleep(1.0)
+    world.kills = 0.0
+    world.sleep(250.0)  # what is on its way arrives after the end
     assert set(states(folder).values()) == {State.DONE}
     assert world.ends == dict.fromkeys(SIX, 1)
-    if not world.deaths:
+    assert not world.overlaps
+    if not world.deaths and not world.ghosts:
         assert world.starts == dict.fromkeys(SIX, 1)
-    if not world.kills and not world.refusals and not world.outages and not world.losses and not world.deaths:
-        assert set(world.orders.values()) == {1}
+        if not world.refusals and not world.outages and not world.losses:
+            assert set(world.orders.values()) == {1}
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", seeds(3, 40))
+def test_of_copies_that_start_at_the_same_time_one_runs(tmp_path: Path, seed: int) -> None:
+    """No singleton holds them apart: the claim alone does."""
+    folder = make_run(tmp_path)
+    world = World(seed, tmp_path / "points", kills=0.05, copies=1.0)
+    run_to_end(folder, world)
+    world.kills = 0.0
+    world.sleep(100.0)
+    assert len(world.jobs) >= 12
+    assert world.starts == world.ends == dict.fromkeys(SIX, 1)
+    assert set(states(folder).values()) == {State.DONE}
+
+
+def test_without_a_claim_copies_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulation notices what the claim is for."""
+
+    def take_from_whoever_holds_it(point: Path, key: str) -> Claim | None:
+        if (holder := holder_of(point)) is not None:
+            revoke(point, holder.key)
+        return taken(point, key)
+
+    taken = Claim.take
+    monkeypatch.setattr(Claim, "take", take_from_whoever_holds_it)
+    folder = make_run(tmp_path)
+    world = World(0, tmp_path / "points", copies=1.0)
+    run_to_end(folder, world)
+    assert max(world.starts.values()) > 1
+
+
+@pytest.mark.parametrize("seed", seeds(3, 40))
+def test_a_process_that_runs_on_after_its_node_was_given_up_counts_for_nothing(tmp_path: Path, seed: int) -> None:
+    """NODE_FAIL: the next attempt starts after the first one's claim was taken away, so one end is left."""
+    folder = make_run(tmp_path)
+    world = World(seed, tmp_path / "points", ghosts=0.8)
+    run_to_end(folder, world)
+    world.sleep(250.0)
+    assert sum(world.starts.values()) > len(SIX)
+    assert world.ends == dict.fromkeys(SIX, 1)
+    assert set(world.began.values()) == {1}
+    assert not world.overlaps
+
+
+@pytest.mark.parametrize("seed", seeds(3, 40))
 def test_killed_dispatchers_submit_no_key_twice_that_was_accepted(tmp_path: Path, seed: int) -> None:
     folder = make_run(tmp_path)
     world = World(seed, tmp_path / "points", kills=0.15, refusals=0.3)
@@ -165,7 +212,7 @@ def test_nothing_is_submitted_while_the_probe_fails(tmp_path: Path) -> None:
 def test_a_long_outage_ends_the_dispatcher_and_a_later_one_goes_on(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     world = World(0, tmp_path / "points", down_until=1000.0 + 7000)
-    now = dispatcher(folder, world, Rules(outage=3600))
+    now = dispatcher(folder, world, Rules(poll=60, outage=3600))
     now.dispatch()
     assert "6 of 6 points have not ended: slurm has not answered for 3600 s" in now.unfinished
     kill(now)
@@ -309,6 +356,56 @@ def test_a_cancel_is_asked_until_a_look_shows_its_effect(tmp_path: Path, away: b
     kill(now)
     assert states(folder) == {"a": State.CANCELLED, "b": State.QUEUED}
     assert [job.word for job in world.jobs] == ["CANCELLED", "PENDING"]
+
+
+def test_a_cancel_that_failed_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks are answered all the time: a controller that shows its queue may still refuse a cancel."""
+    folder = make_run(tmp_path, ["a"])
+    world = World(0, tmp_path / "points", stuck=True)
+    cancel, asked = World.cancel, []
+
+    def refuse(world: World, place: str, key: str) -> str | None:
+        asked.append(world.time)
+        return cancel(world, place, key) if len(asked) > 5 else "scancel: error: Transport endpoint is not connected"
+
+    monkeypatch.setattr(World, "cancel", refuse)
+    now = dispatcher(folder, world)
+    now.step()
+    folder.point("a").cancel.touch()
+    while states(folder)["a"] is not State.CANCELLED:
+        world.sleep(5.0)
+        now.step()
+        assert world.time < 3000
+    kill(now)
+    assert len(asked) == 6
+    pauses = [later - sooner for sooner, later in pairwise(asked)]
+    assert pauses[-1] >= 40 > pauses[0]  # each later than the last
+    texts = [note.text for note in read_journal(folder.journal).notes]
+    assert len(texts) == 2, texts
+    assert "asked to end a job, does not answer: scancel: error" in texts[0]
+    assert "answers again" in texts[1]
+
+
+def test_a_cancel_without_an_effect_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scancel` of what the controller does not know yet is silent, and says 0."""
+    folder = make_run(tmp_path, ["a"])
+    world = World(0, tmp_path / "points", stuck=True)
+    cancel, asked = World.cancel, []
+
+    def forget(world: World, place: str, key: str) -> str | None:
+        asked.append(world.time)
+        return cancel(world, place, key) if len(asked) > 2 else None
+
+    monkeypatch.setattr(World, "cancel", forget)
+    now = dispatcher(folder, world)
+    now.step()
+    folder.point("a").cancel.touch()
+    while states(folder)["a"] is not State.CANCELLED:
+        world.sleep(5.0)
+        now.step()
+        assert world.time < 3000
+    kill(now)
+    assert [round(later - sooner) for sooner, later in pairwise(asked)] == [30, 30]
 
 
 def test_a_point_that_is_cancelled_before_it_began_is_never_submitted(tmp_path: Path) -> None:

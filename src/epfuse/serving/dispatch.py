@@ -347,14 +347,18 @@ class Dispatcher:
         if change.state is State.PLANNED:
             self._change(name, State.CANCELLED, "as asked, before it began")
             return
-        now = self.clock.now()
-        if now - self._asked.get(name, -1e18) < self.rules.ask_again or self._contacts.paused(change.place):
+        now, cancelling = self.clock.now(), _cancelling(change.place)
+        if now - self._asked.get(name, -1e18) < self.rules.ask_again:
+            return
+        if self._contacts.paused(change.place) or self._contacts.paused(cancelling):
             return
         for key in self._keys(change):
             if (why := self.launcher.cancel(change.place, key)) is not None:
-                self._contacts.failed(change.place, why)
+                # apart from its looks, as a submission is
+                self._contacts.failed(cancelling, why)
                 self._change(name, change.state, f"its cancel could not be asked: {why}")
                 return
+        self._contacts.answered(cancelling)
         self._asked[name] = now
 
     def _submit(self) -> None:
@@ -443,3 +447,8 @@ class Dispatcher:
 def _submitting(place: str) -> str:
     """The name of submissions to a place, which may be refused while looks are answered."""
     return f"{place}, asked to take a job,"
+
+
+def _cancelling(place: str) -> str:
+    """The name of cancels at a place."""
+    return f"{place}, asked to end a job,"
