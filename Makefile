@@ -81,6 +81,7 @@ test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest tests/serving_slurm $(PYTEST_FLAGS)
 
 serve-demo: $(INSTALLED)
+	rm -rf serve-demo
 	$(BIN)/epfuse serve run --local-demo --out serve-demo
 	$(BIN)/epfuse serve report serve-demo
 

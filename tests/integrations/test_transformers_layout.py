@@ -176,7 +176,7 @@ def test_dtypes_that_are_refused(dtype: torch.dtype) -> None:
 def test_weights_that_disagree_are_refused_by_name() -> None:
     block = layer()
     block["mlp"]["experts"].down_proj.data = block["mlp"]["experts"].down_proj.data.bfloat16()
-    refused(block, r"mlp\.experts \(Qwen3MoeExperts\): w13 is torch\.float32 and w2 is torch\.bfloat16", DtypeError)
+    refused(block, r"mlp\.experts \(Qwen3MoeExperts\): w13 is in torch\.float32 and w2 in torch\.bfloat16", DtypeError)
     with pytest.raises(ShapeError, match=r"mlp\.experts \(Qwen3MoeExperts\): .*multiple of 32"):
         replace_experts(layer(), EPGroup.single(), form=WeightFormat.MXFP8)
 
