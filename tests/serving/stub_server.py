@@ -87,7 +87,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for _ in range(count):
             time.sleep(float(FAULTS.get("step", 0.001)))
             self.wfile.write(b"data: " + json.dumps({"choices": [{"text": "a"}]}).encode() + b"\n\n")
-        usage = {"choices": [], "usage": {"completion_tokens": count}}
+        usage = {"choices": [], "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}}
         self.wfile.write(b"data: " + json.dumps(usage).encode() + b"\n\ndata: [DONE]\n\n")
         self.close_connection = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import pytest
 from epfuse.serving import journal as journal_module
 from epfuse.serving.claim import Claim, holder_of, revoke
 from epfuse.serving.dispatch import Dispatcher, Rules
-from epfuse.serving.journal import ENDS, State, read_journal
+from epfuse.serving.journal import ENDS, Journal, State, read_journal
 from epfuse.serving.launchers.launcher import Phase, Rejected, Unsure
 from epfuse.serving.layout import RunFolder
+from epfuse.serving.lock import RunLock
 from epfuse.serving.point import End
 from tests.serving.seeds import seeds
 from tests.serving.simulation import Killed, World
-from tests.serving.small_runs import SIX, make_run, open_run
+from tests.serving.small_runs import SIX, make_run
 
 RULES = Rules(poll=5.0, attempts=50, losses=50, outage=1e9, identical=10**9)
 
@@ -30,7 +32,12 @@ def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dispatcher(folder: RunFolder, world: World, rules: Rules = RULES) -> Dispatcher:
-    _, journal = open_run(folder)
+    lock = RunLock(folder.lock)
+    try:
+        journal = Journal(folder.journal, lock)
+    except Killed:  # while it cut a torn line
+        os.close(lock._file)
+        raise
     return Dispatcher(folder, folder.read_run(), journal, world, ("job",), rules, clock=world)
 
 
@@ -43,14 +50,13 @@ def kill(dispatcher: Dispatcher) -> None:
 def run_to_end(folder: RunFolder, world: World, rules: Rules = RULES) -> int:
     """Dispatch, again after each kill; how many kills there were."""
     for kills in range(2000):
-        now = dispatcher(folder, world, rules)
-        try:
-            now.dispatch()
-            return kills
-        except Killed:
-            pass
-        finally:
-            kill(now)
+        with suppress(Killed):
+            now = dispatcher(folder, world, rules)
+            try:
+                now.dispatch()
+                return kills
+            finally:
+                kill(now)
     raise AssertionError("it does not come to an end")
 
 

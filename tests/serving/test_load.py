@@ -26,11 +26,6 @@ def test_vllms_range_is_inferencex(tmp_path):
     assert options["--result-filename"] == "result.json"
 
 
-def test_a_tool_that_is_not_there(tmp_path):
-    with pytest.raises(LoadFault, match="guidellm"):
-        load_command(CLIENT.model_copy(update={"tool": "guidellm"}), "M3", "h", 1, tmp_path / "r")
-
-
 GOOD = {"completed": 2560, "duration": 9.5, "total_output_tokens": 100, "request_rate": "inf", "ttfts": [1.0]}
 
 

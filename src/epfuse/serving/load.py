@@ -1,8 +1,8 @@
 """A point's load: which command makes it, and what its result says.
 
-``vllm bench serve`` is a command of the arm's environment. `epfuse.serving.stream_load` is the harness' own, a process
-too, for servers beside which vLLM is not installed. Both leave one JSON object with the keys that ``vllm bench serve
---save-result --save-detailed`` has.
+``vllm bench serve`` and ``guidellm run`` are commands of the arm's environment. `epfuse.serving.stream_load` is the
+harness' own, a process too, for servers beside which neither is installed. It leaves one JSON object with the keys that
+``vllm bench serve --save-result --save-detailed`` has; guidellm's report is read as one (`epfuse.serving.guidellm`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from epfuse.errors import EpfuseError
 from epfuse.input_file import read_json
+from epfuse.serving.guidellm import guidellm_command, in_vllms_words, is_report
 from epfuse.serving.point import Client
 
 LARGEST_RESULT = 1 << 30
@@ -33,14 +34,11 @@ def load_command(client: Client, model: str, host: str, port: int, result: Path)
         host: of the server.
         port: of the server.
         result: where the result is to lie.
-
-    Raises:
-        LoadFault: there is no such tool.
     """
     if client.tool == "vllm":
         return _vllm(client, model, host, port, result)
     if client.tool == "guidellm":
-        raise LoadFault("tool is 'guidellm', which nothing here starts yet; take 'vllm' or 'builtin'")
+        return guidellm_command(client, model, host, port, result)
     argv = [*(client.command or (sys.executable, "-m", "epfuse.serving.stream_load"))]
     argv += ["--host", host, "--port", str(port), "--model", model, "--prompts", str(client.prompts)]
     argv += ["--concurrency", str(client.concurrency), "--warmups", str(client.warmups), "--seed", str(client.seed)]
@@ -79,7 +77,7 @@ def read_result(client: Client, result: Path) -> dict[str, float]:
         result: what `load_command` was given.
 
     Returns:
-        Every finite number of the tool's own result.
+        Every finite number of the result.
 
     Raises:
         LoadFault: there is none, it is torn or says nothing, or more requests failed than may.
@@ -107,6 +105,8 @@ def read_result(client: Client, result: Path) -> dict[str, float]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path, "result", LARGEST_RESULT)
+        if isinstance(content, dict) and is_report(content):
+            content = in_vllms_words(content, path.name)
     except EpfuseError as error:
         raise LoadFault(str(error)) from None
     if not isinstance(content, dict):

@@ -171,6 +171,12 @@ class Client(Frozen):
     ignore_eos: bool = True
     most_failed: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.05
 
+    @model_validator(mode="after")
+    def _guidellm_can(self) -> Client:
+        if self.tool == "guidellm" and (self.request_rate is not None or not self.ignore_eos):
+            raise ValueError("tool guidellm has no request_rate beside a concurrency, and always ignores EOS")
+        return self
+
     def vllm_lengths(self, longest: int) -> tuple[int, float]:
         """Length and ``--random-range-ratio`` with which vLLM draws from [share x longest, longest].
 

@@ -1,7 +1,7 @@
 """What a load measured, computed anew from its requests; files from outside are hostile until checked.
 
-A result is one JSON object in the words of ``vllm bench serve --save-result --save-detailed``. Nothing that a tool
-summarised is believed where the requests are there.
+A result is one JSON object in the words of ``vllm bench serve --save-result --save-detailed``, or guidellm's report.
+Nothing that a tool summarised is believed where the requests are there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_json
+from epfuse.serving.guidellm import in_vllms_words, is_report
 
 LARGEST_RESULT = 512 << 20
 """Bytes. 2560 requests with 1024 intervals each have about 60 MiB."""
@@ -33,14 +34,14 @@ class Request:
     Attributes:
         start: of sending, on a clock that all requests share; None: unknown.
         ttft: to the first token.
-        itls: between what came one after the other.
+        itls: between what came one after the other; None: unknown.
         latency: to the last token.
         inputs, outputs: tokens.
     """
 
     start: float | None
     ttft: float
-    itls: tuple[float, ...]
+    itls: tuple[float, ...] | None
     latency: float
     inputs: int
     outputs: int
@@ -49,6 +50,12 @@ class Request:
     def tpot(self) -> float | None:
         """Seconds a token after the first; None of a single token."""
         return (self.latency - self.ttft) / (self.outputs - 1) if self.outputs > 1 else None
+
+    @property
+    def times(self) -> list[float]:
+        """When something came, from the start; evenly spaced where nobody knows."""
+        gaps = self.itls if self.itls is not None else (self.tpot or 0.0,) * (self.outputs - 1)
+        return list(accumulate(gaps, initial=self.ttft))
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,8 @@ def read_result(path: Path, concurrency: int) -> Measured:
     content = read_json(path, "result", LARGEST_RESULT)
     if not isinstance(content, dict):
         raise ConfigError(f"{where} is a {type(content).__name__}; it must be an object")
+    if is_report(content):
+        content = in_vllms_words(content, where)
     requests, failed = _requests(content, where)
     duration = _number(content.get("duration"), f"{where}: duration")
     if duration <= 0:
@@ -179,7 +188,7 @@ def read_result(path: Path, concurrency: int) -> Measured:
         outputs=sum(request.outputs for request in requests),
         ttft=Spread.of([request.ttft for request in requests]),
         tpot=Spread.of([tpot for request in requests if (tpot := request.tpot) is not None]),
-        itl=Spread.of([itl for request in requests for itl in request.itls]),
+        itl=Spread.of([itl for request in requests for itl in request.itls or ()]),
         e2el=Spread.of([request.latency for request in requests]),
         steady=steady_window(requests, concurrency),
     )
@@ -191,27 +200,33 @@ def _requests(content: dict[str, Any], where: str) -> tuple[list[Request], int]:
     count = len(ttfts)
     if count > MOST_REQUESTS:
         raise ConfigError(f"{where} has {count} requests; {MOST_REQUESTS} are the most")
-    lists = {name: _list(content, name, where, count) for name in ("input_lens", "output_lens", "itls")}
+    lists = {name: _list(content, name, where, count) for name in ("input_lens", "output_lens")}
     starts = _list(content, "start_times", where, count) if content.get("start_times") else None
     latencies = _list(content, "latencies", where, count) if content.get("latencies") else None
+    gaps = _list(content, "itls", where, count) if latencies is None or "itls" in content else None
     errors = _list(content, "errors", where, count) if content.get("errors") else [""] * count
     found = []
     for n in range(count):
         outputs = _count(lists["output_lens"][n], f"{where}: output_lens[{n}]")
         if errors[n] or not outputs:
             continue
-        place = f"{where}: itls[{n}]"
-        if not isinstance(lists["itls"][n], list):
-            raise ConfigError(f"{place} is a {type(lists['itls'][n]).__name__}; it must be a list")
-        itls = tuple(_number(value, place) for value in lists["itls"][n])
+        itls = None if gaps is None else _gaps(gaps[n], f"{where}: itls[{n}]")
         ttft = _number(ttfts[n], f"{where}: ttfts[{n}]")
-        latency = ttft + math.fsum(itls) if latencies is None else _number(latencies[n], f"{where}: latencies[{n}]")
+        latency = (
+            ttft + math.fsum(itls or ()) if latencies is None else _number(latencies[n], f"{where}: latencies[{n}]")
+        )
         if latency < ttft * (1 - 1e-9):
             raise ConfigError(f"{where}: latencies[{n}] is {latency}, less than its ttft, {ttft}")
         start = None if starts is None else _number(starts[n], f"{where}: start_times[{n}]")
         inputs = _count(lists["input_lens"][n], f"{where}: input_lens[{n}]")
         found.append(Request(start, ttft, itls, max(latency, ttft), inputs, outputs))
     return found, count - len(found)
+
+
+def _gaps(value: object, where: str) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{where} is a {type(value).__name__}; it must be a list")
+    return tuple(_number(gap, where) for gap in value)
 
 
 def _list(content: dict[str, Any], name: str, where: str, count: int | None = None) -> list[Any]:
@@ -261,7 +276,7 @@ def steady_window(requests: Sequence[Request], concurrency: int) -> Steady | Non
     output = inputs = 0.0
     for began, request in timed:
         first = began + request.ttft
-        times = list(accumulate(request.itls, initial=first))
+        times = [began + time for time in request.times]
         pieces = bisect_left(times, end) - bisect_left(times, start)
         output += request.outputs * pieces / len(times)
         inputs += request.inputs * (start <= first < end)
