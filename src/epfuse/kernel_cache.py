@@ -126,15 +126,22 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]
         return path
 
 
-@functools.cache
-def folder() -> Path:
-    """Where kernels are kept: TRITON_CACHE_DIR as it was when epfuse was imported, else Triton's folder in the home.
+def wanted_folder() -> Path:
+    """Where kernels belong: TRITON_CACHE_DIR as it was when epfuse was imported, else Triton's folder in the home.
 
-    A value that inductor has set by then is not the user's. If the folder can't be written, a temporary one is made,
-    with a warning: everything is compiled again in the next process.
+    A value that inductor has set by then is not the user's.
     """
     given = None if _AT_START is None or _is_inductors(_AT_START) else _AT_START
-    found = Path(given or knobs.cache.get_triton_dir("cache"))
+    return Path(given or knobs.cache.get_triton_dir("cache"))
+
+
+@functools.cache
+def folder() -> Path:
+    """Where kernels are kept: `wanted_folder`, or a temporary one if that can't be written.
+
+    That is said in a warning: everything is compiled again in the next process.
+    """
+    found = wanted_folder()
     try:
         found.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=found):

@@ -19,6 +19,7 @@ COMMANDS = {
     "aot": "Compile every kernel for a GPU that is not there: resources, gates, predictions.",
     "bench": "Every path beside its floor and other people's kernels: first checked, then timed.",
     "demo": "A MiniMax-M3 model with its experts run by epfuse under expert parallelism, against the original.",
+    "doctor": "What epfuse finds on this machine, what of it is wrong, and what mends it.",
     "plan": "What a policy would do with a model: storage, paths, tiles, bytes a rank, predicted times.",
     "profile": "Where a step's time goes, from a PyTorch profiler trace of a server.",
     "serve": "Serving validation: a matrix of points run on a node or by Slurm, gated on accuracy, reported.",
@@ -72,10 +73,12 @@ class LazyGroup(PlainCommand, click.Group):
     cls=LazyGroup, package="epfuse.cli", table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(__version__, prog_name="epfuse")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Routed experts of a mixture-of-experts model, on one expert-parallel rank.
 
     Exit codes: 0 good, 1 a check failed, 2 wrong usage, or input or an environment that can't be used (a result that
     could not be written too), 70 a bug of epfuse, 130 interrupted. Progress goes to stderr, results to stdout.
     """
-    environment()  # a wrong variable is refused before any work
+    if context.invoked_subcommand != "doctor":  # which has a line for it
+        environment()  # a wrong variable is refused before any work
