@@ -164,3 +164,41 @@ def test_undefined_bytes_stay_undefined() -> None:
     )
     assert is_undefined(wave, 0)
     assert set(wave.shadows[0].tolist()) == {0xFF}
+
+
+ROW, CHUNK, FOUR = LANE % 16, LANE // 16, LANE // 4
+
+
+@pytest.mark.parametrize(
+    ("line", "address", "passes", "conflicts"),
+    [
+        ("ds_read_b32 v0, v9", LANE * 4, 2, 0),
+        ("ds_read_b32 v0, v9", LANE * 0, 2, 0),  # one word for all
+        ("ds_read_b32 v0, v9", LANE * 8, 2, 2),
+        ("ds_read_b32 v0, v9", LANE * 128, 2, 62),
+        ("ds_read_b64 v[0:1], v9", LANE * 8, 4, 0),
+        ("ds_write_b128 v9, v[0:3]", LANE * 16, 8, 0),
+        ("ds_write_b128 v9, v[0:3]", LANE // 8 * 16 + LANE % 8 * 128, 8, 56),
+        ("ds_read_b128 v[0:3], v9", LANE * 16, 8, 0),
+        # fours of lanes that are served together lie in other banks, unlike neighbours; then the other way round
+        ("ds_read_b128 v[0:3], v9", LANE % 4 * 16 + FOUR * 128 + FOUR // 4 % 2 * 64, 8, 0),
+        ("ds_read_b128 v[0:3], v9", LANE % 4 * 16 + FOUR * 128 + (FOUR ^ FOUR // 4) % 2 * 64, 8, 8),
+        # an MFMA operand of 16 rows of 256 bytes: as it is, and with each row's chunks exchanged
+        ("ds_read2_b64 v[0:3], v9 offset1:4", ROW * 256 + CHUNK * 8, 8, 120),
+        ("ds_read_b64 v[0:1], v9", ROW * 256 + (CHUNK ^ ROW) * 8, 4, 0),
+    ],
+)
+def test_bank_conflicts(line: str, address: np.ndarray, passes: int, conflicts: int) -> None:
+    wave = execute(line + "\ns_waitcnt lgkmcnt(0)", vectors={9: address}, lds=DATA.tobytes())
+    counts = wave.group.counts
+    assert (counts.lds_accesses.total(), counts.lds_conflicts.total()) == (passes, conflicts)
+
+
+def test_only_active_lanes_conflict() -> None:
+    body = """
+        s_mov_b64 exec, 0x10001
+        ds_read_b32 v0, v9
+        s_waitcnt lgkmcnt(0)
+    """
+    wave = execute(body, vectors={9: LANE * 128}, lds=DATA.tobytes())
+    assert (wave.group.counts.lds_accesses.total(), wave.group.counts.lds_conflicts.total()) == (1, 1)

@@ -53,7 +53,7 @@ REASONS = {
     "address": "what it adds is zero here",
     "select": "no number of the case is on its other side",
 }
-"""Why a fault of a kind may change nothing. Each survivor of the fixed sample was read: docs/mi300x.md."""
+"""Why a fault of a kind may change nothing: a guess by kind. docs/mi300x.md says which survivors were traced."""
 
 _MEMORY = ("buffer_", "global_", "ds_")
 
@@ -154,7 +154,7 @@ class Fault:
 
     @property
     def reason(self) -> str:
-        """Why it was not noticed, as far as the kind says it."""
+        """Why it may not have been noticed, as far as the kind says it."""
         return REASONS[self.kind] if self.reached else "the case does not run it"
 
 
@@ -304,9 +304,13 @@ class FaultRecord:
                 for kind in KINDS
             },
             "survivors": [
-                {"kernel": kernel, "kind": fault.kind, "line": fault.text, "why": fault.reason}
+                {"kernel": kernel, "kind": fault.kind, "line": fault.text, "guess": fault.reason}
                 for kernel, fault in self.survivors()
             ],
+            "kernels": {
+                kernel.kernel: Counter(fault.outcome or "survived" for fault in kernel.faults)
+                for kernel in self.kernels
+            },
             "died": self.died,
             "ok": self.ok,
         }

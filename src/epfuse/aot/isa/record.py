@@ -114,4 +114,4 @@ def _kinds(faults: FaultRecord) -> Table:
 
 def _survivors(faults: FaultRecord) -> Table:
     rows = [(kernel, fault.kind, f"`{fault.text}`", fault.reason) for kernel, fault in faults.survivors()]
-    return Table("Drops that nothing noticed", ("kernel", "kind", "instruction", "why"), rows)
+    return Table("Drops that nothing noticed", ("kernel", "kind", "instruction", "perhaps because"), rows)
