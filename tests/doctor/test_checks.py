@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import stat
+import sys
 import types
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def test_the_plugin_itself_decides_the_same(
         monkeypatch.setenv(switch, "1")
     registered: list[bool] = []
     layer = types.SimpleNamespace(register_layer=lambda: registered.append(True))
-    monkeypatch.setitem(__import__("sys").modules, "epfuse.integrations.vllm.layer", layer)
+    monkeypatch.setitem(sys.modules, "epfuse.integrations.vllm.layer", layer)
     monkeypatch.setattr(plugin, "log", logging.getLogger("nobody listens"))
     plugin._register_once.cache_clear()
     try:
@@ -297,6 +298,15 @@ def test_tables() -> None:
     assert "epfuse tune" in str(fix)
 
 
+@pytest.mark.parametrize(("machine", "verdict"), [(None, Verdict.WARNING), (gpu.Vendor.NVIDIA, Verdict.BAD)])
+def test_no_triton(monkeypatch: pytest.MonkeyPatch, machine: gpu.Vendor | None, verdict: Verdict) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # to import it fails
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(software, "vendor", lambda: machine)
+    assert software.triton()[0] is verdict
+    assert compiling.ptxas() == compiling.cache() == (Verdict.GOOD, "none, as there is no triton", None)
+
+
 def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("EPFUSE_")]:
         monkeypatch.delenv(name)
@@ -320,7 +330,10 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     assert software.torch()[0] is Verdict.BAD
     monkeypatch.setattr(software, "version_of", lambda name: "4.57.0")
-    assert software.transformers()[0] in (Verdict.WARNING, Verdict.GOOD)  # good where it is not installed
+    monkeypatch.setattr(software, "package_of", lambda name: None)
+    assert software.transformers()[0] is Verdict.GOOD
+    monkeypatch.setattr(software, "package_of", lambda name: Path())
+    assert software.transformers()[0] is Verdict.WARNING
 
 
 def test_a_call_and_a_wrong_one(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:

@@ -58,7 +58,7 @@ def test_an_error_is_an_answer() -> None:
         "the package 'epfuse_has_no_such_package' is not installed",
         "pip install epfuse_has_no_such_package",
     )
-    assert len(one_line("x" * 10_000)) == 600
+    assert len(one_line("x" * 10_000)) == 900
 
 
 def test_every_check_is_there_and_needs_earlier_ones() -> None:

@@ -9,6 +9,8 @@ from epfuse.doctor.finding import Answer, bad, good
 from epfuse.doctor.gpu import this_device
 
 if TYPE_CHECKING:
+    import torch
+
     from epfuse.config import Path
 
 TOKENS, TOP_K, HIDDEN, INTERMEDIATE, EXPERTS, RANKS = 37, 4, 256, 128, 16, 4
@@ -38,7 +40,7 @@ def call() -> Answer:
     )
 
 
-def run(path: Path, device: object) -> tuple[float, float, bool]:
+def run(path: Path, device: torch.device) -> tuple[float, float, bool]:
     """One call.
 
     Args:
@@ -56,7 +58,6 @@ def run(path: Path, device: object) -> tuple[float, float, bool]:
     from epfuse.reference import run_reference
     from epfuse.verify.budget import compare, dense_tolerance
 
-    assert isinstance(device, torch.device)
     local = EXPERTS // RANKS
     w13 = torch.randn(local, 2 * INTERMEDIATE, HIDDEN) / HIDDEN**0.5
     w2 = torch.randn(local, HIDDEN, INTERMEDIATE) / INTERMEDIATE**0.5

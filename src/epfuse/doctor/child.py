@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 
-from epfuse.doctor.finding import Answer, Finding, Verdict, bad
+from epfuse.doctor.finding import Answer, Finding, bad
 from epfuse.errors import EpfuseError
 
 REPORT = "report it with what 'epfuse doctor --report' prints"
@@ -27,7 +27,7 @@ def main(checks: Sequence[tuple[str, str]]) -> None:
     with os.fdopen(answers, "w", encoding="utf-8") as out:
         for name, look in checks:
             verdict, found, fix = answer(look)
-            finding = Finding(name=name, verdict=Verdict(verdict), found=one_line(found), fix=fix)
+            finding = Finding(name=name, verdict=verdict, found=one_line(found), fix=fix)
             print(finding.model_dump_json(), file=out, flush=True)
     os._exit(0)  # a broken driver may hang or crash when the interpreter ends; all is said
 
@@ -48,7 +48,7 @@ def answer(look: str) -> Answer:
         return bad(f"the check failed: {type(error).__name__}: {error}", REPORT)
 
 
-def one_line(text: str, most: int = 600) -> str:
+def one_line(text: str, most: int = 900) -> str:
     """``text`` without line ends, and cut: errors of compilers and drivers have no end."""
     words = " ".join(text.split()) or "nothing"
     return words if len(words) <= most else f"{words[: most - 1]}…"

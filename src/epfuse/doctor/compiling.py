@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -25,6 +26,13 @@ def _lacking(found: str, fix: str) -> Answer:
     from epfuse.bundle import bundle
 
     return bad(found, fix) if vendor() is not None and bundle() is None else warning(found, fix)
+
+
+def _no_triton() -> Answer | None:
+    """What to say where there is no triton, which is no fault without a GPU; the line of triton says what to do."""
+    if importlib.util.find_spec("triton") is None:
+        return good("none, as there is no triton")
+    return None
 
 
 def compiler() -> Answer:
@@ -56,6 +64,8 @@ def compiler() -> Answer:
 
 def ptxas() -> Answer:
     """NVIDIA's assembler; Triton has one, and TRITON_PTXAS_PATH may name another."""
+    if (none := _no_triton()) is not None:
+        return none
     from triton import knobs
 
     try:
@@ -74,6 +84,8 @@ def ptxas() -> Answer:
 
 def cache() -> Answer:
     """The folder in which compiled kernels are kept."""
+    if (none := _no_triton()) is not None:
+        return none
     from epfuse.kernel_cache import wanted_folder
 
     folder = wanted_folder()
@@ -85,9 +97,7 @@ def cache() -> Answer:
         place = os.statvfs(folder)
         kernels = sum(1 for entry in os.scandir(folder) if entry.is_dir())
     except OSError as error:
-        return _lacking(
-            f"{folder} can't be written ({error.strerror}): every process compiles all of its kernels again", fix
-        )
+        return _lacking(f"{folder} can't be written ({error.strerror}): nothing that is compiled can be kept", fix)
     if place.f_flag & os.ST_NOEXEC:
         return _lacking(f"{folder} is on a file system that forbids to run what is on it (noexec)", fix)
     free = place.f_bavail * place.f_frsize

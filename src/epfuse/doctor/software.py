@@ -10,7 +10,8 @@ import re
 import sys
 
 from epfuse.doctor.finding import Answer, bad, good, warning
-from epfuse.integrations.installed import version_of
+from epfuse.doctor.gpu import vendor
+from epfuse.integrations.installed import package_of, version_of
 
 LEAST_PYTHON = (3, 11)
 LEAST_TORCH = (2, 10)
@@ -103,7 +104,11 @@ def triton() -> Answer:
     try:
         import triton
     except ModuleNotFoundError:
-        return bad("not installed", "a GPU build of torch brings it; on a CPU: pip install 'epfuse[cpu]'")
+        if vendor() is None:
+            return warning(
+                "not installed; the CPU's family needs none", "to compile for GPUs: pip install 'epfuse[cpu]'"
+            )
+        return bad("not installed", "install a GPU build of torch, which brings it")
     if numbers(triton.__version__) < LEAST_TRITON:
         return bad(triton.__version__, "epfuse needs triton 3.6 or newer: torch's GPU builds from 2.10 on bring it")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -116,8 +121,6 @@ def triton() -> Answer:
 
 def transformers() -> Answer:
     """Transformers, which `epfuse demo` and `replace_experts` work on."""
-    from epfuse.integrations.installed import package_of
-
     if package_of("transformers") is None:
         return good("not installed; 'epfuse demo' needs it: pip install 'epfuse[demo]'")
     version = version_of("transformers")
