@@ -12,6 +12,7 @@ import pytest
 
 from epfuse.serving import trace
 from epfuse.serving.layout import LegFolder
+from epfuse.serving.phases import read_phases
 from epfuse.serving.point import Client
 
 REAL = Path(__file__).parents[1] / "data" / "mi300x-vllm-decode-gptoss.trace.json.gz"
@@ -58,16 +59,13 @@ def traced(tmp_path):
     server.server_close()
 
 
-def test_one_trace_a_point_and_the_table_of_phases(traced):
+def test_one_trace_and_its_phases(traced):
     leg = traced("dp0_pp0_tp1_rank1.pt.trace.json.gz", "dp0_pp0_tp0_rank0.pt.trace.json.gz")
     assert leg.trace.read_bytes() == REAL.read_bytes()
     assert not list((leg.path.parent / "traces").iterdir())
-    table = trace.phase_table([("1k/c1", leg), ("1k/c16", LegFolder(leg.path / "none"))])
-    gemms = table["expert GEMM 1"]
-    assert gemms.keys() == {"1k/c1"}
-    assert gemms["1k/c1"] > 0
-    recorded = json.loads(trace.profile_of(leg).read_text())["phases"]
-    assert {phase["name"]: phase["us"] for phase in recorded} == {name: row["1k/c1"] for name, row in table.items()}
+    phases = {phase.name: phase for phase in read_phases(leg.profile).phases}
+    assert phases["expert GEMM 1"].calls == 24
+    assert phases["expert GEMM 1"].ms == pytest.approx(3.272717)
 
 
 def test_no_trace_is_named(traced):

@@ -84,6 +84,11 @@ class LegFolder:
     def trace(self) -> Path:
         return self.path / "trace.json.gz"
 
+    @property
+    def profile(self) -> Path:
+        """What ``epfuse profile --json`` says of the trace."""
+        return self.path / "profile.json"
+
 
 @dataclass(frozen=True)
 class AttemptFolder:

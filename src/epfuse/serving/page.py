@@ -12,6 +12,7 @@ from epfuse.report.charts import linear_ticks
 from epfuse.report.page import render
 from epfuse.serving.export import measurements
 from epfuse.serving.matrix import short_lengths
+from epfuse.serving.phases import phase_table
 from epfuse.serving.point import End
 from epfuse.serving.record import LegRecord, PointRecord, RunRecord, differences
 from epfuse.serving.results import Measured, Spread
@@ -72,6 +73,7 @@ def serve_page(record: RunRecord, made: float) -> str:
         verdicts=_verdicts(record),
         points=[_point_row(point) for point in record.points],
         legs=[_leg_row(point, leg) for point in record.points for leg in point.legs],
+        phases=_phases(record),
         gates=[(p.name, leg.leg.arm, leg.leg.number, leg.leg.gate) for p in record.points for leg in p.legs
                if leg.leg.gate is not None],
         common=common,
@@ -192,6 +194,38 @@ def _leg_row(point: PointRecord, record: LegRecord) -> dict[str, Any]:
         "spreads": [] if measured is None else [_spread(spread) for spread in measured.spreads.values()],
         "files": _links(record.files),
     }
+
+
+def _phases(record: RunRecord) -> dict[str, Any] | None:
+    """Milliseconds of a step that each phase takes, a column for each point and arm that was traced."""
+    traced = [(point, arm, phases) for point in record.points for arm, phases in point.profiled.items()]
+    if not traced:
+        return None
+    columns = [phases for _, _, phases in traced]
+    largest = [max((phase.ms for phase in column.phases), default=0.0) for column in columns]
+    arms = len({arm for _, arm, _ in traced}) > 1
+    rows = []
+    for row in phase_table(columns):
+        cells = [
+            None if cell is None else (_figure(cell.ms), f"{cell.calls:.4g} calls a step", cell.ms == most)
+            for cell, most in zip(row.cells, largest, strict=True)
+        ]
+        rows.append((row.name, cells))
+    return {
+        "columns": [(_short(point), arm if arms else "") for point, arm, _ in traced],
+        "rows": rows,
+        "totals": [(_figure(column.ms), column.steps) for column in columns],
+    }
+
+
+def _short(point: PointRecord) -> str:
+    """Lengths, concurrency and layout, without the model."""
+    found = point.point
+    if found is None:
+        return point.name
+    return f"{short_lengths(found.isl, found.osl)} c{found.concurrency} tp{found.tp}" + (
+        f" ep{found.ep}" if found.ep > 1 else ""
+    )
 
 
 def _spread(spread: Spread | None) -> str:

@@ -16,6 +16,7 @@ from epfuse.input_file import DEEPEST, read_object
 from epfuse.profiling.text import printable
 from epfuse.serving.journal import read_journal
 from epfuse.serving.layout import LegFolder, RunFolder
+from epfuse.serving.phases import Phases, read_phases
 from epfuse.serving.point import Done, End, Leg, Point, PointJob, Run
 from epfuse.serving.results import Measured, read_result
 from epfuse.serving.verdict import Verdict, judge
@@ -31,6 +32,7 @@ class LegRecord:
 
     Attributes:
         measured: None where it has no result that can be read; ``fault`` then says why, if it should have one.
+        phases: of its trace; None where it has none that can be read; the same.
         files: words -> path relative to the run's folder, of what is there.
     """
 
@@ -38,6 +40,7 @@ class LegRecord:
     measured: Measured | None
     fault: str
     files: dict[str, str]
+    phases: Phases | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,15 @@ class PointRecord:
         for record in self.legs:
             if record.leg.state is End.DONE and record.measured is not None:
                 yield record, record.measured
+
+    @property
+    def profiled(self) -> dict[str, Phases]:
+        """Arm -> phases of its first trace."""
+        found: dict[str, Phases] = {}
+        for record in self.legs:
+            if record.phases is not None:
+                found.setdefault(record.leg.arm, record.phases)
+        return found
 
     def log_ratios(self, baseline: str, candidate: str) -> list[float]:
         """Of each whole pair, log(candidate / baseline) of the total throughput."""
@@ -177,14 +189,19 @@ def _leg(folder: RunFolder, name: str, leg: Leg, concurrency: int) -> LegRecord:
         return LegRecord(leg, None, f"folder {printable(leg.folder)} is not in the point's", {})
     files = LegFolder(path)
     there = {"result": files.result, "server": files.server_log, "client": files.client_log, "gate": files.gate}
-    there |= {"GPUs": files.gpu_samples, "trace": files.trace}
-    measured, fault = None, ""
+    there |= {"GPUs": files.gpu_samples, "trace": files.trace, "profile": files.profile}
+    measured, phases, faults = None, None, []
     if leg.state is End.DONE and (leg.metrics or files.result.exists()):
         try:
             measured = read_result(files.result, concurrency)
         except ConfigError as error:
-            fault = _shown(error, folder)
-    return LegRecord(leg, measured, fault, _there(folder, there))
+            faults.append(_shown(error, folder))
+    if files.profile.exists():
+        try:
+            phases = read_phases(files.profile)
+        except ConfigError as error:
+            faults.append(_shown(error, folder))
+    return LegRecord(leg, measured, "; ".join(faults), _there(folder, there), phases)
 
 
 def _there(folder: RunFolder, files: Mapping[str, Path]) -> dict[str, str]:

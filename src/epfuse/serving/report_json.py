@@ -44,6 +44,7 @@ def _leg(record: LegRecord) -> dict[str, Any]:
         "fault": record.fault,
         "gate": None if leg.gate is None else leg.gate.model_dump(mode="json"),
         "measured": None if record.measured is None else _measured(record.measured),
+        "phases": None if record.phases is None else asdict(record.phases),
         "files": record.files,
     }
 

@@ -1,4 +1,4 @@
-"""One profiler trace of a running server, and its phases by ``epfuse profile``."""
+"""One profiler trace of a running server, and what ``epfuse profile`` says of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from epfuse.errors import EpfuseError
-from epfuse.input_file import read_json
 from epfuse.report.write import write_atomic
 from epfuse.serving.layout import LegFolder
 from epfuse.serving.point import Client
@@ -71,33 +68,7 @@ def take(port: int, model: str, client: Client, traces: Path, leg: LegFolder) ->
         raise TraceFault(f"epfuse profile takes longer than {PROFILE_PATIENCE:.0f} s") from None
     if done.returncode:
         raise TraceFault(f"epfuse profile: {done.stderr.decode(errors='replace').strip()[-300:]}")
-    write_atomic(profile_of(leg), done.stdout)
-
-
-def profile_of(leg: LegFolder) -> Path:
-    """Where a leg's profile lies: what ``epfuse profile --json`` said."""
-    return leg.path / "profile.json"
-
-
-def phase_table(legs: Sequence[tuple[str, LegFolder]]) -> dict[str, dict[str, float]]:
-    """The table of phases over points, as the MI300X profile of six points had it.
-
-    Args:
-        legs: a point's or an arm's name, and the folder of a leg that was traced.
-
-    Returns:
-        Phase -> name -> microseconds in the profiled steps; phases in the order of a step. Legs without a profile are
-        left out.
-    """
-    table: dict[str, dict[str, float]] = {}
-    for name, leg in legs:
-        if not profile_of(leg).exists():
-            continue
-        content: Any = read_json(profile_of(leg), "profile", 1 << 28)
-        for profile in content.get("profiles", [content])[:1]:
-            for phase in profile["phases"]:
-                table.setdefault(str(phase["name"]), {})[name] = float(phase["us"])
-    return table
+    write_atomic(leg.profile, done.stdout)
 
 
 def _ask(port: int, path: str) -> None:
