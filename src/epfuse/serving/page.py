@@ -212,20 +212,19 @@ def _phases(record: RunRecord) -> dict[str, Any] | None:
         ]
         rows.append((row.name, cells))
     return {
-        "columns": [(_short(point), arm if arms else "") for point, arm, _ in traced],
+        "columns": [[*_short(point), *([arm] if arms else [])] for point, arm, _ in traced],
         "rows": rows,
         "totals": [(_figure(column.ms), column.steps) for column in columns],
     }
 
 
-def _short(point: PointRecord) -> str:
-    """Lengths, concurrency and layout, without the model."""
+def _short(point: PointRecord) -> list[str]:
+    """Lengths and concurrency, and the layout; lines of a narrow column's head."""
     found = point.point
     if found is None:
-        return point.name
-    return f"{short_lengths(found.isl, found.osl)} c{found.concurrency} tp{found.tp}" + (
-        f" ep{found.ep}" if found.ep > 1 else ""
-    )
+        return [point.name]
+    layout = f"tp{found.tp}" + (f" ep{found.ep}" if found.ep > 1 else "")
+    return [f"{short_lengths(found.isl, found.osl)} c{found.concurrency}", layout]
 
 
 def _spread(spread: Spread | None) -> str:
