@@ -135,7 +135,7 @@ def run(cases: list[Case], seed: int, workers: int, progress: Callable[[int, int
         progress: called with the cases done and the cases in all.
     """
     progress(0, len(cases))
-    with Workers(workers, start) as pool:
+    with Workers(workers, start, seconds=3600.0) as pool:
         results = pool.map(run_case, [(case, seed) for case in cases], lambda done: progress(done, len(cases)))
     records = []
     for case, result in zip(cases, results, strict=True):
