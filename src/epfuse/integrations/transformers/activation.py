@@ -173,7 +173,7 @@ def _forward_contradiction(module: Any, pairs: torch.Tensor, activation: SwiGLUO
     small.training = False
     if hasattr(module, "config"):
         small.config = copy.copy(module.config)
-        small.config._experts_implementation = "eager"
+        small.config._experts_implementation_internal = "eager"  # the property would set those inside it, too
 
     def forward(ids: list[int], factors: list[float], held: float) -> torch.Tensor:
         index = torch.tensor([ids], dtype=torch.int64, device="cpu").repeat(tokens, 1)

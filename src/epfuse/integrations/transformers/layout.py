@@ -1,4 +1,4 @@
-"""What a module must be for epfuse to take its weights and stand in its place."""
+"""Which modules epfuse can compute, and take the place of: one set of rules for `register` and `replace_experts`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from epfuse.parallel.shard import check_whole
 from epfuse.weights.dense import DENSE_DTYPES
 
 WEIGHTS = ("gate_up_proj", "down_proj")
+SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
+"""Beside FP8 weights: FP8Experts calls them so."""
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -45,37 +47,68 @@ def check_layout(name: str, module: nn.Module) -> None:
                 f"{where} has no parameter {weight} of its own (it is parametrized, compiled or wrapped); replace its"
                 " experts first, and wrap afterwards"
             )
-        check_whole(f"{where}: {weight}", module.get_parameter(weight))
-    gate_up, down = (module.get_parameter(weight) for weight in WEIGHTS)
-    for weight, tensor in zip(WEIGHTS, (gate_up, down), strict=True):
+    for weight in WEIGHTS:
+        tensor = module.get_parameter(weight)
+        check_whole(f"{where}: {weight}", tensor)
         if tensor.dtype not in DENSE_DTYPES:
             raise DtypeError(
                 f"{where}: {weight} has dtype {tensor.dtype}; it must be bfloat16, float16 or float32 (dequantise"
                 " quantised experts first)"
             )
-    found = [what for what, present in _refusals(name, module).items() if present]
+    _refuse(where, _misread(module, WEIGHTS) | _lost(name, module))
+    _check_shapes(where, module)
+
+
+def check_in_place(name: str, module: nn.Module) -> None:
+    """Refuse experts that epfuse can't compute where they are, on the tensors that they have now.
+
+    As `check_layout`, but hooks, a forward of its own and adapters stay in place; one rank's share of the experts is as
+    good as all of them; and weights may be FP8 with scales.
+
+    Args:
+        name: the module's, for errors.
+        module: any that transformers hands over.
+
+    Raises:
+        LayoutError, ShapeError: as `check_layout`.
+    """
+    where = f"{name} ({type(module).__name__})" if name else type(module).__name__
+    quantised = all(isinstance(getattr(module, scale, None), torch.Tensor) for scale in SCALES)
+    found = _misread(module, (*WEIGHTS, *SCALES) if quantised else WEIGHTS)
+    static = getattr(module, "activation_scheme", "dynamic") == "static"
+    _refuse(where, {"static scales of its activations": static} | found)
+    for weight in WEIGHTS:
+        if not isinstance(getattr(module, weight, None), torch.Tensor):
+            raise LayoutError(f"{where} has no tensor {weight}")
+        check_whole(f"{where}: {weight}", getattr(module, weight))
+    _check_shapes(where, module)
+
+
+def _refuse(where: str, refusals: dict[str, bool]) -> None:
+    found = [what for what, present in refusals.items() if present]
     if found:
         raise LayoutError(
             f"{where} has {', '.join(found)}; epfuse needs gate_up_proj [E, 2I, H] with gate rows first, down_proj"
             " [E, H, I], and nothing else"
         )
+
+
+def _check_shapes(where: str, module: nn.Module) -> None:
+    gate_up, down = (getattr(module, weight) for weight in WEIGHTS)
     shapes = f"{where} has gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)}"
     if gate_up.dim() != 3 or tuple(down.shape) != (gate_up.shape[0], gate_up.shape[2], gate_up.shape[1] // 2):
+        if torch.int8 in (gate_up.dtype, down.dtype):
+            raise LayoutError(f"{shapes}, in int8: two FP4 numbers in a byte, which epfuse does not read")
         raise ShapeError(f"{shapes}; they must be [E, 2I, H] and [E, H, I]")
     if gate_up.shape[1] % 2 or 0 in gate_up.shape:
         raise ShapeError(f"{shapes}; E, I and H must be at least 1, and 2I even")
 
 
-def _refusals(name: str, module: Any) -> dict[str, bool]:
-    """What epfuse can't take -> whether the module has it."""
+def _misread(module: Any, known: tuple[str, ...]) -> dict[str, bool]:
+    """What would make epfuse's result another one -> whether the module has it."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
-    others = sorted(set(tensors).difference(WEIGHTS))
+    others = sorted(set(tensors).difference(known))
     biases = [other for other in others if other.endswith("bias")]
-    hooks = [
-        kind
-        for kind in ("forward_pre", "forward", "backward_pre", "backward")
-        if getattr(module, f"_{kind}_hooks", None)
-    ]
     return {
         "interleaved gate and up rows": not getattr(module, "is_concatenated", True),
         "transposed weights": getattr(module, "is_transposed", False),
@@ -83,6 +116,17 @@ def _refusals(name: str, module: Any) -> dict[str, bool]:
         "a norm after the experts": getattr(module, "has_post_expert_norm", False),
         "biases": getattr(module, "has_bias", False) or bool(biases),
         f"other tensors ({', '.join(others)})": len(others) > len(biases),
+    }
+
+
+def _lost(name: str, module: Any) -> dict[str, bool]:
+    """What a module in its place would lose -> whether the module has it."""
+    hooks = [
+        kind
+        for kind in ("forward_pre", "forward", "backward_pre", "backward")
+        if getattr(module, f"_{kind}_hooks", None)
+    ]
+    return {
         "weights that are one rank's share already (expert parallelism)": getattr(module, "_is_expert_parallel", False),
         "a forward of its own (tensor parallelism, offloading)": "forward" in vars(module),
         f"hooks ({', '.join(hooks)}), which would be lost: register them afterwards": bool(hooks),

@@ -1,0 +1,197 @@
+"""`register`: "epfuse" as one of transformers' experts implementations.
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="epfuse")
+
+A module keeps its parameters, its names and its bytes: epfuse reads them where they are. What epfuse makes from them is
+kept here, beside the modules, and goes with them.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from epfuse.api import fused_experts
+from epfuse.arguments import checks_enums, member
+from epfuse.config import Activation, Path
+from epfuse.errors import EpfuseError, UnsupportedTarget
+from epfuse.expert_map import ExpertMap
+from epfuse.integrations.transformers.activation import activation_of
+from epfuse.integrations.transformers.layout import SCALES, WEIGHTS, check_in_place
+from epfuse.integrations.transformers.read import second_layout, weights_of
+from epfuse.target import target_of
+from epfuse.weights.experts import ExpertWeights
+
+log = logging.getLogger(__name__)
+NAME = "epfuse"
+
+Forward = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Layout(enum.Enum):
+    """In which order FP8 weights are read on a GPU that has one of its own. Dense weights have none."""
+
+    OWN = "own"
+    """The GPU's: the fastest kernels, on a second copy that is made at a module's first call."""
+    CHECKPOINT = "checkpoint"
+    """The module's own tensors, by the portable kernels; no second copy. On MI300X and MI325X, whose FP8 is another
+    one, W8A16 alone."""
+
+
+def register(path: Path = Path.AUTO, layout: Layout = Layout.OWN) -> None:
+    """Make "epfuse" an experts implementation of transformers, of dense and of FP8 experts.
+
+    Then ``experts_implementation="epfuse"`` works in ``from_pretrained`` and ``from_config``, and
+    ``set_experts_implementation("epfuse")`` in a loaded model; "eager" or "grouped_mm" switches back. A second call
+    replaces the settings of the first.
+
+    A module that epfuse doesn't compute, a GPU that it has no kernels for, or a call that wants gradients (a plain
+    forward outside ``torch.no_grad()``) runs as transformers would run it by default; one warning says why.
+
+    Args:
+        path: how to compute; AUTO lets the policy choose.
+        layout: whether FP8 weights may be copied into a GPU's own order. The copy lies beside the module, on its
+            device, takes as many bytes as its FP8 weights, and goes when the module goes or `forget` is called.
+
+    Raises:
+        ConfigError: path or layout is of another type.
+        ImportError: transformers is not installed, or older than 5.
+    """
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    settings = _Settings(member("path", path, Path), member("layout", layout, Layout))
+    forget()
+    for interface in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
+        interface.register(NAME, _forward_of(interface, settings))
+
+
+def forget() -> None:
+    """Drop what was made from modules' weights: second layouts and converted scales. The next call makes them anew."""
+    _STATES.clear()
+
+
+@checks_enums
+@dataclass(frozen=True)
+class _Settings:
+    path: Path
+    layout: Layout
+
+
+@dataclass
+class _State:
+    """What is known of a module.
+
+    Attributes:
+        activation: of its experts; None where ``refused`` says why it has none of ours.
+        refused: why transformers runs it.
+        tensors: which tensors ``weights`` were made from, and how often those had been written by then.
+        weights: over these tensors.
+        expert_map: all of them.
+    """
+
+    activation: Activation | None = None
+    refused: str | None = None
+    tensors: tuple[object, ...] = ()
+    weights: ExpertWeights | None = None
+    expert_map: ExpertMap | None = None
+
+
+_STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+
+
+def _forward_of(interface: Any, settings: _Settings) -> Forward:
+    """The function that transformers calls in place of a module's forward."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # modules' states are no part of a graph
+    def epfuse_experts_forward(
+        module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        operands = (hidden_states, top_k_index, top_k_weights)
+        wanted = _wants_gradients(module, hidden_states, top_k_weights)
+        if wanted is not None:
+            return _default(interface, module, wanted)(module, *operands)
+        state = _state_of(module, settings)
+        if state.activation is None or state.weights is None or state.expert_map is None:
+            return _default(interface, module, state.refused or "")(module, *operands)
+        # as grouped_mm does where autocast left another dtype
+        own = state.weights.activation_dtypes
+        x = hidden_states if hidden_states.dtype in own else hidden_states.to(own[0])
+        try:
+            result = fused_experts(
+                x.contiguous(),
+                state.weights,
+                top_k_weights.float().contiguous(),
+                top_k_index.contiguous(),
+                state.expert_map,
+                activation=state.activation,
+                path=settings.path,
+            )
+        except UnsupportedTarget as reason:  # before anything is launched
+            return _default(interface, module, str(reason))(module, *operands)
+        return result.to(hidden_states.dtype)
+
+    return cast(Forward, epfuse_experts_forward)
+
+
+def _wants_gradients(module: nn.Module, *inputs: torch.Tensor) -> str | None:
+    """Why a backward pass may come, in a sentence."""
+    if not torch.is_grad_enabled():
+        return None
+    if not any(tensor.requires_grad for tensor in (*inputs, *module.parameters(recurse=False))):
+        return None
+    return "gradients are on, and an input or a weight requires one; epfuse has no backward (torch.no_grad() says so)"
+
+
+def _default(interface: Any, module: nn.Module, why: str) -> Forward:
+    """What transformers runs where nobody asks for anything else."""
+    _warn_once(f"{type(module).__name__} runs as transformers would run it by default, not on epfuse: {why}")
+    if getattr(module, "activation_scheme", "dynamic") == "static":  # its grouped_mm refuses them
+        return cast(Forward, inspect.unwrap(type(module).forward))
+    return cast(Forward, interface["grouped_mm"])
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(text: str) -> None:
+    log.warning(text)
+
+
+def _state_of(module: nn.Module, settings: _Settings) -> _State:
+    """What is known of a module, with weights over its present tensors."""
+    state = _STATES.get(module)
+    if state is None:
+        state = _STATES.setdefault(module, _State())
+    tensors = tuple(_identity(module.__dict__["_parameters"].get(name)) for name in (*WEIGHTS, *SCALES))
+    if tensors == state.tensors:
+        return state
+    state.tensors, state.weights, state.refused = tensors, None, None
+    try:
+        check_in_place("", module)
+        if state.activation is None:
+            state.activation = activation_of("experts", module)
+        weights = weights_of(module)
+        if settings.layout is Layout.OWN:
+            weights = second_layout(weights, target_of(weights.device))
+        state.weights = weights
+        state.expert_map = ExpertMap.all_local(weights.local_experts, weights.device)
+    except EpfuseError as reason:
+        state.refused = str(reason)
+    return state
+
+
+def _identity(tensor: torch.Tensor | None) -> object:
+    """What changes when a tensor's memory or contents do; writes in inference mode are not counted by torch."""
+    if tensor is None:
+        return None
+    written = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), written, tuple(tensor.shape), tensor.dtype, tensor.device

@@ -1,0 +1,98 @@
+"""The weights of a transformers experts module as `ExpertWeights`, over the module's own memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from epfuse.config import WeightFormat
+from epfuse.errors import DtypeError, LayoutError, ShapeError
+from epfuse.integrations.transformers.layout import SCALES, WEIGHTS
+from epfuse.numerics.e8m0 import decode_scales
+from epfuse.numerics.mxfp8 import BLOCK as GROUP
+from epfuse.target import Target
+from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockFP8Experts
+from epfuse.weights.dense import DENSE_DTYPES
+from epfuse.weights.experts import ExpertWeights
+
+_REARRANGED = {
+    Target.SM90: frozenset({WeightFormat.MXFP8}),
+    Target.GFX942: frozenset({WeightFormat.MXFP8, WeightFormat.BLOCK_FP8}),
+}
+"""What `ExpertWeights.prepare` rewrites."""
+_E8M0 = (torch.float8_e8m0fnu, torch.uint8)
+
+
+def weights_of(module: Any) -> ExpertWeights:
+    """What the module holds now. Weights are not copied; scales are where epfuse has another dtype for them.
+
+    Args:
+        module: one that `check_in_place` lets pass: dense, or FP8Experts with scales per 1x32 or 128x128 weights, in
+            float32 or E8M0.
+
+    Raises:
+        DtypeError: another dtype of weights or scales.
+        LayoutError: another block size; scales per 32 that are no powers of two, which MXFP8 can't hold.
+        ShapeError: scales of another shape; blocks of 128 in which gate and up rows meet.
+    """
+    gate_up, down = (getattr(module, name).detach() for name in WEIGHTS)
+    if gate_up.dtype in DENSE_DTYPES:
+        return ExpertWeights.dense(gate_up, down)
+    if gate_up.dtype != torch.float8_e4m3fn:
+        raise DtypeError(f"gate_up_proj has dtype {gate_up.dtype}; it must be bfloat16, float16, float32 or E4M3")
+    scales = [scale for name in SCALES if isinstance(scale := getattr(module, name, None), torch.Tensor)]
+    if len(scales) < len(SCALES):
+        raise LayoutError(f"gate_up_proj is in E4M3 and there is no {' and '.join(SCALES)}")
+    block = tuple(module.block_size or ())
+    gate_up_scale, down_scale = (scale.detach().contiguous() for scale in scales)
+    if block == (1, GROUP):
+        return ExpertWeights.mxfp8(gate_up, _bytes_of(SCALES[0], gate_up_scale), down, _bytes_of(SCALES[1], down_scale))
+    if block != (BLOCK, BLOCK):
+        raise LayoutError(f"FP8 weights have a scale per {block or 'tensor'}; epfuse reads 1x{GROUP} and 128x128")
+    if gate_up.shape[1] // 2 % BLOCK:
+        raise ShapeError(
+            f"I is {gate_up.shape[1] // 2}; the blocks of gate and up lie apart only at multiples of {BLOCK}"
+        )
+    w13, w2 = BlockFP8(gate_up, _numbers_of(gate_up_scale)), BlockFP8(down, _numbers_of(down_scale))
+    return ExpertWeights((BlockFP8Experts(w13, w2),))
+
+
+def second_layout(weights: ExpertWeights, target: Target) -> ExpertWeights:
+    """FP8 weights in the order that ``target`` reads fastest, in memory of their own; as they are where it has none.
+
+    Args:
+        weights: as `weights_of` gives them; not changed.
+        target: where they will be multiplied.
+
+    Raises:
+        ConfigError: as `ExpertWeights.prepare`.
+    """
+    if not _REARRANGED.get(target, frozenset()).intersection(weights.kept):
+        return weights
+    copies = tuple(
+        type(experts).rebuilt([part.clone() for _, part in experts.tensors()], weights.hidden, weights.intermediate)
+        for experts in weights.formats
+    )
+    return ExpertWeights(copies).prepare(target)
+
+
+def _bytes_of(name: str, scales: torch.Tensor) -> torch.Tensor:
+    """E8M0 bytes of scales that are powers of two."""
+    if scales.dtype in _E8M0:
+        return scales
+    if scales.dtype != torch.float32:
+        raise DtypeError(f"{name} has dtype {scales.dtype}; scales are float32 or E8M0")
+    bits = scales.view(torch.int32)
+    exponents = bits >> 23
+    smallest = bits == 1 << 22  # 2^-127, subnormal in float32
+    if not bool((((bits & 0x7FFFFF) == 0) & (exponents > 0) & (exponents < 255) | smallest).all()):
+        raise LayoutError(f"{name} holds numbers that are no powers of two; a scale per {GROUP} must be one")
+    return exponents.to(torch.uint8)
+
+
+def _numbers_of(scales: torch.Tensor) -> torch.Tensor:
+    """Float32 scales."""
+    if scales.dtype in _E8M0:
+        return decode_scales(scales.view(torch.uint8), torch.float32)
+    return scales

@@ -1,0 +1,347 @@
+"""experts_implementation="epfuse" beside transformers' own: logits, tokens, files, FP8 experts, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+from epfuse import Target
+from epfuse.config import WeightFormat
+from epfuse.errors import ConfigError
+from epfuse.integrations.transformers import Layout, forget, interface, register
+from epfuse.integrations.transformers.read import second_layout, weights_of
+from tests.integrations.test_transformers_families import CLASSES, REFUSED, experts_of
+
+EVERY = "EPFUSE_ALL_FAMILIES"
+"""Where it is set, all families are walked; else a seeded share."""
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+"""Of transformers' own tests of its experts implementations, absolute and relative."""
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"decoder_sparse_step": 1},
+    "qwen2_moe": {"shared_expert_intermediate_size": 24},
+    "mixtral": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "glm4_moe": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "deepseek_v3": {
+        **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_key_value_heads": 4},
+        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    },
+    "ernie4_5_moe": {"moe_num_experts": 6, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    "gpt_oss": {},
+}
+"""model_type -> what it needs beside SIZES; the last is refused."""
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Registered, with nothing said and nothing known yet."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    interface._warn_once.cache_clear()
+    register()
+    yield
+    forget()
+    torch.set_num_threads(threads)
+
+
+def built(kind: str, implementation: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
+    config = AutoConfig.for_model(kind, **(SIZES | MODELS[kind]))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation=implementation)
+    for name, weight in model.named_parameters():
+        if "experts" in name:
+            nn.init.normal_(weight, std=0.3)
+    return model.to(dtype).eval()
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == interface.__name__]
+
+
+def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each call that epfuse runs from now on."""
+    calls: list[int] = []
+    right = interface.fused_experts
+
+    def counted(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(hidden.shape[0])
+        return right(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(interface, "fused_experts", counted)
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_logits_beside_eager(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = served(monkeypatch)
+    model = built(kind, dtype=dtype)
+    eager = model(tokens()).logits
+    model.set_experts_implementation("epfuse")
+    ours = model(tokens()).logits
+    torch.testing.assert_close(ours, eager, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+    if kind == "gpt_oss":
+        assert not calls
+        assert len(said(caplog)) == 1
+        return
+    assert len(calls) == sum("experts" in name and name.endswith("down_proj") for name, _ in model.named_parameters())
+    assert not said(caplog)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "mixtral"])
+def test_64_greedy_tokens_and_back(kind: str) -> None:
+    model = built(kind)
+    options = {"max_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(tokens())}
+    eager, logits = model.generate(tokens(), **options), model(tokens()).logits
+    model.set_experts_implementation("epfuse")
+    assert torch.equal(model.generate(tokens(), **options), eager)
+    model.set_experts_implementation("eager")
+    assert torch.equal(model(tokens()).logits, logits)
+
+
+@torch.no_grad()
+def test_a_folder_that_is_saved_has_the_same_names_and_bytes(tmp_path: Path) -> None:
+    model = built("qwen3_moe", "eager")
+    model.save_pretrained(tmp_path / "before")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "before", experts_implementation="epfuse")
+    expected = ours(tokens()).logits
+    torch.testing.assert_close(expected, model(tokens()).logits, atol=1e-4, rtol=1e-4)
+    ours.save_pretrained(tmp_path / "after")
+    files = sorted(path.name for path in (tmp_path / "before").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "after").iterdir())
+    for name in files:
+        if name.endswith(".safetensors"):
+            assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    after = ours.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    again = copy.deepcopy(ours)
+    assert torch.equal(again(tokens()).logits, expected)
+
+
+@torch.no_grad()
+def test_weights_that_change_are_read_anew() -> None:
+    model = built("qwen3_moe", "epfuse")
+    first = model(tokens()).logits
+    for name, weight in model.named_parameters():
+        if name.endswith("down_proj"):
+            weight.mul_(-2)
+    changed = model(tokens()).logits
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(changed, model(tokens()).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(changed, first)
+
+
+def test_gradients_are_transformers_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, other = built("qwen3_moe", "epfuse"), built("qwen3_moe", "grouped_mm")
+    for _ in range(2):
+        model(tokens()).logits.square().mean().backward()
+        other(tokens()).logits.square().mean().backward()
+    grads = [(own.grad, theirs.grad) for own, theirs in zip(model.parameters(), other.parameters(), strict=True)]
+    assert all(torch.equal(own, theirs) for own, theirs in grads if own is not None)
+    (warning,) = said(caplog)
+    assert "Qwen3MoeExperts runs as transformers would" in warning
+    assert "gradients are on" in warning
+    assert "torch.no_grad()" in warning
+    with torch.inference_mode():
+        model(tokens())
+    assert len(said(caplog)) == 1
+
+
+def families() -> list[str]:
+    names = sorted(set(CLASSES) - set(REFUSED))
+    return names if os.environ.get(EVERY) else sorted(random.Random(0).sample(names, 10))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", families())
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_every_family(which: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    experts = experts_of(which).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(24, 8, generator=generator).to(dtype)
+    ids = torch.rand(24, 5, generator=generator).topk(2).indices
+    ids[0, 0] = 5  # transformers' expert parallelism masks so
+    factors = torch.rand(24, 2, generator=generator).to(dtype)
+    experts._is_expert_parallel = True
+    eager = experts(hidden, ids, factors)
+    experts.config._experts_implementation = "epfuse"
+    ours = experts(hidden, ids, factors)
+    scale = eager.float().abs().amax(1, keepdim=True)
+    error = ((ours - eager).float().abs() / scale.clamp_min(1e-3)).max()
+    assert error < 5 * torch.finfo(dtype).eps + 1e-6, error
+    assert not said(caplog)
+
+
+def fp8_experts(block: tuple[int, int] | None, scales: str, **options: Any) -> Any:
+    """FP8Experts of two experts and their numbers in float64, gate_up and down."""
+    config = AutoConfig.for_model("qwen3_moe", **(SIZES | {"hidden_size": 256, "moe_intermediate_size": 128}))
+    kind = use_experts_implementation(
+        type("FP8Experts", (FP8Experts,), {}), experts_interface=ALL_FP8_EXPERTS_FUNCTIONS
+    )
+    module = kind(config, block_size=block, scale_fmt=scales, **options)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in module.named_parameters():
+        weight.requires_grad_(False)
+        if "scale" in name:
+            exponents = torch.randint(-8, -4, weight.shape, generator=generator)
+            factor = 1.0 if scales == "ue8m0" or block == (1, 32) else 1.37
+            weight.copy_(factor * 2.0**exponents)
+        elif weight.dtype != torch.int8:
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    config._experts_implementation = "epfuse"
+    return module
+
+
+def numbers(values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    wide = scales.double().repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)
+    return values.double() * wide[:, : values.shape[1], : values.shape[2]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [(1, 32), (128, 128)], ids=str)
+@pytest.mark.parametrize("scales", ["ue8m0", "float"])
+def test_fp8_experts_keep_their_weights(block: tuple[int, int], scales: str, caplog: pytest.LogCaptureFixture) -> None:
+    module = fp8_experts(block, scales)
+    before = {name: tensor.view(torch.uint8).clone() for name, tensor in module.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(9, 256, generator=generator).bfloat16()
+    factors, ids = torch.rand(9, 6, generator=generator).topk(2)
+    ids[3, 1] = 6  # no expert of this rank
+    ours = module(hidden, ids, factors)
+    w13 = numbers(module.gate_up_proj, module.gate_up_proj_scale_inv, block)
+    w2 = numbers(module.down_proj, module.down_proj_scale_inv, block)
+    expected = torch.zeros(9, 256, dtype=torch.float64)
+    for token, slot in (ids < 6).nonzero().tolist():
+        gate, up = (w13[ids[token, slot]] @ hidden[token].double()).chunk(2)
+        expected[token] += factors[token, slot] * (w2[ids[token, slot]] @ (nn.functional.silu(gate) * up))
+    assert (ours.double() - expected).norm() / expected.norm() < 8e-3
+    assert not said(caplog)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name].view(torch.uint8), before[name]) for name in before)
+    state = interface._STATES[module]
+    stacks = next(iter(state.weights.kept.values()))
+    assert stacks.w13.values.data_ptr() == module.gate_up_proj.data_ptr()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"block": (128, 128), "scales": "float", "activation_scheme": "static"}, "static scales of its activations"),
+        ({"block": (128, 128), "scales": "ue8m0", "expert_dtype": "fp4"}, "in int8: two FP4 numbers in a byte"),
+        ({"block": (1, 128), "scales": "float"}, r"a scale per \(1, 128\); epfuse reads 1x32 and 128x128"),
+        ({"block": None, "scales": "float"}, "a scale per tensor"),
+    ],
+)
+def test_fp8_experts_that_fall_back(
+    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = fp8_experts(options.pop("block"), options.pop("scales"), **options)
+    ran: list[str] = []
+
+    def remember(name: str) -> Any:
+        return lambda *args, **kwargs: ran.append(name)
+
+    monkeypatch.setitem(ALL_FP8_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", remember("grouped_mm"))
+    if module.activation_scheme == "static":
+        monkeypatch.setattr(FP8Experts, "linear", remember("eager"))
+    for _ in range(2):
+        try:
+            module(torch.randn(1, 256).bfloat16(), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+        except (AttributeError, TypeError):  # the eager loop goes on with what our stand-in gave it
+            assert ran[-1] == "eager"
+    assert set(ran) == {"eager" if "static" in words else "grouped_mm"}
+    (warning,) = said(caplog)
+    assert re.search(words, warning)
+
+
+@torch.no_grad()
+def test_scales_per_32_that_mxfp8_cannot_hold_fall_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = fp8_experts((1, 32), "float")
+    module.down_proj_scale_inv[0, 0, 0] = 0.3
+    monkeypatch.setitem(ALL_FP8_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *args: "theirs")
+    call = (torch.randn(1, 256).bfloat16(), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    assert module(*call) == "theirs"
+    assert "no powers of two" in said(caplog)[0]
+    module.down_proj_scale_inv[0, 0, 0] = 0.25
+    assert isinstance(module(*call), torch.Tensor)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("block", "target", "form"),
+    [
+        ((1, 32), Target.SM90, WeightFormat.FRAGMENT),
+        ((1, 32), Target.GFX942, WeightFormat.MXFP8_FNUZ),
+        ((128, 128), Target.GFX942, WeightFormat.BLOCK_FP8_FNUZ),
+        ((128, 128), Target.SM90, None),
+        ((1, 32), Target.GFX950, None),
+    ],
+)
+def test_a_second_layout_leaves_the_first_alone(
+    block: tuple[int, int], target: Target, form: WeightFormat | None
+) -> None:
+    module = fp8_experts(block, "ue8m0")
+    before = {name: tensor.view(torch.uint8).clone() for name, tensor in module.state_dict().items()}
+    weights = weights_of(module)
+    second = second_layout(weights, target)
+    assert (second is weights) is (form is None)
+    assert form is None or list(second.kept) == [form]
+    assert sum(second.nbytes.values()) <= 1.05 * sum(weights.nbytes.values())
+    assert all(torch.equal(tensor.view(torch.uint8), before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match="path is 'bf16'"):
+        register("bf16")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="layout is 'own'"):
+        register(layout="own")  # type: ignore[arg-type]
+    register(layout=Layout.CHECKPOINT)
+    assert "epfuse" in ALL_EXPERTS_FUNCTIONS
+    assert "epfuse" in ALL_FP8_EXPERTS_FUNCTIONS
