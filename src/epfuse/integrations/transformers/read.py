@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import WeightFormat
 from epfuse.errors import DtypeError, LayoutError, ShapeError
 from epfuse.integrations.transformers.layout import SCALES, WEIGHTS
@@ -58,6 +59,7 @@ def weights_of(module: Any) -> ExpertWeights:
     return ExpertWeights((BlockFP8Experts(w13, w2),))
 
 
+@checks_enums
 def second_layout(weights: ExpertWeights, target: Target) -> ExpertWeights:
     """FP8 weights in the order that ``target`` reads fastest, in memory of their own; as they are where it has none.
 
