@@ -3,8 +3,9 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="epfuse")
 
-A module keeps its parameters, its names and its bytes: epfuse reads them where they are. What epfuse makes from them is
-kept here, beside the modules, and goes with them.
+A module keeps its parameters, its names and its bytes: epfuse reads them where they are, and holds on to none of them
+between calls, so that who moves, offloads or drops a module gets its memory back. What epfuse makes from them is kept
+here, beside the modules, and goes with them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums, member
@@ -28,7 +30,7 @@ from epfuse.errors import EpfuseError, UnsupportedTarget
 from epfuse.expert_map import ExpertMap
 from epfuse.integrations.transformers.activation import activation_of
 from epfuse.integrations.transformers.layout import SCALES, WEIGHTS, check_in_place
-from epfuse.integrations.transformers.read import second_layout, weights_of
+from epfuse.integrations.transformers.read import scales_of, second_layout, weights_of
 from epfuse.target import target_of
 from epfuse.weights.experts import ExpertWeights
 
@@ -95,15 +97,17 @@ class _State:
     Attributes:
         activation: of its experts; None where ``refused`` says why it has none of ours.
         refused: why transformers runs it.
-        tensors: which tensors ``weights`` were made from, and how often those had been written by then.
-        weights: over these tensors.
-        expert_map: all of them.
+        tensors: which tensors the rest was found out from, and how often those had been written by then.
+        scales: of FP8 weights, as epfuse reads them.
+        second: the weights in the device's own order, where it has one.
+        expert_map: all of the module's experts.
     """
 
     activation: Activation | None = None
     refused: str | None = None
     tensors: tuple[object, ...] = ()
-    weights: ExpertWeights | None = None
+    scales: tuple[torch.Tensor, ...] = ()
+    second: ExpertWeights | None = None
     expert_map: ExpertMap | None = None
 
 
@@ -122,15 +126,16 @@ def _forward_of(interface: Any, settings: _Settings) -> Forward:
         if wanted is not None:
             return _default(interface, module, wanted)(module, *operands)
         state = _state_of(module, settings)
-        if state.activation is None or state.weights is None or state.expert_map is None:
+        if state.activation is None or state.expert_map is None:
             return _default(interface, module, state.refused or "")(module, *operands)
+        weights = weights_of(module, state.scales) if state.second is None else state.second
         # as grouped_mm does where autocast left another dtype
-        own = state.weights.activation_dtypes
+        own = weights.activation_dtypes
         x = hidden_states if hidden_states.dtype in own else hidden_states.to(own[0])
         try:
             result = fused_experts(
                 x.contiguous(),
-                state.weights,
+                weights,
                 top_k_weights.float().contiguous(),
                 top_k_index.contiguous(),
                 state.expert_map,
@@ -167,22 +172,22 @@ def _warn_once(text: str) -> None:
 
 
 def _state_of(module: nn.Module, settings: _Settings) -> _State:
-    """What is known of a module, with weights over its present tensors."""
-    state = _STATES.get(module)
-    if state is None:
-        state = _STATES.setdefault(module, _State())
+    """What is known of a module with its present tensors."""
     tensors = tuple(_identity(module.__dict__["_parameters"].get(name)) for name in (*WEIGHTS, *SCALES))
-    if tensors == state.tensors:
+    state = _STATES.get(module)
+    if state is not None and tensors == state.tensors:
         return state
-    state.tensors, state.weights, state.refused = tensors, None, None
+    # before the next: two second layouts at once may not fit
+    _STATES[module] = state = _State(tensors=tensors, activation=None if state is None else state.activation)
     try:
         check_in_place("", module)
         if state.activation is None:
             state.activation = activation_of("experts", module)
-        weights = weights_of(module)
+        state.scales = scales_of(module)
+        weights = weights_of(module, state.scales)
         if settings.layout is Layout.OWN:
-            weights = second_layout(weights, target_of(weights.device))
-        state.weights = weights
+            second = second_layout(weights, target_of(weights.device))
+            state.second = None if second is weights else second
         state.expert_map = ExpertMap.all_local(weights.local_experts, weights.device)
     except EpfuseError as reason:
         state.refused = str(reason)
@@ -190,8 +195,13 @@ def _state_of(module: nn.Module, settings: _Settings) -> _State:
 
 
 def _identity(tensor: torch.Tensor | None) -> object:
-    """What changes when a tensor's memory or contents do; writes in inference mode are not counted by torch."""
-    if tensor is None:
-        return None
+    """What changes when a tensor's memory or contents do; writes in inference mode are not counted by torch.
+
+    An address alone could be that of memory which was freed and given out again: a weak reference keeps its storage's
+    name taken, and none of its bytes.
+    """
+    if tensor is None or type(tensor) not in (torch.Tensor, nn.Parameter):
+        return type(tensor)
     written = -1 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), written, tuple(tensor.shape), tensor.dtype, tensor.device
+    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return storage, tensor.storage_offset(), tensor.stride(), tuple(tensor.shape), tensor.dtype, written

@@ -25,38 +25,52 @@ _REARRANGED = {
 _E8M0 = (torch.float8_e8m0fnu, torch.uint8)
 
 
-def weights_of(module: Any) -> ExpertWeights:
-    """What the module holds now. Weights are not copied; scales are where epfuse has another dtype for them.
+def scales_of(module: Any) -> tuple[torch.Tensor, ...]:
+    """The scales of FP8 weights in the dtype that epfuse reads, converted where the module has another; none if dense.
 
     Args:
-        module: one that `check_in_place` lets pass: dense, or FP8Experts with scales per 1x32 or 128x128 weights, in
-            float32 or E8M0.
+        module: one that `check_in_place` lets pass.
 
     Raises:
         DtypeError: another dtype of weights or scales.
-        LayoutError: another block size; scales per 32 that are no powers of two, which MXFP8 can't hold.
-        ShapeError: scales of another shape; blocks of 128 in which gate and up rows meet.
+        LayoutError: no scales, another block size, scales per 32 that are no powers of two, which MXFP8 can't hold.
+        ShapeError: blocks of 128 in which gate and up rows meet.
     """
-    gate_up, down = (getattr(module, name).detach() for name in WEIGHTS)
+    gate_up = module.gate_up_proj
     if gate_up.dtype in DENSE_DTYPES:
-        return ExpertWeights.dense(gate_up, down)
+        return ()
     if gate_up.dtype != torch.float8_e4m3fn:
         raise DtypeError(f"gate_up_proj has dtype {gate_up.dtype}; it must be bfloat16, float16, float32 or E4M3")
-    scales = [scale for name in SCALES if isinstance(scale := getattr(module, name, None), torch.Tensor)]
+    scales = {name: scale for name in SCALES if isinstance(scale := getattr(module, name, None), torch.Tensor)}
     if len(scales) < len(SCALES):
         raise LayoutError(f"gate_up_proj is in E4M3 and there is no {' and '.join(SCALES)}")
     block = tuple(module.block_size or ())
-    gate_up_scale, down_scale = (scale.detach().contiguous() for scale in scales)
-    if block == (1, GROUP):
-        return ExpertWeights.mxfp8(gate_up, _bytes_of(SCALES[0], gate_up_scale), down, _bytes_of(SCALES[1], down_scale))
-    if block != (BLOCK, BLOCK):
+    if block not in ((1, GROUP), (BLOCK, BLOCK)):
         raise LayoutError(f"FP8 weights have a scale per {block or 'tensor'}; epfuse reads 1x{GROUP} and 128x128")
-    if gate_up.shape[1] // 2 % BLOCK:
+    if block == (BLOCK, BLOCK) and gate_up.shape[1] // 2 % BLOCK:
         raise ShapeError(
             f"I is {gate_up.shape[1] // 2}; the blocks of gate and up lie apart only at multiples of {BLOCK}"
         )
-    w13, w2 = BlockFP8(gate_up, _numbers_of(gate_up_scale)), BlockFP8(down, _numbers_of(down_scale))
-    return ExpertWeights((BlockFP8Experts(w13, w2),))
+    convert = _bytes_of if block == (1, GROUP) else _numbers_of
+    return tuple(convert(name, scale.detach().contiguous()) for name, scale in scales.items())
+
+
+def weights_of(module: Any, scales: tuple[torch.Tensor, ...]) -> ExpertWeights:
+    """What the module holds now; nothing is copied.
+
+    Args:
+        module: one that `check_in_place` lets pass: dense, or FP8Experts with scales per 1x32 or 128x128 weights.
+        scales: what `scales_of` made of the module's.
+
+    Raises:
+        ShapeError, DtypeError, LayoutError: the tensors don't describe one layer.
+    """
+    gate_up, down = (getattr(module, name).detach() for name in WEIGHTS)
+    if not scales:
+        return ExpertWeights.dense(gate_up, down)
+    if tuple(module.block_size) == (1, GROUP):
+        return ExpertWeights.mxfp8(gate_up, scales[0], down, scales[1])
+    return ExpertWeights((BlockFP8Experts(BlockFP8(gate_up, scales[0]), BlockFP8(down, scales[1])),))
 
 
 @checks_enums
@@ -93,8 +107,10 @@ def _bytes_of(name: str, scales: torch.Tensor) -> torch.Tensor:
     return exponents.to(torch.uint8)
 
 
-def _numbers_of(scales: torch.Tensor) -> torch.Tensor:
+def _numbers_of(name: str, scales: torch.Tensor) -> torch.Tensor:
     """Float32 scales."""
+    if scales.dtype not in (*_E8M0, torch.float32):
+        raise DtypeError(f"{name} has dtype {scales.dtype}; scales are float32 or E8M0")
     if scales.dtype in _E8M0:
         return decode_scales(scales.view(torch.uint8), torch.float32)
     return scales
