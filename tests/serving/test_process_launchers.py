@@ -51,7 +51,7 @@ def order(tmp_path: Path) -> Iterator[Order]:
 
 
 def wait(log: Path) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not log.exists() or "began" not in log.read_text():
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -80,24 +81,27 @@ class RunStatus:
         """For JSON."""
         return asdict(self) | {"finished": self.finished, "all_done": self.all_done}
 
-    def table(self, now: float) -> Table:
-        """For a terminal.
+    def table(self, now: float) -> Group:
+        """For a terminal; reasons stand below the table, for their lines are long and its columns narrow.
 
         Args:
             now: seconds since 1970.
         """
-        table = Table(
-            box=SIMPLE_HEAD, title=f"{self.run}{f' ({self.label})' if self.label else ''}", title_justify="left"
-        )
-        for name in ("point", "state", "try", "place", "job", "for", "why"):
+        places = {point.place for point in self.points if point.place}
+        title = self.run + (f" ({self.label})" if self.label else "")
+        if len(places) == 1:
+            title += f" at {next(iter(places))}"
+        table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+        table.add_column("point", no_wrap=True)
+        for name in ("state", "try", "job", "for", *(["place"] if len(places) > 1 else [])):
             table.add_column(name, overflow="fold", justify="right" if name in ("try", "for") else "left")
         for point in self.points:
             state = Text(point.state, COLOURS.get(point.state, ""))
             attempt = str(point.attempt) if point.attempt else ""
-            table.add_row(
-                *(point.name, state, attempt, point.place, point.job, _duration(now - point.since), Text(point.why))
-            )
-        return table
+            place = [point.place] if len(places) > 1 else []
+            table.add_row(point.name, state, attempt, point.job, _duration(now - point.since), *place)
+        reasons = [Text(f"{point.name}: {point.why}") for point in self.points if point.why]
+        return Group(table, *reasons)
 
 
 def read_status(folder: RunFolder) -> RunStatus:

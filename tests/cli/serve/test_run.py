@@ -57,7 +57,7 @@ def background(folder: RunFolder, python: str, command: str = "resume") -> subpr
 
 
 def wait(folder: RunFolder, state: State) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while state not in states(folder):
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -113,7 +113,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, python: str) ->
     with background(folder, python) as process:
         wait(folder, State.RUNNING)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert f"epfuse serve resume {folder.path}" in err
     assert folder.lock.read_text() == ""
@@ -141,7 +141,7 @@ def test_a_cancel_beside_a_dispatcher_is_done_by_it(tmp_path: Path, python: str)
         assert refused.exit_code == 2
         assert f"is being run by process {process.pid}" in refused.stderr
         result = serve("cancel", folder.path, "--poll", "0.1")
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
     assert process.returncode == 1
     assert result.exit_code == 1
     assert states(folder) == [State.CANCELLED, State.CANCELLED]
