@@ -18,6 +18,7 @@ RUNS = {
     (Target.SM90, "HummingGroupedExperts"): Checkpoint.MXFP8,
     (Target.SM90, "HummingIndexedExperts"): Checkpoint.MXFP8,
     (Target.GFX942, "Mxfp8EmulationTritonExperts"): Checkpoint.MXFP8,
+    (Target.GFX942, "block FP8 made of MXFP8"): Checkpoint.MXFP8,
     (Target.GFX942, "TritonExperts"): Checkpoint.BF16,
     (Target.CPU, "Mxfp8EmulationTritonExperts"): Checkpoint.MXFP8,
 }
