@@ -68,7 +68,7 @@ def test_a_signal_at_any_moment_of_a_sum_never_makes_a_result(tmp_path: Path, se
             ranks=2,
             placement=Placement.CPU,
             log_dir=tmp_path,
-            stall_seconds=0.5,
+            stall_seconds=2.0,
         )
     assert gone(pids_in(tmp_path, 2))
 

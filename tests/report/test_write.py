@@ -240,7 +240,7 @@ OWN_WRITERS = {
     "src/epfuse/doctor/child.py": "the null device, in place of a check's stdout",
     "src/epfuse/doctor/compiling.py": "a compiler's input, in a temporary folder of its own",
     "src/epfuse/cli/serve/cancel.py": "an empty file that is there or not",
-    "src/epfuse/serving/claim.py": "claims and ends, made aside and renamed, with kills tested; a phase, for people to read",
+    "src/epfuse/serving/claim.py": "claims and ends, made aside and renamed, with kills tested; a phase to read",
     "src/epfuse/serving/client.py": "a client's log, appended to while it runs",
     "src/epfuse/serving/dispatch.py": "puts an earlier attempt's end away, under the journal",
     "src/epfuse/serving/journal.py": "appends checksummed lines, with kills tested",
