@@ -35,7 +35,7 @@ def point_job(*arms: Arm, order: tuple[str, ...] = (), **changes: object) -> Poi
         "order": order or tuple(arm.name for arm in arms),
         "client": Client(tool="builtin", prompts=20, concurrency=2, warmups=4, isl=8, osl=4),
         "gate": Gate(prompts=TEXTS, repeats=1, greedy_tokens=4),
-        "deadlines": Deadlines(ready=20, gate=20, warmup=20, load=20, evals=20, stop=5, free=1, job=60),
+        "deadlines": Deadlines(ready=120, gate=120, warmup=120, load=120, evals=120, stop=30, free=1, job=400),
         "polls": Polls(ready=0.05, watch=0.05, gpu=0.1),
         "port": free_port(),
         "gpus": 0,

@@ -100,7 +100,8 @@ def test_abba_is_measured_and_recorded(ended, monkeypatch, packages):
     ],
 )
 def test_a_fault_is_named_and_measures_nothing(ended, fault, state, words):
-    deadlines = Deadlines(ready=1, gate=20, warmup=20, load=20, evals=20, stop=5, free=1, job=60)
+    ready = 1 if fault == "unready" else 120
+    deadlines = Deadlines(ready=ready, gate=120, warmup=120, load=120, evals=120, stop=30, free=1, job=400)
     _, done = ended(one_arm(fault, deadlines=deadlines))
     assert done.state is state
     assert re.search(words, done.reason, re.DOTALL), done.reason
@@ -145,7 +146,7 @@ def test_a_taken_port_starts_no_server(tmp_path):
 
 
 def test_a_worker_with_a_session_of_its_own_ends_too(ended):
-    point, done = ended(one_arm("worker=stubborn", deadlines=Deadlines(stop=0.5, ready=10, free=1)))
+    point, done = ended(one_arm("worker=stubborn", deadlines=Deadlines(stop=0.5, ready=120, free=1)))
     assert done.state is End.DONE
     log = (point.path / done.legs[0].folder / "server.log").read_text()
     pid = next(line for line in log.splitlines() if line.startswith("worker")).split()[1]
