@@ -91,6 +91,14 @@ def finish(now: Dispatcher, seconds: float = 120.0) -> None:
     step_until(now, lambda: now.finished, seconds)
 
 
+def await_the_one_job(cluster: Cluster, key: str, state: str, seconds: float = 60.0) -> None:
+    """The end that a job writes is seen before Slurm has ended the job."""
+    end = time.monotonic() + seconds
+    while (found := [ended for _, ended in cluster.jobs(key)]) != [state]:
+        assert time.monotonic() < end, found
+        time.sleep(RULES.poll)
+
+
 def all_are(folder: RunFolder, *wanted: State) -> Callable[[], bool]:
     return lambda: set(states(folder).values()) <= set(wanted)
 
@@ -102,7 +110,7 @@ def test_the_six_are_submitted_once_and_done(cluster: Cluster, tmp_path: Path) -
     check_ends(folder)
     assert cluster.calls() == keys(folder)
     for key in keys(folder):
-        assert [state for _, state in cluster.jobs(key)] == ["COMPLETED"]
+        await_the_one_job(cluster, key, "COMPLETED")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
@@ -248,14 +256,14 @@ def test_a_queue_that_never_ends_is_given_up_and_a_cancel_is_verified(cluster: C
     change = read_journal(folder.journal).points[SIX[0]]
     assert change.state is State.FAILED
     assert "PartitionTimeLimit" in change.why
-    assert [state for _, state in cluster.jobs(f"t-{SIX[0]}-1")] == ["CANCELLED"]
+    await_the_one_job(cluster, f"t-{SIX[0]}-1", "CANCELLED")
     other = new_run(tmp_path, "u", points=SIX[:1], seconds=60)
     with opened(other) as now:
         step_until(now, all_are(other, State.RUNNING))
         other.point(SIX[0]).cancel.touch()
         assert now.end_points(SIX[:1]) == ""
     assert states(other) == {SIX[0]: State.CANCELLED}
-    assert [state for _, state in cluster.jobs(f"u-{SIX[0]}-1")] == ["CANCELLED"]
+    await_the_one_job(cluster, f"u-{SIX[0]}-1", "CANCELLED")
 
 
 def test_what_slurm_refuses_for_good_fails_at_once(cluster: Cluster, tmp_path: Path) -> None:
