@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,7 @@ from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.policy import LayerRequest, plan_layer
 from tests.cases import make_case
 
-VARIABLES = {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel, "EPFUSE_NO_COMPILE": Switch}
+KINDS = {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel, "EPFUSE_NO_COMPILE": Switch}
 SOURCE = pathlib.Path(environment.__file__).parent
 
 
@@ -25,7 +26,7 @@ def _read_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test has an environment of its own, and leaves no handler behind."""
     log = logging.getLogger("epfuse")
     handlers, level = list(log.handlers), log.level
-    for name in (*VARIABLES, "EPFUSE_KERNELS"):
+    for name in environment.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     environment.environment.cache_clear()
     yield
@@ -38,11 +39,11 @@ def test_nothing_set_means_the_defaults() -> None:
     assert environment.environment() == Environment(Policy.AUTO, Path.AUTO, None)
 
 
-@pytest.mark.parametrize("name", list(VARIABLES))
+@pytest.mark.parametrize("name", list(KINDS))
 @pytest.mark.parametrize("value", ["", "AUTO", "fast"])
 def test_an_unknown_value_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"{name}={value!r}; it must be one of {next(iter(VARIABLES[name])).value}"):
+    with pytest.raises(ConfigError, match=f"{name}={value!r}; it must be one of {next(iter(KINDS[name])).value}"):
         environment.environment()
 
 
@@ -80,13 +81,13 @@ def test_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_file_reads_them_and_documents_them_all() -> None:
     assert environment.__doc__ is not None
-    for name, kind in VARIABLES.items():
-        assert f"`{name}`" in environment.__doc__
+    assert set(re.findall(r"^\| `(EPFUSE_\w+)` ", environment.__doc__, re.MULTILINE)) == set(environment.VARIABLES)
+    for kind in KINDS.values():
         if kind is not Path:
             assert all(f"`{member.value}`" in environment.__doc__ for member in kind)
     readers = {
         path.relative_to(SOURCE).as_posix()
         for path in SOURCE.rglob("*.py")
-        if any(f'"{name}"' in path.read_text() for name in VARIABLES)
+        if any(f'"{name}"' in path.read_text() for name in environment.VARIABLES)
     }
     assert readers == {"environment.py"}

@@ -43,6 +43,9 @@ class Switch(enum.Enum):
 
 E = TypeVar("E", bound=enum.Enum)
 
+VARIABLES = ("EPFUSE_POLICY", "EPFUSE_PATH", "EPFUSE_LOG", "EPFUSE_KERNELS", "EPFUSE_NO_COMPILE")
+"""The table's names."""
+
 
 @checks_enums
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from epfuse import bundle as bundles
 from epfuse.bundle import KERNELS, Bundle
 from epfuse.doctor import call, compiling, gpu, servers, software
 from epfuse.doctor.finding import Verdict
-from epfuse.environment import environment
+from epfuse.environment import VARIABLES, environment
 from epfuse.integrations.interfaces import What
+from epfuse.integrations.switches import SWITCHES
 from epfuse.integrations.vllm import plugin, releases
 from epfuse.target import REFERENCE_DEVICE, Target
 from tests.integrations.vllm.fake import use_of, write_package
@@ -30,7 +31,7 @@ NEWEST = releases.TESTED[-1]
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch):
     """No variable of this machine's, and nothing read before."""
-    for name in [*software.VARIABLES, "VLLM_PLUGINS", "SGLANG_PLUGINS", *gpu.VISIBLE]:
+    for name in [*VARIABLES, *SWITCHES, "VLLM_PLUGINS", "SGLANG_PLUGINS", *gpu.VISIBLE]:
         monkeypatch.delenv(name, raising=False)
     environment.cache_clear()
     bundles.bundle.cache_clear()

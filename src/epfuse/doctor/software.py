@@ -18,17 +18,6 @@ LEAST_TORCH = (2, 10)
 LEAST_TRITON = (3, 6)
 TRANSFORMERS = (5, 23), (6,)
 """From, and below."""
-VARIABLES = {
-    "EPFUSE_DISABLE",
-    "EPFUSE_KERNELS",
-    "EPFUSE_LOG",
-    "EPFUSE_NO_COMPILE",
-    "EPFUSE_PATH",
-    "EPFUSE_POLICY",
-    "EPFUSE_STRICT",
-    "EPFUSE_VLLM_FORCE",
-}
-"""All that a user may set: the tables in `epfuse.environment` and docs/vllm.md."""
 OWN = "EPFUSE_SERVE_"
 """What epfuse's own processes tell each other."""
 
@@ -67,22 +56,23 @@ def epfuse() -> Answer:
 
 def environment_variables() -> Answer:
     """Whether epfuse's variables have values that it takes, and names that it knows."""
-    from epfuse.environment import environment
+    from epfuse.environment import VARIABLES, environment
     from epfuse.errors import ConfigError
-    from epfuse.integrations.switches import DISABLE, FORCE, STRICT, is_on
+    from epfuse.integrations.switches import SWITCHES, is_on
 
     ours = {name: value for name, value in os.environ.items() if name.startswith("EPFUSE_")}
     ours = {name: value for name, value in ours.items() if not name.startswith(OWN)}
     try:
         environment()
-        for switch in (DISABLE, FORCE, STRICT):
+        for switch in SWITCHES:
             is_on(switch)
     except ConfigError as error:
         return bad(str(error), "give it one of these values, or unset it")
-    unknown = sorted(ours.keys() - VARIABLES)
+    known = {*VARIABLES, *SWITCHES}
+    unknown = sorted(ours.keys() - known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], VARIABLES, n=1)
-        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(VARIABLES))}"
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
         return warning(f"epfuse has no variable {', '.join(unknown)}", meant)
     return good(", ".join(f"{name}={ours[name]}" for name in sorted(ours)) or "no EPFUSE_ variable is set")
 

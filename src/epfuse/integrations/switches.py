@@ -13,6 +13,8 @@ DISABLE = "EPFUSE_DISABLE"
 FORCE = "EPFUSE_VLLM_FORCE"
 """1: register with a vLLM that is not as the tested releases where epfuse touches it."""
 
+SWITCHES = (STRICT, DISABLE, FORCE)
+
 
 def is_on(name: str) -> bool:
     """Whether the variable is 1.
