@@ -145,6 +145,45 @@ def test_a_taken_port_starts_no_server(tmp_path):
         assert not (point.path / ending(point).legs[0].folder / "server.log").exists()
 
 
+def test_an_older_server_that_answers_on_the_port_is_not_taken_for_the_new_one(tmp_path):
+    job = one_arm()
+    older = subprocess.Popen([part.replace("{port}", str(job.port)) for part in job.arms[0].server.argv])
+    try:
+        end = time.monotonic() + 60
+        while port_is_free(job.port) and time.monotonic() < end:
+            time.sleep(0.05)
+        point = write(tmp_path / "p1", job)
+        assert run(point, KEY) == 1
+        assert older.poll() is None  # it is somebody's
+    finally:
+        older.kill()
+        older.wait()
+    assert f"port {job.port} is taken" in ending(point).reason
+    assert not ending(point).legs[0].metrics
+
+
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_gpu_in_use_is_waited_for_with_a_limit(ended, tmp_path, monkeypatch, freed):
+    """A server that shares its GPU is a slow server, and nobody would know why."""
+    memory = tmp_path / "memory"
+    memory.write_text("71234")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho 0, 1980, 2619, 412.31, $(cat {memory}), 54, 99\n")
+    if freed:  # by the tool's third look
+        count = tmp_path / "count"
+        tool.write_text(tool.read_text() + f"echo >> {count}; [ $(wc -l < {count}) -lt 3 ] || echo 4 > {memory}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    patience = Deadlines(ready=120, gate=120, warmup=120, load=120, stop=30, free=60 if freed else 1, job=400)
+    point, done = ended(one_arm(gpus=1, gpu_vendor="nvidia", deadlines=patience))
+    if freed:
+        assert done.state is End.DONE
+        return
+    assert done.state is End.FAILED
+    assert "GPUs [0] hold memory of another process for 1 s: no server was started" in done.reason
+    assert not (point.path / done.legs[0].folder / "server.log").exists()
+
+
 def test_a_worker_with_a_session_of_its_own_ends_too(ended):
     point, done = ended(one_arm("worker=stubborn", deadlines=Deadlines(stop=0.5, ready=120, free=1)))
     assert done.state is End.DONE
