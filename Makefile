@@ -8,6 +8,7 @@
 # make serve-demo   the whole serving harness on this machine, without GPU and Slurm; writes serve-demo/report.html
 # make aot    create .venv, install, compile every kernel for the GPUs and check it
 # make aot-execute  run gfx942's machine code under a model of its instruction set: all cases and faults, hours
+# make public-types   whether every public name has a type that all checkers agree on (basedpyright; brings its own node)
 # make hooks  run `make lint typecheck` before each commit from now on (pre-commit; nothing is fetched then)
 #
 # PYTHON=python3.12   the interpreter to build .venv from (3.11 or newer)
@@ -52,7 +53,7 @@ endif
 CREATED := $(VENV)/.created-$(MODE)
 INSTALLED := $(VENV)/.installed-$(MODE)
 
-.PHONY: demo test test-vllm test-sglang test-vllm-e2e test-slurm serve-demo aot aot-execute lint hooks format typecheck clean
+.PHONY: demo test test-vllm test-sglang test-vllm-e2e test-slurm serve-demo aot aot-execute lint hooks format typecheck public-types clean
 
 demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
@@ -111,6 +112,9 @@ format: $(INSTALLED)
 
 typecheck: $(INSTALLED)
 	$(BIN)/python -m mypy
+
+public-types: $(INSTALLED)
+	$(BIN)/python tools/type_completeness.py
 
 clean:
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache

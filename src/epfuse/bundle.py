@@ -14,6 +14,7 @@ import re
 import sysconfig
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,7 +23,7 @@ from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_object
 from epfuse.report.write import write_atomic
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 KERNELS = "kernels"
@@ -67,7 +68,7 @@ class Manifest(BaseModel):
         files: ``KEY/NAME`` -> sha256.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     schema_version: int = 1
     target: str

@@ -43,7 +43,7 @@ class Children:
             stderr=subprocess.DEVNULL,
             process_group=0,
         )
-        self.id = self._leader.pid
+        self.id: int = self._leader.pid
 
     def __enter__(self) -> Children:
         return self

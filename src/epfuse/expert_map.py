@@ -82,8 +82,8 @@ class ExpertMap:
                 + f" (non-negative entries, sorted: {held[:8].tolist()}{'...' if held.numel() > 8 else ''});"
                 " it must hold each local slot 0..L-1 exactly once and -1 for every expert of another rank"
             )
-        self.num_experts = int(slots.numel())
-        self.num_local = int(held.numel())
+        self.num_experts: int = int(slots.numel())
+        self.num_local: int = int(held.numel())
         # a copy: what was checked can't be changed by writing to the caller's tensor
         self._by_device = {tensor.device: slots.to(tensor.device, torch.int32, copy=True)}
 

@@ -29,7 +29,7 @@ from epfuse.bundle import bundle
 from epfuse.environment import environment
 from epfuse.errors import NotCompiled
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _AT_START = os.environ.get("TRITON_CACHE_DIR")
 _ours = threading.RLock()
@@ -80,7 +80,7 @@ def kernels_in(place: Path | None = None) -> Iterator[None]:
             del knobs.cache.manager_class
 
 
-class KernelCache(FileCacheManager):  # type: ignore[misc]
+class KernelCache(FileCacheManager):
     """Triton's files of one kernel: the bundle's, if it has them, else those in `folder`.
 
     A group's files are found beside it, wherever the folder has been brought since they were written.
@@ -93,8 +93,8 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]
             super().__init__(key, override, dump)
             return
         self.key = key
-        self.cache_dir = str((self.place or folder()) / key)
-        self.lock_path = os.path.join(self.cache_dir, "lock")
+        self.cache_dir: str = str((self.place or folder()) / key)
+        self.lock_path: str = os.path.join(self.cache_dir, "lock")
         self._bundle = bundle() if self.place is None else None
 
     def get_file(self, filename: str) -> str | None:

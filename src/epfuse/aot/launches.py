@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from epfuse.arguments import checks_enums
 from epfuse.target import Target, planning_for
 
-TRITON_TARGETS = {
+TRITON_TARGETS: dict[Target, GPUTarget] = {
     Target.GFX942: GPUTarget("hip", "gfx942", 64),
     Target.GFX950: GPUTarget("hip", "gfx950", 64),
     Target.SM90: GPUTarget("cuda", 90, 32),

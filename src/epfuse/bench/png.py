@@ -7,7 +7,7 @@ import io
 from epfuse.bench.charts import CurveChart
 from epfuse.errors import MissingDependency
 
-COLOURS = {
+COLOURS: dict[str, tuple[str, ...]] = {
     "path": ("#1f66b8", "#d2620a", "#21845a", "#7a4bc4", "#c02f57", "#0c8393"),
     "peer": ("#8a6d3b", "#6b7480", "#93679b", "#5d8a7a", "#a35f5f", "#7d7a35"),
     "floor": ("#3c434b",) * 6,

@@ -29,7 +29,7 @@ PEER_NAMES = ("vllm", "transformers", "torch")
 PATH_NAMES = ("auto", "all", "reference", "bf16", "w8a16", "w8a8", "block_fp8")
 GPU_TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 8192)
 CPU_TOKENS = (1, 16, 64, 256)
-QUICK_TOKENS = {"cuda": (1, 64, 1024), "cpu": (1, 64)}
+QUICK_TOKENS: dict[str, tuple[int, ...]] = {"cuda": (1, 64, 1024), "cpu": (1, 64)}
 FILE_WIDTH = 110
 """Columns of the tables where no terminal says how many it has."""
 

@@ -117,35 +117,35 @@ def patch() -> None:
     """Patch an installed vLLM, where the plugin can't be installed but epfuse can be imported."""
 
 
-site_option = click.option(
+_site_option = click.option(
     "--site",
     "root",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
     help="The site-packages that has vLLM.  [default: that of this interpreter]",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @patch.command()
-@site_option
-@json_option
+@_site_option
+@_json_option
 def status(root: Path | None, as_json: bool) -> None:
     """Say what vLLM's files are; change nothing."""
     _show(run.status(find_site(root)), as_json)
 
 
 @patch.command()
-@site_option
-@json_option
+@_site_option
+@_json_option
 def apply(root: Path | None, as_json: bool) -> None:
     """Patch vLLM; does nothing where that is done. Anything unknown is refused."""
     _show(run.apply(find_site(root)), as_json)
 
 
 @patch.command()
-@site_option
-@json_option
+@_site_option
+@_json_option
 def verify(root: Path | None, as_json: bool) -> None:
     """Exit with 1 unless vLLM is patched by this version and otherwise as its wheel installed it."""
     report = run.status(find_site(root))
@@ -153,8 +153,8 @@ def verify(root: Path | None, as_json: bool) -> None:
 
 
 @patch.command()
-@site_option
-@json_option
+@_site_option
+@_json_option
 def revert(root: Path | None, as_json: bool) -> None:
     """Bring back the wheel's own bytes."""
     _show(run.revert(find_site(root)), as_json)

@@ -20,7 +20,7 @@ from epfuse.kernel_cache import folder, is_compiled, kernels_in, say_ready
 from epfuse.target import Target, planning_for
 from epfuse.workers import Died, Workers
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 16
 """Processes that compile; each takes some 0.7 GB of the host's memory, and none of the GPU's."""

@@ -24,7 +24,7 @@ class StepFile:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.path = folder / f"rank-{rank}"
+        self.path: Path = folder / f"rank-{rank}"
 
     def done(self) -> None:
         """Count one more step."""

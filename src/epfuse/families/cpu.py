@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from epfuse.config import Activation, LayerShape, Path, WeightFormat
-from epfuse.families.family import Family, LayerCall, Steps
+from epfuse.families.family import Family, LayerCall, Reads, Steps
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.scratch import ScratchSize
 from epfuse.stages.activation_library import activated_
@@ -43,8 +43,8 @@ class Cpu(Family):
 
     name: ClassVar[str] = "cpu"
     tile: ClassVar[type[GemmTile]] = LibraryTile
-    beside_fp8: ClassVar = frozenset(DENSE_DTYPES)
-    reads: ClassVar = {
+    beside_fp8: ClassVar[frozenset[torch.dtype]] = frozenset(DENSE_DTYPES)
+    reads: ClassVar[Reads] = {
         Target.CPU: {
             Path.W8A16: (WeightFormat.MXFP8, WeightFormat.BLOCK_FP8),
             Path.BF16: (WeightFormat.DENSE,),
@@ -152,9 +152,11 @@ class Products:
     """
 
     def __init__(self, stack: Stack, dtype: torch.dtype) -> None:
-        self.stack, self.dtype, self.widens = stack, dtype, 0
+        self.stack: Stack = stack
+        self.dtype: torch.dtype = dtype
+        self.widens: int = 0
         self.wide: torch.Tensor | None = None
-        self.grouped = False
+        self.grouped: bool = False
         if isinstance(stack, torch.Tensor):
             self.widens = ALL if multiplies(dtype) else WIDENS
             row = stack.shape[2] * stack.element_size()

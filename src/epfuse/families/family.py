@@ -17,6 +17,8 @@ from epfuse.target import Target
 
 Step: TypeAlias = tuple[str, Callable[[], object]]
 """A stage's name, as profiles show it, and its launch."""
+Reads: TypeAlias = Mapping[Target, Mapping[Path, tuple[WeightFormat, ...]]]
+"""Target -> path -> the weights that kernels read, best first."""
 
 
 class Steps(NamedTuple):
@@ -92,7 +94,7 @@ class Family(ABC):
     """
 
     name: ClassVar[str]
-    reads: ClassVar[Mapping[Target, Mapping[Path, tuple[WeightFormat, ...]]]]
+    reads: ClassVar[Reads]
     tile: ClassVar[type[GemmTile]]
     combines: ClassVar[frozenset[Combine]] = frozenset({Combine.DETERMINISTIC})
     beside_fp8: ClassVar[frozenset[torch.dtype]] = frozenset({torch.bfloat16})

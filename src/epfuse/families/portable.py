@@ -11,7 +11,7 @@ import torch
 
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Step, Steps
+from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import rows_between, rows_scratch
 from epfuse.scratch import ScratchSize
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, TileRange
@@ -24,7 +24,7 @@ class Portable(Family):
     name: ClassVar[str] = "portable"
     tile: ClassVar[type[GemmTile]] = GemmTile
     every_gpu: ClassVar[bool] = True
-    reads: ClassVar = {
+    reads: ClassVar[Reads] = {
         Target.SM90: {Path.W8A16: (WeightFormat.MXFP8,), Path.BF16: (WeightFormat.DENSE,)},
         Target.GFX942: {
             Path.W8A16: (WeightFormat.MXFP8_FNUZ, WeightFormat.MXFP8),

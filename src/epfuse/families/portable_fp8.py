@@ -11,7 +11,7 @@ import torch
 
 from epfuse.config import Combine, LayerShape, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Step, Steps
+from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
 from epfuse.scratch import ScratchSize
 from epfuse.stages.quantize.rows import FP8Rows
@@ -27,7 +27,7 @@ class PortableFP8(Family):
     tile: ClassVar[type[GemmTile]] = GemmTile
     every_gpu: ClassVar[bool] = True
     combines: ClassVar[frozenset[Combine]] = frozenset(Combine)
-    reads: ClassVar = {
+    reads: ClassVar[Reads] = {
         Target.SM90: {Path.W8A8: (WeightFormat.MXFP8,), Path.BLOCK_FP8: (WeightFormat.BLOCK_FP8,)},
         Target.GFX942: {Path.W8A8: (WeightFormat.MXFP8_FNUZ,), Path.BLOCK_FP8: (WeightFormat.BLOCK_FP8_FNUZ,)},
         Target.GFX950: {Path.W8A8: (WeightFormat.MXFP8,), Path.BLOCK_FP8: (WeightFormat.BLOCK_FP8,)},

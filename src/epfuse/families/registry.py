@@ -35,7 +35,7 @@ def _readable(target: Target, path: Path) -> tuple[WeightFormat, ...]:
 
 
 READABLE: dict[Target, dict[Path, tuple[WeightFormat, ...]]] = {
-    target: {path: forms for path in PREFERENCE if (forms := _readable(target, path))} for target in Target
+    target: {path: _forms for path in PREFERENCE if (_forms := _readable(target, path))} for target in Target
 }
 """The paths of each target in AUTO's order, and the weights that each reads, best first."""
 

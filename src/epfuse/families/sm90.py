@@ -14,7 +14,7 @@ import torch
 
 from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Step, Steps
+from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import rows_between, rows_scratch
 from epfuse.scratch import ScratchSize
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90Tile, TileRange
@@ -32,7 +32,7 @@ class Sm90(Family):
     name: ClassVar[str] = "sm90"
     tile: ClassVar[type[GemmTile]] = Sm90Tile
     least_block_m: ClassVar[int] = 8
-    reads: ClassVar = {
+    reads: ClassVar[Reads] = {
         Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,), Path.BF16: (WeightFormat.DENSE,)},
     }
 

@@ -11,7 +11,7 @@ import torch
 
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Step, Steps
+from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
 from epfuse.families.sm90 import SHARED_BYTES
 from epfuse.families.sm90_packed import HEADS, two_parts
@@ -33,7 +33,7 @@ class Sm90FP8(Family):
 
     name: ClassVar[str] = "sm90_fp8"
     tile: ClassVar[type[GemmTile]] = Sm90PersistentTile
-    reads: ClassVar = {Target.SM90: {Path.W8A8: (WeightFormat.ROW_FP8,)}}
+    reads: ClassVar[Reads] = {Target.SM90: {Path.W8A8: (WeightFormat.ROW_FP8,)}}
 
     def defaults(
         self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype

@@ -14,7 +14,7 @@ import torch
 
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Stage, Step, Steps
+from epfuse.families.family import Family, LayerCall, Reads, Stage, Step, Steps
 from epfuse.families.memory import rows_between, rows_scratch
 from epfuse.families.sm90 import SHARED_BYTES
 from epfuse.scratch import ScratchSize
@@ -37,7 +37,7 @@ class Sm90Packed(Family):
     name: ClassVar[str] = "sm90_packed"
     tile: ClassVar[type[GemmTile]] = Sm90PersistentTile
     least_block_m: ClassVar[int] = 32
-    reads: ClassVar = {Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,)}}
+    reads: ClassVar[Reads] = {Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,)}}
 
     def defaults(
         self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype

@@ -20,8 +20,8 @@ from epfuse.parallel.shard import check_whole, held_experts
 try:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
-except ImportError as error:
-    raise MissingDependency("sharded loading needs safetensors: pip install 'epfuse[demo]'") from error
+except ImportError as _missing:
+    raise MissingDependency("sharded loading needs safetensors: pip install 'epfuse[demo]'") from _missing
 
 
 def save_checkpoint(model: nn.Module, path: Path) -> None:

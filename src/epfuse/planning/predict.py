@@ -14,7 +14,7 @@ from epfuse.policy import Decision, Storage, decide
 CONCURRENCIES = {"c1": 1, "c16": 16, "c256": 216}
 """Requests in flight -> T of a decode step. Of 256, 216 were active in the published profile (`hardware.published`)."""
 
-STORED_PATHS = {
+STORED_PATHS: dict[Storage, tuple[Path, ...]] = {
     Storage.BF16: (Path.BF16,),
     Storage.MXFP8: (Path.W8A16,),
     Storage.HYBRID: (Path.BF16, Path.W8A16),

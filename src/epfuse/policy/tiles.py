@@ -16,7 +16,7 @@ from epfuse.policy.decision import TileChoice
 from epfuse.stages.tiles import LayerTiles, TileRange, rows_per_expert
 from epfuse.target import Target
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 @checks_enums

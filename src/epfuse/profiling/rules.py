@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from epfuse.errors import ConfigError, MissingDependency
 from epfuse.input_file import read_file
@@ -19,10 +19,10 @@ try:
     from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
     from epfuse.profiling.yaml_tree import YamlFault, YamlTree
-except ImportError as error:
+except ImportError as _missing:
     raise MissingDependency(
-        f"'epfuse profile' needs the package {error.name!r}: pip install 'epfuse[profile]'"
-    ) from error
+        f"'epfuse profile' needs the package {_missing.name!r}: pip install 'epfuse[profile]'"
+    ) from _missing
 
 LARGEST_FILE = 1 << 18
 """Bytes of a rules file."""
@@ -54,7 +54,7 @@ Phases = Annotated[frozenset[Phase], BeforeValidator(_phases)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
 class Rule(_Strict):

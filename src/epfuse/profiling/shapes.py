@@ -43,7 +43,7 @@ SHAPES = {
 """Sizes: transformers' MiniMaxM3VLTextConfig; the config.json of openai/gpt-oss-20b and openai/gpt-oss-120b."""
 
 # One size, and the names that model families have for it; the first one that is there counts.
-KEYS = {
+KEYS: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden_size",),
     "intermediate": ("moe_intermediate_size", "intermediate_size"),
     "experts": ("num_local_experts", "n_routed_experts", "num_experts"),

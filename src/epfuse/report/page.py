@@ -8,8 +8,8 @@ from epfuse.errors import MissingDependency
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
-except ImportError as error:
-    raise MissingDependency("HTML reports need jinja2: pip install 'epfuse[demo]'") from error
+except ImportError as _missing:
+    raise MissingDependency("HTML reports need jinja2: pip install 'epfuse[demo]'") from _missing
 
 
 def render(template: str, **values: Any) -> str:

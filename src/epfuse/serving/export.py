@@ -12,7 +12,7 @@ from epfuse.serving.point import Image, PointJob
 from epfuse.serving.record import PointRecord, RunRecord
 from epfuse.serving.results import Measured, Spread
 
-NAMES = {"mean": None, "median": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
+NAMES: dict[str, float | None] = {"mean": None, "median": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
 
 
 def measurements(record: RunRecord) -> Iterator[tuple[PointRecord, PointJob, str, list[Measured]]]:

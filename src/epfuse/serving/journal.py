@@ -225,7 +225,7 @@ class Journal:
             OSError: it can't be written.
         """
         self.path = path
-        self.history = read_journal(path)
+        self.history: History = read_journal(path)
         self._clock = clock
         self._lock = lock
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)

@@ -74,7 +74,7 @@ class RunLock:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunLocked(f"{path.parent} is being run by {read_owner(path) or 'another dispatcher'}") from None
-            self.stale = read_owner(path)
+            self.stale: Owner | None = read_owner(path)
             if self.stale is not None and not self.stale.is_here and not take_over:
                 raise RunLocked(
                     f"{path.parent} is being run by {self.stale}, which can't be seen from {socket.gethostname()}; "

@@ -23,7 +23,13 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 508, 12, 268
 """Edges of the chart's plot, pixels."""
 STYLES = 6
 INTERVAL_WIDTH = 160
-GOOD = {End.DONE: "good", End.FAILED: "bad", End.GATED_OUT: "bad", "cancelled": "bad", "unreadable": "bad"}
+GOOD: dict[str, str] = {
+    End.DONE: "good",
+    End.FAILED: "bad",
+    End.GATED_OUT: "bad",
+    "cancelled": "bad",
+    "unreadable": "bad",
+}
 VERDICTS = {Word.FASTER: "good", Word.SLOWER: "bad"}
 
 

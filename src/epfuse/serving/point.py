@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from epfuse.errors import MissingDependency
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
-except ImportError as error:  # it is a core dependency, but a job may run in an image of somebody else's
-    raise MissingDependency("'epfuse serve' needs pydantic: pip install 'epfuse[serve]'") from error
+except ImportError as _missing:  # it is a core dependency, but a job may run in an image of somebody else's
+    raise MissingDependency("'epfuse serve' needs pydantic: pip install 'epfuse[serve]'") from _missing
 
 HEADROOM = 256
 """Tokens of --max-model-len beyond input and output."""
@@ -29,7 +29,7 @@ Seconds = Annotated[FiniteFloat, Field(gt=0, le=30 * 86400)]
 class Frozen(BaseModel):
     """A value that is checked when it is made or read; a key that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
 
 class Point(Frozen):

@@ -18,8 +18,8 @@ try:
     from pydantic import BeforeValidator, Discriminator, Field, FiniteFloat, Tag, ValidationError, model_validator
 
     from epfuse.profiling.yaml_tree import MOST_VALUES, YamlFault, YamlTree
-except ImportError as error:
-    raise MissingDependency(f"recipes need the package {error.name!r}: pip install 'epfuse[serve]'") from error
+except ImportError as _missing:
+    raise MissingDependency(f"recipes need the package {_missing.name!r}: pip install 'epfuse[serve]'") from _missing
 
 from epfuse.serving.entries import Entry, EntryKey, MultiNodeEntry, Runners, entry_kind
 from epfuse.serving.point import (

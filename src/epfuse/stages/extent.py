@@ -30,8 +30,8 @@ class Extent:
     __slots__ = ("dtype", "tensor")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.dtype = tensor.dtype
+        self.tensor: torch.Tensor = tensor
+        self.dtype: torch.dtype = tensor.dtype
 
     def data_ptr(self) -> int:
         """The address of the first byte."""

@@ -40,7 +40,7 @@ class DeviceBench:
     def __init__(self, layer: Layer, device: torch.device, sampling: Sampling = QUICK, seed: int = 0) -> None:
         self.layer_sizes = layer
         self.device = device
-        self.weights = LayerWeights(layer, seed, device)
+        self.weights: LayerWeights = LayerWeights(layer, seed, device)
         self._sampling = sampling
         self._seed = seed
         self._method = Method.GRAPH if device.type == "cuda" else Method.PLAIN

@@ -22,7 +22,7 @@ from epfuse.numerics.mxfp8 import BLOCK as MX_BLOCK
 from epfuse.numerics.mxfp8 import DECODED_DTYPES, E4M3_MAX, MXFP8, SOURCE_DTYPES, VALUE_DTYPES
 from epfuse.operands import require_plain
 from epfuse.target import Target
-from epfuse.weights.projections import E4M3Projections, Part
+from epfuse.weights.projections import E4M3Projections, Forms, Part
 
 BLOCK = 128
 """Rows and columns that share a scale."""
@@ -142,8 +142,11 @@ class BlockFP8(Consumable):
 class BlockFP8Experts(E4M3Projections[BlockFP8]):
     """Block FP8; `epfuse.ExpertWeights.block_fp8` makes it from MXFP8."""
 
-    stack: ClassVar = BlockFP8
-    forms: ClassVar = {WeightFormat.BLOCK_FP8: None, WeightFormat.BLOCK_FP8_FNUZ: Target.GFX942}
+    stack: ClassVar[type[BlockFP8]] = BlockFP8
+    forms: ClassVar[Forms] = {
+        WeightFormat.BLOCK_FP8: None,
+        WeightFormat.BLOCK_FP8_FNUZ: Target.GFX942,
+    }
 
     @classmethod
     @checks_enums

@@ -187,7 +187,7 @@ def _config_groups(config: Fields, modules: ExpertModules, said: dict[str, Check
         said["config_groups without the experts"] = Checkpoint.BF16
 
 
-LAYOUTS = {
+LAYOUTS: dict[Checkpoint, tuple[str, ...]] = {
     Checkpoint.MXFP8: ("mxfp8-quantized", "float-quantized", "naive-quantized"),
     Checkpoint.MXFP4: ("mxfp4-pack-quantized",),
     Checkpoint.BLOCK_FP8: ("float-quantized", "naive-quantized"),

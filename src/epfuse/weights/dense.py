@@ -12,7 +12,7 @@ from epfuse.arguments import checks_enums
 from epfuse.config import WeightFormat
 from epfuse.errors import DtypeError, LayoutError, ShapeError
 from epfuse.operands import require_plain
-from epfuse.weights.projections import Part, Projections
+from epfuse.weights.projections import Forms, Part, Projections
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -21,8 +21,8 @@ DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class DenseExperts(Projections[torch.Tensor]):
     """Plain tensors, contiguous, both in one dtype."""
 
-    stack: ClassVar = torch.Tensor
-    forms: ClassVar = {WeightFormat.DENSE: None}
+    stack: ClassVar[type[torch.Tensor]] = torch.Tensor
+    forms: ClassVar[Forms] = {WeightFormat.DENSE: None}
 
     def check(self) -> None:
         """Plain, of three dimensions, of a dense dtype, contiguous."""

@@ -34,7 +34,7 @@ from epfuse.weights.panels import (
     source_rows,
     take_rows,
 )
-from epfuse.weights.projections import Part
+from epfuse.weights.projections import Forms, Part
 
 SCALE_SHIFT = 120
 LARGEST_SCALE = 254 - SCALE_SHIFT
@@ -64,8 +64,8 @@ class FragmentMXFP8(PanelStack):
 class FragmentExperts(PanelProjections[FragmentMXFP8]):
     """MXFP8 as `epfuse.weights.mxfp8` prepares it for Hopper's W8A16."""
 
-    stack: ClassVar = FragmentMXFP8
-    forms: ClassVar = {WeightFormat.FRAGMENT: Target.SM90}
+    stack: ClassVar[type[FragmentMXFP8]] = FragmentMXFP8
+    forms: ClassVar[Forms] = {WeightFormat.FRAGMENT: Target.SM90}
 
     @classmethod
     @checks_enums

@@ -15,18 +15,21 @@ from epfuse.numerics.mxfp8 import BLOCK, MXFP8
 from epfuse.target import Target
 from epfuse.weights.fragment import FragmentExperts, check_packable, pack
 from epfuse.weights.panels import RowOrder
-from epfuse.weights.projections import E4M3Projections, Part, Projections
+from epfuse.weights.projections import E4M3Projections, Forms, Part, Projections
 from epfuse.weights.row_fp8 import RowFP8Experts, pack_rows
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MXFP8Experts(E4M3Projections[MXFP8]):
     """E4M3 values with an E8M0 byte for 32 of them."""
 
-    stack: ClassVar = MXFP8
-    forms: ClassVar = {WeightFormat.MXFP8: None, WeightFormat.MXFP8_FNUZ: Target.GFX942}
+    stack: ClassVar[type[MXFP8]] = MXFP8
+    forms: ClassVar[Forms] = {
+        WeightFormat.MXFP8: None,
+        WeightFormat.MXFP8_FNUZ: Target.GFX942,
+    }
 
     @classmethod
     @checks_enums

@@ -23,6 +23,8 @@ C = TypeVar("C", bound=Consumable)
 
 Part: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 """Size and dtype of one of a stack's tensors."""
+Forms: TypeAlias = Mapping[WeightFormat, Target | None]
+"""The names of a format -> the one target whose kernels read it, None if it is as checkpoints have it."""
 
 
 def expert_matrix(stack: Stack, expert: int, dtype: torch.dtype) -> torch.Tensor:
@@ -48,7 +50,7 @@ class Projections(ABC, Generic[S]):
 
     Attributes:
         stack: what w13 and w2 are.
-        forms: the names of the format -> the one target whose kernels read it, None if it is as checkpoints have it.
+        forms: the names of the format.
             More than one name where E4M3FNUZ in place of E4M3FN is a format of its own.
 
     Raises:
@@ -60,7 +62,7 @@ class Projections(ABC, Generic[S]):
     w2: S
 
     stack: ClassVar[type[Any]]
-    forms: ClassVar[Mapping[WeightFormat, Target | None]]
+    forms: ClassVar[Forms]
 
     def __post_init__(self) -> None:
         for name, one in (("w13", self.w13), ("w2", self.w2)):

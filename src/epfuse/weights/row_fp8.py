@@ -31,7 +31,7 @@ from epfuse.weights.panels import (
     source_rows,
     take_rows,
 )
-from epfuse.weights.projections import Part
+from epfuse.weights.projections import Forms, Part
 
 _BIAS = 127
 _LEAST, _MOST = 1, 254
@@ -67,8 +67,8 @@ class RowFP8(PanelStack):
 class RowFP8Experts(PanelProjections[RowFP8]):
     """FP8 as `epfuse.weights.mxfp8` prepares it for Hopper's W8A8."""
 
-    stack: ClassVar = RowFP8
-    forms: ClassVar = {WeightFormat.ROW_FP8: Target.SM90}
+    stack: ClassVar[type[RowFP8]] = RowFP8
+    forms: ClassVar[Forms] = {WeightFormat.ROW_FP8: Target.SM90}
 
     @classmethod
     @checks_enums

@@ -54,7 +54,7 @@ MANY = 512
 TILES = {FEW: 16, MANY: 64, 1537: 128}
 """T -> the largest BLOCK_M of any family there."""
 
-ROUTES = [
+ROUTES: list[tuple[int, int]] = [
     *product((8, 16, 32, 64, 128, 256, 384), (16,)),
     *product((385, 1024), (16, 32, 64)),
     *product((1537,), (16, 32, 64, 128)),

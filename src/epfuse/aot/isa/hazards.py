@@ -51,7 +51,7 @@ class Outstanding:
     def __init__(self) -> None:
         self.vector: list[Request] = []
         self.lds: list[Request] = []
-        self.pending = 0
+        self.pending: int = 0
         self.waited: dict[str, int] = {"vmcnt": 0, "lgkmcnt": 0}
 
     def ask(self, request: Request, *, vector: bool) -> None:
@@ -132,7 +132,7 @@ class Recent:
 
     def __init__(self) -> None:
         self.results: list[Result] = []
-        self.hot = 0
+        self.hot: int = 0
         self.last: list[tuple[int, int, int]] = []
         """Clock, written registers and line of the last vector instructions."""
 

@@ -51,7 +51,7 @@ class Memory:
         self.data: Bytes = np.zeros(GUARD, np.uint8)
         self.undefined: Bytes = np.full(GUARD, 255, np.uint8)
         self._grain = 1
-        self.writer = np.full(GUARD, NOBODY, np.int32)
+        self.writer: NDArray[np.int32] = np.full(GUARD, NOBODY, np.int32)
 
     def place(self, array: NDArray[np.generic], name: str, *, defined: bool = True, align: int = 16) -> int:
         """Copy an array in.

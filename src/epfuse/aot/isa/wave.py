@@ -73,19 +73,19 @@ class Wave:
     )
 
     def __init__(self, number: int, group: Workgroup, waits: Outstanding, recent: Recent) -> None:
-        self.number = number
-        self.group = group
-        self.place = 0
-        self.clock = 0
-        self.waits = waits
-        self.recent = recent
-        self.scalars = [0] * VECTORS
-        self.scalar_shadows = [0xFFFFFFFF] * VECTORS
-        self.file = np.zeros((ALL - VECTORS, LANES), np.uint32)
-        self.shadow_file = np.full((ALL - VECTORS, LANES), FULL)
+        self.number: int = number
+        self.group: Workgroup = group
+        self.place: int = 0
+        self.clock: int = 0
+        self.waits: Outstanding = waits
+        self.recent: Recent = recent
+        self.scalars: list[int] = [0] * VECTORS
+        self.scalar_shadows: list[int] = [0xFFFFFFFF] * VECTORS
+        self.file: Row = np.zeros((ALL - VECTORS, LANES), np.uint32)
+        self.shadow_file: Row = np.full((ALL - VECTORS, LANES), FULL)
         self.rows: list[Row] = list(self.file)
         self.shadows: list[Row] = list(self.shadow_file)
-        self.undefined = (1 << ALL) - 1
+        self.undefined: int = (1 << ALL) - 1
         self.lanes: Lanes | None = None
         self.set_pair(EXEC, ALL_LANES)
         self.define_scalar(EXEC, 2)

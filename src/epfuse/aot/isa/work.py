@@ -10,7 +10,13 @@ from epfuse.aot.isa.recorded import Launched
 
 LINE = 128
 """Bytes of a cache line of MI300X's L2 (CDNA3 ISA guide)."""
-KINDS = {"matrix": ("v_mfma",), "vector": ("v_",), "LDS": ("ds_",), "memory": ("buffer_", "global_"), "scalar": ("s_",)}
+KINDS: dict[str, tuple[str, ...]] = {
+    "matrix": ("v_mfma",),
+    "vector": ("v_",),
+    "LDS": ("ds_",),
+    "memory": ("buffer_", "global_"),
+    "scalar": ("s_",),
+}
 """Kind -> how its opcodes begin; the first that fits."""
 WAITS = frozenset({"s_waitcnt", "s_nop", "s_barrier", "s_sleep", "s_setprio"})
 WEIGHTS = {"w13", "w2"}

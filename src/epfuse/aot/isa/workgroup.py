@@ -32,10 +32,10 @@ class Workgroup:
         self.size = lds_bytes
         self.memory = memory
         self.counts = counts
-        self.data = np.zeros(size, np.uint8)
-        self.undefined = np.full(size, 255, np.uint8)
-        self.words = self.data.view(np.uint32)
-        self.undefined_words = self.undefined.view(np.uint32)
+        self.data: NDArray[np.uint8] = np.zeros(size, np.uint8)
+        self.undefined: NDArray[np.uint8] = np.full(size, 255, np.uint8)
+        self.words: NDArray[np.uint32] = self.data.view(np.uint32)
+        self.undefined_words: NDArray[np.uint32] = self.undefined.view(np.uint32)
         self._grain = grain
         self._writer = np.full(size // grain, NOBODY, np.int8)
         self._adder = np.full(size // grain, NOBODY, np.int8)

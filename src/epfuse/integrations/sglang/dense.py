@@ -13,7 +13,7 @@ from epfuse.errors import ConfigError
 from epfuse.numerics.e8m0 import decode_scales
 from epfuse.numerics.mxfp8 import BLOCK, decode
 
-log = logging.getLogger("sglang.srt.epfuse")  # below SGLang's own logger, whose handlers print it
+log: logging.Logger = logging.getLogger("sglang.srt.epfuse")  # below SGLang's own logger, whose handlers print it
 
 ROWS_AT_ONCE = 1024
 """Rows that are converted in one go, so that loading needs little memory beside the result."""

@@ -91,7 +91,7 @@ class EpfuseMoEMethod(FusedMoEMethodBase):
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
         """SGLang's own runner, around `EpfuseRunnerCore`."""
-        self.runner = MoeRunner(resolve_moe_runner_backend(NAME), moe_runner_config)
+        self.runner: Any = MoeRunner(resolve_moe_runner_backend(NAME), moe_runner_config)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Bring the weights into the plan's storage, the second time in the memory of the first.

@@ -21,7 +21,7 @@ from epfuse.integrations.switches import STRICT, is_on
 from epfuse.policy import Checkpoint
 from epfuse.target import Target
 
-log = logging.getLogger("sglang.srt.epfuse")  # below SGLang's own logger, whose handlers print it
+log: logging.Logger = logging.getLogger("sglang.srt.epfuse")  # below SGLang's own logger, whose handlers print it
 
 HOPPER = 90
 """SGLang's number for sm_90."""

@@ -8,7 +8,7 @@ import logging
 from epfuse import __version__
 from epfuse.integrations.switches import DISABLE, STRICT, is_on
 
-log = logging.getLogger("sglang.srt.epfuse")  # below SGLang's own logger, whose handlers print it
+log: logging.Logger = logging.getLogger("sglang.srt.epfuse")  # below SGLang's own logger, whose handlers print it
 
 
 def register() -> None:

@@ -34,7 +34,7 @@ from epfuse.integrations.transformers.read import scales_of, second_layout, weig
 from epfuse.target import target_of
 from epfuse.weights.experts import ExpertWeights
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 NAME = "epfuse"
 
 Forward = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

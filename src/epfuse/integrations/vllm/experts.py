@@ -22,7 +22,7 @@ from epfuse.integrations.warm import warm
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.scratch import Scratch
 
-log = logging.getLogger("vllm.epfuse")
+log: logging.Logger = logging.getLogger("vllm.epfuse")
 
 _READ = frozenset({"w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"})
 """What `load` takes of a layer."""

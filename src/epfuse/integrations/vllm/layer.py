@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -16,7 +17,7 @@ from epfuse.integrations.vllm import versions
 from epfuse.integrations.vllm.experts import EpfuseExperts, own_refusal
 from epfuse.integrations.vllm.takeover import take_over
 
-log = logging.getLogger("vllm.epfuse")
+log: logging.Logger = logging.getLogger("vllm.epfuse")
 
 _said: set[str] = set()
 
@@ -34,7 +35,7 @@ class EpfuseRoutedExperts(RoutedExperts):
             log.exception("epfuse leaves %s to vLLM: asking failed", prefix)
         return method
 
-    @functools.wraps(RoutedExperts.weight_loader)
+    @functools.wraps(cast("Callable[..., Any]", RoutedExperts.weight_loader))
     def weight_loader(
         self, param: Any, loaded_weight: Any, weight_name: str, shard_id: str, expert_id: int, *rest: Any, **named: Any
     ) -> Any:

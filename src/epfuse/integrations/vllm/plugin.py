@@ -11,7 +11,7 @@ import logging
 from epfuse import __version__
 from epfuse.integrations.switches import DISABLE, FORCE, STRICT, is_on
 
-log = logging.getLogger("vllm.epfuse")  # below vLLM's own logger, whose handlers print it
+log: logging.Logger = logging.getLogger("vllm.epfuse")  # below vLLM's own logger, whose handlers print it
 
 
 def register() -> None:

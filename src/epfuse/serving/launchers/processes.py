@@ -124,5 +124,5 @@ def main(words: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (OSError, ValueError) as error:
-        sys.exit(f"epfuse: {error}")
+    except (OSError, ValueError) as _fault:
+        sys.exit(f"epfuse: {_fault}")

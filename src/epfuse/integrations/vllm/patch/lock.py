@@ -11,7 +11,7 @@ from pathlib import Path
 
 from epfuse.errors import ConfigError
 
-log = logging.getLogger("epfuse.vllm")
+log: logging.Logger = logging.getLogger("epfuse.vllm")
 
 PATIENCE = 60.0
 """Seconds that another process may hold the lock; a patch takes milliseconds."""
