@@ -6,7 +6,6 @@
 | --- | --- |
 | `kernels.py` | one layer's experts behind vLLM's `FusedMoEKernel`: ours, Marlin, the MXFP8 emulation, Triton |
 | `checks.py` | eager, captured and replayed with other routings, in poisoned workspaces, against a float64 oracle |
-| `warm_up.py` | compiles what the run will launch, in processes side by side |
 | `__main__.py` | the command: options, the time budget, record and tables |
 
 It needs vLLM 0.25.1 with its compiled operators, torch and triton for the GPU, and epfuse with its dependencies

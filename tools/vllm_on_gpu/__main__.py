@@ -43,14 +43,12 @@ class Run:
         record: the timings; None before the first.
         seconds: of its parts.
         left_out: token counts for which there was no time.
-        trouble: what went wrong besides.
     """
 
     checks: list[Check] = field(default_factory=list)
     record: Record | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     left_out: list[int] = field(default_factory=list)
-    trouble: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -67,7 +65,6 @@ class Run:
             "bench": None if self.record is None else self.record.to_json(),
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
             "left_out": self.left_out,
-            "trouble": self.trouble,
         }
 
 
@@ -77,9 +74,7 @@ class Run:
 @click.option(
     "--budget", type=float, default=115.0, show_default=True, help="Seconds; no new point is begun that may exceed it."
 )
-@click.option("--jobs", type=int, default=8, show_default=True, help="Processes that compile beforehand; 0 for none.")
-@click.option("--warm-up", "warm", type=int, hidden=True, help="Compile for one token count, and stop.")
-def main(json_file: Path | None, quick: bool, budget: float, jobs: int, warm: int | None) -> None:
+def main(json_file: Path | None, quick: bool, budget: float) -> None:
     """Check and time our experts and vLLM 0.25.1's own inside vLLM's modular kernel, on one GPU.
 
     The layer is MiniMax-M3's on one of eight expert-parallel ranks. A class whose result is wrong gets no time.
@@ -89,16 +84,7 @@ def main(json_file: Path | None, quick: bool, budget: float, jobs: int, warm: in
     began = time.monotonic()
     tokens = QUICK_TOKENS if quick else TOKENS
     device = _device()
-    if warm is not None:
-        _warm(warm, device)
-        return
     run = Run()
-    if jobs > 0:
-        _say("compiling, in processes side by side")
-        from tools.vllm_on_gpu.warm_up import warm_up
-
-        run.trouble += warm_up([*tokens, ODD_TOKENS], jobs, 0.5 * budget)
-        run.seconds["compile"] = time.monotonic() - began
     measure(run, tokens, device, began + budget, json_file)
     run.seconds["all"] = time.monotonic() - began
     _write(run, json_file)
@@ -199,8 +185,6 @@ def report(run: Run) -> None:
         print_record(run.record, None, console)
     for count in run.left_out:
         console.print(f"not timed, for want of time: T={count}", highlight=False)
-    for line in run.trouble:
-        console.print(line, markup=False, highlight=False)
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in run.seconds.items())
     passed = sum(check.ok for check in run.checks)
     console.print(f"{passed} of {len(run.checks)} checks passed; {parts}", highlight=False)
@@ -225,22 +209,6 @@ def _candidates(device: torch.device) -> tuple[Any, list[Candidate]]:
     workspace.init_workspace_manager(device)
     weights = LayerWeights(LAYERS[LAYER], 0, device)
     return weights, Builder(weights, target_of(device)).all()
-
-
-def _warm(tokens: int, device: torch.device) -> None:
-    import torch
-
-    from epfuse.bench.inputs import draw_inputs
-    from epfuse.bench.layers import LAYERS
-    from epfuse.bench.routing import Kind, Routing
-    from epfuse.bench.run import on_device
-
-    with on_device(device):
-        _, candidates = _candidates(device)
-        inputs = draw_inputs(LAYERS[LAYER], Routing(Kind.UNIFORM), tokens, 0, device, 0)[0]
-        for candidate in candidates:
-            candidate.kernel.call(inputs.hidden, inputs.topk_weights, inputs.topk_ids)
-        torch.cuda.synchronize(device)
 
 
 def _device() -> torch.device:

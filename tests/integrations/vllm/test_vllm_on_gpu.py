@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 import vllm.platforms
 from click.testing import CliRunner
 from tools.vllm_on_gpu import __main__ as script
-from tools.vllm_on_gpu import warm_up
 from tools.vllm_on_gpu.checks import Cases, check_candidate, poison_workspaces, reserve_workspaces
 from tools.vllm_on_gpu.kernels import Builder, Candidate
 from vllm.model_executor.layers.fused_moe.experts import marlin_moe
@@ -206,13 +204,3 @@ def test_without_a_gpu_it_is_a_usage_error():
     result = CliRunner().invoke(script.main, [])
     assert result.exit_code == 2
     assert "no GPU" in result.output
-
-
-def test_compiling_beforehand(monkeypatch):
-    programs = {1: "pass", 2: "raise SystemExit('no memory')", 3: "import time; time.sleep(60)"}
-    monkeypatch.setattr(warm_up, "command_for", lambda tokens: [sys.executable, "-c", programs[tokens]])
-    assert warm_up.warm_up([1, 2], jobs=2, seconds=60) == ["compiling for T=2 failed: no memory"]
-    assert warm_up.warm_up([1, 3], jobs=1, seconds=0.5) == [
-        "compiling for T=3 was stopped after 0 s",
-        "nothing was compiled for T=1 beforehand",
-    ]

@@ -1,0 +1,187 @@
+"""tools.serve_on_gpu with servers that are stubs: what is measured, kept, resumed and left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from tools.serve_on_gpu import __main__ as tool
+from tools.serve_on_gpu import arms, offline, servers
+from tools.serve_on_gpu.arms import Arm
+from tools.serve_on_gpu.records import merge
+from tools.serve_on_gpu.servers import parse_loads, parse_servers
+
+from epfuse.errors import ConfigError
+
+HERE = Path(__file__).parent
+POINTS = ["--new", "8/3@2", "--warm", "8/3@1,2", "--waves", "1"]
+
+
+@pytest.fixture(autouse=True)
+def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (arms, offline):
+        monkeypatch.setattr(module, "VLLM", (sys.executable, str(HERE / "stub_vllm.py")))
+    monkeypatch.setattr(servers, "BENCH", (sys.executable, str(HERE / "stub_bench.py")))
+    monkeypatch.setattr(arms, "OF_THE_MACHINE", ("STUB_", "NCCL_"))
+    monkeypatch.setattr(servers, "READY", 30.0)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def call(tmp_path: Path, model: Path, part: str, *arguments: str) -> Result:
+    common = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--model", str(model)]
+    return CliRunner().invoke(tool.main, [part, *common, *arguments])
+
+
+def by_number(tmp_path: Path, part: str) -> dict[int, dict]:
+    return {record["number"]: record for record in merge([tmp_path / "out"]) if record["part"] == part}
+
+
+def test_servers_in_turn(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    done = call(tmp_path, model, "serve", "--servers", "none,epfuse,epfuse,none,epfuse:cold", *POINTS)
+    assert done.exit_code == 0, done.output
+    found = by_number(tmp_path, "serve")
+    assert [found[number]["arm"] for number in range(1, 6)] == ["none", "epfuse", "epfuse", "none", "epfuse"]
+    assert [found[number]["cold"] for number in range(1, 6)] == [True, True, False, False, True]
+    for record in found.values():
+        assert record["complete"]
+        assert len(record["first"]["each"]) == servers.FIRST
+        assert [(one["concurrency"], one["new"], one["completed"]) for one in record["points"]] == [
+            (2, True, 4),
+            (1, False, 4),
+            (2, False, 4),
+        ]
+    ours = found[3]
+    assert (ours["runs"], ours["gpus"]) == (True, ["NVIDIA H200"])
+    assert ours["compiles"] == {"ours before": {"compiled": 0, "loaded": 1}}
+    assert found[5]["compiles"] == {"ours before": {"compiled": 1, "loaded": 0}}
+    assert not found[4]["said"]
+    merged = CliRunner().invoke(tool.main, ["merge", str(tmp_path / "out"), "--json", str(tmp_path / "record.json")])
+    assert (
+        "none against epfuse: 192 of 192 tokens equal; log probabilities on the same prefix at most 0.0000"
+        in merged.output
+    )
+    rows = {row["what"].split(": ")[1]: row for row in json.loads((tmp_path / "record.json").read_text())["rows"]}
+    assert len(rows["first requests, caches empty, s"]["epfuse"]) == 2
+    assert rows["kernels of epfuse compiled or loaded after ready"]["reached"] is True
+
+
+def test_a_kernel_that_is_compiled_after_ready_is_counted(tmp_path, model, monkeypatch) -> None:
+    monkeypatch.setenv("STUB_LATE", "1000")
+    done = call(tmp_path, model, "serve", "--servers", "none,epfuse", "--new", "", "--warm", "")
+    assert done.exit_code == 0, done.output
+    assert by_number(tmp_path, "serve")[2]["compiles"]["ours after"] == {"compiled": 1, "loaded": 0}
+    merged = CliRunner().invoke(tool.main, ["merge", str(tmp_path / "out")])
+    assert merged.exit_code == 1
+    assert "compiled or loaded after ready | - | 1 (n=1) |  | 0 | **no** |" in merged.output
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, model: Path) -> None:
+    arguments = ("serve", "--servers", "none,epfuse", "--new", "", "--warm", "")
+    late = call(tmp_path, model, *arguments, "--seconds", "200")  # enough for one without caches, by what is assumed
+    assert late.exit_code == 0, late.output
+    first = by_number(tmp_path, "serve")
+    again = call(tmp_path, model, *arguments)
+    assert again.exit_code == 0
+    assert by_number(tmp_path, "serve") == first
+    call(tmp_path, model, *arguments, "--label", "b")
+    assert len(merge([tmp_path / "out"])) == 4
+
+
+def test_nothing_is_begun_that_would_not_end_in_time(tmp_path: Path, model: Path) -> None:
+    done = call(tmp_path, model, "serve", "--servers", "none,epfuse", *POINTS, "--seconds", "60")
+    assert done.exit_code == 75
+    assert "server 1 (none) and those after it: a server without caches takes some 190 s" in done.output
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_server_is_ended_when_the_time_is_over(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "COLD_SECONDS", 1.0)
+    monkeypatch.setenv("STUB_FAULTS", "unready")
+    done = call(tmp_path, model, "serve", "--servers", "none", *POINTS, "--seconds", "3")
+    assert done.exit_code == 75, done.output
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _is_stub(pid, tmp_path)]
+
+
+def _is_stub(pid: str, tmp_path: Path) -> bool:
+    try:
+        return str(tmp_path).encode() in Path("/proc", pid, "environ").read_bytes()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ("dies", "the server died"),
+        ("dies_after=5", "the server died"),
+        ("silent", "no answer that can be read"),
+    ],
+)
+def test_a_server_that_fails_is_said_and_the_next_one_runs(tmp_path, model, monkeypatch, faults, words) -> None:
+    monkeypatch.setenv("STUB_FAULTS", faults)
+    done = call(tmp_path, model, "serve", "--servers", "none,none", *POINTS)
+    assert done.exit_code == 1
+    found = by_number(tmp_path, "serve")
+    assert [words in found[number]["error"] for number in (1, 2)] == [True, True]
+    assert CliRunner().invoke(tool.main, ["merge", str(tmp_path / "out")]).exit_code == 1
+
+
+def test_an_arm_that_is_not_what_it_says(tmp_path, model, monkeypatch) -> None:
+    monkeypatch.setattr(arms.Workplace, "task", lambda self, arm, *rest, **more: TASK(self, Arm.NONE, *rest, **more))
+    done = call(tmp_path, model, "serve", "--servers", "epfuse", "--new", "", "--warm", "")
+    assert done.exit_code == 1
+    assert "does not fit an arm epfuse" in done.output
+
+
+TASK = arms.Workplace.task
+
+
+def test_the_measuring_process_dies(tmp_path: Path, model: Path) -> None:
+    done = call(tmp_path, model, "serve", "--servers", "none", "--new", "", "--warm", "99/3@1")
+    assert done.exit_code == 1
+    assert "process of vllm bench serve has ended: killed" in by_number(tmp_path, "serve")[1]["error"]
+
+
+def test_offline_runs(tmp_path: Path, model: Path) -> None:
+    done = call(tmp_path, model, "offline", "--runs", "epfuse:cold,none,none,epfuse")
+    assert done.exit_code == 0, done.output
+    found = by_number(tmp_path, "offline")
+    assert [(found[n]["arm"], found[n]["run"], found[n]["cold"]) for n in (1, 2, 3, 4)] == [
+        ("epfuse", 1, True),
+        ("none", 1, True),
+        ("none", 2, False),
+        ("epfuse", 2, False),
+    ]
+    assert [found[n]["tokens_per_second"] for n in (1, 4)] == [60_000, 120_000]
+    assert found[4]["compiles"] == {"ours after": {"compiled": 0, "loaded": 1}}
+
+
+@pytest.mark.parametrize("text", ["none,", "epfuse:warm", "marlin"])
+def test_servers_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="a server is"):
+        parse_servers(text)
+
+
+@pytest.mark.parametrize("text", ["128@1", "128/256", "128/256@0", "0/1@1", "1/1@1,"])
+def test_points_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="point"):
+        parse_loads(text, False, 3)
+
+
+def test_several_gpus_share_the_experts(tmp_path: Path, model: Path) -> None:
+    options = {"serve_arguments": "--max-num-seqs 8", "tensor_parallel": 2, "work": tmp_path / "work", "label": "a"}
+    place = tool.Place(str(model), options | {"more_plugins": "", "out": tmp_path / "out", "seconds": 5.0})
+    argv = place.work.serve(Arm.EPFUSE, 1234, tmp_path / "compiles").argv
+    assert argv[-5:] == ("--max-num-seqs", "8", "--tensor-parallel-size", "2", "--enable-expert-parallel")

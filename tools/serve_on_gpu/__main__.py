@@ -1,0 +1,174 @@
+"""``python3 -m tools.serve_on_gpu``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from tools.serve_on_gpu.arms import Workplace
+from tools.serve_on_gpu.models import MODELS
+from tools.serve_on_gpu.parts import Budget, Folder
+from tools.serve_on_gpu.records import FORMAT, merge
+from tools.serve_on_gpu.servers import bench_for, parse_loads, parse_servers
+from tools.serve_on_gpu.tables import agreement, rows_of, table
+
+from epfuse.bench import machine
+from epfuse.cli.exits import PlainCommand
+from epfuse.errors import ConfigError
+from epfuse.report.write import write_atomic
+from epfuse.serving.node import Gpus, answer
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+ORDER = "none:cold,epfuse:cold,epfuse,none,none,epfuse,epfuse,none"
+NEW_POINTS, WARM_POINTS = "128/256@64,256", "128/256@1,16,64,256"
+
+
+def of_a_part(function: Function) -> Function:
+    """Options that all parts have."""
+    for option in (
+        click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="For the records."),
+        click.option("--seconds", type=click.FloatRange(min=1), default=560.0, show_default=True, help="Of this part."),
+        click.option("--label", default="a", show_default=True, help="Of this run's records; another one runs anew."),
+        click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="For models, caches and logs."),
+        click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True,
+                     help="GPUs; more than one share the experts too."),
+        click.option("--serve-arguments", default="", help="More arguments of vllm serve, in one word."),
+        click.option("--more-plugins", default="", help="More plugins of vLLM, with commas."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def of_a_model(function: Function) -> Function:
+    """The option ``--model``."""
+    words = f"One of {', '.join(MODELS)}, or the folder of a checkpoint."
+    return click.option("--model", default="minimax-m3", show_default=True, help=words)(function)
+
+
+class Place:
+    """What the common options say."""
+
+    def __init__(self, model: str, options: dict[str, Any]) -> None:
+        if model not in MODELS and not (Path(model) / "config.json").is_file():
+            raise ConfigError(
+                f"--model is {model!r}; it must be one of {', '.join(MODELS)} or have a config.json in it"
+            )
+        arguments = tuple(shlex.split(options["serve_arguments"]))
+        if (ranks := options["tensor_parallel"]) > 1:
+            arguments += ("--tensor-parallel-size", str(ranks), "--enable-expert-parallel")
+        path = options["work"] or Path(tempfile.gettempdir()) / "serve-on-gpu"
+        plugins = tuple(filter(None, options["more_plugins"].split(",")))
+        self.work = Workplace(path.absolute(), model, arguments, plugins)
+        self.folder = Folder(options["out"], options["label"])
+        self.budget = Budget(options["seconds"])
+        self.logs = self.work.path / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.work.prepare()
+
+
+def machine_facts() -> dict[str, Any]:
+    """GPU, driver, versions and commit, without a context on the GPU."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader")
+    return {
+        "gpus": answer(query, {"PATH": "/usr/local/bin:/usr/bin:/bin"}).splitlines()
+        if not Gpus("nvidia").absent
+        else [],
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "command": shlex.join(["python3", "-m", "tools.serve_on_gpu", *sys.argv[1:]]),
+    }
+
+
+class Group(PlainCommand, click.Group):
+    """A group that ends as its commands do."""
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
+def main() -> None:
+    """Run a part, or put records together."""
+
+
+@main.command(
+    "serve", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu serve --out records --servers none,epfuse"
+)
+@of_a_model
+@click.option("--servers", default=ORDER, show_default=True, help="One after the other; :cold empties caches before.")
+@click.option("--new", "new_points", default=NEW_POINTS, show_default=True, help="Points of a new server: IN/OUT@C,C.")
+@click.option("--warm", "warm_points", default=WARM_POINTS, show_default=True, help="Points of a warm one.")
+@click.option("--waves", type=click.IntRange(min=1), default=3, show_default=True, help="Requests over concurrency.")
+@of_a_part
+def serve(model: str, servers: str, new_points: str, warm_points: str, waves: int, **options: Any) -> None:
+    """New servers in turn: ready, first requests, p99 TTFT of new ones, TPOT of warm ones, kernels compiled late.
+
+    Exit code 1: a server failed; 75: there was no time for all of them, and another call does the rest.
+    """
+    from tools.serve_on_gpu import servers as part
+
+    wanted = parse_servers(servers)
+    loads = [*parse_loads(new_points, True, waves), *parse_loads(warm_points, False, waves)]
+    place = Place(model, options)
+    with bench_for(place.work, place.logs) as bench:
+        outcome = part.run(place.work, place.folder, wanted, loads, bench, place.budget, machine_facts())
+    outcome.finish()
+
+
+@main.command(
+    "offline", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu offline --out records --seconds 500"
+)
+@of_a_model
+@click.option("--runs", default="epfuse:cold,none:cold,none,epfuse,epfuse,none", show_default=True, help="In turn.")
+@click.option(
+    "--sizes",
+    type=(int, int, int),
+    default=(512, 1024, 128),
+    show_default=True,
+    help="Prompts, input and output tokens.",
+)
+@of_a_part
+def offline(model: str, runs: str, sizes: tuple[int, int, int], **options: Any) -> None:
+    """Runs of ``vllm bench throughput`` in turn: tokens/s of first and later ones.
+
+    Exit code 1: a run failed; 75: there was no time for all of them, and another call does the rest.
+    """
+    from tools.serve_on_gpu import offline as part
+
+    wanted = parse_servers(runs)
+    place = Place(model, options)
+    part.run(place.work, place.folder, wanted, sizes, place.budget, machine_facts()).finish()
+
+
+@main.command(
+    "merge", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu merge records --json record.json"
+)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="All of it in one record.")
+def merge_records(paths: tuple[Path, ...], json_file: Path | None) -> None:
+    """Records of PATHS, files or folders, as one and as tables.
+
+    Exit code 1: an aim that could be judged is not reached, or a check failed.
+    """
+    records = merge(paths)
+    rows = rows_of(records)
+    content = {"format": FORMAT, "records": records, "rows": [row.to_json() for row in rows]}
+    if json_file is not None:
+        write_atomic(json_file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    click.echo(table(rows))
+    for line in agreement(records):
+        click.echo(line)
+    failed = [record for record in records if record.get("passed") is False or "error" in record]
+    for record in records:
+        if "passed" in record or "error" in record:
+            words = record.get("error") or record.get("reason", "")
+            how = "error" if "error" in record else ("passed" if record["passed"] else "FAILED")
+            click.echo(f"{record['part']} {record['number']} {record['arm']}: {how}: {words}")
+    sys.exit(1 if failed or any(row.reached is False for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Folders that ``vllm serve`` takes with ``--load-format dummy``: config.json and a tokenizer, no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from epfuse.report.write import write_atomic
+
+VOCAB = 8192
+"""Words of the tokenizer, ``w0`` to ``w8191``."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to serve.
+
+    Attributes:
+        config: its config.json.
+        arguments: of ``vllm serve``, with and without epfuse.
+        plugins: that vLLM needs for it, by their names.
+    """
+
+    config: Callable[[], dict[str, Any]]
+    arguments: tuple[str, ...]
+    plugins: tuple[str, ...] = ()
+
+
+def minimax_m3(dense: int = 1, moe: int = 3, experts: int = 128) -> dict[str, Any]:
+    """MiniMax-M3 of true width in MXFP8, with few layers and dense attention in all of them.
+
+    Args:
+        dense: layers without experts.
+        moe: layers with them.
+        experts: of a layer.
+    """
+    layers = dense + moe
+    return {
+        "architectures": ["MiniMaxM3SparseForCausalLM"],
+        "model_type": "minimax_m3_text",
+        "dtype": "bfloat16",
+        "vocab_size": VOCAB,
+        "hidden_size": 6144,
+        "intermediate_size": 3072,
+        "shared_intermediate_size": 3072,
+        "dense_intermediate_size": 12288,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "rotary_dim": 64,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 5e6,
+        "max_position_embeddings": 524288,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.0,
+        "moe_layer_freq": [0] * dense + [1] * moe,
+        "sparse_attention_config": {
+            "use_sparse_attention": True,
+            "sparse_index_dim": 128,
+            "sparse_num_index_heads": 4,
+            "sparse_topk_blocks": 16,
+            "sparse_block_size": 128,
+            "sparse_score_type": "max",
+            "sparse_init_block": 0,
+            "sparse_local_block": 1,
+            "sparse_disable_index_value": [0] * dense + [1] * moe,
+            "sparse_attention_freq": [0] * layers,
+        },
+        "num_mtp_modules": 0,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+        "quantization_config": {
+            "quant_method": "mxfp8",
+            "ignored_layers": ["self_attn", "mlp", "shared_experts", "lm_head"],
+        },
+    }
+
+
+def qwen3_30b() -> dict[str, Any]:
+    """Qwen3-30B-A3B with all its layers in BF16 (the published config.json), and this module's vocabulary."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "dtype": "bfloat16",
+        "vocab_size": VOCAB,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40960,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+    }
+
+
+_ON_HOPPER = ("--attention-backend", "TRITON_ATTN", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.7")
+MODELS = {
+    "minimax-m3": Model(minimax_m3, (*_ON_HOPPER, "--block-size", "128"), ("serve_on_gpu_m3",)),
+    "qwen3-30b-bf16": Model(qwen3_30b, _ON_HOPPER),
+    "qwen3-30b-mxfp8": Model(qwen3_30b, (*_ON_HOPPER, "--quantization", "mxfp8")),
+}
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    """Make the folder: config.json, and a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w1"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="w0", clean_up_tokenization_spaces=False)
+    fast.save_pretrained(folder)
+    write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
