@@ -9,6 +9,8 @@
 # make aot    create .venv, install, compile every kernel for the GPUs and check it
 # make aot-execute  run gfx942's machine code under a model of its instruction set: all cases and faults, hours
 # make public-types   whether every public name has a type that all checkers agree on (basedpyright; brings its own node)
+# make docs   build the site into site/ (MkDocs; links and anchors are checked)
+# make docs-test   the same, run the commands that its pages promise, and open every page (apt: chromium)
 # make hooks  run `make lint typecheck` before each commit from now on (pre-commit; nothing is fetched then)
 #
 # PYTHON=python3.12   the interpreter to build .venv from (3.11 or newer)
@@ -52,8 +54,9 @@ endif
 # One stamp for each mode: asking for the other mode builds the environment again.
 CREATED := $(VENV)/.created-$(MODE)
 INSTALLED := $(VENV)/.installed-$(MODE)
+DOCS_INSTALLED := $(INSTALLED)-docs
 
-.PHONY: demo test test-vllm test-sglang test-vllm-e2e test-slurm serve-demo aot aot-execute lint hooks format typecheck public-types clean
+.PHONY: demo test test-vllm test-sglang test-vllm-e2e test-slurm serve-demo aot aot-execute docs docs-test lint hooks format typecheck public-types clean
 
 demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
@@ -91,6 +94,12 @@ aot: $(INSTALLED)
 
 aot-execute: $(INSTALLED)
 	$(BIN)/epfuse aot --execute --cases all --faults all $(AOT_FLAGS)
+
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+docs-test: docs
+	$(BIN)/python -m pytest tests/site $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
@@ -155,4 +164,8 @@ endif
 
 $(INSTALLED): $(CREATED) pyproject.toml constraints.txt constraints-torch.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable ".[$(EXTRAS),docs,docs-test]"
 	@touch $@

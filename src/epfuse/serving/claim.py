@@ -34,7 +34,10 @@ RESERVE = 1 << 18
 
 
 class Revoked(EpfuseError):
-    """The claim is another's, or nobody's: whatever this job measured counts for nothing."""
+    """The claim is another's, or nobody's: whatever this job measured counts for nothing.
+
+    Fix: none: the job that has the claim goes on.
+    """
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ moves by some ten times the mean in a right server too."""
 
 
 class GateFault(EpfuseError):
-    """A server's answers can't be judged: refused, missing, or no log probabilities."""
+    """A server's answers can't be judged: refused, missing, or no log probabilities.
+
+    Fix: look into the server's log beside the point, and let it return log probabilities.
+    """
 
 
 @dataclass(frozen=True)

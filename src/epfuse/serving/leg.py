@@ -32,7 +32,10 @@ OURS = Path(__file__).resolve().parents[2]
 
 
 class GatedOut(EpfuseError):
-    """The server answers wrongly, or nobody can tell: its speed does not count."""
+    """The server answers wrongly, or nobody can tell: its speed does not count.
+
+    Fix: read the answers beside the point; then ``epfuse serve resume --again``.
+    """
 
     def __init__(self, result: GateResult) -> None:
         super().__init__(result.reason)

@@ -22,7 +22,10 @@ LARGEST_RESULT = 1 << 30
 
 
 class LoadFault(EpfuseError):
-    """A load ended without a result that counts; the message says why."""
+    """A load ended without a result that counts; the message says why.
+
+    Fix: look into the client's log beside the point; then ``epfuse serve resume --again``.
+    """
 
 
 def load_command(client: Client, model: str, host: str, port: int, result: Path) -> tuple[str, ...]:

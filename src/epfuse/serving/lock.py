@@ -22,7 +22,10 @@ LARGEST = 1 << 12
 
 
 class RunLocked(ConfigError):
-    """Another dispatcher has the run."""
+    """Another dispatcher has the run.
+
+    Fix: wait for the other dispatcher, or end it; ``epfuse serve status`` only reads, and always works.
+    """
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,10 @@ FATAL = re.compile(
 
 
 class ServerFault(EpfuseError):
-    """A server did not start, died, or could not be ended; the message says which and shows its log's end."""
+    """A server did not start, died, or could not be ended; the message says which and shows its log's end.
+
+    Fix: what its log says; then ``epfuse serve resume --again``.
+    """
 
 
 class Server:

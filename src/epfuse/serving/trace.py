@@ -26,7 +26,10 @@ PROFILE_PATIENCE = 1200.0
 
 
 class TraceFault(EpfuseError):
-    """There is no trace, or nothing in it; the message says why."""
+    """There is no trace, or nothing in it; the message says why.
+
+    Fix: look into the server's log beside the point; then ``epfuse serve resume --again``.
+    """
 
 
 def server_arguments(folder: Path) -> tuple[str, ...]:

@@ -19,7 +19,10 @@ MEANINGS = {
 
 
 class Ended(EpfuseError):
-    """The job has to end now; the message says why."""
+    """The job has to end now; the message says why.
+
+    Fix: none where you asked for the end; else a longer deadline in the recipe.
+    """
 
 
 class Watch:

@@ -1,0 +1,53 @@
+"""What MkDocs calls while it builds the site (`mkdocs.yml`)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from tools.site import api, command_line, errors, root_pages, tables
+from tools.site.root_pages import ROOT
+
+PENDING = ("models.md", "parallel.md")
+"""Pages of the navigation that may be missing."""
+
+
+def on_config(config: Any) -> Any:
+    """The navigation, with the generated pages in their places and without pages that are not written yet."""
+    made = {"reference/api/": api.pages(), "reference/cli/": command_line.pages()}
+    config["nav"] = [entry for entry in map(lambda item: _place(item, made), config["nav"]) if entry is not None]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """The files of docs/, and the generated pages."""
+    made = root_pages.pages() | api.pages() | command_line.pages() | errors.pages() | tables.pages()
+    for name, text in made.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """A page with the sections that it includes, and with links that work on the site."""
+    return root_pages.on_site(root_pages.included(markdown), page.file.src_uri)
+
+
+def _place(item: Any, made: dict[str, dict[str, str]]) -> Any:
+    """One entry of the navigation; None for a page that is not there yet."""
+    if isinstance(item, str):
+        return item
+    ((title, value),) = item.items()
+    if isinstance(value, list):
+        return {title: [entry for entry in (_place(each, made) for each in value) if entry is not None]}
+    if value in made:
+        return {title: list(made[value])}
+    if value in PENDING and not (ROOT / "docs" / value).exists():
+        return None
+    return item
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Pictures are loaded when they come into view, and wide code blocks can be reached by keyboard."""
+    return re.sub(r"<img (?![^>]*loading=)", '<img loading="lazy" ', output)
