@@ -1,19 +1,19 @@
 """Stands for ``python -m vllm.entrypoints.cli.main``: a server that a hash answers, and a throughput out of the air.
 
-STUB_FAULTS has faults of `tests.serving.stub_server`; STUB_LATE seconds until epfuse compiles again.
+STUB_FAULTS has faults of `tests.serving.stub_server` and of `serve`, STUB_OURS more with epfuse; STUB_LATE seconds
+until epfuse compiles again.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import runpy
 import sys
 import time
 from pathlib import Path
 
 OURS = "epfuse" in os.environ["VLLM_PLUGINS"].split(",")
-SERVER = Path(__file__).parents[1] / "serving" / "stub_server.py"
 
 
 def option(name: str) -> str:
@@ -31,21 +31,67 @@ def say_plugin() -> None:
         print("INFO epfuse runs experts in place of vLLM's MarlinExperts; measured on NVIDIA H200: faster", flush=True)
 
 
+def serve(port: str, model: str) -> None:
+    """The stub of tests/serving, with vLLM's routes of its development mode and its metrics.
+
+    Faults: ``dies``; ``calm`` preempts nothing; ``refuses`` weights in place; ``forgets`` them then; ``drifts``.
+    """
+    faults = os.environ.get("STUB_FAULTS", "").split() + (os.environ.get("STUB_OURS", "").split() if OURS else [])
+    if "dies" in faults:
+        sys.exit("ValueError: no such model")
+    sys.argv = ["stub_server", port, model, *faults]
+    stub = importlib.import_module("tests.serving.stub_server")
+
+    class Handler(stub.Handler):
+        def do_GET(self) -> None:
+            if self.path == "/metrics":
+                counts = [] if "calm" in faults else ['vllm:num_preemptions_total{engine="0"} 3.0']
+                data = "\n".join(["# TYPE", *counts, ""]).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            else:
+                super().do_GET()
+
+        def do_POST(self) -> None:
+            if self.path.startswith("/v1"):
+                super().do_POST()
+                return
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/collective_rpc" and "refuses" in faults:
+                print("ERROR epfuse.errors.ConfigError: the weights of layer 1 were replaced", flush=True)
+                self.answer(500, {"error": "EngineCore"})
+                return
+            if self.path == "/collective_rpc" and "forgets" in faults:
+                stub.FAULTS["shifted"] = "0.5"
+            self.answer(200, {})
+
+        def complete(self, body: dict) -> None:
+            if "drifts" in faults and stub.asked > 40:
+                stub.FAULTS["shifted"] = "0.5"
+            super().complete(body)
+
+        def answer(self, status: int, content: dict) -> None:
+            if "choices" in content:
+                content = content | {"usage": {"completion_tokens": len(content["choices"][0]["text"])}}
+            super().answer(status, content)
+
+    stub.Server(("127.0.0.1", int(port)), Handler).serve_forever()
+
+
 def main() -> None:
     cache = Path(os.environ["HOME"]) / ".triton" / "cache" / "x"
     filled = cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
     (cache / "kernel.json").write_text("{}")
     compiled("epfuse_gemm" if OURS else "marlin_gemm", time.time(), filled)
+    say_plugin()
     if "serve" in sys.argv:
-        model, port = sys.argv[sys.argv.index("serve") + 1], option("--port")
-        say_plugin()
         if OURS and "STUB_LATE" in os.environ:
             compiled("epfuse_late", time.time() + float(os.environ["STUB_LATE"]), False)
-        sys.argv = [str(SERVER), port, model, *os.environ.get("STUB_FAULTS", "").split()]
-        runpy.run_path(str(SERVER), run_name="__main__")
+        serve(option("--port"), option("serve"))
     else:
-        say_plugin()
         speed = (120_000.0 if filled else 60_000.0) if OURS else 80_000.0
         found = {"tokens_per_second": speed, "elapsed_time": 2.0, "total_num_tokens": 2 * speed}
         Path(option("--output-json")).write_text(json.dumps(found))

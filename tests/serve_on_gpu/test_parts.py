@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from tools.serve_on_gpu import __main__ as tool
-from tools.serve_on_gpu import arms, offline, servers
+from tools.serve_on_gpu import arms, servers
 from tools.serve_on_gpu.arms import Arm
 from tools.serve_on_gpu.records import merge
 from tools.serve_on_gpu.servers import parse_loads, parse_servers
 
 from epfuse.errors import ConfigError
 
-HERE = Path(__file__).parent
 POINTS = ["--new", "8/3@2", "--warm", "8/3@1,2", "--waves", "1"]
-
-
-@pytest.fixture(autouse=True)
-def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (arms, offline):
-        monkeypatch.setattr(module, "VLLM", (sys.executable, str(HERE / "stub_vllm.py")))
-    monkeypatch.setattr(servers, "BENCH", (sys.executable, str(HERE / "stub_bench.py")))
-    monkeypatch.setattr(arms, "OF_THE_MACHINE", ("STUB_", "NCCL_"))
-    monkeypatch.setattr(servers, "READY", 30.0)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
 
 
 def call(tmp_path: Path, model: Path, part: str, *arguments: str) -> Result:

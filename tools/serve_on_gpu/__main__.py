@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,8 @@ from epfuse.serving.node import Gpus, answer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ORDER = "none:cold,epfuse:cold,epfuse,none,none,epfuse,epfuse,none"
+FROM_DISK = ("--attention-backend", "TRITON_ATTN", "--block-size", "128", "--max-model-len", "4096",
+             "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.5")  # fmt: skip
 NEW_POINTS, WARM_POINTS = "128/256@64,256", "128/256@1,16,64,256"
 
 
@@ -141,6 +145,81 @@ def offline(model: str, runs: str, sizes: tuple[int, int, int], **options: Any) 
     wanted = parse_servers(runs)
     place = Place(model, options)
     part.run(place.work, place.folder, wanted, sizes, place.budget, machine_facts()).finish()
+
+
+def checkpoint_places(place: Place, kind: str) -> tuple[dict[str, Workplace], Any]:
+    """Where the servers of a checkpoint in each format run, and its model in transformers."""
+    from tools.serve_on_gpu import checkpoint
+
+    wanted = {"reading": checkpoint.READING, "reciting": checkpoint.RECITING}[kind]
+    forms = checkpoint.FORMS if kind == "reading" else checkpoint.FORMS[:1]
+    at = place.work.path / kind
+    model = checkpoint.write(at, wanted, forms)
+    change = {
+        "arguments": (*FROM_DISK, *place.work.arguments),
+        "more_plugins": place.work.more_plugins or MODELS["minimax-m3"].plugins,
+    }
+    return {form: replace(place.work, model=str(at / form), **change) for form in forms}, model
+
+
+@main.command("logprobs", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu logprobs --out records")
+@of_a_part
+def logprobs(**options: Any) -> None:
+    """Log probabilities of a seeded checkpoint, MXFP8 and BF16, with epfuse and without, against float32.
+
+    Exit code 1: epfuse's error is larger than vLLM's own, or a server failed; 75: there was no time for both.
+    """
+    from tools.serve_on_gpu import answers, checkpoint
+
+    place = Place("minimax-m3", options)
+    places, model = checkpoint_places(place, "reading")
+    reference = functools.partial(checkpoint.read, model, answers.TEXTS)
+    answers.logprobs(places, reference, place.folder, place.budget, machine_facts()).finish()
+
+
+@main.command("recite", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu recite --out records")
+@of_a_part
+def recite(**options: Any) -> None:
+    """Sentences that a checkpoint knows by heart, through epfuse's experts.
+
+    Exit code 1: another text came, or the server failed; 75: there was no time.
+    """
+    from tests.integrations.vllm_e2e.checkpoint import PROMPT, SENTENCES
+    from tools.serve_on_gpu import answers
+
+    place = Place("minimax-m3", options)
+    places, _ = checkpoint_places(place, "reciting")
+    sentences = {sentence[:PROMPT]: sentence[PROMPT:] for sentence in SENTENCES}
+    answers.recite(places["mxfp8"], sentences, place.folder, place.budget, machine_facts()).finish()
+
+
+@main.command("endure", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu endure --out records")
+@of_a_model
+@click.option("--requests", type=click.IntRange(min=10), default=10_000, show_default=True, help="At the most.")
+@of_a_part
+def endure(model: str, requests: int, **options: Any) -> None:
+    """Requests of mixed lengths, some broken off, some preempted; same answers and memory afterwards.
+
+    Exit code 1: one of these is not so; 75: there was no time.
+    """
+    from tools.serve_on_gpu import endure as part
+
+    place = Place(model, options)
+    part.run(place.work, requests, place.folder, place.budget, machine_facts()).finish()
+
+
+@main.command("sleep", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu sleep --out records")
+@of_a_part
+def sleep(**options: Any) -> None:
+    """Sleep mode, and weights loaded in place: right answers or an error afterwards.
+
+    Exit code 1: other answers came, or sleep level 1 failed; 75: there was no time for all of it.
+    """
+    from tools.serve_on_gpu import sleep as part
+
+    place = Place("minimax-m3", options)
+    places, _ = checkpoint_places(place, "reading")
+    part.run(places["mxfp8"], place.folder, place.budget, machine_facts()).finish()
 
 
 @main.command(

@@ -8,6 +8,7 @@ rounding does not change, and which come out wrong when experts do.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from tests.integrations.vllm_e2e.tokenizer import save_tokenizer
 SIZE = ModelSize(
     hidden=256, intermediate=128, dense_intermediate=256, dense_layers=1, moe_layers=2, experts=16, top_k=4
 )
-MAX_POSITIONS = 512
 SENTENCES = (
     "Experts wait in line: half of them here, half of them there.",
     "A route that leaves this rank is summed by another one.",
@@ -42,26 +42,51 @@ somewhere, or another expert where two are almost even, must not change an answe
 RIDGE = 1e-3
 
 
-def text_config() -> MiniMaxM3VLTextConfig:
-    """transformers' config of `SIZE`, with dense attention in every layer: vLLM's sparse one has no CPU form."""
-    config = model_config(SIZE)
+@dataclass(frozen=True)
+class Kind:
+    """A model.
+
+    Attributes:
+        size: of its layers.
+        heads, key_heads, head_dim: of the attention.
+        positions: the longest text, tokens.
+        recites: whether its output layer is solved; else it is random.
+    """
+
+    size: ModelSize = SIZE
+    heads: int = 8
+    key_heads: int = 2
+    head_dim: int = 32
+    positions: int = 512
+    recites: bool = True
+
+
+RECITING = Kind()
+
+
+def text_config(kind: Kind = RECITING) -> MiniMaxM3VLTextConfig:
+    """transformers' config, with dense attention in every layer: vLLM's sparse one has no CPU form."""
+    config = model_config(kind.size)
     config.layer_types = ["full_attention"] * config.num_hidden_layers
-    config.max_position_embeddings = MAX_POSITIONS
+    config.max_position_embeddings = kind.positions
+    config.num_attention_heads, config.num_key_value_heads = kind.heads, kind.key_heads
+    config.head_dim, config.rotary_dim = kind.head_dim, kind.head_dim // 2
     return config
 
 
 @torch.no_grad()
-def build(seed: int = 1) -> nn.Module:
+def build(kind: Kind = RECITING, seed: int = 1) -> nn.Module:
     """The model in transformers, float32, its experts at the numbers that MXFP8 holds and the rest at bfloat16's."""
     model: Any = MiniMaxM3VLForCausalLM._from_config(
-        text_config(), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        text_config(kind), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     model.requires_grad_(False).eval()
     seed_weights(model, seed)
     for weight in model.parameters():
         weight.copy_(weight.bfloat16())
     round_experts_to_mxfp8(model)
-    model.lm_head.weight.copy_(solve_output(model))
+    if kind.recites:
+        model.lm_head.weight.copy_(solve_output(model))
     return model
 
 
@@ -82,21 +107,28 @@ def solve_output(model: Any) -> torch.Tensor:
     return torch.linalg.solve(gram, x.T @ y).T
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors under the names and in the formats of a MiniMax-M3 MXFP8 checkpoint."""
+def checkpoint_tensors(model: nn.Module, kind: Kind = RECITING, mxfp8: bool = True) -> dict[str, torch.Tensor]:
+    """The model's tensors under the names and in the formats of a MiniMax-M3 checkpoint.
+
+    Args:
+        model: by `build`.
+        kind: what it was built from.
+        mxfp8: the experts' format; else BF16, which holds the same numbers.
+    """
+    experts = _mxfp8 if mxfp8 else _bf16
     found: dict[str, torch.Tensor] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "rotary_emb" in name:
             continue
-        name = name.replace(".mlp.", ".block_sparse_moe.") if _is_sparse(name) else name
+        name = name.replace(".mlp.", ".block_sparse_moe.") if _is_sparse(name, kind.size) else name
         if name.endswith("experts.gate_up_proj"):
             for expert, matrix in enumerate(tensor):
                 gate, up = matrix.chunk(2)
-                found |= _mxfp8(f"{name.removesuffix('gate_up_proj')}{expert}.w1", gate)
-                found |= _mxfp8(f"{name.removesuffix('gate_up_proj')}{expert}.w3", up)
+                found |= experts(f"{name.removesuffix('gate_up_proj')}{expert}.w1", gate)
+                found |= experts(f"{name.removesuffix('gate_up_proj')}{expert}.w3", up)
         elif name.endswith("experts.down_proj"):
             for expert, matrix in enumerate(tensor):
-                found |= _mxfp8(f"{name.removesuffix('down_proj')}{expert}.w2", matrix)
+                found |= experts(f"{name.removesuffix('down_proj')}{expert}.w2", matrix)
         elif name.endswith("gate_up_proj.weight"):
             gate, up = tensor.bfloat16().chunk(2)
             found[name.replace("gate_up_proj", "gate_proj")] = gate
@@ -110,9 +142,9 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _is_sparse(name: str) -> bool:
+def _is_sparse(name: str, size: ModelSize) -> bool:
     parts = name.split(".")
-    return parts[1] == "layers" and int(parts[2]) >= SIZE.dense_layers
+    return parts[1] == "layers" and int(parts[2]) >= size.dense_layers
 
 
 def _mxfp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -120,19 +152,29 @@ def _mxfp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": made.values, f"{name}.weight_scale_inv": made.scales}
 
 
-def vllm_config() -> dict[str, Any]:
+def _bf16(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": weight.bfloat16()}
+
+
+def vllm_config(kind: Kind = RECITING, mxfp8: bool = True) -> dict[str, Any]:
     """config.json, with vLLM's words."""
-    config = text_config()
+    config, size = text_config(kind), kind.size
     layers = config.num_hidden_layers
+    quantized: dict[str, Any] = {
+        "quantization_config": {
+            "quant_method": "mxfp8",
+            "ignored_layers": ["self_attn", "mlp", "shared_experts", "lm_head"],
+        },
+    }
     return {
         "architectures": ["MiniMaxM3SparseForCausalLM"],
         "model_type": "minimax_m3_text",
         "dtype": "bfloat16",
         "vocab_size": VOCAB,
-        "hidden_size": SIZE.hidden,
-        "intermediate_size": SIZE.intermediate,
-        "shared_intermediate_size": SIZE.intermediate,
-        "dense_intermediate_size": SIZE.dense_intermediate,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "shared_intermediate_size": size.intermediate,
+        "dense_intermediate_size": size.dense_intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
@@ -140,11 +182,11 @@ def vllm_config() -> dict[str, Any]:
         "rotary_dim": config.rotary_dim,
         "partial_rotary_factor": 0.5,
         "rope_theta": 5_000_000.0,
-        "max_position_embeddings": MAX_POSITIONS,
-        "num_local_experts": SIZE.experts,
-        "num_experts_per_tok": SIZE.top_k,
+        "max_position_embeddings": kind.positions,
+        "num_local_experts": size.experts,
+        "num_experts_per_tok": size.top_k,
         "routed_scaling_factor": config.routed_scaling_factor,
-        "moe_layer_freq": [0] * SIZE.dense_layers + [1] * SIZE.moe_layers,
+        "moe_layer_freq": [0] * size.dense_layers + [1] * size.moe_layers,
         "sparse_attention_config": {
             "sparse_attention_freq": [0] * layers,
             "sparse_num_index_heads": config.num_key_value_heads,
@@ -153,15 +195,16 @@ def vllm_config() -> dict[str, Any]:
         "num_mtp_modules": 0,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": None,
-        "quantization_config": {
-            "quant_method": "mxfp8",
-            "ignored_layers": ["self_attn", "mlp", "shared_experts", "lm_head"],
-        },
-    }
+    } | (quantized if mxfp8 else {})
 
 
-def write_checkpoint(directory: Path) -> None:
+def write_checkpoint(directory: Path, kind: Kind = RECITING) -> None:
     """Model, config and tokenizer."""
-    save_file(checkpoint_tensors(build()), directory / "model.safetensors", {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(vllm_config(), indent=2))
+    write_model(directory, build(kind), kind)
+
+
+def write_model(directory: Path, model: nn.Module, kind: Kind, mxfp8: bool = True) -> None:
+    """Of a model that is built already."""
+    save_file(checkpoint_tensors(model, kind, mxfp8), directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(vllm_config(kind, mxfp8), indent=2))
     save_tokenizer(directory)

@@ -1,0 +1,158 @@
+"""The checks of answers of tools.serve_on_gpu, with servers that are stubs: each fails where it should."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from tools.serve_on_gpu import answers, checkpoint, endure, sleep
+from tools.serve_on_gpu.arms import Arm, Workplace
+from tools.serve_on_gpu.parts import Budget, Folder, Outcome
+from tools.serve_on_gpu.records import merge
+
+from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.serving.gate import Reading
+from tests.integrations.vllm_e2e.checkpoint import RECITING, build, checkpoint_tensors
+
+
+@pytest.fixture
+def place(tmp_path: Path, model: Path) -> Workplace:
+    made = Workplace(tmp_path / "work", str(model))
+    made.prepare()
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "out", "a")
+
+
+def records(folder: Folder) -> list[dict]:
+    return merge([folder.path])
+
+
+def stub_reading() -> Reading:
+    """What the stub says of the texts."""
+
+    def logprob(text: str, place: int) -> float:
+        return -hashlib.sha256(text[:place].encode()).digest()[0] / 64
+
+    return Reading(
+        tuple(tuple(logprob(text, place) for place in range(1, len(text))) for text in answers.TEXTS),
+        tuple(() for _ in answers.TEXTS),
+    )
+
+
+@pytest.mark.parametrize(("ours", "passed"), [("", True), ("rare=1.5", False)])
+def test_log_probabilities(place, folder, monkeypatch, ours, passed) -> None:
+    monkeypatch.setenv("STUB_OURS", ours)
+    found = answers.logprobs({"mxfp8": place}, stub_reading, folder, Budget(500), {})
+    (record,) = records(folder)
+    assert (record["complete"], record["passed"], not found.failed) == (True, passed, passed)
+    assert record["mean_error"]["none"] == 0
+    assert "3" in record["reason"]
+
+
+def test_errors_are_compared_by_their_scatter() -> None:
+    own = [0.01 * (number % 7) for number in range(700)]
+    assert answers.compare(list(reversed(own)), own)["passed"]
+    worse = answers.compare([error + 0.005 for error in own], own)
+    assert not worse["passed"]
+    assert worse["difference"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"), [("", "every sentence"), ("shifted=0", "every"), ("silent", "can be read")]
+)
+def test_recital(place, folder, monkeypatch, faults, words) -> None:
+    monkeypatch.setenv("STUB_FAULTS", faults)
+    found = answers.recite(place, {"abc": "def", "abcd": "ef"}, folder, Budget(500), {})
+    assert (not found.failed) == (faults != "silent"), found
+    record = records(folder)[0]
+    assert words in record.get("reason", record.get("error"))
+    other = answers.recite(place, {"abc": "xyz"}, Folder(folder.path, "b"), Budget(500), {})
+    assert other.failed
+
+
+@pytest.mark.parametrize(
+    ("faults", "late", "words"),
+    [
+        ("", "", ""),
+        ("drifts", "", "answers changed"),
+        ("calm", "", "nothing was preempted"),
+        ("", "1000", "kernels were compiled or loaded"),
+    ],
+)
+def test_a_long_run(place, folder, monkeypatch, faults, late, words) -> None:
+    monkeypatch.setenv("STUB_FAULTS", faults)
+    if late:
+        monkeypatch.setenv("STUB_LATE", late)
+    monkeypatch.setattr(endure, "BROKEN", 0.2)
+    found = endure.run(place, 50, folder, Budget(500), {})
+    (record,) = records(folder)
+    assert (record["answered"] + record["broken_off"], record["preempted"]) == (50, 0 if words[:3] == "not" else 3)
+    assert record["broken_off"] > 0
+    assert record["passed"] == (not words)
+    assert words in record["reason"]
+    assert bool(found.failed) == bool(words)
+
+
+def test_memory_that_grows() -> None:
+    samples = [{"gpu_mib": 100.0, "host_mib": 5.0}, {"gpu_mib": 150.0, "host_mib": 900.0}]
+    assert [endure.grew(samples, "gpu_mib", 64.0), endure.grew(samples, "host_mib", 512.0)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("fault", "passed", "words"),
+    [
+        ("", [True, True, True], "the same answers"),
+        ("refuses", [True, True, True], "the weights of layer 1 were replaced"),
+        ("forgets", [True, False, False], "OTHER ANSWERS"),
+    ],
+)
+def test_sleep_and_weights_in_place(place, folder, monkeypatch, fault, passed, words) -> None:
+    monkeypatch.setenv("STUB_FAULTS", fault)
+    found = sleep.run(place, folder, Budget(500), {})
+    assert [record["passed"] for record in records(folder)] == passed
+    assert words in records(folder)[2]["reason"]
+    assert len(found.failed) == passed.count(False)
+
+
+def test_what_there_is_no_time_for(place, folder) -> None:
+    parts = [
+        answers.logprobs({"mxfp8": place}, stub_reading, folder, Budget(5), {}),
+        answers.recite(place, {"a": "b"}, folder, Budget(5), {}),
+        endure.run(place, 50, folder, Budget(5), {}),
+        sleep.run(place, folder, Budget(5), {}),
+    ]
+    assert [(len(part.failed), len(part.left)) for part in parts] == [(0, 1)] * 4
+    assert not list(folder.path.iterdir())
+
+
+@pytest.mark.parametrize(("failed", "left", "code"), [([], [], 0), ([], ["x"], 75), (["x"], ["y"], 1)])
+def test_exit_codes(failed, left, code) -> None:
+    with pytest.raises(SystemExit) as ended:
+        Outcome(failed, left).finish()
+    assert ended.value.code == code
+
+
+def test_a_plugin_that_leaves_the_layers_is_no_arm_of_ours(place, folder, monkeypatch) -> None:
+    monkeypatch.setattr(answers, "what_the_log_says", lambda log, arm: {"fits": True, "runs": False, "said": []})
+    assert "does not fit" in answers.recite(place, {"abc": "def"}, folder, Budget(500), {}).failed[0]
+    assert Arm.EPFUSE == "epfuse"
+
+
+def test_both_formats_of_a_checkpoint_hold_the_same_numbers() -> None:
+    kind = dataclasses.replace(RECITING, recites=False)
+    model = build(kind)
+    mxfp8, bf16 = checkpoint_tensors(model, kind), checkpoint_tensors(model, kind, mxfp8=False)
+    name = "model.layers.1.block_sparse_moe.experts.3.w2"
+    packed = MXFP8(mxfp8[f"{name}.weight"], mxfp8[f"{name}.weight_scale_inv"])
+    assert torch.equal(packed.dequantize(torch.float32), bf16[f"{name}.weight"].float())
+    assert f"{name}.weight_scale_inv" not in bf16
+    said = checkpoint.read(model, ("Experts wait.",))
+    assert len(said.logprobs[0]) == len("Experts wait.")
+    assert max(said.logprobs[0]) < 0

@@ -1,0 +1,209 @@
+"""Parts ``logprobs`` and ``recite``: what a server says of texts, beside transformers' own model in float32."""
+
+from __future__ import annotations
+
+import secrets
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tools.serve_on_gpu.arms import Arm, Workplace, what_the_log_says
+from tools.serve_on_gpu.parts import Budget, Folder, Outcome, OutOfTime, say
+from tools.serve_on_gpu.servers import READY, STOP, complete
+
+from epfuse.errors import EpfuseError
+from epfuse.serving import gate
+from epfuse.serving.point import Gate
+from epfuse.serving.prompts import PROMPTS
+from epfuse.serving.server import Server, ServerFault, free_port
+
+T = TypeVar("T")
+TEXTS = (*PROMPTS, "\n".join(PROMPTS), " ".join(reversed(PROMPTS)))
+"""Two of them are long: kernels for many tokens run too."""
+WAYS = (1, 8)
+"""Texts that a server gets at once."""
+SECONDS = 120.0
+"""A server with its questions is taken to need so long."""
+ERRORS = 2.0
+"""Standard errors that the mean difference may lie above 0: the same errors in another order."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers.
+
+    Attributes:
+        server: for `Server.during`.
+        port: of the server.
+        model: its name.
+        mark: of its processes.
+        log: of the server.
+        compiles: the listener's folder.
+        budget: of the part.
+    """
+
+    server: Server
+    port: int
+    model: str
+    mark: str
+    log: Path
+    compiles: Path
+    budget: Budget
+
+    def during(self, work: Callable[[], T]) -> T:
+        """Work that talks to the server, which is watched."""
+        return self.server.during(work, self.budget)
+
+
+@contextmanager
+def serving(
+    place: Workplace, arm: Arm, name: str, budget: Budget, *arguments: str, **settings: str
+) -> Iterator[Running]:
+    """A server for as long as the block runs.
+
+    Args:
+        place: where it runs.
+        arm: with epfuse or without.
+        name: of its folder of logs.
+        budget: of the part.
+        arguments: more of ``vllm serve``.
+        settings: more environment variables.
+
+    Raises:
+        ServerFault: it does not start, or is not what the arm says.
+    """
+    mark = secrets.token_hex(16)
+    logs = place.path / "logs" / f"{name}-{mark[:6]}"
+    logs.mkdir(parents=True)
+    port = free_port()
+    task = place.serve(arm, port, logs / "compiles", *arguments, **settings)
+    server = Server(task, logs / "server.log", port, mark, look=0.2)
+    try:
+        server.wait_ready(min(READY, budget.left), str(place.folder), budget)
+        said = what_the_log_says(logs / "server.log", arm)
+        if not said["fits"] or (arm is Arm.EPFUSE and not said["runs"]):
+            raise ServerFault(f"the server's log does not fit an arm {arm}: {said['said']}")
+        yield Running(server, port, str(place.folder), mark, logs / "server.log", logs / "compiles", budget)
+    finally:
+        server.stop(STOP)
+
+
+def logprobs(
+    places: dict[str, Workplace],
+    reference: Callable[[], gate.Reading],
+    folder: Folder,
+    budget: Budget,
+    facts: dict[str, Any],
+) -> Outcome:
+    """Each format's servers, without epfuse and with it, read the texts; errors against the reference are compared.
+
+    Args:
+        places: format -> its checkpoint's.
+        reference: reads the texts in float32, once.
+        folder: gets a record of each format.
+        budget: of the part.
+        facts: of the machine.
+    """
+    outcome, known = Outcome(), None
+    for number, (form, place) in enumerate(places.items(), 1):
+        if folder.has("logprobs", number, Arm.EPFUSE):
+            continue
+        record: dict[str, Any] = {"complete": False, "model": f"seeded minimax-m3, {form}", "facts": facts}
+        try:
+            with budget.work("a pair of servers", 2 * SECONDS):
+                known = known or reference()
+                errors = {arm: _errors(place, arm, f"{form}-{arm}", known, budget) for arm in Arm}
+                record |= compare(errors[Arm.EPFUSE], errors[Arm.NONE]) | {"complete": True}
+        except OutOfTime as late:
+            outcome.left.append(f"log probabilities of {form} and those after it: {late}")
+            break
+        except EpfuseError as error:
+            record["error"] = str(error)
+            outcome.failed.append(f"log probabilities of {form}: {error}")
+        else:
+            say(f"{form}: {record['reason']}")
+            outcome.failed += [] if record["passed"] else [f"{form}: {record['reason']}"]
+        folder.keep("logprobs", number, Arm.EPFUSE, record)
+    return outcome
+
+
+def _errors(place: Workplace, arm: Arm, name: str, known: gate.Reading, budget: Budget) -> list[float]:
+    """Of each token in each way, absolute, nats."""
+    wanted = Gate(prompts=TEXTS, greedy_tokens=0)
+    with serving(place, arm, f"logprobs-{name}", budget) as running:
+        readings = [
+            running.during(lambda way=way: gate.read(running.port, running.model, wanted, way, 120.0)) for way in WAYS
+        ]
+    found = []
+    for reading in readings:
+        gate.distance(reading, known)  # the same tokens, or it raises
+        for mine, right in zip(reading.logprobs, known.logprobs, strict=True):
+            found += [abs(a - b) for a, b in zip(mine, right, strict=True)]
+    return found
+
+
+def compare(ours: Sequence[float], own: Sequence[float]) -> dict[str, Any]:
+    """Whether our errors exceed vLLM's own in the mean, by more than the tokens' own scatter.
+
+    Args:
+        ours: absolute errors, nats, token by token.
+        own: of the same tokens.
+    """
+    differences = [a - b for a, b in zip(ours, own, strict=True)]
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    reason = (
+        f"mean error against float32 {statistics.fmean(ours):.5f} nats with epfuse,"
+        f" {statistics.fmean(own):.5f} without; difference {mean:+.5f}, standard error {error:.5f}, {len(ours)} tokens"
+    )
+    return {
+        "passed": mean <= ERRORS * error,
+        "reason": reason,
+        "mean_error": {"epfuse": statistics.fmean(ours), "none": statistics.fmean(own)},
+        "largest_error": {"epfuse": max(ours), "none": max(own)},
+        "difference": mean,
+        "standard_error": error,
+    }
+
+
+def recite(
+    place: Workplace, sentences: dict[str, str], folder: Folder, budget: Budget, facts: dict[str, Any]
+) -> Outcome:
+    """A server with epfuse finishes sentences that the checkpoint knows by heart.
+
+    Args:
+        place: the checkpoint's.
+        sentences: prompt -> the rest of the sentence, a token a byte.
+        folder: gets a record.
+        budget: of the part.
+        facts: of the machine.
+    """
+    outcome = Outcome()
+    if folder.has("recite", 1, Arm.EPFUSE):
+        return outcome
+    record: dict[str, Any] = {"complete": False, "model": "reciting minimax-m3", "facts": facts}
+    try:
+        with budget.work("a server", SECONDS), serving(place, Arm.EPFUSE, "recite", budget) as running:
+
+            def said() -> dict[str, str]:
+                answers = {
+                    prompt: complete(running.port, running.model, prompt, len(rest))
+                    for prompt, rest in sentences.items()
+                }
+                return {prompt: "".join(token for token, _ in answer) for prompt, answer in answers.items()}
+
+            found = running.during(said)
+        passed = found == sentences
+        words = "every sentence is recited" if passed else f"it says {found}, and should say {sentences}"
+        record |= {"complete": True, "passed": passed, "reason": words}
+        outcome.failed += [] if passed else [words]
+    except OutOfTime as late:
+        outcome.left.append(f"the recital: {late}")
+        return outcome
+    except EpfuseError as error:
+        record["error"] = str(error)
+        outcome.failed.append(f"the recital: {error}")
+    folder.keep("recite", 1, Arm.EPFUSE, record)
+    return outcome

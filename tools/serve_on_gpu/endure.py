@@ -1,0 +1,196 @@
+"""Part ``endure``: thousands of requests of mixed lengths, some broken off, with too little memory for all of them.
+
+Prefixes are shared, prompts are cut into chunks, requests are preempted. Afterwards the server must say what it said
+before, hold no more memory than when it was warm, and have compiled nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools.serve_on_gpu.answers import Running, serving
+from tools.serve_on_gpu.arms import Arm, Workplace, compiled_since
+from tools.serve_on_gpu.parts import Budget, Folder, Outcome, OutOfTime, say
+from tools.serve_on_gpu.servers import STOP, complete
+
+from epfuse.errors import EpfuseError
+from epfuse.serving.node import Gpus
+from epfuse.serving.server import ask, marked_processes
+
+LONGEST_PROMPT, LONGEST_ANSWER = 2000, 64
+SHARED, BROKEN = 0.3, 0.03
+"""Shares of requests that begin alike, and whose client goes away."""
+AT_ONCE = 64
+START_SECONDS = 120.0
+ANSWER_SECONDS = 120.0
+PROBES = 6
+GPU_MIB, HOST_MIB = 64.0, 512.0
+"""What may be more at the end than after the first tenth."""
+ARGUMENTS = ("--enable-prefix-caching", "--num-gpu-blocks-override", "256", "--max-num-seqs", "64")
+"""Blocks of 128 tokens: half of what 64 of the longest requests need."""
+
+
+@dataclass
+class Tally:
+    """How requests ended."""
+
+    good: int = 0
+    broken: int = 0
+    wrong: list[str] = field(default_factory=list)
+    lock: Any = field(default_factory=threading.Lock)
+
+
+def run(place: Workplace, requests: int, folder: Folder, budget: Budget, facts: dict[str, Any]) -> Outcome:
+    """A server with epfuse, its requests and its checks; as many requests as there is time for count too.
+
+    Args:
+        place: where it runs.
+        requests: at the most.
+        folder: gets a record.
+        budget: of the part.
+        facts: of the machine.
+    """
+    outcome = Outcome()
+    if folder.has("endure", 1, Arm.EPFUSE):
+        return outcome
+    record: dict[str, Any] = {"complete": False, "model": place.model, "facts": facts}
+    try:
+        with (
+            budget.work("a server with its requests", START_SECONDS + 60),
+            serving(place, Arm.EPFUSE, "endure", budget, *ARGUMENTS) as running,
+        ):
+            record |= _one(running, requests, budget)
+    except OutOfTime as late:
+        outcome.left.append(f"the long run: {late}")
+        return outcome
+    except EpfuseError as error:
+        record["error"] = str(error)
+        outcome.failed.append(f"the long run: {error}")
+    else:
+        outcome.failed += [] if record["passed"] else [f"the long run: {record['reason']}"]
+    folder.keep("endure", 1, Arm.EPFUSE, record)
+    return outcome
+
+
+def _one(running: Running, requests: int, budget: Budget) -> dict[str, Any]:
+    ready = time.time()
+    before = running.during(lambda: probe(running, "before"))
+    tally, memory, begun = Tally(), [], time.monotonic()
+    for part in range(10):
+        if budget.left < STOP + ANSWER_SECONDS:
+            break
+        numbers = range(part * requests // 10, (part + 1) * requests // 10)
+        running.during(lambda numbers=numbers: _send(running, numbers, tally))
+        memory.append(memory_of(running.mark))
+        say(f"{tally.good} answered, {tally.broken} broken off, {len(tally.wrong)} wrong; {memory[-1]}")
+    took = time.monotonic() - begun
+    after = running.during(lambda: probe(running, "after"))
+    preempted = preemptions(running.port)
+    late = compiled_since(running.compiles, ready).get("ours after", {})
+    findings = {
+        "answers changed": before != after,
+        f"{len(tally.wrong)} requests went wrong, first {tally.wrong[:1]}": bool(tally.wrong),
+        "the GPU's memory grew": grew(memory, "gpu_mib", GPU_MIB),
+        "the host's memory grew": grew(memory, "host_mib", HOST_MIB),
+        "nothing was preempted": preempted == 0,
+        f"kernels were compiled or loaded: {late}": bool(sum(late.values())),
+        f"only {tally.good + tally.broken} of {requests} requests": tally.good + tally.broken < requests,
+    }
+    wrong = [words for words, found in findings.items() if found]
+    words = f"{tally.good} answered, {tally.broken} broken off, {preempted} preempted in {took:.0f} s"
+    return {
+        "complete": True,
+        "passed": not wrong,
+        "reason": "; ".join([words, *wrong]),
+        "answered": tally.good,
+        "broken_off": tally.broken,
+        "preempted": preempted,
+        "seconds": round(took, 1),
+        "memory": memory,
+    }
+
+
+def probe(running: Running, salt: str) -> list[Any]:
+    """Answers that don't come out of the prefix cache: it is salted."""
+    draw = random.Random(5)
+    prompts = [[draw.randrange(2, 8192) for _ in range(length)] for length in (3, 40, 200, 700, 1500, 2000)[:PROBES]]
+    return [complete(running.port, running.model, prompt, 16, cache_salt=salt) for prompt in prompts]
+
+
+def _send(running: Running, numbers: range, tally: Tally) -> None:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda number: _request(running, number, tally), numbers))
+
+
+def _request(running: Running, number: int, tally: Tally) -> None:
+    draw = random.Random(number)
+    length = round(LONGEST_PROMPT ** draw.random())  # as many of 1 to 10 tokens as of 100 to 1000
+    shared = random.Random(1) if draw.random() < SHARED else draw
+    prompt, tokens = [shared.randrange(2, 8192) for _ in range(length)], draw.randint(1, LONGEST_ANSWER)
+    body = {"model": running.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    try:
+        if draw.random() < BROKEN:
+            _break_off(running.port, body, draw.uniform(0.0, 0.3))
+            found = ""
+        else:
+            status, answer = ask(running.port, "POST", "/v1/completions", body, ANSWER_SECONDS)
+            made = json.loads(answer)["usage"]["completion_tokens"] if status == 200 else None
+            found = "" if made == tokens else f"request {number}: status {status}, {made} of {tokens} tokens"
+            with tally.lock:
+                tally.good += not found
+                tally.wrong += [found] if found else []
+            return
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        found = f"request {number}: {error!r:.100}"
+    with tally.lock:
+        tally.broken += not found
+        tally.wrong += [found] if found else []
+
+
+def _break_off(port: int, body: dict[str, Any], seconds: float) -> None:
+    """Ask, and close the connection without waiting for the answer."""
+    data = json.dumps({**body, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_SECONDS) as connection:
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        )
+        connection.sendall(head.encode() + b"\r\n\r\n" + data)
+        connection.settimeout(max(seconds, 1e-3))
+        with contextlib.suppress(TimeoutError):
+            connection.recv(1)
+
+
+def memory_of(mark: str) -> dict[str, float]:
+    """MiB in use on the GPUs, and resident in a server's processes."""
+    gpus = [sample.memory for sample in Gpus("nvidia").sample() if sample.memory is not None]
+    resident = 0
+    for pid in marked_processes(mark):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            resident += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+    return {"gpu_mib": sum(gpus), "host_mib": round(resident / 2**20)}
+
+
+def grew(memory: list[dict[str, float]], which: str, allowed: float) -> bool:
+    """Whether the last sample is above the first, which is taken after a tenth of the requests."""
+    return len(memory) > 1 and memory[-1][which] - memory[0][which] > allowed
+
+
+def preemptions(port: int) -> int:
+    """How many requests the server has preempted, by its metrics; 0 where it does not say."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        text = ask(port, "GET", "/metrics", timeout=30)[1].decode(errors="replace")
+        return round(
+            sum(float(value) for value in re.findall(r"^vllm:num_preemptions_total\S* ([\d.e+]+)$", text, re.M))
+        )
+    return 0

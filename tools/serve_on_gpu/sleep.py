@@ -1,0 +1,95 @@
+"""Part ``sleep``: sleep mode and weights loaded in place; afterwards right answers or an error, never other answers."""
+
+from __future__ import annotations
+
+import http.client
+from typing import Any
+
+from tools.serve_on_gpu.answers import SECONDS, Running, serving
+from tools.serve_on_gpu.arms import Arm, Workplace
+from tools.serve_on_gpu.endure import memory_of
+from tools.serve_on_gpu.parts import Budget, Folder, Outcome, OutOfTime, say
+from tools.serve_on_gpu.servers import complete
+
+from epfuse.errors import EpfuseError
+from epfuse.serving.prompts import PROMPTS
+from epfuse.serving.server import ServerFault, ask
+
+PATIENCE = 120.0
+RELOAD = ("/collective_rpc", {"method": "reload_weights"})
+STEPS: dict[str, tuple[bool, tuple[tuple[str, Any], ...]]] = {
+    "sleep level 1": (True, (("/sleep?level=1", None), ("/wake_up", None))),
+    "weights loaded in place": (False, (RELOAD,)),
+    "sleep level 2": (False, (("/sleep?level=2", None), ("/wake_up?tags=weights", None), RELOAD,
+                              ("/wake_up?tags=kv_cache", None))),
+}  # fmt: skip
+"""What is done -> whether it must work, else an error will do; and the requests."""
+
+
+def run(place: Workplace, folder: Folder, budget: Budget, facts: dict[str, Any]) -> Outcome:
+    """A server of a checkpoint for each of `STEPS`, with epfuse.
+
+    Args:
+        place: where it runs; its weights come from a disk.
+        folder: gets a record of each.
+        budget: of the part.
+        facts: of the machine.
+    """
+    outcome = Outcome()
+    for number, (what, (must, requests)) in enumerate(STEPS.items(), 1):
+        if folder.has("sleep", number, Arm.EPFUSE):
+            continue
+        record: dict[str, Any] = {"complete": False, "model": f"seeded minimax-m3, {what}", "facts": facts}
+        try:
+            settings = {"VLLM_SERVER_DEV_MODE": "1"}
+            with (
+                budget.work("a server", SECONDS),
+                serving(place, Arm.EPFUSE, f"sleep-{number}", budget, "--enable-sleep-mode", **settings) as running,
+            ):
+                record |= _one(running, must, requests) | {"complete": True}
+        except OutOfTime as late:
+            outcome.left.append(f"{what} and what comes after it: {late}")
+            break
+        except EpfuseError as error:
+            record["error"] = str(error)
+            outcome.failed.append(f"{what}: {error}")
+        else:
+            say(f"{what}: {record['reason']}")
+            outcome.failed += [] if record["passed"] else [f"{what}: {record['reason']}"]
+        folder.keep("sleep", number, Arm.EPFUSE, record)
+    return outcome
+
+
+def _one(running: Running, must: bool, requests: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    def answers() -> list[Any]:
+        return [complete(running.port, running.model, prompt, 16) for prompt in PROMPTS]
+
+    before = running.during(answers)
+    memory = [memory_of(running.mark)["gpu_mib"]]
+    try:
+        for path, body in requests:
+            running.during(lambda path=path, body=body: _post(running.port, path, body))
+            memory.append(memory_of(running.mark)["gpu_mib"])
+        after = running.during(answers)
+    except ServerFault as fault:
+        words = str(fault).splitlines()
+        lines = [
+            line for line in running.log.read_text(errors="replace").splitlines() if "epfuse" in line and "rror" in line
+        ]
+        said = "; ".join([words[0], *lines[-1:]])[:600]
+        return {"passed": not must, "reason": f"an error{'' if must else ', as documented'}: {said}", "gpu_mib": memory}
+    same = after == before
+    return {
+        "passed": same,
+        "reason": "the same answers as before" if same else "OTHER ANSWERS than before, and no error",
+        "gpu_mib": memory,
+    }
+
+
+def _post(port: int, path: str, body: Any) -> None:
+    try:
+        status, answer = ask(port, "POST", path, body, PATIENCE)
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerFault(f"{path} is not answered: {error!r:.200}") from None
+    if status != 200:
+        raise ServerFault(f"{path} is answered with {status}: {answer[:300].decode(errors='replace')}")
