@@ -135,7 +135,7 @@ def test_experts_that_ranks_do_not_divide_count_for_the_rank_that_holds_more() -
     assert sum(entry["ranks"] * entry["local_experts"] for entry in found.to_json()["ranks"]) == 60
     assert found.stored_bytes(Storage.BF16) == 57 * 8 * 3 * 6144 * 3072 * 2
     console = Console(width=200, file=io.StringIO())
-    show(found, console)
+    show(found, None, console)
     assert "4 hold 8, 4 hold 7 experts" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -15,7 +15,7 @@ from epfuse.config import WeightFormat
 from epfuse.families.family import Stage
 from epfuse.measured import store
 from epfuse.measured.schema import Measurement, PortableEntry, Row, ShapeEntry
-from epfuse.policy import call
+from epfuse.policy import call, ranges
 
 M3 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -60,3 +60,4 @@ def reading(folder: FilePath, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def _forget() -> None:
     store.shipped.cache_clear()
     call.call_table.cache_clear()
+    ranges._ranges.cache_clear()

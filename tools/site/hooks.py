@@ -7,7 +7,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from tools.site import api, command_line, errors, root_pages, tables
+from tools.site import api, command_line, errors, planner, root_pages, tables
 from tools.site.root_pages import ROOT
 
 PENDING = ("models.md", "parallel.md")
@@ -23,7 +23,7 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """The files of docs/, and the generated pages."""
-    made = root_pages.pages() | api.pages() | command_line.pages() | errors.pages() | tables.pages()
+    made = root_pages.pages() | api.pages() | command_line.pages() | errors.pages() | tables.pages() | planner.pages()
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files

@@ -10,20 +10,28 @@ from pathlib import Path
 
 import click
 
+from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.config import Policy
 from epfuse.environment import environment
 from epfuse.errors import ConfigError
 from epfuse.hardware.products import PRODUCTS, Product, product_of
+from epfuse.integrations.vllm.explain import Deployment, own_experts
 from epfuse.planning import console
+from epfuse.planning.layer_times import Rival
 from epfuse.planning.model_plan import Serving, plan_model
+from epfuse.planning.record import plan_record
 from epfuse.report.terminal import Console
+from epfuse.report.write import write_atomic
 from epfuse.target import Target
-from epfuse.weights.model_config import MODELS, ExpertModel, read_model
+from epfuse.weights.model_config import ExpertModel
+from epfuse.weights.named_models import find_model, named_models
 
 LARGEST_HBM = 10**15
 LONGEST = 2**31 - 1
 """Tokens; T*K of a call stays below 2**31."""
 MOST_RANKS = 2**20
+VLLM = "0.33.0"
+"""The release whose choice stands beside a plan: the newest that is tested."""
 UNITS = {"": 1, "GB": 10**9, "GiB": 1 << 30, "MiB": 1 << 20}
 
 
@@ -46,8 +54,8 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: str | None
     "--config",
     "source",
     required=True,
-    metavar=f"CONFIG.json|DIR|{'|'.join(MODELS)}",
-    help="A model's Hugging Face config.json, the folder that has it, or a name.",
+    metavar="CONFIG.json|DIR|NAME",
+    help="A model's Hugging Face config.json, the folder that has it, or a name such as minimax-m3 or gpt-oss-120b.",
 )
 @click.option(
     "--ep-size", type=click.IntRange(1, MOST_RANKS), default=8, show_default=True, help="Ranks that share experts."
@@ -63,6 +71,7 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option(
     "--policy", type=click.Choice([policy.value for policy in Policy]), help="[default: EPFUSE_POLICY, else auto]"
 )
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the planner's page of this plan.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON instead of tables.")
 def plan(
     source: str,
@@ -72,6 +81,7 @@ def plan(
     max_model_len: int,
     hbm: int | None,
     policy: str | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Plan a model's expert layers: storage, path and tile by token count, bytes a rank, predicted times.
@@ -79,18 +89,35 @@ def plan(
     No GPU and no weights are needed. Times are predictions of a model that is calibrated on measurements of few cards;
     where a tuned table has no row near, a tile is the target's default. Both are said where they stand.
     """
+    delivery = Delivery({"--html": html})
     product = _product(target, device)
     serving = Serving(product, ep_size, max_model_len, product.hbm_bytes if hbm is None else hbm)
-    chosen = environment().policy if policy is None else Policy(policy)
-    found = plan_model(_model(source), serving, chosen)
-    if as_json:
-        click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
-    else:
-        console.show(found, Console(width=None if sys.stdout.isatty() else 200))
+    model = find_model(source)
+    found = plan_model(model, serving, environment().policy if policy is None else Policy(policy))
+    rival = rival_of(model, serving)
+    with delivery.of(STDOUT):
+        if as_json:
+            click.echo(json.dumps(plan_record(found, rival), indent=2, allow_nan=False))
+        else:
+            console.show(found, rival, Console(width=None if sys.stdout.isatty() else 200))
+    if html is not None:
+        from epfuse.planning.page import page  # needs jinja2
+
+        with delivery.of("--html"):
+            named = named_models().get(source)
+            name, said = (model.name, "the given config") if named is None else (source, named.source)
+            write_atomic(html, page(name, said, found, rival))
+    delivery.exit(passed=True)
 
 
-def _model(source: str) -> ExpertModel:
-    return MODELS[source] if source in MODELS else read_model(Path(source))
+def rival_of(model: ExpertModel, serving: Serving) -> Rival | None:
+    """What vLLM would choose for the model's experts by itself; None where that is not known."""
+    ranks = serving.ep_size
+    try:
+        own = own_experts(model, Deployment(serving.product.target, VLLM, ranks, ranks > 1, serving.max_model_len))
+    except ConfigError:
+        return None
+    return Rival(own.name, own.effect)
 
 
 def _product(target: str | None, device: str | None) -> Product:

@@ -11,13 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 from epfuse.errors import ConfigError
+from epfuse.planning.layer_times import Rival, Time, layer_times
 from epfuse.planning.model_plan import ModelPlan, plan_model, storages
 from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
 from epfuse.policy.auto import expert_budget
 
+SHOWN_TOKENS = (1, 16, 64, 256, 1024, 8192)
+"""Token counts of the table of one layer's times."""
 
-def show(plan: ModelPlan, console: Console) -> None:
-    """Print what is stored, what runs and what does not, bytes, predicted times, and what half the ranks would do."""
+
+def show(plan: ModelPlan, rival: Rival | None, console: Console) -> None:
+    """Print what is stored, what runs and what does not, bytes, times, and what half the ranks would do.
+
+    Args:
+        plan: the plan.
+        rival: what vLLM would choose; None if that is not known.
+        console: where.
+    """
     shape, serving, model = plan.shape, plan.serving, plan.model
     console.print(
         f"{model.name}: H={shape.hidden} I={shape.intermediate} E={shape.experts} K={shape.top_k}"
@@ -35,6 +45,9 @@ def show(plan: ModelPlan, console: Console) -> None:
         _print(console, "Calls", ("layers that keep", "T", "path", "block_m/gate_up/down", "why"), _calls(plan))
         _print(console, "Tiles", ("T", "from"), _tiles(plan))
     _print(console, "Not taken", ("path", "why"), [(path.value, reason) for path, reason in plan.refused()])
+    beside = "vLLM" if rival is None else rival.name
+    title = "One layer beside vLLM's choice, microseconds: m measured, p predicted"
+    _print(console, title, ("T", "path", "epfuse", beside, "floor"), _times(plan, rival))
     machine = serving.product.machine
     title = "Experts of one rank, and PREDICTED ms of both expert GEMMs in all layers of a decode step"
     _print(console, title, ("stored as", "GB a rank", "fits", *CONCURRENCIES), _stored(plan))
@@ -91,6 +104,22 @@ def _stored(plan: ModelPlan) -> list[tuple[str, ...]]:
         times = [chosen_ms(plan, tokens) for tokens in CONCURRENCIES.values()]
         rows.append(("this plan", _gigabytes(chosen), _fits(chosen, budget), *map(_milliseconds, times)))
     return rows
+
+
+def _times(plan: ModelPlan, rival: Rival | None) -> list[tuple[str, ...]]:
+    return [
+        (str(time.tokens), time.path or "", _marked(time.ours), _marked(time.theirs), _microseconds(time.floor))
+        for time in layer_times(plan, rival)
+        if time.tokens in SHOWN_TOKENS
+    ]
+
+
+def _marked(time: Time | None) -> str:
+    return "" if time is None else f"{time.microseconds:.1f} {time.kind[0]}"
+
+
+def _microseconds(time: float | None) -> str:
+    return "" if time is None else f"{time:.1f}"
 
 
 def fewer_ranks(plan: ModelPlan) -> str:

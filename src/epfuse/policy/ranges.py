@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Combine, Path
+from epfuse.config import Combine, LayerShape, Path
 from epfuse.families.registry import READABLE
 from epfuse.policy.call import call_table, considered_paths, path_refusals, why_not
 from epfuse.policy.layer import LayerRequest, Storage, TokenRange
+from epfuse.target import Target
 
 MOST_TOKENS = 2**31 - 1
 """T*K of a call stays below 2**31."""
@@ -48,21 +50,26 @@ def token_ranges(request: LayerRequest, storage: Storage, routes: Sequence[Route
     Raises:
         UnsupportedTarget: the target has no kernel for one of the paths on ``storage``.
     """
-    formats = storage.formats(request.target)
-    refusals = path_refusals(request.target, formats, torch.bfloat16, Combine.DETERMINISTIC)
+    return _ranges(request.target, request.shape, request.device, storage, tuple(routes))
+
+
+@functools.lru_cache(maxsize=1024)  # a model's layers are alike
+def _ranges(
+    target: Target, shape: LayerShape, device: str, storage: Storage, routes: tuple[Route, ...]
+) -> tuple[TokenRange, ...]:
+    formats = storage.formats(target)
+    refusals = path_refusals(target, formats, torch.bfloat16, Combine.DETERMINISTIC)
     found: list[TokenRange] = []
     first = 1
     for route in routes:
-        table = call_table(
-            route.path, request.target, request.shape, formats, torch.bfloat16, Combine.DETERMINISTIC, request.device
-        )
+        table = call_table(route.path, target, shape, formats, torch.bfloat16, Combine.DETERMINISTIC, device)
         last = MOST_TOKENS if route.max_tokens is None else route.max_tokens
         starts = [first, *(start for start in table.first_tokens if first < start <= last)]
         for start, after in zip(starts, [*starts[1:], None], strict=True):
             decision = table.at(start)
             passed_over = {path: why_not(path, Path.AUTO, decision.path) for path in refusals}
             if route.passed_over is not None:
-                passed_over |= {path: route.passed_over for path in READABLE[request.target]}
+                passed_over |= {path: route.passed_over for path in READABLE[target]}
             considered = considered_paths(decision.path, route.reason, refusals, passed_over)
             end = route.max_tokens if after is None else after - 1
             found.append(TokenRange(start, end, replace(decision, considered=considered)))

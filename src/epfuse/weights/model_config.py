@@ -89,9 +89,6 @@ MINIMAX_M3 = ExpertModel(
 )
 """MiniMax-M3 in MXFP8: the defaults of transformers' MiniMaxM3VLTextConfig; its first three layers are dense."""
 
-MODELS = {MINIMAX_M3.name: MINIMAX_M3}
-"""Models that need no file."""
-
 
 def read_model(source: Path) -> ExpertModel:
     """The experts of the model whose config.json is at ``source``.
@@ -106,11 +103,26 @@ def read_model(source: Path) -> ExpertModel:
             be, or values contradict each other.
     """
     path = source / CONFIG if source.is_dir() else source
-    content = Fields(load_config(path), f"config {path}")
+    return _read(Fields(load_config(path), f"config {path}"), path.parent if path.name == CONFIG else None)
+
+
+def model_of(content: dict[str, Any], name: str) -> ExpertModel:
+    """The experts of the model that ``content``, a config.json's object, describes.
+
+    Args:
+        content: as of `load_config`; unchecked.
+        name: for messages.
+
+    Raises:
+        ConfigError: as of `read_model`.
+    """
+    return _read(Fields(content, f"config {name}"), None)
+
+
+def _read(content: Fields, folder: Path | None) -> ExpertModel:
     kind, config = _language_model(content)
     family = FAMILIES[kind]
     model, modules = _sizes(kind, config, family)
-    folder = path.parent if path.name == CONFIG else None
     quantization = _quantization(content, config, folder)
     checkpoint = experts_format(quantization, modules)
     if folder is not None:
