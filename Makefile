@@ -11,12 +11,13 @@
 # make public-types   whether every public name has a type that all checkers agree on (basedpyright; brings its own node)
 # make docs   build the site into site/ (MkDocs; links and anchors are checked)
 # make docs-test   the same, run the commands that its pages promise, and open every page (apt: chromium)
+# make release   build wheel and sdist of the last commit into dist/, twice, and try both (RELEASE.md)
 # make hooks  run `make lint typecheck` before each commit from now on (pre-commit; nothing is fetched then)
 #
 # PYTHON=python3.12   the interpreter to build .venv from (3.11 or newer)
 # KEEP_TORCH=1        use the torch (and triton, numpy) that PYTHON has installed, e.g. a ROCm build:
 #                     make demo PYTHON=/opt/rocm-torch/bin/python KEEP_TORCH=1
-# DEMO_FLAGS, PYTEST_FLAGS, AOT_FLAGS   passed on
+# DEMO_FLAGS, PYTEST_FLAGS, AOT_FLAGS, RELEASE_FLAGS   passed on
 # WORKERS=1           test processes side by side (default: one a core, 8 at the most)
 
 PYTHON ?= python3
@@ -25,6 +26,7 @@ KEEP_TORCH ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 AOT_FLAGS ?=
+RELEASE_FLAGS ?=
 WORKERS ?= auto
 
 # Where vLLM's unpacked releases, and its environment for CPUs, are kept between runs.
@@ -42,12 +44,12 @@ EMPTY_TREE := 4b825dc642cb6eb9a060e54bf8d69288fbee4904
 
 ifeq ($(KEEP_TORCH),)
 MODE := own-torch
-EXTRAS := cpu,demo,dev,profile,serve,test
+EXTRAS := cpu,demo,dev,profile,release,serve,test
 CONSTRAINTS := -c constraints.txt -c constraints-torch.txt
 else
 MODE := kept-torch
 # a CPU build has no triton of its own to keep
-EXTRAS = demo,dev,profile,serve,test$(shell $(PYTHON) -c 'import importlib.util as u; print("" if u.find_spec("triton") else ",cpu")')
+EXTRAS = demo,dev,profile,release,serve,test$(shell $(PYTHON) -c 'import importlib.util as u; print("" if u.find_spec("triton") else ",cpu")')
 CONSTRAINTS := -c constraints.txt
 endif
 
@@ -56,7 +58,7 @@ CREATED := $(VENV)/.created-$(MODE)
 INSTALLED := $(VENV)/.installed-$(MODE)
 DOCS_INSTALLED := $(INSTALLED)-docs
 
-.PHONY: demo test test-vllm test-sglang test-vllm-e2e test-slurm serve-demo aot aot-execute docs docs-test lint hooks format typecheck public-types clean
+.PHONY: demo test test-vllm test-sglang test-vllm-e2e test-slurm serve-demo aot aot-execute docs docs-test lint hooks format typecheck public-types release clean
 
 demo: $(INSTALLED)
 	$(BIN)/epfuse demo $(DEMO_FLAGS)
@@ -112,6 +114,9 @@ ifneq ($(wildcard .git),)
 	git diff --check $(EMPTY_TREE)
 endif
 
+release: $(INSTALLED)
+	$(BIN)/python -m tools.release dist $(RELEASE_FLAGS)
+
 hooks: $(INSTALLED)
 	$(BIN)/python -m pre_commit install
 
@@ -162,7 +167,7 @@ ifneq ($(KEEP_TORCH),)
 endif
 	@touch $@
 
-$(INSTALLED): $(CREATED) pyproject.toml constraints.txt constraints-torch.txt
+$(INSTALLED): $(CREATED) pyproject.toml constraints.txt constraints-torch.txt src/epfuse/__init__.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	@touch $@
 

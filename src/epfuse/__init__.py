@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from epfuse.target import Target, target_of
     from epfuse.weights.experts import ExpertWeights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULE_OF = {
     "Combine": "epfuse.config",
