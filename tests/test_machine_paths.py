@@ -9,7 +9,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ABSOLUTE = re.compile(r"/(\w[\w.-]*)(/|$)")
 OF_THE_KERNEL = {"dev", "proc"}
-ROUTES = {"collective_rpc", "health", "metrics", "start_profile", "stop_profile", "v1"}
+ROUTES = {"collective_rpc", "favicon.ico", "health", "metrics", "start_profile", "stop_profile", "v1"}
 """Of servers: paths of a URL and not of a file."""
 
 
