@@ -86,16 +86,28 @@ def read_object(path: Path, what: str, largest: int = LARGEST_INPUT) -> dict[str
     Raises:
         ConfigError: as `read_file`, or it is not such JSON, nested deeper than DEEPEST, or no object.
     """
-    data = read_file(path, what, largest)
+    return parse_object(read_file(path, what, largest), f"{what} {path}")
+
+
+def parse_object(data: bytes, place: str) -> dict[str, Any]:
+    """`read_object` of bytes that are read already.
+
+    Args:
+        data: UTF-8, with or without a byte order mark.
+        place: where they are from, for the message.
+
+    Raises:
+        ConfigError: as `read_object`.
+    """
     try:
         content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unambiguous, parse_constant=_no_number)
         _check_values(content)
     except RecursionError:
-        raise ConfigError(f"{what} {path} is nested too deeply") from None
+        raise ConfigError(f"{place} is nested too deeply") from None
     except ValueError as error:
-        raise ConfigError(f"{what} {path} is not JSON: {error}") from None
+        raise ConfigError(f"{place} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{what} {path} is a {type(content).__name__}; it must be an object")
+        raise ConfigError(f"{place} is a {type(content).__name__}; it must be an object")
     return content
 
 

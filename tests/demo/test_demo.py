@@ -22,8 +22,8 @@ pytest.importorskip("jinja2")
 from epfuse import input_file
 from epfuse.cli.demo import demo
 from epfuse.demo import page, run
-from epfuse.parallel.checkpoint import save_checkpoint
 from epfuse.report import write
+from epfuse.weights.checkpoint import save_checkpoint
 
 
 def invoke(folder: Path, *options: str) -> Result:

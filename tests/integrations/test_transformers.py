@@ -16,8 +16,8 @@ from epfuse.demo.model import build_model, round_experts_to_mxfp8, seed_weights
 from epfuse.demo.settings import ModelSize
 from epfuse.errors import ConfigError, EpfuseError, LayoutError, ShapeError
 from epfuse.integrations.transformers import EPExperts, replace_experts
-from epfuse.parallel.checkpoint import load_sharded, save_checkpoint
 from epfuse.parallel.group import EPGroup
+from epfuse.weights.checkpoint import load_sharded, save_checkpoint
 
 SIZE = ModelSize(hidden=64, intermediate=32, dense_intermediate=64, moe_layers=2, experts=16)
 

@@ -229,6 +229,7 @@ OWN_WRITERS = {
     "src/epfuse/report/write.py": "the writer",
     "src/epfuse/aot/sass.py": "input of a disassembler, in a temporary folder of its own",
     "src/epfuse/parallel/launch.py": "a failing rank's note, in a folder of the launcher's own",
+    "src/epfuse/demo/checkpoint.py": "a new folder, made aside, synced and renamed when it is whole",
     "src/epfuse/demo/progress.py": "appends to a channel between processes",
     "src/epfuse/integrations/vllm/patch/swap.py": "swaps vLLM's files under a journal, with kills tested",
     "src/epfuse/cli/exits.py": "the null device, in place of a stdout that is closed",

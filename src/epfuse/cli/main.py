@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "EXIT_CHECK_FAILED", "EXIT_USAGE", "LazyGroup", "main"]
 COMMANDS = {
     "aot": "Compile every kernel for a GPU that is not there: resources, gates, predictions.",
     "bench": "Every path beside its floor and other people's kernels: first checked, then timed.",
+    "checkpoint": "Experts in Hugging Face folders: what one holds for each rank; a small one made for tests.",
     "demo": "A MiniMax-M3 model with its experts run by epfuse under expert parallelism, against the original.",
     "doctor": "What epfuse finds on this machine, what of it is wrong, and what mends it.",
     "plan": "What a policy would do with a model: storage, paths, tiles, bytes a rank, predicted times.",

@@ -17,8 +17,8 @@ from epfuse.demo.record import RankLayer, RankRecord
 from epfuse.demo.settings import DemoSettings
 from epfuse.demo.untouched import greedy, load_tensor, max_abs, rms
 from epfuse.integrations.transformers import EPExperts, replace_experts
-from epfuse.parallel.checkpoint import load_sharded
 from epfuse.parallel.launch import RankContext
+from epfuse.weights.checkpoint import load_sharded
 
 
 @dataclass(frozen=True)

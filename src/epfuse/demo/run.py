@@ -25,11 +25,11 @@ from epfuse.demo.text import Text, decode, encode
 from epfuse.demo.true_size import run_true_size
 from epfuse.demo.untouched import Untouched, run_untouched, save_untouched
 from epfuse.integrations.transformers import replace_experts
-from epfuse.parallel.checkpoint import save_checkpoint
 from epfuse.parallel.group import EPGroup
 from epfuse.parallel.launch import Placement, launch_ranks
 from epfuse.parallel.limits import check_limits
 from epfuse.target import target_of
+from epfuse.weights.checkpoint import save_checkpoint
 
 LAUNCHER_STEPS = 3
 """Steps that the launcher itself reports: the untouched model, the ranks' start, the true-size layer."""

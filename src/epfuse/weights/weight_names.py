@@ -32,11 +32,10 @@ def check_names(folder: Path, checkpoint: Checkpoint, module: str) -> None:
     path = folder / INDEX
     if not path.exists():
         return
-    names = read_object(path, "index", LARGEST_INDEX).get("weight_map")
-    if not isinstance(names, dict):
-        raise ConfigError(f"index {path} has no weight_map")
     ends = {
-        name.rpartition(".")[2] for name in names if re.search(rf"(^|\.)layers\.[0-9]+\.{re.escape(module)}\.", name)
+        name.rpartition(".")[2]
+        for name in weight_map(path)
+        if re.search(rf"(^|\.)layers\.[0-9]+\.{re.escape(module)}\.", name)
     }
     if not ends:
         return
@@ -47,3 +46,15 @@ def check_names(folder: Path, checkpoint: Checkpoint, module: str) -> None:
     if (checkpoint is Checkpoint.BF16) != (not scaled):
         seen = f"have {scaled[0]!r:.60}" if scaled else "have no scales"
         raise ConfigError(f"index {path}: the experts {seen}, and the config says {checkpoint.value}")
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says.
+
+    Raises:
+        ConfigError: the index can't be read, or is none.
+    """
+    names = read_object(path, "index", LARGEST_INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise ConfigError(f"index {path} has no weight_map from tensors to files")
+    return names

@@ -34,7 +34,7 @@ class Replacement:
 
     @property
     def sharded_parameters(self) -> dict[str, ExpertMap]:
-        """Parameter name -> the map that cuts its first dimension; what `parallel.checkpoint.load_sharded` needs."""
+        """Parameter name -> the map that cuts its first dimension; what `weights.checkpoint.load_sharded` needs."""
         return {
             f"{name}.{leaf}": module.expert_map
             for name, module in self.experts.items()
@@ -56,7 +56,7 @@ def replace_experts(
     MiniMaxM3VLExperts, Qwen3MoeExperts and their kind. Routers, shared experts and attention stay as they are, on every
     rank. Either all of them are replaced or, on an error, none. A module that stands in several places is replaced by
     one module in all of them. A model on the meta device works: its shards are meta tensors for
-    `parallel.checkpoint.load_sharded` to fill.
+    `weights.checkpoint.load_sharded` to fill.
 
     Args:
         model: changed in place; every rank passes the same one.

@@ -1,13 +1,15 @@
-"""A checkpoint that ranks load their shard from, without reading the experts of other ranks."""
+"""What a rank loads without reading the experts of other ranks.
+
+`ExpertCheckpoint` gives the experts of a Hugging Face folder as `ExpertWeights`, a layer at a time. `load_sharded`
+fills a whole model from the file that `save_checkpoint` wrote.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,12 +18,95 @@ from epfuse.errors import CheckpointError, MissingDependency, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.reinterpret import reinterpret
 from epfuse.parallel.shard import check_whole, held_experts
+from epfuse.weights.expert_tensors import LayerTensors, find_layers
+from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.model_config import read_model
+from epfuse.weights.read_layer import LayerReader
+from epfuse.weights.tensor_file import StoredTensor, TensorFile
+from epfuse.weights.tensor_folder import TensorFolder
 
-try:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-except ImportError as _missing:
-    raise MissingDependency("sharded loading needs safetensors: pip install 'epfuse[demo]'") from _missing
+
+def _silent(nbytes: int) -> None:
+    """Nobody watches."""
+
+
+class ExpertCheckpoint:
+    """The experts of a Hugging Face folder. Config, names, shapes and dtypes are checked; none of the weights is read.
+
+    All families of `epfuse.weights.config_families` whose experts are a tensor a matrix (``experts.7.w1.weight``) or
+    stacks (``experts.gate_up_proj``): BF16, FP16 and FP32; MXFP8 with scale bytes as uint8 or float8_e8m0fnu; 128x128
+    block FP8; MXFP4 as gpt-oss has it, which becomes MXFP8, exactly, in twice the bytes.
+
+    Args:
+        folder: with config.json and safetensors files, see `TensorFolder`.
+
+    Attributes:
+        folder: the same.
+        model: what its config.json says.
+        layers: layer -> where its experts are, ascending.
+
+    Raises:
+        ConfigError: config.json or the index is not understood, or contradicts itself.
+        CheckpointError, ShapeError, DtypeError: the files can't be read, or are not what the config says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.model = read_model(self.folder)
+        self.layers: Mapping[int, LayerTensors] = find_layers(TensorFolder(self.folder), self.model)
+
+    def bytes_of(self, expert_map: ExpertMap) -> int:
+        """Bytes that `load` reads for a rank."""
+        return sum(expert_map.num_local * layer.expert_bytes for layer in self.layers.values())
+
+    def load(
+        self,
+        expert_map: ExpertMap,
+        device: torch.device | str = "cpu",
+        on_bytes: Callable[[int], None] = _silent,
+    ) -> Iterator[tuple[int, ExpertWeights]]:
+        """One rank's experts of every layer, a layer at a time; nothing else is read.
+
+        Memory: the result, and where the device is a GPU or the order another one, one expert's matrix beside it.
+
+        Args:
+            expert_map: which experts the rank holds; row ``l`` of the result is the expert in slot ``l``.
+            device: where the weights go.
+            on_bytes: told how many bytes were read, after each tensor or row of one.
+
+        Yields:
+            The layer's index in the model, and its weights as the checkpoint has them: `ExpertWeights.prepare` is next.
+
+        Raises:
+            ShapeError: the map is of another number of experts than E.
+            CheckpointError: a file can't be read, or was changed meanwhile.
+        """
+        if expert_map.num_experts != self.model.experts:
+            raise ShapeError(f"expert_map is of E={expert_map.num_experts} experts; the model has {self.model.experts}")
+        for index in self.layers:
+            yield index, self.load_layer(index, expert_map, device, on_bytes)
+
+    def load_layer(
+        self,
+        index: int,
+        expert_map: ExpertMap,
+        device: torch.device | str = "cpu",
+        on_bytes: Callable[[int], None] = _silent,
+    ) -> ExpertWeights:
+        """One layer of `load`.
+
+        Raises:
+            CheckpointError: the layer has no experts; or as `load`.
+        """
+        if index not in self.layers:
+            raise CheckpointError(f"layer {index} has no experts; those that have are {_some(list(self.layers))}")
+        if self.model.has_bias:
+            raise CheckpointError(f"the experts of {self.model.name} have biases, which ExpertWeights does not hold")
+        held = held_experts(expert_map)
+        layer = self.layers[index]
+        reader = LayerReader(self.model, layer, held, torch.device(device), on_bytes)
+        with TensorFolder.reading(layer.of(held)):
+            return reader.weights()
 
 
 def save_checkpoint(model: nn.Module, path: Path) -> None:
@@ -35,6 +120,11 @@ def save_checkpoint(model: nn.Module, path: Path) -> None:
         LayoutError: a tensor is split over ranks, packed or sparse.
         ConfigError: experts were prepared, so that their memory is in a GPU's own order.
     """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise MissingDependency("writing a checkpoint needs safetensors: pip install 'epfuse[demo]'") from error
     model.state_dict()  # experts that can't be saved any more refuse here
     tensors: dict[str, torch.Tensor] = {}
     written: set[int] = set()
@@ -82,12 +172,13 @@ def load_sharded(model: nn.Module, path: Path, sharded: Mapping[str, ExpertMap],
     unknown = sorted(set(sharded) - {name for held in wanted for name in held.names})
     if unknown:
         raise CheckpointError(f"sharded names {_some(unknown)}, which the model {type(model).__name__} does not have")
-    with _opened(path) as file:
-        sources = _matched(wanted, set(file.keys()), path)
+    file = TensorFile(path)
+    sources = [file.tensors[name] for name in _matched(wanted, set(file.tensors), path)]
+    for held, source in zip(wanted, sources, strict=True):
+        _check(held, source, _map_of(held, sharded), path)
+    with file.open():
         for held, source in zip(wanted, sources, strict=True):
-            _check(held, source, file, _map_of(held, sharded), path)
-        for held, source in zip(wanted, sources, strict=True):
-            held.replace_by(_read(file, source, _map_of(held, sharded)), device)
+            held.replace_by(_read(source, _map_of(held, sharded)), device)
 
 
 @dataclass(frozen=True)
@@ -135,17 +226,6 @@ def _held_tensors(model: nn.Module) -> list[_Held]:
     return [_Held(model, tuple(names[key]), tensor) for key, tensor in tensors.items()]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():  # opening a FIFO would wait for ever
-        raise CheckpointError(f"{path} is not a file: a checkpoint that save_checkpoint wrote is needed")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as reason:
-        raise CheckpointError(f"{path} can't be read as safetensors: {reason}") from reason
-
-
 def _matched(wanted: list[_Held], found: set[str], path: Path) -> list[str]:
     """The name in the file of each tensor."""
     sources = []
@@ -166,29 +246,27 @@ def _map_of(held: _Held, sharded: Mapping[str, ExpertMap]) -> ExpertMap | None:
     return next((sharded[name] for name in held.names if name in sharded), None)
 
 
-def _check(held: _Held, source: str, file: Any, expert_map: ExpertMap | None, path: Path) -> None:
-    rows = file.get_slice(source)
+def _check(held: _Held, source: StoredTensor, expert_map: ExpertMap | None, path: Path) -> None:
     needed = tuple(held.tensor.shape)
     if expert_map is not None:
         if not needed or needed[0] != expert_map.num_local:
             raise ShapeError(f"{held.name} has shape {needed}; its expert map needs L={expert_map.num_local} rows")
         needed = (expert_map.num_experts, *needed[1:])
-    found = tuple(rows.get_shape())
-    if found != needed:
-        raise ShapeError(f"{source} has shape {found} in {path.name}; the model needs {needed}")
+    if source.shape != needed:
+        raise ShapeError(f"{source.name} has shape {source.shape} in {path.name}; the model needs {needed}")
     # no row of it is read: its dtype is what matters
-    reinterpret(source, rows[0:0] if needed else file.get_tensor(source), held.tensor.dtype)
+    reinterpret(source.name, torch.empty(0, dtype=source.dtype, device="cpu"), held.tensor.dtype)
 
 
-def _read(file: Any, source: str, expert_map: ExpertMap | None) -> torch.Tensor:
+def _read(source: StoredTensor, expert_map: ExpertMap | None) -> torch.Tensor:
     if expert_map is None:
-        whole: torch.Tensor = file.get_tensor(source)
-        return whole
-    rows = file.get_slice(source)
-    held = [rows[expert] for expert in held_experts(expert_map)]
-    none_held: torch.Tensor = rows[0:0]
-    return torch.stack(held) if held else none_held
+        return source.read()
+    held = held_experts(expert_map)
+    rows = torch.empty((len(held), *source.shape[1:]), dtype=source.dtype, device="cpu")
+    for row, expert in zip(rows, held, strict=True):
+        source.read_into(row, expert)
+    return rows
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _some(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -21,9 +21,9 @@ from epfuse import ExpertMap, ExpertWeights, SwiGLUOAI
 from epfuse.errors import CheckpointError, ConfigError, DtypeError, EpfuseError, LayoutError, ShapeError
 from epfuse.integrations.transformers import EPExperts
 from epfuse.numerics.reinterpret import reinterpret
-from epfuse.parallel.checkpoint import load_sharded, save_checkpoint
 from epfuse.parallel.group import EPGroup
 from epfuse.target import Target
+from epfuse.weights.checkpoint import load_sharded, save_checkpoint
 
 CPU = torch.device("cpu")
 EXPERTS = 5

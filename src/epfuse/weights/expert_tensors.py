@@ -1,0 +1,296 @@
+"""Which tensors of a checkpoint are a layer's experts: found by name, and all of them checked before a byte is read.
+
+Names come in two kinds. A tensor a matrix, with a scale beside it: ``experts.7.w1.weight`` (w1 gate, w3 up, w2 down) or
+``experts.7.gate_proj.weight``. Or stacks of all experts: ``experts.gate_up_proj``, as transformers holds and saves
+them, and gpt-oss' ``experts.gate_up_proj_blocks``.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from epfuse.arguments import checks_enums
+from epfuse.errors import CheckpointError, DtypeError, ShapeError
+from epfuse.numerics.mxfp8 import BLOCK as GROUP
+from epfuse.weights.block_fp8 import BLOCK
+from epfuse.weights.checkpoint_format import Checkpoint
+from epfuse.weights.config_families import FAMILIES
+from epfuse.weights.model_config import ExpertModel
+from epfuse.weights.tensor_file import StoredTensor
+from epfuse.weights.tensor_folder import TensorFolder
+from epfuse.weights.weight_names import SECOND_SCALE
+
+HEADS = ("model.", "language_model.model.", "model.language_model.", "thinker.model.", "")
+"""What stands before ``layers`` where the language model is; elsewhere are draft models (``mtp.``)."""
+SAVED_MODULE = "mlp.experts"
+"""Where experts are in what transformers saves without the family's own names."""
+
+
+class Naming(enum.Enum):
+    """How a checkpoint divides a layer's experts into tensors."""
+
+    MATRICES = "matrices"
+    """A tensor a matrix of one expert."""
+    STACKS = "stacks"
+    """Two tensors with the matrices of all experts, gate and up rows together."""
+
+
+class Matrix(enum.Enum):
+    """One of an expert's matrices."""
+
+    GATE = "gate"
+    UP = "up"
+    GATE_UP = "gate and up"
+    DOWN = "down"
+
+
+class Part(enum.Enum):
+    """What a tensor is of its matrix."""
+
+    WEIGHT = "weight"
+    SCALE = "scale"
+    BIAS = "bias"
+
+
+MATRICES = {
+    "w1": Matrix.GATE, "w3": Matrix.UP, "w2": Matrix.DOWN,
+    "gate_proj": Matrix.GATE, "up_proj": Matrix.UP, "down_proj": Matrix.DOWN,
+}  # fmt: skip
+STACKS = {"gate_up_proj": Matrix.GATE_UP, "down_proj": Matrix.DOWN}
+PARTS = {
+    "": Part.WEIGHT, "weight": Part.WEIGHT, "blocks": Part.WEIGHT, "weight_scale": Part.SCALE,
+    "weight_scale_inv": Part.SCALE, "scale": Part.SCALE, "scale_inv": Part.SCALE, "scales": Part.SCALE,
+    "bias": Part.BIAS,
+}  # fmt: skip
+"""The end of a name; what is not here is refused."""
+NEEDED = {
+    Naming.MATRICES: (Matrix.GATE, Matrix.UP, Matrix.DOWN),
+    Naming.STACKS: (Matrix.GATE_UP, Matrix.DOWN),
+}
+
+_SCALE_BYTES = ("U8", "F8_E8M0")
+DTYPES = {
+    (Checkpoint.BF16, Part.WEIGHT): ("BF16", "F16", "F32"),
+    (Checkpoint.MXFP8, Part.WEIGHT): ("F8_E4M3",),
+    (Checkpoint.MXFP8, Part.SCALE): _SCALE_BYTES,
+    (Checkpoint.MXFP4, Part.WEIGHT): ("U8",),
+    (Checkpoint.MXFP4, Part.SCALE): _SCALE_BYTES,
+    (Checkpoint.BLOCK_FP8, Part.WEIGHT): ("F8_E4M3",),
+    (Checkpoint.BLOCK_FP8, Part.SCALE): ("F32", "BF16", "F8_E8M0"),
+}
+"""The numbers that each format's tensors may have. E4M3 in raw bytes is not among them: they don't tell which E4M3."""
+BIASES = ("BF16", "F16", "F32")
+
+
+@checks_enums
+@dataclass(frozen=True)
+class LayerTensors:
+    """Where the experts of one layer are.
+
+    Attributes:
+        naming: how they are divided into tensors.
+        form: their numbers.
+        module: the experts' name in the checkpoint.
+        is_transposed: matrices are stored as ``[K, N]``.
+        is_interleaved: gate and up rows alternate.
+        tensors: (expert, or None for all; matrix; part) -> the tensor.
+    """
+
+    naming: Naming
+    form: Checkpoint
+    module: str
+    is_transposed: bool
+    is_interleaved: bool
+    tensors: Mapping[tuple[int | None, Matrix, Part], StoredTensor]
+
+    @checks_enums
+    def at(self, expert: int, matrix: Matrix, part: Part) -> tuple[StoredTensor, int | None]:
+        """The tensor that has a part of one expert's matrix, and the row of it in which it is; None for all of it."""
+        if self.naming is Naming.STACKS:
+            return self.tensors[None, matrix, part], expert
+        return self.tensors[expert, matrix, part], None
+
+    @checks_enums
+    def dtypes(self, part: Part) -> tuple[str, ...]:
+        """The numbers of a part, as safetensors names them."""
+        return tuple(sorted({tensor.kind for (_, _, found), tensor in self.tensors.items() if found is part}))
+
+    def of(self, experts: Collection[int]) -> list[StoredTensor]:
+        """The tensors in which some experts are."""
+        held = {None, *experts}
+        return [tensor for (expert, _, _), tensor in self.tensors.items() if expert in held]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes that one expert takes in the files."""
+        if self.naming is Naming.STACKS:
+            return sum(tensor.row_bytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for (expert, _, _), tensor in self.tensors.items() if expert == 0)
+
+
+def find_layers(folder: TensorFolder, model: ExpertModel) -> dict[int, LayerTensors]:
+    """The experts of every layer that has some, all names, shapes and dtypes checked against the config.
+
+    Args:
+        folder: the checkpoint's files.
+        model: what its config.json says.
+
+    Raises:
+        CheckpointError: tensors are missing, stand twice, or are of a kind that is not read.
+        ShapeError, DtypeError: a tensor has not the size or the numbers that the config says.
+    """
+    modules = "|".join(re.escape(module) for module in dict.fromkeys((FAMILIES[model.name].module, SAVED_MODULE)))
+    heads = "|".join(re.escape(head) for head in HEADS)
+    pattern = re.compile(rf"((?:{heads})layers\.(0|[1-9][0-9]{{0,5}})\.(?:{modules}))\.(.+)", re.DOTALL)
+    for name, file in folder.strays.items():
+        if pattern.fullmatch(name):
+            raise CheckpointError(f"{name!r:.120} stands in {file.path.name}, and the index does not put it there")
+    found: dict[int, dict[str, dict[str, StoredTensor]]] = {}
+    for name, tensor in folder.tensors.items():
+        match = pattern.fullmatch(name)
+        if match:
+            found.setdefault(int(match[2]), {}).setdefault(match[1], {})[match[3]] = tensor
+    layers = {}
+    for layer in model.moe_layers:
+        modules_of = found.get(layer, {})
+        if len(modules_of) != 1:
+            have = " and ".join(sorted(modules_of)[:2]) or "no tensor of them"
+            raise CheckpointError(
+                f"{folder.folder} must have the experts of layer {layer} once, as {FAMILIES[model.name].module} or"
+                f" {SAVED_MODULE}; it has {have}"
+            )
+        ((module, tensors),) = modules_of.items()
+        layers[layer] = _layer(model, module, tensors)
+    return layers
+
+
+def _layer(model: ExpertModel, module: str, tensors: Mapping[str, StoredTensor]) -> LayerTensors:
+    parts: dict[tuple[int | None, Matrix, Part], StoredTensor] = {}
+    for rest, tensor in tensors.items():
+        key = _key(rest)
+        if key is None:
+            end = rest.rpartition(".")[2]
+            why = "which no format that is read has" if SECOND_SCALE.fullmatch(end) else "which is not read"
+            raise CheckpointError(f"{module} has {rest!r:.80}, {why}; without it the result would be another one")
+        if key in parts:
+            raise CheckpointError(f"{tensor.name} and {parts[key].name} are the same part of one matrix; one must go")
+        parts[key] = tensor
+    stacked = [key for key in parts if key[0] is None]
+    if stacked and len(stacked) != len(parts):
+        raise CheckpointError(f"{module} has stacks of all experts and tensors of single ones; one must go")
+    naming = Naming.STACKS if stacked else Naming.MATRICES
+    _check_complete(model, module, naming, parts)
+    transposed = model.checkpoint is Checkpoint.BF16 and naming is Naming.STACKS and _are_transposed(model, parts)
+    found = LayerTensors(naming, model.checkpoint, module, transposed, model.name in INTERLEAVED, parts)
+    _check_sizes(model, found)
+    _check_dtypes(found)
+    return found
+
+
+INTERLEAVED = frozenset({"gpt_oss"})
+"""Families whose gate and up rows alternate in stacks."""
+
+
+def _key(rest: str) -> tuple[int | None, Matrix, Part] | None:
+    """What a tensor of the experts' module is; None for what is not known."""
+    match = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.(\w+)\.(\w+)", rest)
+    if match and match[2] in MATRICES and match[3] in PARTS:
+        return int(match[1]), MATRICES[match[2]], PARTS[match[3]]
+    match = re.fullmatch(r"(gate_up_proj|down_proj)(?:[._](\w+))?", rest)
+    if match and (match[2] or "") in PARTS:
+        return None, STACKS[match[1]], PARTS[match[2] or ""]
+    return None
+
+
+def _check_complete(
+    model: ExpertModel, module: str, naming: Naming, parts: Mapping[tuple[int | None, Matrix, Part], StoredTensor]
+) -> None:
+    kinds = [Part.WEIGHT]
+    if model.checkpoint is not Checkpoint.BF16:
+        kinds.append(Part.SCALE)
+    if model.has_bias:
+        kinds.append(Part.BIAS)
+    experts = (None,) if naming is Naming.STACKS else range(model.experts)
+    needed = {(expert, matrix, kind) for expert in experts for matrix in NEEDED[naming] for kind in kinds}
+    missing, more = sorted(needed - parts.keys(), key=_order), sorted(parts.keys() - needed, key=_order)
+    if missing:
+        raise CheckpointError(
+            f"{module} lacks {_words(missing[0])}; E={model.experts} experts in {model.checkpoint.value} need it"
+            f" ({len(missing)} such tensors)"
+        )
+    if more:
+        raise CheckpointError(
+            f"{parts[more[0]].name} is {_words(more[0])}, which E={model.experts} experts in {model.checkpoint.value}"
+            f" don't have: the config and the tensors contradict each other"
+        )
+
+
+def _order(key: tuple[int | None, Matrix, Part]) -> tuple[int, str, str]:
+    return -1 if key[0] is None else key[0], key[1].value, key[2].value
+
+
+def _words(key: tuple[int | None, Matrix, Part]) -> str:
+    expert, matrix, part = key
+    return f"the {part.value} of {'all' if expert is None else f'expert {expert}'}'s {matrix.value}"
+
+
+@checks_enums
+def matrix_size(model: ExpertModel, matrix: Matrix) -> tuple[int, int]:
+    """Rows and columns of a matrix, ``[N, K]``."""
+    if matrix is Matrix.DOWN:
+        return model.hidden, model.intermediate
+    return (2 if matrix is Matrix.GATE_UP else 1) * model.intermediate, model.hidden
+
+
+def _are_transposed(model: ExpertModel, parts: Mapping[tuple[int | None, Matrix, Part], StoredTensor]) -> bool:
+    """Whether all stacks have the size of ``[K, N]``; 2I = H and I = H don't both hold, so that one size tells."""
+    sizes = {matrix: parts[None, matrix, Part.WEIGHT].shape[1:] for matrix in NEEDED[Naming.STACKS]}
+    straight = all(size == matrix_size(model, matrix) for matrix, size in sizes.items())
+    return not straight and all(size == matrix_size(model, matrix)[::-1] for matrix, size in sizes.items())
+
+
+def _check_sizes(model: ExpertModel, layer: LayerTensors) -> None:
+    form = layer.form
+    if form is Checkpoint.BLOCK_FP8 and model.intermediate % BLOCK:
+        raise ShapeError(f"I is {model.intermediate}; the blocks of gate and up lie apart only at multiples of {BLOCK}")
+    if form in (Checkpoint.MXFP8, Checkpoint.MXFP4):
+        for letter, width in (("H", model.hidden), ("I", model.intermediate)):
+            if width % GROUP:
+                raise ShapeError(f"{letter} is {width}; {form.value} needs a multiple of {GROUP}")
+    size: tuple[int, ...]
+    for (expert, matrix, part), tensor in layer.tensors.items():
+        rows, columns = matrix_size(model, matrix)
+        size = (columns, rows) if layer.is_transposed else (rows, columns)
+        if part is Part.BIAS:
+            size = (rows,)
+        elif part is Part.SCALE:
+            size = (
+                (-(-rows // BLOCK), -(-columns // BLOCK)) if form is Checkpoint.BLOCK_FP8 else (rows, columns // GROUP)
+            )
+        elif form is Checkpoint.MXFP4:
+            size = (rows, columns // GROUP, GROUP // 2)
+        needed = size if expert is not None else (model.experts, *size)
+        if tensor.shape != needed:
+            raise ShapeError(
+                f"{tensor.name} has shape {tensor.shape}; {form.value} experts with H={model.hidden},"
+                f" I={model.intermediate}, E={model.experts} need {needed}"
+            )
+
+
+def _check_dtypes(layer: LayerTensors) -> None:
+    first: dict[Part, StoredTensor] = {}
+    for (_, _, part), tensor in layer.tensors.items():
+        allowed = BIASES if part is Part.BIAS else DTYPES[layer.form, part]
+        if tensor.kind not in allowed:
+            raise DtypeError(
+                f"{tensor.name} is in {tensor.kind}; the {part.value} of {layer.form.value} experts is in"
+                f" {' or '.join(allowed)}, and a load casts nothing"
+            )
+        other = first.setdefault(part, tensor)
+        if other.kind != tensor.kind:
+            raise DtypeError(
+                f"{tensor.name} is in {tensor.kind}, and {other.name} in {other.kind}; both must be in one"
+            )

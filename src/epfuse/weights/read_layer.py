@@ -1,0 +1,137 @@
+"""A layer's experts from where a checkpoint has them to where `ExpertWeights` wants them, one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from epfuse.numerics.e8m0 import decode_scales
+from epfuse.numerics.mxfp8 import BLOCK as GROUP
+from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockFP8Experts
+from epfuse.weights.checkpoint_format import Checkpoint
+from epfuse.weights.expert_tensors import LayerTensors, Matrix, Naming, Part, matrix_size
+from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.model_config import ExpertModel
+from epfuse.weights.mxfp4 import to_mxfp8
+
+
+@dataclass(frozen=True)
+class LayerReader:
+    """Reads one layer for one rank.
+
+    Args:
+        model: the sizes.
+        layer: where its experts are, checked.
+        held: global ids of the experts, by local slot.
+        device: where the weights go.
+        on_bytes: told how many bytes were read.
+    """
+
+    model: ExpertModel
+    layer: LayerTensors
+    held: Sequence[int]
+    device: torch.device
+    on_bytes: Callable[[int], None]
+
+    def weights(self) -> ExpertWeights:
+        """All of it.
+
+        Raises:
+            CheckpointError: a file can't be read, or was changed meanwhile.
+        """
+        form = self.layer.form
+        if form is Checkpoint.BF16:
+            return ExpertWeights.dense(
+                *(self._weights(matrix, self._dtype) for matrix in (Matrix.GATE_UP, Matrix.DOWN))
+            )
+        if form is Checkpoint.BLOCK_FP8:
+            w13, w2 = (
+                BlockFP8(self._weights(matrix, torch.float8_e4m3fn), self._scales(matrix, BLOCK, BLOCK, torch.float32))
+                for matrix in (Matrix.GATE_UP, Matrix.DOWN)
+            )
+            return ExpertWeights((BlockFP8Experts(w13, w2),))
+        read = self._from_mxfp4 if form is Checkpoint.MXFP4 else self._mxfp8
+        return ExpertWeights.mxfp8(*read(Matrix.GATE_UP), *read(Matrix.DOWN))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.layer.tensors.values())).dtype
+
+    def _mxfp8(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._weights(matrix, torch.float8_e4m3fn), self._scales(matrix, 1, GROUP, torch.uint8)
+
+    def _from_mxfp4(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = matrix_size(self.model, matrix)
+        values = self._empty((rows, columns), torch.float8_e4m3fn)
+        scales = self._empty((rows, columns // GROUP), torch.uint8)
+        for slot, expert in enumerate(self.held):
+            pieces = self._pieces(matrix)
+            halves = (values[slot].chunk(len(pieces)), scales[slot].chunk(len(pieces)))
+            for piece, own_values, own_scales in zip(pieces, *halves, strict=True):
+                made = to_mxfp8(self._raw(expert, piece, Part.WEIGHT), self._raw(expert, piece, Part.SCALE))
+                self._place(own_values, made.values, piece)
+                self._place(own_scales, made.scales, piece)
+        return values, scales
+
+    def _weights(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        return self._stack(matrix, Part.WEIGHT, self._empty(matrix_size(self.model, matrix), dtype))
+
+    def _scales(self, matrix: Matrix, high: int, wide: int, dtype: torch.dtype) -> torch.Tensor:
+        rows, columns = matrix_size(self.model, matrix)
+        return self._stack(matrix, Part.SCALE, self._empty((-(-rows // high), -(-columns // wide)), dtype))
+
+    def _empty(self, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((len(self.held), *size), dtype=dtype, device=self.device)
+
+    def _stack(self, matrix: Matrix, part: Part, out: torch.Tensor) -> torch.Tensor:
+        """Fill ``out`` ``[L, ..]`` with one part of a projection, expert by expert."""
+        for slot, expert in enumerate(self.held):
+            pieces = self._pieces(matrix)
+            for piece, target in zip(pieces, out[slot].chunk(len(pieces)), strict=True):
+                self._fill(target, expert, piece, part)
+        return out
+
+    def _pieces(self, matrix: Matrix) -> tuple[Matrix, ...]:
+        """The matrices that a projection is stored in, in the order of its rows."""
+        if matrix is Matrix.DOWN or self.layer.naming is Naming.STACKS:
+            return (matrix,)
+        return Matrix.GATE, Matrix.UP
+
+    def _fill(self, target: torch.Tensor, expert: int, matrix: Matrix, part: Part) -> None:
+        tensor, row = self.layer.at(expert, matrix, part)
+        same_bits = tensor.dtype == target.dtype or target.dtype == torch.uint8
+        if same_bits and target.device.type == "cpu" and not self._is_rearranged(matrix):
+            tensor.read_into(target, row)  # where it is to be: no copy
+            self.on_bytes(target.nbytes)
+            return
+        self._place(target, _as(self._raw(expert, matrix, part), target.dtype), matrix)
+
+    def _raw(self, expert: int, matrix: Matrix, part: Part) -> torch.Tensor:
+        """One expert's part as it is stored."""
+        tensor, row = self.layer.at(expert, matrix, part)
+        raw = torch.empty(tensor.shape[row is not None :], dtype=tensor.dtype, device="cpu")
+        tensor.read_into(raw, row)
+        self.on_bytes(raw.nbytes)
+        return raw
+
+    def _is_rearranged(self, matrix: Matrix) -> bool:
+        return self.layer.is_transposed or (self.layer.is_interleaved and matrix is Matrix.GATE_UP)
+
+    def _place(self, target: torch.Tensor, raw: torch.Tensor, matrix: Matrix) -> None:
+        """Copy a matrix, as it is stored, to where gate rows come first and rows are rows."""
+        straight = raw.mT if self.layer.is_transposed else raw
+        if self.layer.is_interleaved and matrix is Matrix.GATE_UP:
+            gate, up = target.chunk(2)
+            gate.copy_(straight[0::2])
+            up.copy_(straight[1::2])
+        else:
+            target.copy_(straight)
+
+
+def _as(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scale bytes as bytes, float scales as float32, and anything else as it is: no number changes."""
+    if raw.dtype == torch.float8_e8m0fnu:
+        return decode_scales(raw.view(torch.uint8), dtype) if dtype == torch.float32 else raw.view(torch.uint8)
+    return raw.to(dtype)
