@@ -130,6 +130,8 @@ def wrong_modes(group: EPGroup, drawn: Draw) -> list[str]:
         beside = torch.full(expected.shape, 0.5, dtype=drawn.dtype)
         overlap = [None, lambda beside=beside: beside][(drawn.seed + index) % 2]
         routes = physical(ids[passed]) if translated else ids[passed].contiguous()
+        if index % 2 and not bool((routes >= 2**31).any()):
+            routes = routes.int()
         result = mode(hidden[passed], weights[passed], routes, experts, overlap)
         wanted = expected + (0.5 if overlap else 0.0)
         error = (result.double() - wanted).norm(dim=1) / (1.0 + wanted.norm(dim=1))

@@ -105,18 +105,26 @@ def test_what_arrives_in_fp8_is_quantised_to_itself(values: list[float], group: 
     assert torch.equal(arrived.float(), ours)
 
 
-@given(st.integers(0, 5), st.integers(1, 3), st.integers(1, 7), st.sampled_from([torch.bfloat16, torch.float32]))
+@given(
+    st.integers(0, 5),
+    st.integers(1, 3),
+    st.integers(1, 7),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.sampled_from([torch.int32, torch.int64]),
+)
 @settings(deadline=None)
-def test_rows_survive_packing_bit_for_bit(tokens: int, top_k: int, hidden: int, dtype: torch.dtype) -> None:
+def test_rows_survive_packing_bit_for_bit(
+    tokens: int, top_k: int, hidden: int, dtype: torch.dtype, ids_dtype: torch.dtype
+) -> None:
     rows, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, top_k)
     weights[:1] = torch.nan
-    ids = torch.tensor([0, -1, 2**32, 2**31 - 1, -7])[torch.randint(5, (tokens, top_k))]
+    ids = torch.tensor([0, -1, 2**32, 2**31 - 1, -7])[torch.randint(5, (tokens, top_k))].to(ids_dtype)
     data = pack(rows, weights, ids, AS_GIVEN)
     assert data.shape == (tokens, 8 * top_k + AS_GIVEN.nbytes(hidden, dtype))
     found = unpack(data, top_k, hidden, dtype, AS_GIVEN)
     assert torch.equal(found.hidden, rows)
     assert torch.equal(found.topk_weights.view(torch.int32), weights.view(torch.int32))
-    assert torch.equal(found.topk_ids.long(), torch.where((ids >= 0) & (ids < 2**31), ids, -1))
+    assert torch.equal(found.topk_ids.long(), torch.where((ids.long() >= 0) & (ids.long() < 2**31), ids.long(), -1))
 
 
 def test_the_payload_of_a_path() -> None:

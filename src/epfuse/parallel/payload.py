@@ -122,7 +122,8 @@ class Rows:
 
 def pack(hidden: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, payload: Payload) -> torch.Tensor:
     """``[T, 8 K + nbytes]`` uint8: a row for each token. An id that is no int32 becomes -1 and does not wrap."""
-    ids = torch.where((topk_ids >= 0) & (topk_ids < 2**31), topk_ids, -1).int()
+    wide = topk_ids.long()  # beside int32, torch wraps the bound
+    ids = torch.where((wide >= 0) & (wide < 2**31), wide, -1).int()
     meta = torch.stack([ids, topk_weights.view(torch.int32)], dim=2).flatten(1)
     return torch.cat([meta.view(torch.uint8), payload.encode(hidden)], dim=1)
 
