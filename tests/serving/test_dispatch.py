@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from epfuse.serving import journal as journal_module
 from epfuse.serving.claim import Claim, holder_of, revoke
+from epfuse.serving.contact import WallClock
 from epfuse.serving.dispatch import Dispatcher, Rules
 from epfuse.serving.journal import ENDS, Journal, State, read_journal
 from epfuse.serving.launchers.launcher import Phase, Rejected, Unsure
@@ -304,6 +306,18 @@ def test_identical_failures_open_the_breaker(tmp_path: Path, monkeypatch: pytest
     assert "3 times the same failure, so nothing more is submitted: port 803 is taken" in now.unfinished
 
 
+def test_addresses_make_no_failure_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path)
+    world = World(0, tmp_path / "points")
+    monkeypatch.setattr(World, "places", property(lambda world: {"slurm": 1}))
+    how = _ending(lambda job: (End.FAILED, f"fault by GPU node-2 on address 0x7f{'abcdef'[job.number - 1]}00"))
+    monkeypatch.setattr(World, "end", how)
+    now = dispatcher(folder, world, Rules(identical=3))
+    now.dispatch()
+    kill(now)
+    assert "3 times the same failure" in now.unfinished
+
+
 def test_failures_of_different_kinds_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run(tmp_path)
     world = World(0, tmp_path / "points")
@@ -488,6 +502,26 @@ def test_a_point_whose_end_is_damaged_fails_and_the_others_go_on(tmp_path: Path)
     now.dispatch()
     kill(now)
     assert states(folder) == {"a": State.FAILED, "b": State.DONE}
+
+
+def test_a_folder_with_spaces_is_told_of_once(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "two  spaces", ["a"])
+    folder.point("a").running.mkdir()
+    now = dispatcher(folder, World(0, folder.path / "points"))
+    now.step()
+    notes = len(now.journal.history.notes)
+    for _ in range(5):
+        now.step()
+    assert len(now.journal.history.notes) == notes == 1
+    kill(now)
+
+
+def test_a_clock_that_is_set_moves_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or two looks would seem as far apart as a late sbatch needs, or a pause last until the clock is right again."""
+    clock = WallClock()
+    before = clock.now()
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    assert 0 <= clock.now() - before < 600
 
 
 def test_a_step_without_news_writes_nothing(tmp_path: Path) -> None:

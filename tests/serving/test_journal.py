@@ -174,9 +174,10 @@ def test_the_names_are_those_of_the_issue() -> None:
 def test_a_reason_with_line_ends_stays_one_line(folder: RunFolder) -> None:
     lock, journal = open_run(folder)
     with lock, journal:
-        journal.change("a", State.FAILED, "one\ntwo\x00\u2028" + "x" * 5000)
+        journal.change("a", State.FAILED, "one\ntwo\x00\u2028\x1b]0;title\x07\u202e" + "x" * 5000)
     history = read_journal(folder.journal)
     assert history.points["a"].why.startswith("one two")
+    assert history.points["a"].why.isprintable()  # it is shown on terminals, and comes from logs
     assert len(history.points["a"].why) == 1000
 
 

@@ -219,3 +219,10 @@ def test_a_machine_without_slurm_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="launcher is 'slurm', but scontrol is not installed here"):
         launcher().probe("slurm")
+
+
+def test_thousands_of_keys_fit_into_arguments(stubs: Stubs) -> None:
+    keys = [f"{'k' * 150}-{n}" for n in range(1100)]
+    stubs.answer("squeue", f"7|{keys[-1]}|RUNNING|None\n")
+    assert launcher().look("slurm", keys) == Seen((Sighting(keys[-1], "7", Phase.RUNNING, "RUNNING"),))
+    assert len(stubs.calls("squeue")) == 3

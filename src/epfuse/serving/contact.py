@@ -13,17 +13,17 @@ class Clock(Protocol):
     """Time, or what a test takes for it."""
 
     def now(self) -> float:
-        """Seconds since 1970."""
+        """Seconds that never go back; only differences mean anything."""
 
     def sleep(self, seconds: float) -> None:
         """Wait."""
 
 
 class WallClock:
-    """Time."""
+    """Time, which nobody sets: two looks are as far apart as they seem, and a pause ends when it should."""
 
     def now(self) -> float:
-        return time.time()
+        return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from epfuse.errors import ConfigError
 from epfuse.serving.claim import holder_of, revoke
 from epfuse.serving.contact import Clock, Contacts, WallClock
-from epfuse.serving.journal import AT_WORK, ENDS, SENT, Change, Journal, State
+from epfuse.serving.journal import AT_WORK, ENDS, SENT, Change, Journal, State, one_line
 from epfuse.serving.launchers.launcher import Launcher, Order, Phase, Rejected, Sighting, Unreachable, Unsure
 from epfuse.serving.layout import RunFolder, make_key
 from epfuse.serving.point import End, PointJob, Run
@@ -185,6 +185,7 @@ class Dispatcher:
         job: str | None = None,
     ) -> None:
         """Write and say it, if it is news."""
+        why = one_line(why)  # as the journal has it: or it would be news in every step
         old = self.journal.history.points[name]
         given = {"attempt": attempt, "place": place, "job": job}
         same = all(value is None or value == getattr(old, key) for key, value in given.items())
@@ -197,12 +198,13 @@ class Dispatcher:
                 memory.pop(name, None)
 
     def _note(self, text: str) -> None:
+        text = one_line(text)
         self.journal.note(text)
         self.say(text)
 
     def _note_once(self, text: str) -> None:
         """For what is as true in the next step."""
-        if all(note.text != text for note in self.journal.history.notes):
+        if all(note.text != one_line(text) for note in self.journal.history.notes):
             self._note(text)
 
     def _read_folder(self, name: str) -> None:
@@ -427,8 +429,8 @@ class Dispatcher:
         self._count_failure(why)
 
     def _count_failure(self, why: str) -> None:
-        """Open the breaker after failures that are the same but for their numbers."""
-        kind = re.sub(r"[0-9]+", "N", why)
+        """Open the breaker after failures that are the same but for their numbers, be they hexadecimal."""
+        kind = re.sub(r"\b(0x[0-9a-fA-F]+|[0-9a-f]*[0-9][0-9a-f]*)\b|[0-9]+", "N", why)
         self._failures = [*(self._failures if self._failures[-1:] == [kind] else []), kind]
         if len(self._failures) >= self.rules.identical and not self.broken:
             self.broken = f"{len(self._failures)} times the same failure, so nothing more is submitted: {why}"

@@ -21,6 +21,7 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_file
+from epfuse.profiling.text import printable
 from epfuse.report.write import write_atomic
 from epfuse.serving.lock import RunLock
 from epfuse.serving.point import Frozen, Name
@@ -277,13 +278,13 @@ class Journal:
                 attempt=old.attempt if attempt is None else attempt,
                 place=old.place if place is None else place,
                 job=old.job if job is None else job,
-                why=_one_line(why),
+                why=one_line(why),
             )
         )
 
     def note(self, text: str) -> None:
         """Write something about the run."""
-        self._append(Note(n=self.history.lines, at=self._clock(), text=_one_line(text)))
+        self._append(Note(n=self.history.lines, at=self._clock(), text=one_line(text)))
 
     def _append(self, entry: Change | Note) -> None:
         self._lock.check()
@@ -330,6 +331,7 @@ def _parse(line: bytes, number: int) -> Begin | Change | Note:
     return entry
 
 
-def _one_line(text: str) -> str:
-    text = " ".join(text.split())
+def one_line(text: str) -> str:
+    """A text from anywhere as one line of characters that can do nothing but be seen; cut where it is long."""
+    text = printable(" ".join(text.split()))
     return text if len(text) <= LONGEST_WHY else text[: LONGEST_WHY - 3] + "..."

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from epfuse.errors import ConfigError
-from epfuse.serving.journal import ENDS, History, State, read_journal
+from epfuse.serving.journal import ENDS, History, State, one_line, read_journal
 from epfuse.serving.layout import RunFolder, make_key
 from epfuse.serving.lock import Owner, read_owner
 
@@ -123,9 +123,9 @@ def status_of(folder: RunFolder, label: str, launcher: str, history: History) ->
             try:
                 done = folder.read_done(name)
             except ConfigError as error:
-                done, why = None, str(error)
+                done, why = None, one_line(str(error))
             if done is not None:  # it ended, and no dispatcher has looked since
-                state, why = State(done.state), done.reason
+                state, why = State(done.state), one_line(done.reason)
         key = make_key(history.run, name, change.attempt) if change.attempt else ""
         points.append(PointStatus(name, state, change.attempt, key, change.place, change.job, change.at, why))
     notes = tuple(

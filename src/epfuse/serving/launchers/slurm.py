@@ -51,6 +51,8 @@ FINAL = (
 """What sbatch says of an order that it will refuse each time."""
 
 MARGIN_MINUTES = 10
+MOST_NAMES = 500
+"""Keys in one question: Linux takes no argument of 128 KiB, and a key has up to 200 characters."""
 NO_ACCOUNTING = "Slurm accounting storage is disabled"
 RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED", "RESIZING"}
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -95,6 +97,15 @@ class SlurmLauncher:
         """
         if (down := self.probe(place)) is not None:
             return Unreachable(down)
+        seen: list[Sighting] = []
+        for first in range(0, len(keys), MOST_NAMES):
+            part = self._look_for(keys[first : first + MOST_NAMES])
+            if isinstance(part, Unreachable):
+                return part
+            seen += part.jobs
+        return Seen(tuple(seen))
+
+    def _look_for(self, keys: Sequence[str]) -> Seen | Unreachable:
         names = ",".join(keys)
         reply = self._ask(["squeue", "-h", "-a", "-t", "all", "--me", f"--name={names}", "-o", LOOK])
         if reply.code != 0:
