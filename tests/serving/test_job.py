@@ -19,11 +19,14 @@ from epfuse.errors import ConfigError
 from epfuse.serving import job as jobs
 from epfuse.serving import leg as legs
 from epfuse.serving.claim import Claim, holder_of, revoke
+from epfuse.serving.client import run_client
+from epfuse.serving.environments import Task
+from epfuse.serving.evals import read_evals
 from epfuse.serving.gate import Distance, Reading, Reference
 from epfuse.serving.job import main, run
 from epfuse.serving.leg import MOST_NOISE, own_result
-from epfuse.serving.point import Arm, Client, Deadlines, End, Point, PutIn, Venv
-from epfuse.serving.server import MARK, port_is_free
+from epfuse.serving.point import Arm, Client, Deadlines, End, Gate, Point, PutIn, Venv
+from epfuse.serving.server import MARK, Server, free_port, marked_processes, port_is_free
 from tests.serving.points import KEY, ending, one_arm, point_job, start, stub, two_arms, write
 
 
@@ -391,3 +394,22 @@ def test_a_patched_environment_is_taken_back(ended, tmp_path, fault):
     _, done = ended(point_job(arm))
     assert done.state is (End.FAILED if fault else End.DONE)
     assert calls.read_text().splitlines() == [f"-m epfuse vllm patch {verb}" for verb in ("apply", "revert")]
+
+
+def test_a_metric_that_is_no_number_is_none(tmp_path):
+    gate = Gate(evals=("gsm8k",))
+    for value in ("true", "NaN", "1" + "0" * 400, '"1.0"', "null"):
+        (tmp_path / "results_1.json").write_text(f'{{"results": {{"gsm8k": {{"exact_match,strict-match": {value}}}}}}}')
+        found, reason = read_evals(gate, tmp_path)
+        assert not found
+        assert reason
+
+
+def test_an_engine_that_does_not_end_its_container_keeps_no_server_alive(tmp_path):
+    """What ends a container may be missing or hang; the kill and the look for what is left come all the same."""
+    argv = (sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)")
+    task = Task(argv, dict(os.environ), ending=("no-such-engine-of-epfuse",))
+    server = Server(task, tmp_path / "log", free_port(), "mark-of-this-test")
+    server.stop(0.1)
+    assert marked_processes("mark-of-this-test") == []
+    run_client(Task((sys.executable, "-c", ""), dict(os.environ), task.ending), tmp_path / "log", "it", int, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -45,11 +46,14 @@ def run_client(task: Task, log: Path, what: str, look: Callable[[], None], inter
             look()  # a server that died is why its client failed
     finally:
         if task.ending:
-            subprocess.run(
-                task.ending, stdin=subprocess.DEVNULL, capture_output=True, timeout=ENDING_PATIENCE, check=False
-            )
+            with contextlib.suppress(OSError, subprocess.SubprocessError):  # the client's own end is what counts
+                subprocess.run(
+                    task.ending, stdin=subprocess.DEVNULL, capture_output=True, timeout=ENDING_PATIENCE, check=False
+                )
     if code:
-        tail = log.read_text(errors="replace").strip()[-500:]
+        with log.open("rb") as said:
+            said.seek(max(0, said.seek(0, 2) - 4096))
+            tail = said.read().decode(errors="replace").strip()[-500:]
         raise LoadFault(f"{what}: {task.argv[0]} ended with exit code {code}: {tail}")
 
 

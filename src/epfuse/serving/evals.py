@@ -51,9 +51,10 @@ def read_evals(gate: Gate, folder: Path) -> tuple[dict[str, float], str]:
             results = read_json(file, "lm-eval result", 1 << 28)["results"]
             for task in gate.evals:
                 for name, value in results.get(task, {}).items():
-                    if name.split(",")[0] == METRIC and isinstance(value, int | float) and math.isfinite(value):
+                    number = isinstance(value, int | float) and not isinstance(value, bool)
+                    if name.split(",")[0] == METRIC and number and math.isfinite(value):
                         found[f"{task}/{name}"] = float(value)
-        except (EpfuseError, LookupError, TypeError, AttributeError) as error:
+        except (EpfuseError, LookupError, TypeError, AttributeError, OverflowError) as error:
             return {}, f"lm-eval's {file.name} can't be read: {error!r:.200}"
     silent = [task for task in gate.evals if not any(name.startswith(f"{task}/") for name in found)]
     if silent:

@@ -180,9 +180,14 @@ class Server:
         self._signal_all(signal.SIGTERM)
         _until(lambda: not self._members(), patience)
         if self._ending:
-            subprocess.run(
-                list(self._ending), stdin=subprocess.DEVNULL, capture_output=True, timeout=GONE_PATIENCE, check=False
-            )
+            with contextlib.suppress(OSError, subprocess.SubprocessError):  # whether it is gone, is looked at below
+                subprocess.run(
+                    list(self._ending),
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=GONE_PATIENCE,
+                    check=False,
+                )
         self._signal_all(signal.SIGKILL)
         self._children.end()
         self._process.wait()

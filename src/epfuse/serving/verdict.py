@@ -140,7 +140,7 @@ def t_p(values: Sequence[float]) -> float:
     mean = statistics.fmean(values)
     if error == 0.0:
         return 1.0 if mean == 0.0 else 0.0
-    return 1.0 - _within(abs(mean) / error, len(values) - 1)
+    return max(0.0, 1.0 - _within(abs(mean) / error, len(values) - 1))
 
 
 def t_interval(values: Sequence[float], level: float) -> tuple[float, float]:
