@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -62,3 +63,13 @@ def test_five_percent_may_fail(tmp_path):
     file = tmp_path / "result.json"
     file.write_text(json.dumps(GOOD | {"completed": 2432}))
     assert read_result(CLIENT, file) == {"completed": 2432.0, "duration": 9.5, "total_output_tokens": 100.0}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.99, 1.0])
+def test_vllm_never_draws_a_token_more_than_the_longest(share):
+    for longest in (2, 17, 100, 1000, 1024, 8192, 131_072):
+        client = CLIENT.model_copy(update={"shortest_share": share})
+        middle, ratio = client.vllm_lengths(longest)
+        assert math.ceil(middle * (1 + ratio)) <= longest  # as vllm/benchmarks/datasets/utils.py has it
+        assert math.ceil(middle * (1 + ratio)) >= longest * (1 - 2e-4) - 1
+        assert abs(math.floor(middle * (1 - ratio)) - share * longest) <= 2 + 2e-4 * longest

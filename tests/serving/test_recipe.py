@@ -83,7 +83,6 @@ def test_abba() -> None:
     assert abba("a", "b", 3) == ("a", "b", "b", "a", "a", "b")
     assert planned(MI300X.recipe, True, pairs=2)[0].order == ("baseline", "candidate", "candidate", "baseline")
     assert planned(MI300X.recipe, True)[0].order == ("baseline",)
-    assert planned(MI300X.recipe, True, arms=("candidate",))[0].arms[0].name == "candidate"
     with pytest.raises(ConfigError, match="arm is 'x'"):
         planned(MI300X.recipe, True, arms=("x",))
 
@@ -151,6 +150,16 @@ def _parse(text: str) -> Recipe:
         ("arms:\n", "runners: {h200: [a]}\narms:\n", 1, "runner 'cpu'"),
         ("name: baseline", "name: Base line", 18, "arms.0.name"),
         ("schema: 1", "schema: 2", 1, "schema"),
+        ("    model: m\n", "    model: --help\n", 7, "matrix.m3-fp8.model"),  # an option of vllm serve
+        ("    image: x", "    image: -v=/:/host", 6, "matrix.m3-fp8.image"),  # one of docker
+        ("arms:\n", "model: -h\narms:\n", 17, "model"),
+        ("arms:\n", "gate: {factor: true}\narms:\n", 17, "gate.factor"),
+        ("arms:\n", "client: {shortest_share: true}\narms:\n", 17, "client.shortest_share"),
+        ("arms:\n", "deadlines: {ready: '60'}\narms:\n", 17, "deadlines.ready"),
+        ("arms:\n", "slurm: {exclusive: 'no'}\narms:\n", 17, "slurm.exclusive"),
+        ("conc-list: [4]", "conc-list: [4], dp-attn: 'yes'", 16, "dp-attn"),
+        ("- name: baseline", "- name: candidate\n- name: baseline", 1, "must stand before its candidate"),
+        ("- name: baseline", "- name: a\n- name: b\ncompare: {baseline: a, candidate: a}", 1, "must stand before"),
     ],
 )
 def test_a_fault_has_file_line_and_key(tmp_path: Path, old: str, new: str, line: int, words: str) -> None:
@@ -196,3 +205,31 @@ def test_any_server_command_gets_the_point() -> None:
     server = planned(_parse(text))[0].arms[0].server
     assert server.argv == ("python", "-m", "x", "--port", "{port}", "--len", "336", "7")
     assert (server.env["CONC"], server.env["RANDOM_RANGE_RATIO"]) == ("4", "0.8")
+
+
+@pytest.mark.parametrize("arms", [("candidate",), ("candidate", "baseline")])
+def test_an_arm_without_its_baseline_before_it_is_refused(arms: tuple[str, ...]) -> None:
+    """It would be compared with itself, and pass whatever it answers."""
+    with pytest.raises(ConfigError, match="--arm baseline,candidate"):
+        planned(MI300X.recipe, True, arms=arms)
+    assert planned(MI300X.recipe, True, arms=("baseline", "candidate"))[0].order == ("baseline", "candidate")
+
+
+def test_nodes_of_any_name_give_points_with_names() -> None:
+    recipe = _parse(MINIMAL.replace("arms:\n", "runners: {cpu: ['-Rack 1/A', 'rack 1/B; rm']}\narms:\n"))
+    rows = expand(recipe.matrix, recipe.runners, Selection(node="ack"))
+    found = jobs(recipe, rows, "run")
+    assert [job.point.name for job in found] == ["m3-fp8_-rack-1-a_64_16-c4-tp8", "m3-fp8_rack-1-b-rm_64_16-c4-tp8"]
+    assert [job.node for job in found] == ["-Rack 1/A", "rack 1/B; rm"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("conc-list: [4]", "conc-list: [16777216]", "key 'm3-fp8', 64/16 c16777216: prompts"),
+        ("osl: 16", "osl: 1", "can't draw lengths up to 1"),
+    ],
+)
+def test_what_is_no_point_is_refused_by_its_key(old: str, new: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        planned(_parse(MINIMAL.replace(old, new)))

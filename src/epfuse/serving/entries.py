@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StringConstraints, model_validator
 
-from epfuse.serving.point import Count, Frozen, Name, Text
+from epfuse.serving.point import Count, Frozen, Name, Operand, Text
 
 SpecDecoding = Literal["mtp", "draft_model", "none"]
 EntryKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -66,7 +66,7 @@ class Search(_Concurrencies):
 
     tp: Count
     ep: Count | None = None
-    dp_attn: bool | None = None
+    dp_attn: StrictBool | None = None
     spec_decoding: SpecDecoding = "none"
 
 
@@ -76,7 +76,7 @@ class Worker(Kebab):
     num_worker: Count
     tp: Count
     ep: Count
-    dp_attn: bool
+    dp_attn: StrictBool
     additional_settings: tuple[Text, ...] = ()
 
 
@@ -105,8 +105,8 @@ class MultiNodeLengths(Kebab):
 
 
 class _Entry(Kebab):
-    image: Text
-    model: Text
+    image: Operand
+    model: Operand
     model_prefix: Name
     precision: Name
     framework: Name
@@ -125,7 +125,7 @@ class MultiNodeEntry(_Entry):
     """A model on several nodes."""
 
     multinode: Literal[True]
-    disagg: bool = False
+    disagg: StrictBool = False
     seq_len_configs: Annotated[tuple[MultiNodeLengths, ...], Field(min_length=1, max_length=1000)]
 
 

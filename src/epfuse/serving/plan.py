@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from epfuse import __version__
-from epfuse.errors import ConfigError
+from epfuse.errors import ConfigError, first_fault
 from epfuse.serving.entries import Entry
 from epfuse.serving.matrix import Row
 from epfuse.serving.point import Arm, Client, Command, Compare, Gate, Point, PointJob, PutIn, Run
@@ -35,9 +39,20 @@ def point_names(rows: Sequence[Row]) -> list[str]:
 
 
 def _point_name(what: str, row: Row) -> str:
+    what = re.sub(r"[^a-z0-9._-]+", "-", what).lstrip("._-")  # a node's name may have anything in it
     ranks = f"tp{row.tp}" + (f"-ep{row.ep}" if row.ep != 1 else "") + ("-dp" if row.dp_attn else "")
     draft = "" if row.spec_decoding == "none" else f"-{row.spec_decoding}"
     return f"{what}-c{row.conc}-{ranks}{draft}"
+
+
+@contextmanager
+def _of(row: Row) -> Iterator[None]:
+    """What is too large or no name only when it is put together is the row's fault."""
+    try:
+        yield
+    except ValidationError as error:
+        where, fault = first_fault(error, "its point")
+        raise ConfigError(f"key {row.key!r}, {row.isl}/{row.osl} c{row.conc}: {where}: {fault}") from None
 
 
 def points(recipe: Recipe, rows: Sequence[Row]) -> list[Point]:
@@ -58,24 +73,25 @@ def points(recipe: Recipe, rows: Sequence[Row]) -> list[Point]:
         assert isinstance(row.conc, int)
         assert row.tp is not None
         assert row.ep is not None
-        found.append(
-            Point(
-                name=name,
-                model=recipe.model or row.entry.model,
-                prefix=row.entry.model_prefix,
-                target=row.entry.runner,
-                precision=row.entry.precision,
-                framework=row.entry.framework,
-                isl=row.isl,
-                osl=row.osl,
-                concurrency=row.conc,
-                tp=row.tp,
-                ep=row.ep,
-                dp_attention=bool(row.dp_attn),
-                is_eval=row.is_eval,
-                eval_only=row.eval_only,
+        with _of(row):
+            found.append(
+                Point(
+                    name=name,
+                    model=recipe.model or row.entry.model,
+                    prefix=row.entry.model_prefix,
+                    target=row.entry.runner,
+                    precision=row.entry.precision,
+                    framework=row.entry.framework,
+                    isl=row.isl,
+                    osl=row.osl,
+                    concurrency=row.conc,
+                    tp=row.tp,
+                    ep=row.ep,
+                    dp_attention=bool(row.dp_attn),
+                    is_eval=row.is_eval,
+                    eval_only=row.eval_only,
+                )
             )
-        )
     return found
 
 
@@ -167,7 +183,8 @@ def jobs(
         recipe: what they run.
         rows: of its matrix.
         run: the run's name.
-        arms: each runs once; none: the recipe's first. Without meaning where ``pairs`` is given.
+        arms: each runs once, the recipe's first one first, for the gate compares the others with it; none: that one
+            alone. Without meaning where ``pairs`` is given.
         pairs: baseline and candidate are compared, each so often; 0: no comparison.
         profile: a trace of each server.
 
@@ -185,30 +202,36 @@ def jobs(
     if unknown:
         raise ConfigError(f"arm is {unknown[0]!r}; the recipe has {', '.join(known)}")
     used = sorted(set(order), key=list(known).index)
+    if order[0] != used[0] or (not pairs and used[0] != recipe.arms[0].name):
+        raise ConfigError(
+            f"arm {order[0]!r} has nothing that its answers can be compared with; the baseline comes first:"
+            f" --arm {','.join(dict.fromkeys((recipe.arms[0].name, *order)))}"
+        )
     found = []
     for row, point in zip(rows, points(recipe, rows), strict=True):
-        client = _client(recipe, point)
-        found.append(
-            PointJob(
-                run=run,
-                label=recipe.label,
-                point=point,
-                node=row.node if row.node != row.entry.runner else None,
-                arms=tuple(_arm(recipe, known[name], point, client, row.entry.image) for name in used),
-                order=order,
-                client=client,
-                gate=recipe.gate if recipe.gate.prompts else _with_prompts(recipe.gate),
-                deadlines=recipe.deadlines,
-                polls=recipe.polls,
-                host=recipe.host,
-                port=recipe.port,
-                gpus=0 if recipe.gpu_vendor == "none" else point.tp,
-                gpu_vendor=recipe.gpu_vendor,
-                fatal=recipe.fatal,
-                needs=(*recipe.needs, *((recipe.model,) if recipe.model else ())),
-                profile=profile,
+        with _of(row):
+            client = _client(recipe, point)
+            found.append(
+                PointJob(
+                    run=run,
+                    label=recipe.label,
+                    point=point,
+                    node=row.node if row.node != row.entry.runner else None,
+                    arms=tuple(_arm(recipe, known[name], point, client, row.entry.image) for name in used),
+                    order=order,
+                    client=client,
+                    gate=recipe.gate if recipe.gate.prompts else _with_prompts(recipe.gate),
+                    deadlines=recipe.deadlines,
+                    polls=recipe.polls,
+                    host=recipe.host,
+                    port=recipe.port,
+                    gpus=0 if recipe.gpu_vendor == "none" else point.tp,
+                    gpu_vendor=recipe.gpu_vendor,
+                    fatal=recipe.fatal,
+                    needs=(*recipe.needs, *((recipe.model,) if recipe.model else ())),
+                    profile=profile,
+                )
             )
-        )
     return found
 
 

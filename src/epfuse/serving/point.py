@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
 from epfuse.errors import MissingDependency
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
+    from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StringConstraints, model_validator
 except ImportError as _missing:  # it is a core dependency, but a job may run in an image of somebody else's
     raise MissingDependency("'epfuse serve' needs pydantic: pip install 'epfuse[serve]'") from _missing
 
@@ -21,9 +22,13 @@ Key = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*-[1-9][0-9
 """``run-point-attempt``: one submission, once and for all (`epfuse.serving.layout.make_key`)."""
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """One line: a path, an argument, an image's name."""
+Operand = Annotated[
+    str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-][^\x00-\x1f\x7f]*$")
+]
+"""A `Text` that stands in a command line by itself: no program may take it for an option."""
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
 Count = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
-Seconds = Annotated[FiniteFloat, Field(gt=0, le=30 * 86400)]
+Seconds = Annotated[FiniteFloat, Field(strict=True, gt=0, le=30 * 86400)]
 
 
 class Frozen(BaseModel):
@@ -52,7 +57,7 @@ class Point(Frozen):
     """
 
     name: Name
-    model: Text
+    model: Operand
     prefix: Name
     target: Name
     precision: Name
@@ -86,7 +91,7 @@ class Mount(Frozen):
 
     source: Text
     target: Text
-    read_only: bool = True
+    read_only: StrictBool = True
 
 
 class Venv(Frozen):
@@ -112,7 +117,7 @@ class Image(Frozen):
 
     kind: Literal["image"] = "image"
     engine: Literal["docker", "podman", "apptainer", "pyxis"]
-    reference: Text
+    reference: Operand
     mounts: tuple[Mount, ...] = ()
     shm_gib: Count = 64
 
@@ -164,17 +169,24 @@ class Client(Frozen):
     warmups: Annotated[int, Field(strict=True, ge=0, le=1 << 24)]
     isl: Count
     osl: Count
-    shortest_share: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.8
-    request_rate: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    shortest_share: Annotated[FiniteFloat, Field(strict=True, gt=0, le=1)] = 0.8
+    request_rate: Annotated[FiniteFloat, Field(strict=True, gt=0)] | None = None
     seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 32)] = 0
-    percentiles: tuple[Annotated[FiniteFloat, Field(gt=0, lt=100)], ...] = (90.0, 99.0, 99.9)
+    percentiles: tuple[Annotated[FiniteFloat, Field(strict=True, gt=0, lt=100)], ...] = (90.0, 99.0, 99.9)
     ignore_eos: bool = True
-    most_failed: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.05
+    most_failed: Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)] = 0.05
 
     @model_validator(mode="after")
     def _guidellm_can(self) -> Client:
         if self.tool == "guidellm" and (self.request_rate is not None or not self.ignore_eos):
             raise ValueError("tool guidellm has no request_rate beside a concurrency, and always ignores EOS")
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_can(self) -> Client:
+        shortest = min(self.isl, self.osl)
+        if self.tool == "vllm" and not self.vllm_lengths(shortest)[0]:
+            raise ValueError(f"vllm bench serve can't draw lengths up to {shortest}; with shortest_share 1 it can")
         return self
 
     def vllm_lengths(self, longest: int) -> tuple[int, float]:
@@ -186,7 +198,8 @@ class Client(Frozen):
             longest: ``isl`` or ``osl``, tokens.
         """
         share = self.shortest_share
-        return int(longest * (1 + share) / 2), round((1 - share) / (1 + share), 4)
+        # the ratio is cut, not rounded: a little more would be a token more than the longest
+        return int(longest * (1 + share) / 2), math.floor((1 - share) / (1 + share) * 1e4 + 1e-6) / 1e4
 
 
 class Gate(Frozen):
@@ -207,11 +220,11 @@ class Gate(Frozen):
     prompts: Annotated[tuple[Annotated[str, StringConstraints(min_length=1, max_length=1 << 16)], ...],
                        Field(max_length=1000)] = ()  # fmt: skip
     repeats: Count = 2
-    factor: Annotated[FiniteFloat, Field(ge=1)] = 3.0
-    least: Annotated[FiniteFloat, Field(ge=0)] = 0.02
+    factor: Annotated[FiniteFloat, Field(strict=True, ge=1)] = 3.0
+    least: Annotated[FiniteFloat, Field(strict=True, ge=0)] = 0.02
     greedy_tokens: Annotated[int, Field(strict=True, ge=0, le=4096)] = 32
     evals: tuple[Name, ...] = ()
-    floor: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.9
+    floor: Annotated[FiniteFloat, Field(strict=True, ge=0, le=1)] = 0.9
     eval_shots: Annotated[int, Field(strict=True, ge=0, le=100)] = 5
     eval_command: tuple[Text, ...] | None = None
     eval_limit: Count | None = None
@@ -297,8 +310,8 @@ class Compare(Frozen):
 
     baseline: Name = "baseline"
     candidate: Name = "candidate"
-    least_effect: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.01
-    level: Annotated[FiniteFloat, Field(gt=0, lt=0.5)] = 0.05
+    least_effect: Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)] = 0.01
+    level: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=0.5)] = 0.05
 
 
 class Slurm(Frozen):
@@ -310,7 +323,7 @@ class Slurm(Frozen):
     constraint: Text | None = None
     nodelist: Text | None = None
     gres: Text | None = None
-    exclusive: bool = True
+    exclusive: StrictBool = True
     cpus: Count | None = None
     arguments: tuple[Text, ...] = ()
 

@@ -31,6 +31,7 @@ from epfuse.serving.point import (
     Gate,
     Image,
     Name,
+    Operand,
     Polls,
     PutIn,
     Slurm,
@@ -107,9 +108,9 @@ class ClientSettings(Frozen):
     prompts_per_concurrency: Count = 10
     least_prompts: Count = 1
     warmups_per_concurrency: Annotated[int, Field(strict=True, ge=0, le=1000)] = 2
-    shortest_share: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.8
+    shortest_share: Annotated[FiniteFloat, Field(strict=True, gt=0, le=1)] = 0.8
     seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 32)] = 0
-    most_failed: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.05
+    most_failed: Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)] = 0.05
 
 
 class Recipe(Frozen):
@@ -134,7 +135,7 @@ class Recipe(Frozen):
     matrix: Annotated[dict[EntryKey, MatrixEntry], Field(min_length=1, max_length=1000)]
     runners: Runners = Field(default={})
     six: Annotated[tuple[Count, ...], Field(min_length=1, max_length=100)] = SIX
-    model: Text | None = None
+    model: Operand | None = None
     gpu_vendor: Literal["amd", "nvidia", "none"]
     environment: Environment = Venv()
     server: ServerSettings = ServerSettings()
@@ -158,6 +159,11 @@ class Recipe(Frozen):
         if len(names) > 1 and not {self.compare.baseline, self.compare.candidate} <= set(names):
             raise ValueError(
                 f"compare names {self.compare.baseline!r} and {self.compare.candidate!r}; arms are {names}"
+            )
+        if len(names) > 1 and names.index(self.compare.baseline) >= names.index(self.compare.candidate):
+            raise ValueError(
+                f"compare's baseline, {self.compare.baseline!r}, must stand before its candidate,"
+                f" {self.compare.candidate!r}, in arms: the gate compares answers with those of the first arm"
             )
         unknown = sorted({entry.runner for entry in self.matrix.values()} - set(self.runners))
         if self.runners and unknown:
