@@ -13,10 +13,11 @@ from click.testing import CliRunner, Result
 
 from epfuse.cli.main import main
 from epfuse.serving.export import aggregates, table
+from epfuse.serving.facts import ABSENT, HIDDEN, UNKNOWN, differences
 from epfuse.serving.layout import RunFolder, write_model
 from epfuse.serving.page import serve_page
 from epfuse.serving.point import End
-from epfuse.serving.record import collect, differences
+from epfuse.serving.record import RunRecord, collect
 from epfuse.serving.verdict import Word
 from tests.serving.runs import LABEL, make_run
 
@@ -64,12 +65,81 @@ def test_a_run_on_cpus_has_ranks_and_no_gpus(tmp_path: Path) -> None:
     assert "tokens/s/GPU" not in page
 
 
+def _differences(record: RunRecord) -> tuple[dict[str, str], dict[str, dict[str, list[str]]]]:
+    common, differing = differences((point.name, point.arms, point.facts) for point in record.points)
+    return common, dict(differing)
+
+
 def test_the_environment_s_differences_are_told_apart(whole: RunFolder) -> None:
-    common, differing = differences(collect(whole))
+    common, differing = _differences(collect(whole))
     assert common["packages.vllm"] == "0.33.0"
-    assert [name for name, _ in differing] == ["plugin_sha256"]
-    ((_, values),) = differing
+    strict, aiter = "variable.EPFUSE_STRICT", "variable.VLLM_ROCM_USE_AITER_MOE"
+    assert set(differing) == {"plugin_sha256", "epfuse put in", "variable.VLLM_PLUGINS", strict, aiter}
+    values = differing["plugin_sha256"]
     assert len(values["bbbb"]) == len(values["cccc"]) == 6
+    assert {value: len(who) for value, who in differing[aiter].items()} == {ABSENT: 6, "0": 6}
+
+
+def _change_arm(run: RunFolder, point: str, number: int, argv: tuple[str, ...], **env: str) -> None:
+    job = run.read_job(point)
+    arm = job.arms[number]
+    server = arm.server.model_copy(update={"argv": (*arm.server.argv, *argv), "env": arm.server.env | env})
+    arms = [*job.arms]
+    arms[number] = arm.model_copy(update={"server": server})
+    write_model(run.point(point).job, job.model_copy(update={"arms": tuple(arms)}))
+
+
+def test_arms_that_differ_in_their_arguments_alone_are_shown_to_differ(tmp_path: Path) -> None:
+    run = make_run(tmp_path, pairs=2)
+    _change_arm(run, FIRST, 1, ("--enable-expert-parallel",), HF_TOKEN="hf_much_kept")
+    record = collect(run)
+    _, differing = _differences(record)
+    assert differing["arguments.added"]["--enable-expert-parallel"] == [f"{FIRST} candidate"]
+    assert differing["variable.HF_TOKEN"][HIDDEN] == [f"{FIRST} candidate"]
+    page = serve_page(record, 1.8e9)
+    assert "--enable-expert-parallel" in page
+    assert "hf_much_kept" not in page
+
+
+def test_a_package_of_one_arm_is_not_said_to_be_everywhere() -> None:
+    """Nor are two arms whose names have dots taken for one another."""
+    names = ["v0.25", "v0.25.1"]
+    facts = {
+        "node": "n1",
+        "arms.v0.25.packages.vllm": "0.25.0",
+        "arms.v0.25.1.packages.vllm": "0.25.1",
+        "arms.v0.25.1.packages.epfuse": "1",
+    }
+    common, differing = differences([("p", names, facts)])
+    assert common == {"node": "n1"}
+    assert dict(differing) == {
+        "packages.vllm": {"0.25.0": ["p v0.25"], "0.25.1": ["p v0.25.1"]},
+        "packages.epfuse": {ABSENT: ["p v0.25"], "1": ["p v0.25.1"]},
+    }
+    unasked = {"arms.v0.25.packages.(unknown)": "no python3", "arms.v0.25.1.packages.epfuse": "1"}
+    assert dict(differences([("p", names, unasked)])[1]) == {
+        "packages.epfuse": {UNKNOWN: ["p v0.25"], "1": ["p v0.25.1"]}
+    }
+
+
+@pytest.mark.parametrize(("at", "arms"), [(6, ["baseline"]), (7, [])])
+def test_an_arm_that_once_answered_wrongly_has_no_speed_at_all(tmp_path: Path, at: int, arms: list[str]) -> None:
+    """Its earlier servers passed; a verdict and aggregates from them would say that it is faster."""
+    run = make_run(tmp_path, pairs=4)
+    done = run.read_done(FIRST)
+    assert done is not None
+    wrong = done.legs[at].model_copy(update={"state": End.GATED_OUT, "reason": "answers differ by 3 nats"})
+    assert wrong.arm == ("candidate" if arms else "baseline")
+    update = {"state": End.GATED_OUT, "reason": wrong.reason, "legs": (*done.legs[:at], wrong)}
+    write_model(run.point(FIRST).done, done.model_copy(update=update))
+    record = collect(run)
+    assert record.verdicts[FIRST].word is Word.FEW
+    assert record.verdicts[FIRST].pairs == 0
+    expected = {f"agg_{FIRST}_{arm}.json" for arm in arms}
+    assert {name for name in aggregates(record) if "1k1k-c1-" in name} == expected
+    rows = [row for row in csv.DictReader(io.StringIO(table(record))) if row["point"] == FIRST]
+    assert {row["arm"] for row in rows if row["total_tokens_per_s"]} == set(arms)
+    assert f"its speed does not count: leg {wrong.number}" in serve_page(record, 1.8e9)
 
 
 FIELDS = {

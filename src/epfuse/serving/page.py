@@ -11,10 +11,11 @@ from urllib.parse import quote
 from epfuse.report.charts import linear_ticks
 from epfuse.report.page import render
 from epfuse.serving.export import measurements
+from epfuse.serving.facts import differences
 from epfuse.serving.matrix import short_lengths
 from epfuse.serving.phases import phase_table
 from epfuse.serving.point import End
-from epfuse.serving.record import LegRecord, PointRecord, RunRecord, differences
+from epfuse.serving.record import LegRecord, PointRecord, RunRecord
 from epfuse.serving.results import Measured, Spread
 from epfuse.serving.verdict import Verdict, Word
 
@@ -63,7 +64,7 @@ def serve_page(record: RunRecord, made: float) -> str:
         record: of the run.
         made: when, seconds since 1970.
     """
-    common, differing = differences(record)
+    common, differing = differences((point.name, point.arms, point.facts) for point in record.points)
     states = [point.state for point in record.points]
     return render(
         "serve.html.j2",

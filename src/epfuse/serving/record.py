@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from epfuse.errors import ConfigError
-from epfuse.input_file import DEEPEST, read_object
+from epfuse.input_file import read_object
 from epfuse.profiling.text import printable
-from epfuse.serving.journal import read_journal
+from epfuse.serving.facts import asked, flat
+from epfuse.serving.journal import one_line, read_journal
 from epfuse.serving.layout import LegFolder, RunFolder
 from epfuse.serving.phases import Phases, read_phases
 from epfuse.serving.point import Done, End, Leg, Point, PointJob, Run
 from epfuse.serving.results import Measured, read_result
 from epfuse.serving.verdict import Verdict, judge
-
-LONGEST_FACT = 300
-"""Characters of a value of versions.json that are shown."""
-MOST_FACTS = 5000
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class PointRecord:
         job: None where point.json can't be read.
         state: the end that its job wrote, else what the journal says.
         reason: of the state, or why a file can't be read.
-        facts: of versions.json, flat: ``arms.baseline.packages.vllm`` -> text.
+        facts: of versions.json and of the arms in point.json, flat: ``arms.baseline.packages.vllm`` -> text.
     """
 
     name: str
@@ -67,6 +63,11 @@ class PointRecord:
     def point(self) -> Point | None:
         """What was measured."""
         return None if self.job is None else self.job.point
+
+    @property
+    def arms(self) -> list[str]:
+        """Names, the baseline's first; none where point.json can't be read."""
+        return [] if self.job is None else [arm.name for arm in self.job.arms]
 
     @property
     def measured(self) -> Iterator[tuple[LegRecord, Measured]]:
@@ -169,17 +170,34 @@ def _point(folder: RunFolder, run: Run, name: str, state: str, why: str) -> Poin
     if done is None:
         return PointRecord(name, job, state, "; ".join(reasons), None)
     attempt = place.attempt(done.key)
-    facts: dict[str, str] = {}
+    facts = {} if job is None else asked(job)
     if attempt.versions.exists():
         try:
-            facts = flat(read_object(attempt.versions, "versions"))
+            facts |= flat(read_object(attempt.versions, "versions"))
         except ConfigError as error:
             reasons.append(_shown(error, folder))
     concurrency = 1 if job is None else job.client.concurrency
-    legs = [_leg(folder, name, leg, concurrency) for leg in done.legs]
-    reason = "; ".join(dict.fromkeys(filter(None, (printable(done.reason), *reasons))))
+    legs = _without_wrong_arms([_leg(folder, name, leg, concurrency) for leg in done.legs], job)
+    reason = "; ".join(dict.fromkeys(filter(None, (one_line(done.reason), *reasons))))
     files = _there(folder, {"job": attempt.job_log, "versions": attempt.versions, "end": place.done})
     return PointRecord(name, job, done.state, reason, done, legs, facts, files)
+
+
+def _without_wrong_arms(legs: list[LegRecord], job: PointJob | None) -> list[LegRecord]:
+    """The legs; none of an arm has a speed whose answers one of its servers had wrong: they all may have been.
+
+    Of a wrong baseline nobody's answers were compared with right ones.
+    """
+    wrong = {record.leg.arm: record.leg.number for record in legs if record.leg.state is End.GATED_OUT}
+    if job is not None and (baseline := job.arms[0].name) in wrong:
+        wrong = {record.leg.arm: wrong[baseline] for record in legs}
+    found = []
+    for record in legs:
+        if record.measured is not None and record.leg.arm in wrong:
+            why = f"its speed does not count: leg {wrong[record.leg.arm]} did not pass the gate"
+            record = replace(record, measured=None, leg=record.leg.model_copy(update={"reason": why}))
+        found.append(record)
+    return found
 
 
 def _leg(folder: RunFolder, name: str, leg: Leg, concurrency: int) -> LegRecord:
@@ -211,39 +229,3 @@ def _there(folder: RunFolder, files: Mapping[str, Path]) -> dict[str, str]:
 def _shown(error: ConfigError, folder: RunFolder) -> str:
     """A fault without the path that leads to the run's folder: a report is read elsewhere."""
     return printable(str(error).replace(f"{folder.path}/", ""))[:500]
-
-
-def flat(found: Mapping[str, Any], before: str = "", depth: int = 0) -> dict[str, str]:
-    """A nested object as one level of texts, keys joined by dots.
-
-    Args:
-        found: of a JSON file.
-        before: what keys begin with.
-        depth: of the object in the file.
-    """
-    facts: dict[str, str] = {}
-    for key, value in found.items():
-        name = f"{before}{printable(str(key))}"
-        if isinstance(value, dict) and depth < DEEPEST:
-            facts |= flat(value, f"{name}.", depth + 1)
-        else:
-            facts[name] = printable(str(value))[:LONGEST_FACT]
-        if len(facts) > MOST_FACTS:
-            break
-    return facts
-
-
-def differences(record: RunRecord) -> tuple[dict[str, str], list[tuple[str, dict[str, list[str]]]]]:
-    """The environment: facts that are the same in all points and arms, and those that are not.
-
-    Returns:
-        Name -> value, and for each other name its values with who has them.
-    """
-    values: dict[str, dict[str, list[str]]] = {}
-    for point in record.points:
-        for name, value in point.facts.items():
-            arm, _, rest = name.removeprefix("arms.").partition(".") if name.startswith("arms.") else ("", "", name)
-            who = f"{point.name} {arm}".strip()
-            values.setdefault(rest, {}).setdefault(value, []).append(who)
-    common = {name: next(iter(of)) for name, of in values.items() if len(of) == 1}
-    return common, [(name, of) for name, of in values.items() if len(of) > 1]
