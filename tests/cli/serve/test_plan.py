@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 from click.testing import CliRunner, Result
@@ -35,6 +36,14 @@ def test_the_table_has_points_environment_and_commands() -> None:
     assert result.exit_code == 0, result.output
     for words in ("minimaxm3_1k1k-c256-tp8-ep8", "candidate: VLLM_PLUGINS=epfuse", "--enable-expert-parallel", "gsm8k"):
         assert words in result.stdout
+
+
+def test_arms_that_differ_in_their_arguments_alone_have_a_line_each() -> None:
+    demo = resources.files("epfuse.serving") / "demos" / "vllm-cpu.yaml"
+    lines = run(str(demo), "--lengths", "32_16", "--conc", "1").stdout.splitlines()
+    baseline, candidate = (line.strip() for line in lines if "vllm serve" in line)
+    assert baseline.startswith("tp2: vllm serve ")
+    assert candidate == baseline.replace("tp2: ", "tp2-ep2: ") + " --enable-expert-parallel"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,9 @@ def _commands(jobs: list[PointJob]) -> dict[Commands, list[str]]:
             f"{arm.name}: {' '.join(setting for setting in its if setting not in common)}"
             for arm, its in zip(job.arms, settings, strict=True)
         )
-        words = tuple(dict.fromkeys(shlex.join(arm.server.argv) for arm in job.arms))
+        arms: dict[str, list[str]] = {}
+        for arm in job.arms:
+            arms.setdefault(shlex.join(arm.server.argv), []).append(arm.name)
+        words = tuple(arms) if len(arms) == 1 else tuple(f"{', '.join(of)}: {line}" for line, of in arms.items())
         found.setdefault((" ".join(common), own, words), []).append(job.point.name)
     return found
