@@ -101,7 +101,7 @@ docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 docs-test: docs
-	$(BIN)/python -m pytest tests/site $(PYTEST_FLAGS)
+	$(PYTEST) tests/site $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
@@ -131,7 +131,7 @@ public-types: $(INSTALLED)
 	$(BIN)/python tools/type_completeness.py
 
 clean:
-	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 define CHECK_VERSION
 import sys

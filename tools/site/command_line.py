@@ -32,7 +32,8 @@ def _command(command: click.Command, name: str, parent: click.Context, level: in
     with click.Context(command, info_name=name, parent=parent) as context:
         usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
         lines = [*_text(command), "", "```text", usage, "```", ""]
-        records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
+        shown = [parameter for parameter in command.get_params(context) if parameter.name != "help"]
+        records = [parameter.get_help_record(context) for parameter in shown]
         if any(records):
             lines += ["| option | |", "| --- | --- |"]
             lines += [f"| `{record[0]}` | {_cell(record[1])} |" for record in records if record is not None]

@@ -68,7 +68,7 @@ def _errors() -> str:
         cause, fix = cause_and_fix(kind)
         (base, *_) = kind.__bases__
         lines += [f"## {kind.__name__} {{ #{kind.__name__} }}", "", f"`{kind.__module__}.{kind.__name__}`"]
-        lines += [f"({base.__name__})", "", f"**Cause.** {cause}", "", f"**Fix.** {fix}", ""]
+        lines += [f"({base.__name__})", "", f"**Cause.** {cause}", "", f"**Fix.** {fix[0].upper()}{fix[1:]}", ""]
     return "\n".join(lines).replace("``", "`")
 
 

@@ -42,10 +42,15 @@ def _place(item: Any, made: dict[str, dict[str, str]]) -> Any:
     if isinstance(value, list):
         return {title: [entry for entry in (_place(each, made) for each in value) if entry is not None]}
     if value in made:
-        return {title: list(made[value])}
+        return {title: [{short(page): page} if "." in short(page) else page for page in made[value]]}
     if value in PENDING and not (ROOT / "docs" / value).exists():
         return None
     return item
+
+
+def short(page: str) -> str:
+    """A generated page's name in the navigation, if it is that of a module."""
+    return page.rpartition("/")[2].removesuffix(".md").removeprefix("epfuse.")
 
 
 def on_post_page(output: str, **_: Any) -> str:

@@ -7,12 +7,19 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"DESIGN.md": "design.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "DESIGN.md": "design.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "RELEASE.md": "release.md",
+    "CHANGELOG.md": "changelog.md",
+}
 """File of the repository -> page of the site."""
 ON_SITE = PAGES | {"README.md": "index.md"}
 """Where a link to a file beside README.md leads."""
 ELSEWHERE = ("Add an activation", "Add a weight format", "Add a GPU")
 """Sections of CONTRIBUTING.md that have a page of their own."""
+PICTURES = {"design.md": ("## Dataflow\n", "![What each step of a call reads and hands on](docs/pictures/layer.svg)")}
+"""Page -> heading below which a picture stands on the site, and the picture."""
 INCLUDE = re.compile(r"^<!-- include: (?P<file>[\w./-]+)#(?P<section>[\w-]+) -->$", re.MULTILINE)
 FENCE = re.compile(r"^(```+).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?P<text>!?\[(?:[^\]\[]|\[[^\]]*\])*\])\((?P<target>[^)\s]+)\)")
@@ -23,6 +30,8 @@ def pages() -> dict[str, str]:
     found = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in PAGES.items()}
     for title in ELSEWHERE:
         found["contributing.md"] = found["contributing.md"].replace(section("CONTRIBUTING.md", slug(title)), "")
+    for page, (heading, picture) in PICTURES.items():
+        found[page] = found[page].replace(heading, f"{heading}\n{picture}\n")
     return found
 
 

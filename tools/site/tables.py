@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from dataclasses import dataclass, field
 
 
@@ -107,6 +109,13 @@ FORMS = (
 )
 
 
+def shown_fields(module: str, name: str) -> str:
+    """The fields that the page lists one by one: none where the class's docstring has them in a table."""
+    kind = getattr(importlib.import_module(module), name)
+    described = any(f"\n\n{title}:\n" in inspect.getdoc(kind) for title in ("Args", "Attributes"))
+    return "false" if described else f"[{', '.join(inspect.get_annotations(kind))}]"
+
+
 def pages() -> dict[str, str]:
     """Page -> its text."""
     lines = ["# Files", "", "Every file is checked when it is read; the error names the place that is wrong.", ""]
@@ -114,5 +123,6 @@ def pages() -> dict[str, str]:
         lines += [f"## {form.title}", "", form.said, ""]
         for module, names in form.classes.items():
             for name in names:
-                lines += [f"::: {module}.{name}", "    options:", "      heading_level: 3", ""]
+                lines += [f"::: {module}.{name}", "    options:", "      heading_level: 3"]
+                lines += [f"      members: {shown_fields(module, name)}", "      show_if_no_docstring: true", ""]
     return {"reference/files.md": "\n".join(lines)}
