@@ -26,7 +26,7 @@ from epfuse.serving.gate import Distance, Reading, Reference
 from epfuse.serving.job import main, run
 from epfuse.serving.leg import MOST_NOISE, own_result
 from epfuse.serving.point import Arm, Client, Deadlines, End, Gate, Point, PutIn, Venv
-from epfuse.serving.server import MARK, Server, free_port, marked_processes, port_is_free
+from epfuse.serving.server import MARK, Server, ServerFault, free_port, marked_processes, port_is_free
 from tests.serving.points import KEY, ending, one_arm, point_job, start, stub, two_arms, write
 
 
@@ -413,3 +413,19 @@ def test_an_engine_that_does_not_end_its_container_keeps_no_server_alive(tmp_pat
     server.stop(0.1)
     assert marked_processes("mark-of-this-test") == []
     run_client(Task((sys.executable, "-c", ""), dict(os.environ), task.ending), tmp_path / "log", "it", int, 0.1)
+
+
+def test_a_log_without_line_ends_is_read_once(tmp_path):
+    code = "import sys, time; print('x' * (3 << 20), end='', flush=True); sys.stdin.read(); time.sleep(600)"
+    task = Task((sys.executable, "-c", code), dict(os.environ))
+    server = Server(task, tmp_path / "log", free_port(), "mark-of-a-long-line")
+    try:
+        until(lambda: server.log.stat().st_size == 3 << 20)
+        server.check()
+        assert server._read == 3 << 20
+        with server.log.open("ab") as log:
+            log.write(b"\nfine\rCUDA out of memory\n")
+        with pytest.raises(ServerFault, match="says 'CUDA out of memory'"):
+            server.check()
+    finally:
+        server.stop(0.1)

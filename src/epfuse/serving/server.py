@@ -30,6 +30,8 @@ MARK = "EPFUSE_SERVE_MARK"
 GONE_PATIENCE = 20.0
 """Seconds from SIGKILL until nothing is left; memory of eight GPUs takes some to be unmapped."""
 LOG_TAIL = 20
+LONGEST_LINE = 1 << 20
+"""Bytes of a log's line; what is longer is read in parts, or each look would read all of it again."""
 LARGEST_ANSWER = 64 << 20
 
 FATAL = re.compile(
@@ -208,13 +210,16 @@ class Server:
     def _fatal_line(self) -> str | None:
         with self.log.open("rb") as file:
             file.seek(self._read)
-            lines = file.read().splitlines(keepends=True)
-        for line in lines:
-            if not line.endswith((b"\n", b"\r")):  # the rest of it comes with the next look
-                break
-            self._read += len(line)
-            if any(pattern.search(line) for pattern in self._fatal):
-                return line.decode(errors="replace").strip()[:300]
+            while data := file.read(LONGEST_LINE):
+                whole = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+                if not whole and len(data) < LONGEST_LINE:  # the rest of it comes with the next look
+                    break
+                whole = whole or len(data)
+                for line in data[:whole].splitlines():
+                    if any(pattern.search(line) for pattern in self._fatal):
+                        return line.decode(errors="replace").strip()[:300]
+                self._read += whole
+                file.seek(self._read)
         return None
 
     def _tail(self) -> str:
