@@ -75,6 +75,7 @@ def test_a_section_of_a_file() -> None:
         ("[a](../../CONTRIBUTING.md)", "howto/x.md", "[a](../contributing.md)"),
         ("[a](//docs/policy.md)", "start/x.md", "[a](../policy.md)"),
         ("[a](../tests/data/README.md)", "profiling.md", "a"),
+        ("[a](docs/records)", "release.md", "a"),
         ("[a](https://example.org/x)", "profiling.md", "[a](https://example.org/x)"),
         ("```\n[a](../DESIGN.md)\n```", "numerics.md", "```\n[a](../DESIGN.md)\n```"),
     ],

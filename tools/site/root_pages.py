@@ -96,7 +96,7 @@ def on_site(markdown: str, page: str) -> str:
         inside = target[2:] if target.startswith("//") else None
         name = inside or posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
         there = ON_SITE.get(name, name.removeprefix("docs/") if name.startswith("docs/") else None)
-        if there is None:
+        if there is None or (ROOT / name).is_dir():
             return found["text"][1:-1] if (ROOT / name).exists() else found[0]
         relative = posixpath.relpath(there, posixpath.dirname(page) or ".")
         return f"{found['text']}({relative}{'#' * bool(anchor)}{anchor})"
