@@ -233,3 +233,15 @@ def test_nodes_of_any_name_give_points_with_names() -> None:
 def test_what_is_no_point_is_refused_by_its_key(old: str, new: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         planned(_parse(MINIMAL.replace(old, new)))
+
+
+def test_words_and_variables_are_as_they_are_written() -> None:
+    """YAML reads 010 as 8, 1.10 as 1.1 and 22:22 as 1342."""
+    text = MINIMAL + "  env: &env {A: 010, B: 1.10, C: 22:22, D: 0x10, E: text}\n  arguments: [--x, 0.90, 7, 1e3]\n"
+    text += "- name: candidate\n  env: *env\nserver:\n  env: {F: 1_000}\nclient: {command: [bench, 3.10]}\n"
+    job = planned(_parse(text), arms=("baseline", "candidate"))[0]
+    for arm in job.arms:
+        words = {"A": "010", "B": "1.10", "C": "22:22", "D": "0x10", "E": "text", "F": "1_000"}
+        assert words.items() <= arm.server.env.items()
+    assert job.arms[0].server.argv[-4:] == ("--x", "0.90", "7", "1e3")
+    assert job.client.command == ("bench", "3.10")

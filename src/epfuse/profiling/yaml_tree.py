@@ -46,6 +46,16 @@ class YamlTree:
 
     def line(self, path: Sequence[str | int]) -> int:
         """The line, from 1, of a value or of the nearest one around it that the file has; merged ones have none."""
+        node, _ = self._nearest(path)
+        return 1 if node is None else int(node.start_mark.line) + 1
+
+    def written(self, path: Sequence[str | int]) -> str | None:
+        """A scalar as the file has it: ``1.10``, not 1.1; None where it has none, as of merged ones."""
+        node, whole = self._nearest(path)
+        return str(node.value) if whole and isinstance(node, yaml.ScalarNode) else None
+
+    def _nearest(self, path: Sequence[str | int]) -> tuple[Any, bool]:
+        """The node of a value, or the nearest one around it, and which of the two it is."""
         node = self._root
         for step in path:
             below = None
@@ -54,9 +64,9 @@ class YamlTree:
             elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
                 below = node.value[step]
             if below is None:
-                break
+                return node, False
             node = below
-        return 1 if node is None else int(node.start_mark.line) + 1
+        return node, True
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

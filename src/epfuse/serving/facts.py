@@ -69,7 +69,9 @@ def asked(job: PointJob) -> dict[str, str]:
         facts[f"{at}runs in"] = _fact(where or "the environment of the job")
         for name in names:
             value = arm.server.env.get(name, ABSENT)
-            facts[f"{at}variable.{name}"] = HIDDEN if SECRET.search(name) and value != ABSENT else _fact(value)
+            facts[f"{at}variable.{name}"] = (
+                HIDDEN if SECRET.search(name) and value != ABSENT else _fact(value) or "(empty)"
+            )
     return facts
 
 

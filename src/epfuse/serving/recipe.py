@@ -223,13 +223,33 @@ def parse(data: bytes, kind: type[Model], what: str, where: str) -> Model:
     """
     tree = read_tree(data, what, where)
     try:
-        return kind.model_validate(tree.values)
+        return kind.model_validate(_words_as_written(tree))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         path = without_tags(first["loc"])
         place = ".".join(printable(str(step))[:80] for step in path) or "the file"
         message = "this key is unknown" if first["type"] == "extra_forbidden" else printable(first["msg"])
         raise ConfigError(f"{what} {where}, line {tree.line(path)}: {place}: {message}") from None
+
+
+def _words_as_written(tree: YamlTree) -> Any:
+    """The document; words and variables that YAML takes for numbers are as they stand: 1.10 is not 1.1, nor 010 8."""
+    arms = tree.values.get("arms") if isinstance(tree.values, dict) else None
+    places: list[tuple[str | int, ...]] = [("server",), ("client",)]
+    places += [("arms", number) for number in range(len(arms))] if isinstance(arms, list) else []
+    for place in places:
+        settings: Any = tree.values
+        for step in place:
+            settings = (
+                settings[step] if isinstance(step, int) or (isinstance(settings, dict) and step in settings) else None
+            )
+        for name in ("arguments", "command", "env") if isinstance(settings, dict) else ():
+            words = settings.get(name)
+            items = enumerate(words) if isinstance(words, list) else words.items() if isinstance(words, dict) else ()
+            for key, value in list(items):
+                if type(value) in (int, float):
+                    words[key] = tree.written((*place, name, key)) or value
+    return tree.values
 
 
 def read_tree(data: bytes, what: str, where: str, most_values: int = MOST_VALUES) -> YamlTree:
