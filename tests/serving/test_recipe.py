@@ -153,6 +153,7 @@ def _parse(text: str) -> Recipe:
         ("    model: m\n", "    model: --help\n", 7, "matrix.m3-fp8.model"),  # an option of vllm serve
         ("    image: x", "    image: -v=/:/host", 6, "matrix.m3-fp8.image"),  # one of docker
         ("arms:\n", "model: -h\narms:\n", 17, "model"),
+        ("arms:\n", "fatal: ['(']\narms:\n", 17, "fatal.0: Value error, it is no regular expression"),
         ("arms:\n", "gate: {factor: true}\narms:\n", 17, "gate.factor"),
         ("arms:\n", "client: {shortest_share: true}\narms:\n", 17, "client.shortest_share"),
         ("arms:\n", "deadlines: {ready: '60'}\narms:\n", 17, "deadlines.ready"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +16,16 @@ from epfuse.profiling.cpu_budget import CpuBudget
 from epfuse.profiling.text import printable
 
 try:
-    from pydantic import BeforeValidator, Discriminator, Field, FiniteFloat, Tag, ValidationError, model_validator
+    from pydantic import (
+        AfterValidator,
+        BeforeValidator,
+        Discriminator,
+        Field,
+        FiniteFloat,
+        Tag,
+        ValidationError,
+        model_validator,
+    )
 
     from epfuse.profiling.yaml_tree import MOST_VALUES, YamlFault, YamlTree
 except ImportError as _missing:
@@ -59,6 +69,15 @@ FATAL = (
 def _word(value: object) -> object:
     """A number in a list of arguments is a word."""
     return str(value) if type(value) in (int, float) else value
+
+
+def _pattern(text: str) -> str:
+    """A regular expression that compiles: on the node it would be too late."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"it is no regular expression: {error}") from None
+    return text
 
 
 Word = Annotated[Text, BeforeValidator(_word)]
@@ -146,7 +165,7 @@ class Recipe(Frozen):
     polls: Polls = Polls()
     host: Text = "127.0.0.1"
     port: Annotated[int, Field(strict=True, ge=1, le=65535)] = 8888
-    fatal: tuple[Text, ...] = FATAL
+    fatal: tuple[Annotated[Text, AfterValidator(_pattern)], ...] = FATAL
     needs: tuple[Text, ...] = ()
     compare: Compare = Compare()
     slurm: Slurm = Slurm()
