@@ -46,13 +46,14 @@ RUNNING = [block for block in BLOCKS if block.options == RUN]
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Words of each command of a shell block, without leading variables and comments."""
+    """Words of each command of a shell block, without leading variables, comments and where its output goes."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"\w+=.*", words[0]):
             words.pop(0)
         if words:
-            yield words
+            ends = [index for index, word in enumerate(words) if word in (">", ">>", "|", "&&")]
+            yield words[: min(ends, default=len(words))]
 
 
 def check_epfuse(words: list[str]) -> None:
