@@ -216,10 +216,19 @@ def _say_missing(name: str) -> None:
 
 
 def _take_driver() -> None:
-    """Have Triton's driver made of what the bundle holds, where nobody has made it yet: else it is compiled in C."""
-    if bundle() is not None and driver._active is None:
+    """Have Triton's driver made, if nobody has yet, with its module in C where epfuse's kernels are.
+
+    Where there is a bundle it comes from that. Where Triton's own folder can't be written, Triton alone would fail.
+    """
+    if driver._active is None and (bundle() is not None or not _can_be_written(wanted_folder())):
         with kernels_in(), contextlib.suppress(RuntimeError):  # there is no GPU
             driver.active.get_current_target()
+
+
+def _can_be_written(place: Path) -> bool:
+    """Whether a folder can be made there, or written. Nothing is made."""
+    there = next(at for at in (place, *place.parents) if at.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 _take_driver()  # a kernel's module is imported before its first launch, which makes the driver

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ import pytest
 
 pytest.importorskip("triton")
 
+from triton.runtime.cache import get_cache_manager
+
 from epfuse import kernel_cache
+from epfuse.compiled import warm_up
 from epfuse.environment import environment
 from epfuse.errors import NotCompiled
 from epfuse.kernel_cache import KernelCache
@@ -72,6 +77,42 @@ def test_a_folder_that_can_not_be_written_is_said(
     assert "EPFUSE_KERNELS" in caplog.text
 
 
+class _Active:
+    """Triton's driver, which keeps a module that it compiles in C."""
+
+    def __init__(self) -> None:
+        self._active, self.kept = None, list[str]()
+
+    @property
+    def active(self) -> _Active:
+        return self
+
+    def get_current_target(self) -> None:
+        self.kept.append(get_cache_manager("ab").put(b"code", "cuda_utils.so"))
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_tritons_driver_is_kept_where_kernels_are_if_its_own_folder_is_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readable: bool
+) -> None:
+    driver = _Active()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(kernel_cache, "driver", driver)
+    monkeypatch.setattr(kernel_cache, "_AT_START", str(tmp_path / ("new" if readable else "file") / "kernels"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kernel_cache.folder.cache_clear()
+    try:
+        kernel_cache._take_driver()
+    finally:
+        kernel_cache.folder.cache_clear()
+    kept = [Path(file).relative_to(tmp_path).parts for file in driver.kept]
+    assert [(place[:15], file) for place, _, file in kept] == (
+        [] if readable else [("epfuse-kernels-", "cuda_utils.so")]
+    )
+    assert readable == (not list(tmp_path.glob("epfuse-kernels-*")))
+    assert not (tmp_path / "new").exists()  # nothing is made before a kernel is
+
+
 @pytest.fixture
 def warmed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KernelCache]:
     """An empty cache, after a warm-up."""
@@ -100,12 +141,35 @@ def test_a_late_compile_can_be_an_error(warmed: KernelCache, monkeypatch: pytest
         warmed.get_group("combine_kernel.json")
 
 
-def test_nothing_is_looked_for_after_a_warm_up(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two processes of a host that warm up for the same layer at the same time: who compiled, then who waited."""
+    home = tmp_path_factory.mktemp("home")
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(lambda _: run(home, "warm", EPFUSE_NO_COMPILE="1"), range(2)))
+    assert all(found for found, _ in ended), ended
+    return sorted((found for found, _ in ended), key=lambda found: -len(found["said"]))
+
+
+def test_nothing_is_looked_for_after_a_warm_up(ranks: list[dict[str, Any]]) -> None:
     """Calls of any T, offsets and workspaces find every kernel loaded, and the warm-up what it has compiled itself."""
-    found, said = run(tmp_path, "warm", EPFUSE_NO_COMPILE="1")
-    assert found, said
-    assert len(found["compiled"]) == found["before"] > 0  # as Triton's listener sees it
-    assert all(hit for _, hit in found["compiled"])  # processes beside this one compile
-    assert found["launched"] >= 25 * 4
-    assert found["said"][0] == "compiling 4 of 4 kernels for 1 to 2 tokens"
-    assert "4 kernels for 1 to 2 tokens are loaded" in found["said"][-1]
+    for found in ranks:
+        assert len(found["compiled"]) == found["before"] > 0  # as Triton's listener sees it
+        assert all(hit for _, hit in found["compiled"])  # processes beside this one compile
+        assert found["launched"] >= 25 * 4
+        assert "4 kernels for 1 to 2 tokens are loaded" in found["said"][-1]
+
+
+def test_ranks_of_one_host_compile_each_kernel_once(ranks: list[dict[str, Any]]) -> None:
+    compiled, waited = ranks
+    progress = [f"{count} of 4 kernels are compiled" for count in range(1, 5)]
+    assert compiled["said"][:-1] == ["compiling 4 of 4 kernels for 1 to 2 tokens", *progress]
+    assert len(waited["said"]) == 1
+    assert waited["cpu_s"] < 3  # what a server with a filled cache may take
+
+
+def test_progress_is_said_a_few_times() -> None:
+    said = list[str]()
+    for count in range(1, 40):
+        warm_up._progress(said.append, 39, count)
+    assert said == [f"{count} of 39 kernels are compiled" for count in (7, 14, 21, 28, 35, 39)]
