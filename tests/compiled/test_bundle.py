@@ -55,6 +55,11 @@ def test_the_command_says_what_it_made(made: tuple[Path, dict[str, Any]]) -> Non
     assert len(list((bundle / KERNELS).glob("*/*.cubin"))) == 4
     assert list((bundle / KERNELS).glob("*/cuda_utils*.so"))  # what takes a C compiler
     assert not (bundle.parent / ".triton").exists()
+    seconds = [one["cpu_seconds"] for one in said["compiled"]]
+    assert seconds == sorted(seconds, reverse=True)
+    assert min(seconds) > 0
+    assert {one["kernel"] for one in said["compiled"]} > {"route_kernel", "combine_kernel"}
+    assert all(one["constants"] for one in said["compiled"])
 
 
 def test_an_image_without_a_compiler(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ TARGETS = ("sm_90", "gfx942", "gfx950")
 @click.option("--max-tokens", type=click.IntRange(1, 2**20), default=8192, show_default=True, help="Of a call.")
 @click.option("--workers", type=click.IntRange(1, 1024), help="Compiling processes.  [default: the CPUs]")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder to fill.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest's summary as JSON.")
+@click.option("--times", is_flag=True, help="Print each kernel's compile time, seconds of CPU, the slowest first.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest's summary and all times as JSON.")
 def warmup(
     model: Path | None,
     target: str,
@@ -41,6 +42,7 @@ def warmup(
     max_tokens: int,
     workers: int | None,
     out: Path,
+    times: bool,
     as_json: bool,
 ) -> None:
     r"""Compile every kernel that a model's layers can launch, into a folder that goes into a container image.
@@ -72,18 +74,28 @@ def warmup(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"compiling for {target}", total=len(wanted))
-        failures = compile_all(
+        compiled = compile_all(
             wanted,
             workers or len(os.sched_getaffinity(0)),
             lambda done: progress.update(task, completed=done),
             (out / KERNELS).resolve(),
         )
+    failures = [one.failure for one in compiled if one.failure is not None]
     described = [f"{layer.path.value}, {layer.shape}" for layer in found.layers]
     made = Bundle.write(out, target, device or REFERENCE_DEVICE[gpu], described, max_tokens)
     summary = {
         **made.manifest.model_dump(exclude={"files"}),
         "kernels": len(wanted) - len(failures),
         "failures": failures,
+        "compiled": [
+            {
+                "kernel": one.launch.kernel,
+                "constants": {name: value for name, value in one.launch.constants if isinstance(value, int)},
+                "cpu_seconds": round(one.cpu_seconds, 2),
+            }
+            for one in compiled
+            if one.cpu_seconds is not None
+        ],
         "left": {str(index): reason for index, reason in found.left.items()},
     }
     with delivery.of("standard output"):
@@ -91,6 +103,9 @@ def warmup(
             click.echo(json.dumps(summary, indent=2))
         else:
             click.echo(f"{summary['kernels']} kernels of {experts.name} for {made.manifest.product} in {out}")
+            for one in summary["compiled"] if times else ():
+                constants = " ".join(f"{name}={value}" for name, value in one["constants"].items())
+                click.echo(f"{one['cpu_seconds']:7.2f} s  {one['kernel']}  {constants}")
     for reason in dict.fromkeys(found.left.values()):
         click.echo(f"left as they are: layers of which {reason}", err=True)
     for failure in failures:

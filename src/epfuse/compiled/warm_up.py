@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from epfuse.aot.launches import Launch
@@ -55,8 +56,9 @@ def warm_up(layer: Layer, max_tokens: int, say: Callable[[str], None] = log.info
                     made = f"{shipped.manifest.product} and up to {shipped.manifest.max_tokens} tokens"
                     log.warning("EPFUSE_KERNELS, made for %s, lacks %d kernels of %s", made, len(left), layer)
                 say(f"compiling {len(left)} of {len(wanted)} kernels for 1 to {max_tokens} tokens")
-                for failure in compile_all(left, jobs=_jobs(), done=functools.partial(_progress, say, len(left))):
-                    log.warning("%s; it will be compiled when it is needed", failure)
+                for one in compile_all(left, jobs=_jobs(), done=functools.partial(_progress, say, len(left))):
+                    if one.failure is not None:
+                        log.warning("%s; it will be compiled when it is needed", one.failure)
     load(layer, max_tokens, wanted)
     say_ready(True)
     _warm.add((layer, max_tokens))
@@ -68,9 +70,24 @@ def missing(launches: Sequence[Launch]) -> list[Launch]:
     return [launch for launch in launches if not is_compiled(launch.compile)]
 
 
+@dataclass(frozen=True)
+class Made:
+    """What compiling a kernel gave.
+
+    Attributes:
+        launch: the kernel's specialisation.
+        cpu_seconds: that it took, of the compiler and the programs that it starts; None if it was not compiled.
+        failure: a sentence; None if it was.
+    """
+
+    launch: Launch
+    cpu_seconds: float | None
+    failure: str | None
+
+
 def compile_all(
     launches: Sequence[Launch], jobs: int, done: Callable[[int], None], place: Path | None = None
-) -> list[str]:
+) -> list[Made]:
     """Compile in ``jobs`` processes, which need no GPU and take no GPU's memory.
 
     Args:
@@ -80,23 +97,26 @@ def compile_all(
         place: a folder to keep them in, with Triton's launchers; None for epfuse's own, without.
 
     Returns:
-        A sentence for each that was not compiled.
+        Of each launch, the slowest first.
     """
     slowest_first = sorted(launches, key=lambda launch: "gate_up" not in launch.kernel)
     with Workers(min(jobs, len(launches)) or 1, start) as workers:
         if place is not None and launches:
             workers.map(_compile_module, [(launches[0].target, place)], lambda count: None)
         found = workers.map(_compile, [(launch, place) for launch in slowest_first], done)
-    failures = []
+    made = []
     for launch, result in zip(slowest_first, found, strict=True):
         reason = result.reason if isinstance(result, Died) else result
-        if reason is not None:
-            failures.append(f"{launch.kernel} was not compiled: {reason}")
-    return failures
+        if isinstance(reason, str):
+            made.append(Made(launch, None, f"{launch.kernel} was not compiled: {reason}"))
+        else:
+            made.append(Made(launch, reason, None))
+    return sorted(made, key=lambda one: -(one.cpu_seconds or 0.0))
 
 
-def _compile(launch: Launch, place: Path | None) -> str | None:
-    """In a process of its own: what went wrong, or None."""
+def _compile(launch: Launch, place: Path | None) -> float | str:
+    """In a process of its own: seconds of CPU that it took, or what went wrong."""
+    begun = sum(os.times()[:4])
     with kernels_in(place):
         try:
             compiled = launch.compile()
@@ -104,7 +124,7 @@ def _compile(launch: Launch, place: Path | None) -> str | None:
                 compile_launcher(compiled, launch.target)
         except Exception as error:  # whatever the compiler raises is the finding
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-    return None
+    return sum(os.times()[:4]) - begun
 
 
 def _compile_module(target: Target, place: Path) -> None:
