@@ -113,12 +113,15 @@ def qwen3_30b() -> dict[str, Any]:
 
 
 _ON_HOPPER = ("--attention-backend", "TRITON_ATTN", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.7")
+_LONG = ("--max-model-len", "8192")
 _MXFP8_EXPERTS = ("--quantization", "online", "--quantization-config", '{"moe": "mxfp8"}')
 """Quantised while loading; the linear layers stay BF16, with epfuse and without."""
 MODELS = {
-    "minimax-m3": Model(minimax_m3, (*_ON_HOPPER, "--block-size", "128"), ("serve_on_gpu_m3",)),
-    "qwen3-30b-bf16": Model(qwen3_30b, _ON_HOPPER),
-    "qwen3-30b-mxfp8": Model(qwen3_30b, (*_ON_HOPPER, *_MXFP8_EXPERTS)),
+    "minimax-m3": Model(
+        minimax_m3, (*_ON_HOPPER, "--block-size", "128", "--max-model-len", "4096"), ("serve_on_gpu_m3",)
+    ),
+    "qwen3-30b-bf16": Model(qwen3_30b, (*_ON_HOPPER, *_LONG)),
+    "qwen3-30b-mxfp8": Model(qwen3_30b, (*_ON_HOPPER, *_LONG, *_MXFP8_EXPERTS)),
 }
 
 
