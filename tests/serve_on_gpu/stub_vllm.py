@@ -84,7 +84,7 @@ def main() -> None:
     cache = Path(os.environ["HOME"]) / ".triton" / "cache" / "x"
     filled = cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
-    (cache / "kernel.json").write_text("{}")
+    (cache / "kernel.cubin").touch()
     compiled("epfuse_gemm" if OURS else "marlin_gemm", time.time(), filled)
     say_plugin()
     if "serve" in sys.argv:

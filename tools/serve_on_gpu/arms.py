@@ -86,7 +86,7 @@ class Workplace:
 
     def has_cache(self, arm: Arm) -> bool:
         """Whether a server of this arm has compiled something here."""
-        return any(self.home(arm).rglob("*.cubin")) or any(self.home(arm).rglob("*.json"))
+        return any(any(self.home(arm).rglob(f"*.{kind}")) for kind in ("cubin", "hsaco"))
 
     def task(self, arm: Arm, argv: tuple[str, ...], compiles: Path, **settings: str) -> Task:
         """A command of vLLM's in an arm's environment.
