@@ -72,6 +72,18 @@ def test_a_job_that_is_torn_or_foreign_is_refused_by_its_file(tmp_path: Path, sp
         folder.read_job(POINT.name)
 
 
+def test_a_file_of_another_point_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create(RUN, [JOB])
+    other = JOB.model_copy(update={"point": POINT.model_copy(update={"name": "m3_8k1k-c4"})})
+    write_model(folder.point(POINT.name).job, other)
+    end = Done(name="m3_8k1k-c4", key="first-m3_8k1k-c4-1", state=End.DONE, started=1.0, ended=2.0)
+    write_model(folder.point(POINT.name).done, end)
+    for read in (folder.read_job, folder.read_done):
+        with pytest.raises(ConfigError, match="of point 'm3_8k1k-c4', in the folder of 'm3_1k1k-c4'"):
+            read(POINT.name)
+
+
 @pytest.mark.parametrize("name", ["", "-a", "a-", "A", "a/b", "..", "a b", "a\n", "a" * 81])
 def test_names_are_fit_for_files_and_slurm(name: str) -> None:
     with pytest.raises(ValueError, match="name"):

@@ -189,13 +189,33 @@ class RunFolder:
         return read_model(self.run, Run, "run")
 
     def read_job(self, name: str) -> PointJob:
-        """The job of a point."""
-        return read_model(self.point(name).job, PointJob, "point")
+        """The job of a point.
+
+        Raises:
+            ConfigError: as `read_model`; or the file is another point's.
+        """
+        path = self.point(name).job
+        job = read_model(path, PointJob, "point")
+        _check_name(path, job.point.name, name)
+        return job
 
     def read_done(self, name: str) -> Done | None:
-        """The end of a point; None while it has none."""
+        """The end of a point; None while it has none.
+
+        Raises:
+            ConfigError: as `read_model`; or the file is another point's, whose figures would be told as this one's.
+        """
         path = self.point(name).done
-        return read_model(path, Done, "end of a point") if path.exists() else None
+        if not path.exists():
+            return None
+        done = read_model(path, Done, "end of a point")
+        _check_name(path, done.name, name)
+        return done
+
+
+def _check_name(path: Path, found: str, name: str) -> None:
+    if found != name:
+        raise ConfigError(f"{path} is of point {found!r}, in the folder of {name!r}; copied from there?")
 
 
 def write_model(path: Path, model: Frozen) -> None:
