@@ -32,7 +32,7 @@ def _command(command: click.Command, name: str, parent: click.Context, level: in
     with click.Context(command, info_name=name, parent=parent) as context:
         usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
         lines = [*_text(command), "", "```text", usage, "```", ""]
-        shown = [parameter for parameter in command.get_params(context) if parameter.name != "help"]
+        shown = [parameter for parameter in command.get_params(context) if "--help" not in parameter.opts]
         records = [parameter.get_help_record(context) for parameter in shown]
         if any(records):
             lines += ["| option | |", "| --- | --- |"]
@@ -57,7 +57,8 @@ def _text(command: click.Command) -> list[str]:
         for paragraph in inspect.cleandoc(text or "").split("\n\n"):
             kept = paragraph.strip("\n").removeprefix("\b\n")
             if kept != paragraph.strip("\n"):
-                lines += ["```sh" if "epfuse " in kept else "```text", inspect.cleandoc(kept), "```", ""]
+                is_code = any(line.strip().startswith("epfuse ") for line in kept.splitlines())
+                lines += ["```sh" if is_code else "```text", inspect.cleandoc(kept), "```", ""]
             else:
                 lines += [paragraph, ""]
     return lines
