@@ -1,0 +1,362 @@
+"""Folders that nobody has checked: the right numbers or an error of ours that names the file, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from epfuse import ExpertMap, ExpertWeights
+from epfuse.errors import EpfuseError
+from epfuse.weights.checkpoint import ExpertCheckpoint
+from epfuse.weights.projections import expert_matrix
+from epfuse.weights.tensor_file import TensorFile
+from tests.mutations import mutated_bytes, mutated_values
+
+EXPERTS, HIDDEN, WIDTH = 4, 64, 32
+CONFIG = {
+    "model_type": "minimax_m3_vl_text",
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 1,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_layer_freq": [1],
+    "quantization_config": {"quant_method": "mxfp8"},
+}
+MODULE = "model.layers.0.block_sparse_moe.experts"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+SHARE = ExpertMap.contiguous(EXPERTS, 2, 1)
+CASES = 300
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    dense = ExpertWeights.dense(
+        torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator),
+        torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator),
+    )
+    stacks = ExpertWeights.quantize(dense).mxfp8_experts
+    assert stacks is not None
+    found = {"model.norm.weight": torch.ones(HIDDEN)}
+    for expert in range(EXPERTS):
+        for name, stack, rows in (
+            ("w1", stacks.w13, slice(0, WIDTH)),
+            ("w3", stacks.w13, slice(WIDTH, None)),
+            ("w2", stacks.w2, slice(None)),
+        ):
+            found[f"{MODULE}.{expert}.{name}.weight"] = stack.values[expert][rows].clone()
+            found[f"{MODULE}.{expert}.{name}.weight_scale_inv"] = stack.scales[expert][rows].clone()
+    return found
+
+
+def write(folder: Path, held: dict[str, torch.Tensor], config: Any = CONFIG) -> None:
+    names = sorted(held)
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    for shard, half in zip(SHARDS, halves, strict=True):
+        save_file({name: held[name] for name in half}, folder / shard)
+    where = {name: shard for shard, half in zip(SHARDS, halves, strict=True) for name in half}
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "model"
+    made.mkdir()
+    write(made, tensors())
+    return made
+
+
+def load(folder: Path) -> ExpertWeights:
+    ((_, weights),) = ExpertCheckpoint(folder).load(SHARE)
+    return weights
+
+
+def check(weights: ExpertWeights, held: dict[str, torch.Tensor]) -> None:
+    """Every local expert's codes and scale bytes are those of the files."""
+    (experts,) = weights.formats
+    for slot, expert in enumerate((2, 3)):
+        for stack, names in ((experts.w13, ("w1", "w3")), (experts.w2, ("w2",))):
+            for part, end in ((stack.values, "weight"), (stack.scales, "weight_scale_inv")):
+                whole = [held[f"{MODULE}.{expert}.{name}.{end}"].view(torch.uint8) for name in names]
+                assert torch.equal(part[slot].view(torch.uint8), torch.cat(whole))
+
+
+def test_the_folder_itself_is_good(folder: Path) -> None:
+    check(load(folder), tensors())
+
+
+@pytest.mark.parametrize("end", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_are_reinterpreted_under_both_names(folder: Path, end: str, dtype: torch.dtype) -> None:
+    """A cast of float8_e8m0fnu to uint8 makes 0 of every scale below 1."""
+    held = {
+        name.replace("weight_scale_inv", end): tensor.view(dtype) if tensor.dtype == torch.uint8 else tensor
+        for name, tensor in tensors().items()
+    }
+    write(folder, held)
+    check(load(folder), tensors())
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(path: Path, header: Any, data: bytes) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        header, data = header_of(folder / SHARDS[0])
+        with_header(folder / SHARDS[0], change(header) or header, data)
+
+    return edit
+
+
+def edit_index(change: Callable[[dict[str, str]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / INDEX).read_text())
+        change(content["weight_map"])
+        (folder / INDEX).write_text(json.dumps(content))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        held = tensors()
+        change(held)
+        write(folder, held, CONFIG | config)
+
+    return edit
+
+
+def first(header: dict[str, Any]) -> Any:
+    return header[f"{MODULE}.0.w1.weight"]
+
+
+def overlap(header: dict[str, Any]) -> None:
+    first(header)["data_offsets"] = header[f"{MODULE}.0.w2.weight"]["data_offsets"]
+
+
+def twice(header: dict[str, Any]) -> bytes:
+    text = json.dumps(header)
+    return text.replace("{", '{"a": 1, "a": 2, ', 1).encode()
+
+
+def nothing(held: dict[str, torch.Tensor]) -> None:
+    pass
+
+
+def lead_out(folder: Path) -> None:
+    shutil.move(folder / SHARDS[0], folder.parent / "elsewhere.safetensors")
+    (folder / SHARDS[0]).symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def as_pickle(folder: Path) -> None:
+    for name in (*SHARDS, INDEX):
+        (folder / name).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+SCALE = f"{MODULE}.1.w2.weight_scale_inv"
+WEIGHT = f"{MODULE}.1.w2.weight"
+HOSTILE = {
+    "overlap": (edit_header(overlap), "overlaps what comes before|leaves a hole"),
+    "duplicate names": (edit_header(twice), "has the key 'a' twice"),
+    "absurd size": (edit_header(lambda h: first(h).update(shape=[2**62, 2**62])), "would take"),
+    "negative": (edit_header(lambda h: first(h).update(data_offsets=[-8, 0])), "all counts"),
+    "true for 1": (edit_header(lambda h: first(h).update(shape=[True, 2048])), "all counts"),
+    "unknown dtype": (edit_header(lambda h: first(h).update(dtype="F3")), "which the format does not have"),
+    "metadata": (edit_header(lambda h: h.update(__metadata__={"a": 1})), "__metadata__ must hold strings"),
+    "no object": (edit_header(lambda h: b" {}"), "does not begin with"),
+    "cut short": (lambda f: os.truncate(f / SHARDS[1], (f / SHARDS[1]).stat().st_size - 1), "cut short"),
+    "empty": (lambda f: (f / SHARDS[1]).write_bytes(b""), "cut short or none"),
+    "a long header": (lambda f: (f / SHARDS[1]).write_bytes(b"\xff" * 16), "cut short or none"),
+    "missing shard": (lambda f: (f / SHARDS[1]).unlink(), "is missing, and model.safetensors.index.json names it"),
+    "FIFO": (lambda f: ((f / SHARDS[1]).unlink(), os.mkfifo(f / SHARDS[1])), "no regular file"),
+    "link out": (lead_out, "a link that leads out of the folder"),
+    "link to itself": (lambda f: ((f / SHARDS[0]).unlink(), (f / SHARDS[0]).symlink_to(SHARDS[0])), "Too many levels"),
+    "absolute shard": (edit_index(lambda m: m.update({WEIGHT: "/etc/x.safetensors"})), "names the shard '/etc"),
+    "shard above": (edit_index(lambda m: m.update({WEIGHT: "../x.safetensors"})), "names the shard '../x"),
+    "another kind of shard": (edit_index(lambda m: m.update({WEIGHT: "x.bin"})), "names the shard 'x.bin'"),
+    "a shard without it": (edit_index(lambda m: m.update({"model.y": SHARDS[0]})), "lacks 'model.y'"),
+    "a name in another shard": (edit_index(lambda m: m.pop(WEIGHT)), "stands in .*, and the index does not put it"),
+    "two models": (lambda f: save_file({"a": torch.ones(1)}, f / "model.safetensors"), "which does not name it"),
+    "pickle": (as_pickle, "a pickle is never read"),
+    "no experts": (
+        lambda f: write(f, {"a": torch.ones(1), "b": torch.ones(1)}),
+        "must have the experts of layer 0 once",
+    ),
+    "an expert less": (edit_tensors(lambda t: t.pop(WEIGHT)), "lacks the weight of expert 1's down"),
+    "an expert more": (edit_tensors(lambda t: t.update({WEIGHT.replace(".1.", ".4."): t[WEIGHT].clone()})), "expert 4"),
+    "a scale twice": (edit_tensors(lambda t: t.update({WEIGHT + "_scale": t[SCALE].clone()})), "the same part of one"),
+    "both layouts": (
+        edit_tensors(lambda t: t.update({f"{MODULE}.gate_up_proj": torch.ones(1)})),
+        "stacks of all experts and tensors of single ones",
+    ),
+    "two places": (
+        edit_tensors(lambda t: t.update({WEIGHT.replace("block_sparse_moe", "mlp"): t[WEIGHT].clone()})),
+        "it has model.layers.0.block_sparse_moe.experts and model.layers.0.mlp.experts",
+    ),
+    "NVFP4's second scale": (
+        edit_tensors(lambda t: t.update({f"{MODULE}.1.w2.weight_scale_2": torch.ones(1)})),
+        "weight_scale_2",
+    ),
+    "an adapter": (edit_tensors(lambda t: t.update({f"{MODULE}.1.w2.lora_A": torch.ones(1)})), "which is not read"),
+    "codes as bytes": (edit_tensors(lambda t: t.update({WEIGHT: t[WEIGHT].view(torch.uint8)})), "is in U8"),
+    "E5M2": (edit_tensors(lambda t: t.update({WEIGHT: t[WEIGHT].view(torch.float8_e5m2)})), "is in F8_E5M2"),
+    "FNUZ": (edit_tensors(lambda t: t.update({WEIGHT: t[WEIGHT].view(torch.float8_e4m3fnuz)})), "is in F8_E4M3FNUZ"),
+    "float scales": (edit_tensors(lambda t: t.update({SCALE: t[SCALE].float()})), "is in F32"),
+    "signed scales": (edit_tensors(lambda t: t.update({SCALE: t[SCALE].view(torch.int8)})), "is in I8"),
+    "mixed scales": (
+        edit_tensors(lambda t: t.update({SCALE: t[SCALE].view(torch.float8_e8m0fnu)})),
+        "both must be in one",
+    ),
+    "another shape": (edit_tensors(lambda t: t.update({WEIGHT: t[WEIGHT].mT.contiguous()})), r"has shape \(32, 64\)"),
+    "BF16 said": (edit_tensors(nothing, quantization_config=None), "the config says bf16"),
+    "MXFP4 said": (edit_tensors(nothing, quantization_config={"quant_method": "mxfp4"}), "is in F8_E4M3|has shape"),
+    "blocks of 128 said": (
+        edit_tensors(nothing, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        "multiples of 128",
+    ),
+    "NVFP4 said": (
+        edit_tensors(nothing, quantization_config={"quant_method": "mxfp8", "moe_quant_algo": "NVFP4"}),
+        "moe_quant_algo is 'NVFP4'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_folders_are_refused_by_name(folder: Path, case: str) -> None:
+    edit, words = HOSTILE[case]
+    edit(folder)
+    with pytest.raises(EpfuseError, match=words):
+        load(folder)
+
+
+def test_the_cache_of_the_hub_is_read(folder: Path) -> None:
+    """``snapshots/REVISION`` has links to ``blobs``."""
+    snapshot, blobs = folder.parent / "snapshots" / "abc", folder.parent / "blobs"
+    snapshot.parent.mkdir()
+    blobs.mkdir()
+    folder.rename(snapshot)
+    for number, shard in enumerate(SHARDS):
+        (snapshot / shard).rename(blobs / f"{number}")
+        (snapshot / shard).symlink_to(Path("../../blobs") / f"{number}")
+    check(load(snapshot), tensors())
+
+
+@pytest.mark.parametrize("change", ["shorter", "another"])
+def test_a_file_that_changes_meanwhile_is_an_error_and_no_signal(folder: Path, change: str) -> None:
+    checkpoint = ExpertCheckpoint(folder)
+    shard = folder / SHARDS[1]
+    if change == "shorter":
+        os.truncate(shard, 2000)
+    else:
+        shard.write_bytes(shard.read_bytes())
+        os.utime(shard, ns=(0, 0))
+    with pytest.raises(EpfuseError, match="was changed while it was being read"):
+        list(checkpoint.load(SHARE))
+    file = TensorFile(folder / SHARDS[0])
+    with file.open():
+        os.truncate(folder / SHARDS[0], 2000)
+        with pytest.raises(EpfuseError, match="cut short while it was read"):
+            file.tensors[f"{MODULE}.1.w1.weight"].read()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_fuzz_no_foreign_exception_and_no_other_number(folder: Path, part: int) -> None:
+    """Headers, indices, configs and bytes of files; whatever loads, safetensors itself reads as the same bytes."""
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rng = random.Random(part)
+    header, data = header_of(folder / SHARDS[1])
+    streams = [
+        ("config.json", mutated_values(CONFIG, CASES, part)),
+        (INDEX, mutated_values(json.loads(good[INDEX]), CASES, part)),
+        (SHARDS[1], mutated_values(header, CASES, part)),
+        (SHARDS[1], mutated_bytes(good[SHARDS[1]], CASES, part)),
+    ]
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    loaded = refused = 0
+    for case in range(CASES // 4):
+        kind = case % len(streams)
+        name, stream = streams[kind]
+        changed = next(stream)
+        if kind == 2:
+            with_header(folder / name, changed, data[: rng.choice((len(data), len(data), len(data) - 1))])
+        else:
+            (folder / name).write_bytes(changed)
+        try:
+            weights = load(folder)
+        except EpfuseError:
+            refused += 1
+        else:
+            loaded += 1
+            if weights.local_experts == 2 and weights.hidden == HIDDEN and kind:
+                check(weights, {k: v for shard in SHARDS for k, v in load_file(folder / shard).items()})
+        (folder / name).write_bytes(good[name])
+    assert refused > 30
+    assert loaded > 0
+    assert time.monotonic() - begin < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
+
+
+def test_fuzz_what_safetensors_refuses_is_refused(folder: Path) -> None:
+    """Duplicate names are the one thing that we refuse and it does not; its reader is the oracle of the rest."""
+    path = folder / SHARDS[0]
+    good = path.read_bytes()
+    header, data = header_of(path)
+    accepted = 0
+    for number, changed in enumerate([*mutated_values(header, CASES, 9), *mutated_bytes(good, CASES, 9)]):
+        if number < CASES:
+            with_header(path, changed, data)
+        else:
+            path.write_bytes(changed)
+        try:
+            file = TensorFile(path)
+        except EpfuseError:
+            continue
+        accepted += 1
+        try:
+            with safe_open(path, "pt") as theirs:
+                assert set(theirs.keys()) == set(file.tensors)
+                for name, tensor in file.tensors.items():
+                    rows = theirs.get_slice(name)
+                    assert (tuple(rows.get_shape()), rows.get_dtype()) == (tensor.shape, tensor.kind)
+        except SafetensorError as error:
+            pytest.fail(f"{changed[:300]!r}: {error}")
+    assert accepted > 20
+
+
+def test_an_expert_keeps_its_number_under_any_map(folder: Path) -> None:
+    whole = tensors()
+    for order in ([-1, 1, -1, 0], [2, 0, 1, -1], [-1] * 4):
+        ((_, weights),) = ExpertCheckpoint(folder).load(ExpertMap(torch.tensor(order)))
+        for expert, slot in enumerate(order):
+            if slot >= 0:
+                down = expert_matrix(weights.formats[0].w2, slot, torch.float32)
+                assert down.shape == (HIDDEN, WIDTH)
+                codes = whole[f"{MODULE}.{expert}.w2.weight"].float()
+                assert torch.equal(down == 0, codes == 0)
