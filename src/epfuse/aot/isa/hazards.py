@@ -9,6 +9,7 @@ instruction is one state, ``s_nop n`` is n + 1.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -106,20 +107,24 @@ class Result:
         clock: when.
         kind: "matrix", "addend" (C of a matrix instruction), "transcendental", "part" (of a register), "scalar" (a
             scalar register written by a vector instruction), "stored" (data of a store of more than 8 bytes).
-        passes, xdl: of a matrix instruction.
         line: of the assembly.
+        last: the clock until which something may have to keep a distance.
+        passes, xdl: of a matrix instruction.
     """
 
     registers: int
     clock: int
     kind: str
     line: int
+    last: int
     passes: int = 0
     xdl: bool = False
 
 
-LONGEST = 19
-"""Wait states after which nothing needs a distance."""
+LONGEST = {"stored": 2, "transcendental": 1, "part": 1, "scalar": 5}
+"""Wait states that `needed` asks for at most, by the kind of the earlier result."""
+MANY = 32
+"""Results from which old ones are dropped, if no check has."""
 
 
 class Recent:
@@ -133,39 +138,39 @@ class Recent:
     def __init__(self) -> None:
         self.results: list[Result] = []
         self.hot: int = 0
-        self.last: list[tuple[int, int, int]] = []
+        self.last: deque[tuple[int, int, int]] = deque(maxlen=5)
         """Clock, written registers and line of the last vector instructions."""
 
     def note(self, step: Step, clock: int) -> None:
-        """Remember what ``step``, of kind "valu", "mfma" or "vmem", did at ``clock``."""
+        """Remember what ``step``, which is ``noted``, did at ``clock``."""
         line = step.instruction.line
         facts = step.facts
         if step.kind == "mfma":
             passes, xdl = facts["passes"], bool(facts["xdl"])
-            self._add(Result(step.writes, clock, "matrix", line, passes, xdl))
+            self._keep(step.writes, clock, "matrix", line, passes + 3, passes, xdl)
             if facts["c"] and xdl:
-                self._add(Result(facts["c"], clock, "addend", line, passes, xdl))
+                self._keep(facts["c"], clock, "addend", line, passes, passes, xdl)
             return
         if step.kind == "vmem":
-            if "stored" in facts:
-                self._add(Result(facts["stored"], clock, "stored", line))
+            self._keep(facts["stored"], clock, "stored", line)
             return
         self.last.append((clock, step.writes, line))
-        if len(self.last) > 5:
-            del self.last[0]
-        if "transcendental" in facts:
-            self._add(Result(step.writes, clock, "transcendental", line))
-        if "part" in facts:
-            self._add(Result(step.writes, clock, "part", line))
+        if facts:
+            if "transcendental" in facts:
+                self._keep(step.writes, clock, "transcendental", line)
+            if "part" in facts:
+                self._keep(step.writes, clock, "part", line)
         if scalar := step.writes & SCALAR_REGISTERS:
-            self._add(Result(scalar, clock, "scalar", line))
+            self._keep(scalar, clock, "scalar", line)
 
-    def _add(self, result: Result) -> None:
-        self.results = [each for each in self.results if result.clock - each.clock <= LONGEST]
-        self.results.append(result)
-        self.hot = 0
-        for each in self.results:
-            self.hot |= each.registers
+    def _keep(
+        self, registers: int, clock: int, kind: str, line: int, longest: int = 0, passes: int = 0, xdl: bool = False
+    ) -> None:
+        if len(self.results) > MANY:
+            self.results = [each for each in self.results if clock <= each.last]
+        last = clock + (longest or LONGEST[kind])
+        self.results.append(Result(registers, clock, kind, line, last, passes, xdl))
+        self.hot |= registers
 
     def check(self, wave: Wave, step: Step) -> None:
         """Raise if ``step`` comes too soon.
@@ -173,13 +178,15 @@ class Recent:
         Raises:
             HazardError: it does.
         """
+        clock, touched = wave.clock, step.touched
+        left, hot = [], 0
         for result in self.results:
-            if result.registers & (step.reads | step.writes):
-                _keep(wave.clock - result.clock - 1, needed(result, step), result.line, step, result.kind)
-        self.results = [each for each in self.results if wave.clock - each.clock <= LONGEST]
-        self.hot = 0
-        for each in self.results:
-            self.hot |= each.registers
+            if clock <= result.last:
+                if result.registers & touched:
+                    _keep(clock - result.clock - 1, needed(result, step), result.line, step, result.kind)
+                left.append(result)
+                hot |= result.registers
+        self.results, self.hot = left, hot
 
     def check_near(self, wave: Wave, step: Step) -> None:
         """Raise if a matrix, DPP or lane-reading instruction comes too soon after a vector instruction.

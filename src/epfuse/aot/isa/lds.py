@@ -240,8 +240,7 @@ def _permute(name: str, instruction: Instruction) -> Step:
     def source(wave: Wave) -> NDArray[np.int64]:
         return (wave.rows[address.row].astype(np.int64) + offset) // 4 % LANES
 
-    step = _moved(name, instruction, target, data, source)
-    step.reads |= address.mask
+    step = _moved(name, instruction, target, data.mask | address.mask, data.row, source)
     refuse = refuse_undefined(address.mask, instruction, "which lane is read")
 
     def shade(wave: Wave) -> None:
@@ -267,14 +266,15 @@ def _swizzle(name: str, instruction: Instruction) -> Step:
         pattern = lane // 4 * 4 + np.array(numbers)[lane % 4]
     else:
         raise unknown(instruction, "the swizzle is not known")
-    return _moved(name, instruction, target, data, lambda wave: pattern)
+    return _moved(name, instruction, target, data.mask, data.row, lambda wave: pattern)
 
 
 def _moved(
     name: str,
     instruction: Instruction,
     target: Register,
-    data: Register,
+    reads: int,
+    row: int,
     source: Callable[[Wave], NDArray[np.int64]],
 ) -> Step:
     """Lanes take from lanes; it touches no memory, but it returns as LDS does."""
@@ -282,10 +282,10 @@ def _moved(
     def run(wave: Wave) -> None:
         places, active = source(wave), wave.active()
         there = active[places]
-        value = np.where(there, wave.rows[data.row][places], np.uint32(0))
-        shadow = np.where(there, wave.shadows[data.row][places], np.uint32(0))
+        value = np.where(there, wave.rows[row][places], np.uint32(0))
+        shadow = np.where(there, wave.shadows[row][places], np.uint32(0))
         wave.write(target.row, value)
         wave.shade(target.row, shadow)
         wave.waits.ask(Request(target.mask, instruction.line), vector=False)
 
-    return Step(instruction, name, "lds", run, data.mask | 3 << EXEC, target.mask, lambda wave: None)
+    return Step(instruction, name, "lds", run, reads | 3 << EXEC, target.mask, lambda wave: None)

@@ -80,8 +80,8 @@ def condition_of(operand: Operand, instruction: Instruction) -> Callable[[Wave],
 
 def write_mask(wave: Wave, first: int, truth: Value) -> None:
     """Write a mask; its bits are zero in lanes that are not active."""
-    found = lanes_mask(np.broadcast_to(truth, (64,)))
-    wave.set_pair(first, found & wave.pair(EXEC))
+    found = lanes_mask(truth if np.shape(truth) else np.full(64, truth))
+    wave.set_pair(first, found if wave.lanes is None else found & wave.pair(EXEC))
 
 
 def _compare(name: str, suffix: str, instruction: Instruction) -> Step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,13 @@ class Buffer:
 
 def grains_of(places: Places, size: int, grain: int) -> Places:
     """Numbers of the grains, [lanes, grains of a lane], of accesses that begin at bytes ``places``."""
-    return np.asarray((places // grain)[:, None] + np.arange(max(size // grain, 1)))
+    first = (places // grain)[:, None]
+    return first if size <= grain else np.asarray(first + _count(size // grain))
+
+
+@cache
+def _count(grains: int) -> Places:
+    return np.arange(grains)
 
 
 class Memory:
@@ -52,6 +59,7 @@ class Memory:
         self.undefined: Bytes = np.full(GUARD, 255, np.uint8)
         self._grain = 1
         self.writer: NDArray[np.int32] = np.full(GUARD, NOBODY, np.int32)
+        self._written = False
 
     def place(self, array: NDArray[np.generic], name: str, *, defined: bool = True, align: int = 16) -> int:
         """Copy an array in.
@@ -111,6 +119,7 @@ class Memory:
         """A launch begins, nobody has written anything in it; ``grain`` is its smallest access in bytes, at most 4."""
         self._grain = grain
         self.writer = np.full(len(self.data) // grain, NOBODY, np.int32)
+        self._written = False
 
     def touch(
         self, kind: str, owner: int, group: int, places: Places, size: int, line: int, written: Bytes | None = None
@@ -133,6 +142,9 @@ class Memory:
             HazardError: another wave of the launch has written a byte and it is not known to be there.
         """
         grains = grains_of(places, size, self._grain)
+        if kind == "read" and not self._written:
+            return grains
+        self._written = True
         writer = self.writer[grains]
         if kind == "add":
             free = (writer == NOBODY) | (writer == ADDED)

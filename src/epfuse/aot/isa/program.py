@@ -32,9 +32,9 @@ Operand = Register | Constant | Label | Off
 Modifier = int | str | bool | tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instruction:
-    """One instruction.
+    """One instruction: the same one only if it is the same object, so that what it decodes to can be kept by it.
 
     Attributes:
         opcode: with the encoding's suffix.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,12 +92,15 @@ class Recorded:
     values: tuple[tuple[str, Any], ...]
     before: tuple[Region, ...]
 
-    def run(self, program: Program | None = None, seed: int = 0) -> Launched:
+    def run(
+        self, program: Program | None = None, seed: int = 0, watch: Callable[[Launched], None] | None = None
+    ) -> Launched:
         """Execute every workgroup.
 
         Args:
             program: to run in the place of the launch's own.
             seed: of the order in which waves and workgroups advance.
+            watch: called with what is there so far after each workgroup that wrote; what it raises ends the launch.
 
         Raises:
             IsaError: the program does what it may not, or something that the model does not know.
@@ -107,7 +110,18 @@ class Recorded:
         addresses = [region.place(memory) for region in self.before]
         values = [(kind, self._value(value, addresses)) for kind, value in self.values]
         segment = kernarg(program, values, self.grid, self.threads, self.lds_bytes)
-        counts = launch(program, self.grid, self.threads, segment, memory, seed, lds_bytes=self.lds_bytes)
+        stored = 0
+
+        def see(counts: Counts) -> None:
+            nonlocal stored
+            if watch is not None and counts.stored.total() > stored:
+                stored = counts.stored.total()
+                watch(self._launched(memory, addresses, counts))
+
+        counts = launch(program, self.grid, self.threads, segment, memory, seed, lds_bytes=self.lds_bytes, watch=see)
+        return self._launched(memory, addresses, counts)
+
+    def _launched(self, memory: Memory, addresses: list[int], counts: Counts) -> Launched:
         after = []
         for region, address in zip(self.before, addresses, strict=True):
             size = region.data.size

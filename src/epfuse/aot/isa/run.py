@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from epfuse.aot.isa.memory import Memory
 from epfuse.aot.isa.operands import unknown
 from epfuse.aot.isa.program import Instruction, Label, Program
 from epfuse.aot.isa.registers import EXEC, LANES, names_of
-from epfuse.aot.isa.wave import Step, Wave
+from epfuse.aot.isa.wave import Files, Step, Wave
 from epfuse.aot.isa.workgroup import Workgroup
 
 MODE = {
@@ -52,16 +54,17 @@ def decode(program: Program) -> list[Step]:
     Raises:
         UnknownInstruction: one is not known.
     """
-    return [_decode(each, program) for each in program.instructions]
+    return [flow.decode(each.opcode, each, program.labels) or _decode(each) for each in program.instructions]
 
 
-def _decode(instruction: Instruction, program: Program) -> Step:
+@lru_cache(maxsize=1 << 13)
+def _decode(instruction: Instruction) -> Step:
+    """A step that does the same in any program."""
     name, suffix = vector_forms.bare(instruction.opcode)
     step: Step | None = None
     if not suffix:
         step = (
             salu.decode(name, instruction)
-            or flow.decode(name, instruction, program.labels)
             or mfma.decode(name, instruction)
             or lds.decode(name, instruction)
             or vmem.decode(name, instruction)
@@ -84,6 +87,7 @@ def launch(
     *,
     lds_bytes: int,
     most_steps: int = MOST_STEPS,
+    watch: Callable[[Counts], None] | None = None,
 ) -> Counts:
     """Execute a kernel.
 
@@ -98,6 +102,7 @@ def launch(
         seed: of the order in which workgroups and waves run.
         lds_bytes: LDS of a workgroup: what Triton's metadata calls ``shared``.
         most_steps: of a wave, after which it is taken not to end.
+        watch: called after each workgroup; what it raises ends the launch.
 
     Returns:
         What was executed.
@@ -116,15 +121,18 @@ def launch(
     groups = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
     numbers = {group: number for number, group in enumerate(groups)}
     order.shuffle(groups)
+    files = [Files() for _ in range(threads // LANES)]
     with np.errstate(all="ignore"):
         for group in groups:
             shared = Workgroup(numbers[group], lds_bytes + program.lds_bytes, memory, counts, grain)
             waves = [
-                _wave(program, number, group, shared, pointer, kernarg, seed) for number in range(threads // LANES)
+                _wave(program, number, group, shared, pointer, kernarg, seed, file) for number, file in enumerate(files)
             ]
             _run_group(waves, steps, (tally, idle), order, most_steps)
             for wave in waves:
                 counts.waits.update(wave.waits.waited)
+            if watch is not None:
+                watch(counts)
     for place, step in enumerate(steps):
         if tally[place] + idle[place]:
             counts.instructions[step.name] += tally[place] + idle[place]
@@ -151,9 +159,10 @@ def _wave(
     pointer: int,
     kernarg: bytes,
     seed: int,
+    files: Files,
 ) -> Wave:
     """A wave as the hardware starts it."""
-    wave = Wave(number, shared, Outstanding(), Recent())
+    wave = Wave(number, shared, Outstanding(), Recent(), files)
     wave.set_pair(0, pointer)
     wave.define_scalar(0, 2)
     first = program.directives["user_sgpr_count"]
@@ -212,7 +221,7 @@ def run_wave(wave: Wave, steps: list[Step], tallies: Tallies, left: dict[Wave, i
         else:
             idle[place] += 1
         wave.place = place + 1
-        touched = step.reads | step.writes
+        touched = step.touched
         if touched & waits.pending:
             _refuse(wave, step, touched)
         if touched & recent.hot:
@@ -227,7 +236,7 @@ def run_wave(wave: Wave, steps: list[Step], tallies: Tallies, left: dict[Wave, i
             if error.line is None:
                 raise type(error)(str(error), step.instruction.line) from None
             raise
-        if step.kind in ("valu", "mfma", "vmem"):
+        if step.noted:
             recent.note(step, wave.clock)
         wave.clock += step.states
         if step.stops:

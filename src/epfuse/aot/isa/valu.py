@@ -78,17 +78,19 @@ def _reversed(a: Value) -> Value:
 
 def _permuted(a: Value, b: Value, selector: Value) -> Value:
     """Bytes of the eight in ``a`` (high) and ``b`` (low), by four selectors; from 8 on they are constants or signs."""
-    a, b, selector = np.broadcast_arrays(a, b, selector)
-    data = (a.astype(U64) << U64(32)) | b.astype(U64)
-    result = np.zeros(data.shape, np.uint32)
-    for place in range(4):
-        chosen = (selector >> np.uint32(8 * place) & np.uint32(255)).astype(U64)
-        byte = data >> (np.minimum(chosen, U64(7)) * U64(8)) & U64(255)
-        # 8 to 11: the sign of every second byte
-        sign = data >> ((chosen - U64(8)) % U64(4) * U64(16) + U64(15)) & U64(1)
-        byte = np.select([chosen < 8, chosen < 12, chosen == 12], [byte, sign * U64(255), U64(0)], U64(255))
-        result |= byte.astype(np.uint32) << np.uint32(8 * place)
-    return result
+    shape = np.broadcast_shapes(np.shape(a), np.shape(b), np.shape(selector))
+    high, low, chosen = (
+        np.ascontiguousarray(each if np.shape(each) == shape else np.broadcast_to(each, shape))
+        .view(np.uint8)
+        .reshape(-1, 4)
+        for each in (a, b, selector)
+    )
+    table = np.full((len(low), 14), 255, np.uint8)
+    table[:, :4], table[:, 4:8] = low, high
+    table[:, 8:12] = np.where(table[:, 1:8:2] & 128, 255, 0)  # the sign of every second byte
+    table[:, 12] = 0
+    result = np.take_along_axis(table, np.minimum(chosen, 13).astype(np.intp), axis=1)
+    return result.view(np.uint32).reshape(shape)
 
 
 def _aligned(a: Value, b: Value, shift: Value) -> Value:

@@ -38,6 +38,28 @@ def mask_of(lanes: Lanes) -> int:
     return int.from_bytes(np.packbits(lanes, bitorder="little").tobytes(), "little")
 
 
+class Files:
+    """The vector registers of a wave: one wave after the other has them.
+
+    Attributes:
+        values, shadows: of each register its lanes' 32 bits, and those that nothing has defined.
+        rows, shadow_rows: the same, one by one.
+    """
+
+    __slots__ = ("rows", "shadow_rows", "shadows", "values")
+
+    def __init__(self) -> None:
+        self.values: Row = np.zeros((ALL - VECTORS, LANES), np.uint32)
+        self.shadows: Row = np.zeros((ALL - VECTORS, LANES), np.uint32)
+        self.rows: list[Row] = list(self.values)
+        self.shadow_rows: list[Row] = list(self.shadows)
+
+    def begin(self) -> None:
+        """A wave begins."""
+        self.values.fill(0)
+        self.shadows.fill(FULL)
+
+
 class Wave:
     """64 lanes that execute together.
 
@@ -72,7 +94,11 @@ class Wave:
         "waits",
     )
 
-    def __init__(self, number: int, group: Workgroup, waits: Outstanding, recent: Recent) -> None:
+    def __init__(
+        self, number: int, group: Workgroup, waits: Outstanding, recent: Recent, files: Files | None = None
+    ) -> None:
+        files = files or Files()
+        files.begin()
         self.number: int = number
         self.group: Workgroup = group
         self.place: int = 0
@@ -81,10 +107,10 @@ class Wave:
         self.recent: Recent = recent
         self.scalars: list[int] = [0] * VECTORS
         self.scalar_shadows: list[int] = [0xFFFFFFFF] * VECTORS
-        self.file: Row = np.zeros((ALL - VECTORS, LANES), np.uint32)
-        self.shadow_file: Row = np.full((ALL - VECTORS, LANES), FULL)
-        self.rows: list[Row] = list(self.file)
-        self.shadows: list[Row] = list(self.shadow_file)
+        self.file: Row = files.values
+        self.shadow_file: Row = files.shadows
+        self.rows: list[Row] = files.rows
+        self.shadows: list[Row] = files.shadow_rows
         self.undefined: int = (1 << ALL) - 1
         self.lanes: Lanes | None = None
         self.set_pair(EXEC, ALL_LANES)
@@ -160,6 +186,8 @@ class Step:
         stops: whether the wave stops here, at a barrier or at its end.
         near: whether it must keep a distance from any vector instruction that wrote what it reads.
         facts: what the hazard rules ask of this kind of instruction.
+        touched: what it reads or writes.
+        noted: whether instructions to come may have to keep a distance from it.
     """
 
     instruction: Instruction
@@ -173,6 +201,12 @@ class Step:
     stops: bool = False
     near: bool = False
     facts: dict[str, int] = field(default_factory=dict)
+    touched: int = 0
+    noted: bool = False
+
+    def __post_init__(self) -> None:
+        self.touched = self.reads | self.writes
+        self.noted = self.kind in ("valu", "mfma") or "stored" in self.facts
 
 
 def refuse_undefined(reads: int, instruction: Instruction, what: str) -> Callable[[Wave], None]:

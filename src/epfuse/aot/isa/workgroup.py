@@ -40,7 +40,8 @@ class Workgroup:
         self._writer = np.full(size // grain, NOBODY, np.int8)
         self._adder = np.full(size // grain, NOBODY, np.int8)
         self._readers = np.zeros(size // grain, np.uint32)
-        self._touched = False
+        self._wrote = self._read = 0  # waves, a bit each
+        self._added = False
         self._in_flight: dict[int, tuple[str, int, Places]] = {}
         self._stores: list[Places] = []
         self._next = 0
@@ -78,30 +79,36 @@ class Workgroup:
     def _judge(
         self, kind: str, wave: int, grains: Places, line: int, places: Places, written: NDArray[np.uint8] | None
     ) -> None:
-        writer = self._writer[grains]
-        others = (writer != NOBODY) & (writer != wave)
-        if others.any():
-            if written is not None:
+        if self._wrote & ~(1 << wave):
+            writer = self._writer[grains]
+            others = (writer != NOBODY) & (writer != wave)
+            if written is not None and others.any():
                 changed = self.data[places[:, None] + np.arange(written.shape[1])] != written
                 others &= changed.reshape(*others.shape, -1).any(axis=2)
             if others.any():
                 raise HazardError(f"wave {wave} {kind}s LDS that another wave has written since the last barrier", line)
-        if kind != "add":
+        if kind != "add" and self._added:
             adder = self._adder[grains]
             if ((adder != NOBODY) & (adder != wave)).any():
                 raise HazardError(
                     f"wave {wave} {kind}s LDS that another wave has added to since the last barrier", line
                 )
-        if kind != "read" and (self._readers[grains] & ~np.uint32(1 << wave)).any():
+        if (
+            kind != "read"
+            and self._read & ~(1 << wave)
+            and (self._readers[grains] & ~np.uint32(1 << wave)).any()
+        ):
             raise HazardError(f"wave {wave} {kind}s LDS that another wave has read since the last barrier", line)
 
     def _mark(self, kind: str, wave: int, grains: Places) -> None:
-        self._touched = True
         if kind == "read":
+            self._read |= 1 << wave
             self._readers[grains] |= np.uint32(1 << wave)
         elif kind == "write":
+            self._wrote |= 1 << wave
             self._writer[grains] = wave
         else:
+            self._added = True
             before = self._adder[grains]
             self._adder[grains] = np.where((before == NOBODY) | (before == wave), wave, MANY)
 
@@ -119,11 +126,13 @@ class Workgroup:
         for places in self._stores:
             self.memory.settle(places, self.number)
         self._stores.clear()
-        if not self._touched:
-            return
-        self._writer.fill(NOBODY)
-        self._adder.fill(NOBODY)
-        self._readers.fill(0)
-        self._touched = False
+        if self._wrote:
+            self._writer.fill(NOBODY)
+        if self._added:
+            self._adder.fill(NOBODY)
+        if self._read:
+            self._readers.fill(0)
+        self._wrote = self._read = 0
+        self._added = False
         for kind, wave, places in self._in_flight.values():
             self._mark(kind, wave, places)
