@@ -59,6 +59,11 @@ def names_option(option: str, variable: str, known: Iterable[str]) -> Callable[[
 @click.option("--cases", type=click.Choice(PARTS), help="With --execute: which cases.  [default: share]")
 @click.option("--faults", type=click.Choice((*PARTS, "none")), help="With --execute: which faults.  [default: share]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="With --execute: draws the share.  [default: 0]")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="With --execute: folder of results; what a run that was ended has left there is not run again.",
+)
 def aot(
     targets: tuple[str, ...],
     stages: tuple[str, ...],
@@ -73,6 +78,7 @@ def aot(
     cases: str | None,
     faults: str | None,
     seed: int | None,
+    keep: Path | None,
 ) -> None:
     r"""Compile every kernel that a call can launch, without the GPU, and check its resources.
 
@@ -89,16 +95,16 @@ def aot(
     Examples:
       epfuse aot --target gfx942 --stage gate_up,down --markdown
       epfuse aot --execute --seed 7
-      epfuse aot --execute --cases all --faults all --json
+      epfuse aot --execute --cases all --faults all --keep results --json
     """
     if as_json and as_markdown:
         raise ConfigError("--json and --markdown exclude each other")
     if find_spec("triton") is None:
         raise MissingDependency("'epfuse aot' needs triton: pip install 'epfuse[cpu]'")
     if execute:
-        run_execute(cases or "share", faults or "share", seed or 0, workers, as_json, as_markdown)
-    if (cases, faults, seed) != (None, None, None):
-        raise ConfigError("--cases, --faults and --seed are for --execute")
+        run_execute(cases or "share", faults or "share", seed or 0, workers, keep, as_json, as_markdown)
+    if (cases, faults, seed, keep) != (None, None, None, None):
+        raise ConfigError("--cases, --faults, --seed and --keep are for --execute")
     delivery = Delivery(folders={"--out": out})
     from epfuse.aot import mca, tables
     from epfuse.aot.run import Request, run

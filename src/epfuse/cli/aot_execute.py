@@ -18,7 +18,9 @@ from epfuse.report.terminal import Console
 PARTS = ("share", "all")
 
 
-def execute(cases: str, faults: str, seed: int, workers: int | None, as_json: bool, as_markdown: bool) -> NoReturn:
+def execute(
+    cases: str, faults: str, seed: int, workers: int | None, keep: Path | None, as_json: bool, as_markdown: bool
+) -> NoReturn:
     """Execute cases and faults, print the record, exit.
 
     Args:
@@ -26,26 +28,35 @@ def execute(cases: str, faults: str, seed: int, workers: int | None, as_json: bo
         faults: these, or "none".
         seed: draws the share, the numbers and the order in which waves run.
         workers: processes; None for the CPUs.
+        keep: folder of results: an earlier run's are taken, new ones are added.
         as_json: JSON in the place of tables.
         as_markdown: Markdown in the place of tables.
 
     """
-    delivery = Delivery()
+    delivery = Delivery(folders={"--keep": keep})
     from epfuse.aot import tables
     from epfuse.aot.isa import gate, inject
+    from epfuse.aot.isa.kept import Kept, run_of
     from epfuse.aot.isa.record import ExecutionRecord
 
     count = workers or len(os.sched_getaffinity(0))
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+    kept = Kept(keep, run_of(seed))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("executing gfx942's code", total=None)
         chosen = gate.every_case(seed) if cases == "all" else gate.share(seed)
-        found = gate.run(chosen, seed, count, lambda done, total: progress.update(task, completed=done, total=total))
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        found = gate.run(chosen, seed, count, kept, show)
         broken = None
         if faults != "none":
             task = progress.add_task("dropping instructions", total=None)
             kernels = inject.subjects() if faults == "all" else inject.share(seed)
-            broken = inject.run(kernels, count, lambda done, total: progress.update(task, completed=done, total=total))
+            broken = inject.run(kernels, count, kept, show)
     record = ExecutionRecord(seed, found, broken)
     with delivery.of(STDOUT):
         if as_json:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from epfuse.aot.isa import gate
-from epfuse.aot.isa.cases import Layer, Routing
+from epfuse.aot.isa.cases import Combining, Layer, Routing
 from epfuse.aot.isa.inject import KINDS, kinds_of, share, subjects
 from epfuse.aot.isa.program import parse
 from epfuse.aot.launches import Launch
@@ -22,13 +22,15 @@ def launched() -> tuple[set[Launch], set[Launch]]:
     from epfuse.aot.launches import launches_of
     from epfuse.aot.tasks import list_jobs
     from epfuse.api import fused_experts
+    from epfuse.stages.combine.launch import launch_combine
     from epfuse.stages.route.launch import launch_route
     from epfuse.stages.route.table import RouteTable
     from epfuse.target import Target
     from epfuse.weights.experts import ExpertWeights
 
     meta, found = torch.device("meta"), set()
-    for layer in gate.layers(0, gate.SIZES):
+    cases = gate.every_case(0)
+    for layer in (case for case in cases if isinstance(case, Layer)):
         exact = layer.exact
 
         def call(exact=exact) -> None:  # type: ignore[no-untyped-def]
@@ -44,7 +46,17 @@ def launched() -> tuple[set[Launch], set[Launch]]:
             )
 
         found |= set(launches_of(Target.GFX942, call))
-    for case in gate.routings(0):
+    for sums in (case for case in cases if isinstance(case, Combining)):
+
+        def combine(exact=sums.exact) -> None:  # type: ignore[no-untyped-def]
+            rows = torch.empty(exact.tokens * exact.shape.top_k, exact.shape.hidden, dtype=exact.dtype, device=meta)
+            ids = torch.empty(exact.tokens, exact.shape.top_k, dtype=torch.int32, device=meta)
+            slots = torch.empty(exact.shape.experts, dtype=torch.int32, device=meta)
+            out = torch.empty(exact.tokens, exact.shape.hidden, dtype=exact.dtype, device=meta)
+            launch_combine(rows, ids, slots, exact.shape.local_experts, out)
+
+        found |= set(launches_of(Target.GFX942, combine))
+    for case in (case for case in cases if isinstance(case, Routing)):
 
         def route(case=case) -> None:  # type: ignore[no-untyped-def]
             ids = torch.empty(case.tokens, case.shape.top_k, dtype=torch.int32, device=meta)

@@ -8,7 +8,8 @@ from itertools import product
 
 import torch
 
-from epfuse.aot.isa.cases import Budget, Case, CaseRecord, Found, Layer, Routing, Shards, run_case
+from epfuse.aot.isa.cases import Budget, Case, CaseRecord, Combining, Found, Layer, Routing, Shards, run_case
+from epfuse.aot.isa.kept import Kept
 from epfuse.aot.isa.layers import Exact
 from epfuse.aot.tasks import start
 from epfuse.config import Combine, LayerShape, Path, WeightFormat
@@ -40,10 +41,17 @@ SIZES = {
 """(H, I) that make the same machine codes as the true sizes, and are as small as can be."""
 
 SHORT = {
-    "even": {Path.BF16: (256, 128), Path.W8A16: (256, 128), Path.W8A8: (512, 512), Path.BLOCK_FP8: (2048, 128)},
+    "even": {Path.BF16: (256, 128), Path.W8A16: (256, 128), Path.W8A8: (512, 512), Path.BLOCK_FP8: (2048, 256)},
     "masked": {path: (320, 192) for path in (Path.BF16, Path.W8A16, Path.W8A8, Path.BLOCK_FP8)},
 }
-"""(H, I) that make the same machine codes of the GEMMs, not of combine."""
+"""(H, I) that make the same machine codes of the GEMMs, not of quantize, activate and combine."""
+
+TAIL = 96
+"""H and I under one step of a loop over K, in the codes with a tail: the first step is the tail. Block FP8 has no such
+case: the code for one block of scales in a row is another one."""
+
+WIDE = 1088
+"""H for which combine at `MANY` tokens has the machine code that it has for the true sizes."""
 
 FEW = 9
 """Tokens of a layer in the smallest tile."""
@@ -63,16 +71,35 @@ ROUTES: list[tuple[int, int]] = [
 """T and BLOCK_M of every size of the routing kernels."""
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
 def layers(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iterator[Layer]:
     """A layer for every machine code of a GEMM: way, sizes, dtype, tile."""
     for subject, sizes, (tokens, block_m) in product(SUBJECTS, all_sizes.values(), TILES.items()):
-        dense = subject.form is WeightFormat.DENSE
-        for dtype in (torch.bfloat16, torch.float16, torch.float32) if dense else (torch.bfloat16,):
+        for dtype in DTYPES if subject.form is WeightFormat.DENSE else DTYPES[:1]:
             if dtype == torch.float32 and tokens > MANY:  # its GEMMs have one tile at any T
                 continue
-            shape = LayerShape(*sizes[subject.path], EXPERTS, LOCAL, TOP_K)
             live = LIVE if tokens == FEW else block_m * 3 // 2 + 5
-            yield Layer(Exact(subject.path, subject.form, dtype, subject.combine, shape, tokens, live, seed))
+            yield _layer(subject, dtype, sizes[subject.path], tokens, live, seed)
+
+
+def tails(seed: int) -> Iterator[Layer]:
+    """Layers whose H and I are under one step of the loops."""
+    for subject in SUBJECTS:
+        if subject.path is not Path.BLOCK_FP8:
+            yield _layer(subject, torch.bfloat16, (TAIL, TAIL), FEW, LIVE, seed)
+
+
+def _layer(subject: Subject, dtype: torch.dtype, sizes: tuple[int, int], tokens: int, live: int, seed: int) -> Layer:
+    shape = LayerShape(*sizes, EXPERTS, LOCAL, TOP_K)
+    return Layer(Exact(subject.path, subject.form, dtype, subject.combine, shape, tokens, live, seed))
+
+
+def combines(seed: int) -> Iterator[Combining]:
+    """Combine's larger tile."""
+    for dtype in DTYPES:
+        yield Combining(_layer(SUBJECTS[0], dtype, (WIDE, TAIL), MANY, LIVE, seed).exact)
 
 
 def routings(seed: int) -> Iterator[Routing]:
@@ -97,7 +124,9 @@ def budgets(seed: int) -> Iterator[Budget]:
 
 def every_case(seed: int) -> list[Case]:
     """All that there is."""
-    return [*layers(seed, SIZES), *routings(seed), shards(seed), *budgets(seed)]
+    wide = [layer for layer in layers(seed, SIZES) if layer.exact.tokens == FEW]
+    tall = [layer for layer in layers(seed, SHORT) if layer.exact.tokens != FEW]
+    return [*wide, *tall, *tails(seed), *combines(seed), *routings(seed), shards(seed), *budgets(seed)]
 
 
 def share(seed: int) -> list[Case]:
@@ -125,18 +154,21 @@ def share(seed: int) -> list[Case]:
     return found
 
 
-def run(cases: list[Case], seed: int, workers: int, progress: Callable[[int, int], None]) -> list[CaseRecord]:
+def run(
+    cases: list[Case], seed: int, workers: int, kept: Kept, progress: Callable[[int, int], None]
+) -> list[CaseRecord]:
     """Execute cases in parallel.
 
     Args:
         cases: of `every_case` or `share`.
         seed: of the order in which waves and workgroups advance.
         workers: processes.
+        kept: results that are there already, and where new ones go.
         progress: called with the cases done and the cases in all.
     """
     progress(0, len(cases))
     with Workers(workers, start, seconds=3600.0) as pool:
-        results = pool.map(run_case, [(case, seed) for case in cases], lambda done: progress(done, len(cases)))
+        results = pool.map(run_case, [(case, seed, kept) for case in cases], lambda done: progress(done, len(cases)))
     records = []
     for case, result in zip(cases, results, strict=True):
         found = Found([result.reason]) if isinstance(result, Died) else result

@@ -15,14 +15,15 @@ from epfuse.aot.isa.cases import TARGET
 from epfuse.aot.isa.device import executing
 from epfuse.aot.isa.errors import IsaError
 from epfuse.aot.isa.expected import Expected, compare, expected
-from epfuse.aot.isa.gate import EXPERTS, FEW, LIVE, LOCAL, SUBJECTS, TOP_K
+from epfuse.aot.isa.gate import EXPERTS, FEW, LIVE, LOCAL, SUBJECTS, TAIL, TOP_K
+from epfuse.aot.isa.kept import Kept
 from epfuse.aot.isa.layers import EXACT, Exact
 from epfuse.aot.isa.program import Instruction, Program
 from epfuse.aot.isa.recorded import Launched, Recorded
 from epfuse.aot.isa.registers import EXEC, Register
 from epfuse.aot.tasks import start
 from epfuse.api import fused_experts
-from epfuse.config import LayerShape
+from epfuse.config import LayerShape, Path
 from epfuse.families.registry import FP8_PATHS
 from epfuse.workers import Died, Workers
 
@@ -180,12 +181,18 @@ class Broken:
     Attributes:
         kernel: its name.
         exact: the layer that launches it.
-        twin: for code with a tail, the same layer without one: there too a fault may be noticed.
+        twins: for code with a tail, the same layer without one, and with nothing else: there too a fault may be
+            noticed.
     """
 
     kernel: str
     exact: Exact
-    twin: Exact | None
+    twins: tuple[Exact, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The kernel and its way."""
+        return f"{self.kernel} {self.exact.name}"
 
 
 def subjects() -> list[Broken]:
@@ -193,12 +200,13 @@ def subjects() -> list[Broken]:
     found = []
     for subject, stage in product(SUBJECTS, ("gate_up", "down")):
         layers = {}
-        for name, steps in STEPS.items():
+        for name, steps in {**STEPS, "tail": TAIL}.items():
             sizes = (steps, NARROW) if stage == "gate_up" else (NARROW, steps)
             shape = LayerShape(*sizes, EXPERTS, LOCAL, TOP_K)
             layers[name] = Exact(subject.path, subject.form, torch.bfloat16, subject.combine, shape, FEW, LIVE, SEED)
         kernel = f"{stage}{'_fp8' if subject.path in FP8_PATHS else ''}_kernel"
-        found += [Broken(kernel, layers["even"], None), Broken(kernel, layers["masked"], layers["even"])]
+        twins = (layers["even"],) if subject.path is Path.BLOCK_FP8 else (layers["even"], layers["tail"])
+        found += [Broken(kernel, layers["even"]), Broken(kernel, layers["masked"], twins)]
     return found
 
 
@@ -207,13 +215,14 @@ def share(seed: int) -> list[Broken]:
     return [random.Random(seed).choice(subjects())]
 
 
-def inject(broken: Broken) -> Injected:
-    """Drop `EACH` instructions of every kind of one kernel, one at a time."""
-    layers = [broken.exact] if broken.twin is None else [broken.exact, broken.twin]
-    launches = [_launch(broken.kernel, exact) for exact in layers]
+def inject(broken: Broken, kept: Kept) -> Injected:
+    """Drop `EACH` instructions of every kind of one kernel, one at a time, or take what is kept of that."""
+    if (before := kept.load(broken.name, Injected)) is not None:
+        return before
+    launches = [_launch(broken.kernel, exact) for exact in (broken.exact, *broken.twins)]
     wanted = [expected(launched.recorded) for launched in launches]
     reached = launches[0].counts.reached
-    program, found = launches[0].recorded.program, Injected(f"{broken.kernel} {broken.exact.name}")
+    program, found = launches[0].recorded.program, Injected(broken.name)
     for twin in launches[1:]:
         reached = reached | twin.recorded.run(program).counts.reached
     draw = random.Random(f"{SEED} {found.kernel}")
@@ -224,7 +233,7 @@ def inject(broken: Broken) -> Injected:
             for launched, want in zip(launches, wanted, strict=True):
                 outcome = outcome or _outcome(launched.recorded, faulty, want)
             found.faults.append(Fault(kind, index, program.instructions[index].text, outcome, index in reached))
-    return found
+    return kept.save(broken.name, Injected, found)
 
 
 def _launch(kernel: str, exact: Exact) -> Launched:
@@ -327,19 +336,20 @@ class FaultRecord:
         }
 
 
-def run(chosen: list[Broken], workers: int, progress: Callable[[int, int], None]) -> FaultRecord:
+def run(chosen: list[Broken], workers: int, kept: Kept, progress: Callable[[int, int], None]) -> FaultRecord:
     """Break kernels in parallel.
 
     Args:
         chosen: of `subjects`.
         workers: processes.
+        kept: results that are there already, and where new ones go.
         progress: called with the kernels done and the kernels in all.
     """
     progress(0, len(chosen))
     with Workers(workers, start, seconds=3600.0) as pool:
-        results = pool.map(inject, [(broken,) for broken in chosen], lambda done: progress(done, len(chosen)))
+        results = pool.map(inject, [(broken, kept) for broken in chosen], lambda done: progress(done, len(chosen)))
     died = [
-        f"{broken.kernel} {broken.exact.name}: {result.reason}"
+        f"{broken.name}: {result.reason}"
         for broken, result in zip(chosen, results, strict=True)
         if isinstance(result, Died)
     ]

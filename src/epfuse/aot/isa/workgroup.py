@@ -93,11 +93,7 @@ class Workgroup:
                 raise HazardError(
                     f"wave {wave} {kind}s LDS that another wave has added to since the last barrier", line
                 )
-        if (
-            kind != "read"
-            and self._read & ~(1 << wave)
-            and (self._readers[grains] & ~np.uint32(1 << wave)).any()
-        ):
+        if kind != "read" and self._read & ~(1 << wave) and (self._readers[grains] & ~np.uint32(1 << wave)).any():
             raise HazardError(f"wave {wave} {kind}s LDS that another wave has read since the last barrier", line)
 
     def _mark(self, kind: str, wave: int, grains: Places) -> None:
