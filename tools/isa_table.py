@@ -1,19 +1,22 @@
-"""Draw docs/isa-gfx942.md: every instruction of gfx942's kernels, where the model's meaning of it is from.
+"""Draw the tables of gfx942's instructions: each mnemonic (docs/isa-gfx942.md), and each meaning (docs/mi300x.md).
 
 epfuse aot --target gfx942 --out assembly
-python -m tools.isa_table assembly > docs/isa-gfx942.md
+python -m tools.isa_table assembly
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from epfuse.aot.isa.meanings import rows
+from epfuse.aot.isa.meanings import Meaning, rows
 from epfuse.aot.isa.program import parse
 from epfuse.aot.isa.vector_forms import bare
+from epfuse.report.write import write_atomic
 
+DOCS = Path(__file__).parents[1] / "docs"
 HEAD = """# The instructions of gfx942's kernels
 
 What the ISA model of `epfuse aot --execute` ([mi300x.md](mi300x.md)) takes each instruction to mean, and from where.
@@ -23,6 +26,11 @@ draws this page from `epfuse.aot.isa.meanings`; a test holds the two together.
 | mnemonic | kind | meaning from | second source | differs | stages |
 | --- | --- | --- | --- | --- | --- |
 """
+SHORT_HEAD = """| instruction | types | meaning from | second source | differs | stages |
+| --- | --- | --- | --- | --- | --- |
+"""
+BEGIN, END = "<!-- tools.isa_table -->\n", "<!-- end of the table -->\n"
+_TYPE = re.compile(r"_(?:((?:[biuf]|bf|fp)\d+(?:_(?:[biuf]|bf|fp)\d+)*)|(dword(?:x\d+)?|[us]?byte|[us]?short))$")
 
 
 def users(folder: Path) -> dict[str, set[str]]:
@@ -35,8 +43,17 @@ def users(folder: Path) -> dict[str, set[str]]:
     return found
 
 
+def drawn_users(page: str) -> dict[str, set[str]]:
+    """The same, from the page."""
+    found = {}
+    for line in page.removeprefix(HEAD).splitlines():
+        mnemonic, *_, stages = (cell.strip() for cell in line.split("|")[1:-1])
+        found[mnemonic.strip("`")] = set(stages.split(", ")) - {""}
+    return found
+
+
 def lines(stages: Mapping[str, set[str]]) -> Iterator[str]:
-    """A row for each meaning."""
+    """A row for each mnemonic."""
     for row in rows():
         users = ", ".join(sorted(stages.get(row.mnemonic, ())))
         cells = (f"`{row.mnemonic}`", row.kind, row.source, row.second_source, row.differs, users)
@@ -48,5 +65,52 @@ def page(stages: Mapping[str, set[str]]) -> str:
     return HEAD + "\n".join(lines(stages)) + "\n"
 
 
+def meanings(stages: Mapping[str, set[str]]) -> str:
+    """A row for each meaning that a kernel has: mnemonics of several types are one, if their sources are."""
+    found: dict[tuple[str, str, str, str], list[Meaning]] = {}
+    for row in rows():
+        if stages.get(row.mnemonic):
+            name = _TYPE.sub("", row.mnemonic)
+            found.setdefault((name, row.source, row.second_source, row.differs), []).append(row)
+    drawn = []
+    for (name, source, second, differs), group in found.items():
+        types = ", ".join(row.mnemonic.removeprefix(name).removeprefix("_") for row in group)
+        users = ", ".join(sorted(set().union(*(stages[row.mnemonic] for row in group))))
+        cells = (f"`{name}`", types, *(_short(text) for text in (source, second, differs)), users)
+        drawn.append(f"| {' | '.join(cells)} |")
+    return SHORT_HEAD + "\n".join(drawn) + "\n"
+
+
+_NAMES = {
+    "AMD's pseudocode in tinygrad 0.14.0, runtime/autogen/amd/cdna/str_pcode.py": "pseudocode",
+    'AMD, "AMD Instinct MI300 Instruction Set Architecture"': "ISA document",
+    "AMD, amd_matrix_instruction_calculator": "AMD's calculator",
+    "Triton, lib/Dialect/TritonGPU/IR/Dialect.cpp and LinearLayoutConversions.cpp": "Triton's layouts",
+    "LLVM, AMDGPUUsage and lib/Target/AMDGPU": "LLVM",
+    "LLVM, SIInsertWaitcnts.cpp": "LLVM's waits",
+    "LLVM, GCNHazardRecognizer.cpp": "LLVM's hazards",
+    "values by hand and NumPy (tests/aot/isa)": "by hand, NumPy",
+    "values by hand (tests/aot/isa)": "by hand",
+    "torch (tests/aot/isa/test_torch.py)": "torch",
+}
+"""Sources -> what the short table calls them; docs/mi300x.md says which they are."""
+
+
+def _short(text: str) -> str:
+    """The first sentence, with the sources' short names."""
+    for long, short in _NAMES.items():
+        text = text.replace(long, short)
+    return text.partition(". ")[0].removesuffix(".")
+
+
+def with_meanings(text: str, stages: Mapping[str, set[str]]) -> str:
+    """docs/mi300x.md with the table as it is now."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + meanings(stages) + END + after
+
+
 if __name__ == "__main__":
-    sys.stdout.write(page(users(Path(sys.argv[1]))))
+    stages = users(Path(sys.argv[1]))
+    write_atomic(DOCS / "isa-gfx942.md", page(stages))
+    write_atomic(DOCS / "mi300x.md", with_meanings((DOCS / "mi300x.md").read_text(), stages))

@@ -57,7 +57,7 @@ def names_option(option: str, variable: str, known: Iterable[str]) -> Callable[[
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--execute", is_flag=True, help="Execute gfx942's machine code under an ISA model instead.")
 @click.option("--cases", type=click.Choice(PARTS), help="With --execute: which cases.  [default: share]")
-@click.option("--faults", type=click.Choice((*PARTS, "none")), help="With --execute: which faults.  [default: share]")
+@click.option("--faults", type=click.Choice(PARTS), help="With --execute: which faults.  [default: share]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="With --execute: draws the share.  [default: 0]")
 @click.option(
     "--keep",

@@ -1,22 +1,18 @@
-"""docs/isa-gfx942.md says what the model does."""
+"""docs/isa-gfx942.md and the table in docs/mi300x.md say what the model does."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tools.isa_table import HEAD, page
+from tools.isa_table import BEGIN, DOCS, END, HEAD, drawn_users, page, with_meanings
 
 from epfuse.aot.isa.meanings import rows
 
-PAGE = Path(__file__).parents[3] / "docs" / "isa-gfx942.md"
 
-
-def test_the_page_is_what_the_tool_draws() -> None:
-    text = PAGE.read_text()
+def test_the_pages_are_what_the_tool_draws() -> None:
+    text = (DOCS / "isa-gfx942.md").read_text()
     assert text.startswith(HEAD)
-    stages = {}
-    for line in text.removeprefix(HEAD).splitlines():
-        mnemonic, *_, users = (cell.strip() for cell in line.split("|")[1:-1])
-        stages[mnemonic.strip("`")] = set(users.split(", ")) - {""}
+    stages = drawn_users(text)
     assert text == page(stages)
     assert [row.mnemonic for row in rows()] == list(stages)
+    mi300x = (DOCS / "mi300x.md").read_text()
+    assert mi300x.count(BEGIN) == mi300x.count(END) == 1
+    assert mi300x == with_meanings(mi300x, stages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from epfuse.aot.isa.mfma import SHAPES
 from epfuse.aot.isa.program import Program
@@ -38,7 +38,7 @@ class Meaning:
 
 
 _NUMPY = "values by hand and NumPy (tests/aot/isa)"
-_TORCH = "torch's float8_e4m3fnuz, all 256 codes"
+_TORCH = "torch (tests/aot/isa/test_torch.py)"
 _HAND = "values by hand (tests/aot/isa)"
 
 _APPROXIMATE = (
@@ -114,13 +114,37 @@ _OTHERS: list[tuple[str, list[str], str, str]] = [
     ("valu", _ordered("v_cmp_", _FLOAT_ORDERS, "f32"), PSEUDOCODE, _NUMPY),
     ("valu", _named("v_", _MASKS), PSEUDOCODE, _NUMPY),
     ("valu", _named("v_", _PAIRS), PSEUDOCODE, _HAND),
-    ("valu", ["v_cvt_pk_f32_fp8"], PSEUDOCODE, _TORCH),
+    ("valu", ["v_cvt_pk_f32_fp8"], PSEUDOCODE, _HAND),
     ("valu", ["v_readfirstlane_b32", "v_readlane_b32"], PSEUDOCODE, _HAND),
     ("smem", _named("s_load_", "dword dwordx2 dwordx4 dwordx8 dwordx16"), PSEUDOCODE, WAITCNT),
     ("lds", _named("ds_", _LDS), PSEUDOCODE, _HAND),
     ("vmem", _named("buffer_", _MEMORY), PSEUDOCODE, f"{LLVM} (descriptors and their range)"),
     ("vmem", _named("global_", _MEMORY), PSEUDOCODE, f"{LLVM} (addresses)"),
 ]
+
+
+_WITH_TORCH = """
+    v_mov_b32 v_not_b32 v_and_b32 v_or_b32 v_xor_b32 v_and_or_b32 v_or3_b32 v_bfi_b32 v_lshlrev_b32 v_lshrrev_b32
+    v_ashrrev_i32 v_lshlrev_b16 v_lshrrev_b16 v_lshl_or_b32 v_lshl_add_u32 v_add_lshl_u32 v_xad_u32 v_bfe_u32 v_bfe_i32
+    v_alignbit_b32 v_pack_b32_f16 v_add_u32 v_sub_u32 v_subrev_u32 v_add_u16 v_add3_u32 v_mul_lo_u32 v_mul_hi_u32
+    v_mul_hi_i32 v_mul_u32_u24 v_mad_u32_u24 v_mul_i32_i24 v_mad_i32_i24 v_min_u32 v_max_u32 v_min_i32 v_max_i32
+    v_max3_u32 v_cvt_f32_u32 v_cvt_u32_f32 v_add_f32 v_sub_f32 v_mul_f32 v_min_f32 v_max_f32 v_fma_f32 v_fmac_f32
+    v_cvt_f32_f16 v_cvt_f16_f32 v_rcp_f32 v_rcp_iflag_f32 v_exp_f32 v_ldexp_f32 v_pk_add_f32 v_pk_mul_f32 v_pk_fma_f32
+    v_cvt_pk_f32_fp8 v_cndmask_b32 v_perm_b32 v_div_scale_f32 v_div_fmas_f32 v_div_fixup_f32
+    v_lshlrev_b64 v_lshrrev_b64 v_lshl_add_u64 v_mov_b64 v_mad_u64_u32
+    v_add_co_u32 v_addc_co_u32 v_sub_co_u32 v_subb_co_u32 v_subrev_co_u32 v_subbrev_co_u32
+    ds_bpermute_b32 ds_swizzle_b32 ds_read_b32 ds_write_b32 ds_add_u32
+    s_add_i32 s_add_u32 s_sub_i32 s_sub_u32 s_mul_i32 s_mul_hi_u32 s_mul_hi_i32 s_min_i32 s_max_i32 s_min_u32 s_max_u32
+    s_and_b32 s_or_b32 s_xor_b32 s_andn2_b32 s_lshl_b32 s_lshr_b32 s_ashr_i32 s_lshl1_add_u32 s_lshl2_add_u32
+    s_lshl3_add_u32 s_lshl4_add_u32 s_abs_i32 s_not_b32 s_mov_b32
+"""
+HELD_AGAINST_TORCH = frozenset(
+    _named("", _WITH_TORCH)
+    + _ordered("v_cmp_", _INTEGER_ORDERS, "i16 i32 i64 u16 u32")
+    + _ordered("v_cmp_", _FLOAT_ORDERS, "f32")
+    + _ordered("s_cmp_", "eq ge gt le lg lt", "i32 u32")
+)
+"""Mnemonics that a test runs beside the same operation of torch."""
 
 
 def rows() -> list[Meaning]:
@@ -141,6 +165,7 @@ def rows() -> list[Meaning]:
     ]
     for kind, names, source, second in _OTHERS:
         found += [Meaning(name, kind, source, second, DIFFERS.get(name, "")) for name in names]
+    found = [replace(each, second_source=_TORCH) if each.mnemonic in HELD_AGAINST_TORCH else each for each in found]
     return sorted(found, key=lambda each: each.mnemonic)
 
 
