@@ -71,7 +71,7 @@ ROUTES: list[tuple[int, int]] = [
 """T and BLOCK_M of every size of the routing kernels."""
 
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def layers(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iterator[Layer]:

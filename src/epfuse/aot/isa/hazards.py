@@ -121,7 +121,7 @@ class Result:
     xdl: bool = False
 
 
-LONGEST = {"stored": 2, "transcendental": 1, "part": 1, "scalar": 5}
+LONGEST: dict[str, int] = {"stored": 2, "transcendental": 1, "part": 1, "scalar": 5}
 """Wait states that `needed` asks for at most, by the kind of the earlier result."""
 MANY = 32
 """Results from which old ones are dropped, if no check has."""

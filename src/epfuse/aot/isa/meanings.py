@@ -138,7 +138,7 @@ _WITH_TORCH = """
     s_and_b32 s_or_b32 s_xor_b32 s_andn2_b32 s_lshl_b32 s_lshr_b32 s_ashr_i32 s_lshl1_add_u32 s_lshl2_add_u32
     s_lshl3_add_u32 s_lshl4_add_u32 s_abs_i32 s_not_b32 s_mov_b32
 """
-HELD_AGAINST_TORCH = frozenset(
+HELD_AGAINST_TORCH: frozenset[str] = frozenset(
     _named("", _WITH_TORCH)
     + _ordered("v_cmp_", _INTEGER_ORDERS, "i16 i32 i64 u16 u32")
     + _ordered("v_cmp_", _FLOAT_ORDERS, "f32")
