@@ -198,7 +198,7 @@ HOSTILE = {
     "FIFO": (lambda f: ((f / SHARDS[1]).unlink(), os.mkfifo(f / SHARDS[1])), "no regular file"),
     "link out": (lead_out, "a link that leads out of the folder"),
     "link to itself": (lambda f: ((f / SHARDS[0]).unlink(), (f / SHARDS[0]).symlink_to(SHARDS[0])), "Too many levels"),
-    "absolute shard": (edit_index(lambda m: m.update({WEIGHT: "/etc/x.safetensors"})), "names the shard '/etc"),
+    "absolute shard": (edit_index(lambda m: m.update({WEIGHT: f"{os.sep}x.safetensors"})), "names the shard '/x"),
     "shard above": (edit_index(lambda m: m.update({WEIGHT: "../x.safetensors"})), "names the shard '../x"),
     "another kind of shard": (edit_index(lambda m: m.update({WEIGHT: "x.bin"})), "names the shard 'x.bin'"),
     "a shard without it": (edit_index(lambda m: m.update({"model.y": SHARDS[0]})), "lacks 'model.y'"),
