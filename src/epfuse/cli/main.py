@@ -21,6 +21,7 @@ COMMANDS = {
     "checkpoint": "Experts in Hugging Face folders: what one holds for each rank; a small one made for tests.",
     "demo": "A MiniMax-M3 model with its experts run by epfuse under expert parallelism, against the original.",
     "doctor": "What epfuse finds on this machine, what of it is wrong, and what mends it.",
+    "place": "Which rank should hold which experts, from a measured load: imbalance before and after.",
     "plan": "What a policy would do with a model: storage, paths, tiles, bytes a rank, predicted times.",
     "profile": "Where a step's time goes, from a PyTorch profiler trace of a server.",
     "serve": "Serving validation: a matrix of points run on a node or by Slurm, gated on accuracy, reported.",

@@ -104,6 +104,11 @@ class EPGroup:
             raise ConfigError("this process is not a member of process_group")
         return cls(rank, dist.get_world_size(process_group), process_group, dist.get_backend(process_group))
 
+    @property
+    def device(self) -> torch.device:
+        """Where what is sent has to lie: the current GPU with NCCL (RCCL), else the host's memory."""
+        return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
+
     def expert_map(self, num_experts: int, device: torch.device | str = "cpu") -> ExpertMap:
         """This rank's contiguous share of E experts: E // P, and one more of the first E % P ranks.
 

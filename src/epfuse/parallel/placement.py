@@ -16,7 +16,9 @@ from epfuse.parallel.shard import check_whole
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The experts of each rank, slot by slot, known to all ranks; build it with `contiguous`, `strided` or `balanced`.
+    """The experts of each rank, slot by slot, known to all ranks.
+
+    Build it with `contiguous`, `strided`, or `epfuse.parallel.balance.balanced` from a measured load.
 
     An expert may stand on several ranks. What a rank holds is a physical expert: physical ids 0..E-1 are the experts'
     first copies, in the order of the experts, and the other copies follow. So where there is one copy of each, physical
