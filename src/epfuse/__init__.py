@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from epfuse.api import fused_experts
-    from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI, silu_gate
+    from epfuse.config import Combine, GELUTanh, LayerShape, Path, ReLU2, SoftcappedSwiGLU, SwiGLUOAI, silu_gate
     from epfuse.errors import EpfuseError
     from epfuse.expert_map import ExpertMap
     from epfuse.families.registry import scratch_size
     from epfuse.scratch import Scratch
     from epfuse.target import Target, target_of
     from epfuse.weights.experts import ExpertWeights
+    from epfuse.weights.layouts import WeightLayout
 
 __version__ = "0.2.0"
 
@@ -26,11 +27,15 @@ _MODULE_OF = {
     "EpfuseError": "epfuse.errors",
     "ExpertMap": "epfuse.expert_map",
     "ExpertWeights": "epfuse.weights.experts",
+    "GELUTanh": "epfuse.config",
     "LayerShape": "epfuse.config",
     "Path": "epfuse.config",
+    "ReLU2": "epfuse.config",
     "Scratch": "epfuse.scratch",
+    "SoftcappedSwiGLU": "epfuse.config",
     "SwiGLUOAI": "epfuse.config",
     "Target": "epfuse.target",
+    "WeightLayout": "epfuse.weights.layouts",
     "fused_experts": "epfuse.api",
     "scratch_size": "epfuse.families.registry",
     "silu_gate": "epfuse.config",
@@ -42,11 +47,15 @@ __all__ = [
     "EpfuseError",
     "ExpertMap",
     "ExpertWeights",
+    "GELUTanh",
     "LayerShape",
     "Path",
+    "ReLU2",
     "Scratch",
+    "SoftcappedSwiGLU",
     "SwiGLUOAI",
     "Target",
+    "WeightLayout",
     "fused_experts",
     "scratch_size",
     "silu_gate",

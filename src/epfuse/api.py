@@ -7,7 +7,7 @@ from torch.profiler import record_function
 
 from epfuse.arguments import member
 from epfuse.compile_ops import traced_experts
-from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI
+from epfuse.config import ACTIVATIONS, Activation, Combine, LayerShape, Path, SwiGLUOAI
 from epfuse.environment import environment
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
@@ -49,7 +49,8 @@ def fused_experts(
         topk_weights: ``[T, K]`` float32 contiguous; a NaN reaches only its own token.
         topk_ids: ``[T, K]`` int32 or int64 contiguous, global expert ids; -1 and anything outside [0, E) is skipped.
         expert_map: which global experts are local, with L matching ``weights``.
-        activation: between the two projections: `SwiGLUOAI`; None means MiniMax-M3's.
+        activation: between the two projections: `SwiGLUOAI`, `GELUTanh`, `SoftcappedSwiGLU`, or `ReLU2` beside weights
+            without a gate; None means MiniMax-M3's.
         path: how to compute it; AUTO lets the policy choose (or EPFUSE_PATH, where it is set: `epfuse.environment`).
         combine: how a token's routes are summed. ATOMIC is for the paths with FP8 activations (W8A8, BLOCK_FP8) and not
             bitwise repeatable.
@@ -91,8 +92,8 @@ def fused_experts(
     shape = LayerShape(weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, top_k)
     kept, device = weights.kept, hidden.device
     asked = environment().path if path is Path.AUTO else path
-    target, dtype = target_of(device), hidden.dtype
-    table = call_table(asked, target, shape, frozenset(kept), dtype, combine, device_name(device), type(activation))
+    kind = (target_of(device), shape, frozenset(kept), hidden.dtype, combine, device_name(device))
+    table = call_table(asked, *kind, type(activation), weights.bias)
     decision = table.at(tokens)
     if decision.family is None or decision.weights is None or decision.tiles is None:
         with torch.inference_mode():
@@ -114,6 +115,8 @@ def fused_experts(
         combine,
         result,
         scratch,
+        weights.gate_up_bias,
+        weights.down_bias,
     )
     for name, launch in decision.family.steps(call, decision.tiles).launches:
         with record_function(f"epfuse::{name}"):
@@ -146,8 +149,13 @@ def check_call(
     ):
         if not isinstance(value, kind):
             hint = " (wrap a map tensor: ExpertMap(tensor))" if kind is ExpertMap else ""
-            wanted = SwiGLUOAI if kind is Activation else kind  # the one that there is
-            raise ConfigError(f"{name} is a {type(value).__name__}; it must be an epfuse.{wanted.__name__}{hint}")
+            wanted = ", ".join(one.__name__ for one in (ACTIVATIONS if kind is Activation else (kind,)))
+            raise ConfigError(f"{name} is a {type(value).__name__}; it must be an epfuse.{wanted}{hint}")
+    if activation.inputs != weights.inputs:
+        raise ShapeError(
+            f"activation is {type(activation).__name__}, which wants w13 with {activation.inputs} * I rows; the weights"
+            f" have {weights.inputs} * I ({'gate and up' if weights.inputs == 2 else 'no gate'})"
+        )
     if scratch is not None and not isinstance(scratch, Scratch):
         raise ConfigError(f"scratch is a {type(scratch).__name__}; it must be an epfuse.Scratch")
     tensors = {"hidden": hidden, "topk_weights": topk_weights, "topk_ids": topk_ids}

@@ -70,9 +70,13 @@ def traced_experts(
 
 
 def take_apart(weights: ExpertWeights) -> tuple[str, list[torch.Tensor]]:
-    """The names of the formats that are kept, joined by commas, and the tensors of each: w13's, then w2's."""
-    names = [experts.form.value for experts in weights.formats]
-    tensors = [tensor for experts in weights.formats for _, tensor in experts.tensors()]
+    """The names of the formats that are kept and of the biases, joined by commas, and the tensors of each.
+
+    A format's are w13's, then w2's.
+    """
+    names = [experts.form.value for experts in weights.formats] + [name for name, _ in weights.biases]
+    kept = [part for experts in weights.formats for part in experts.tensors()]
+    tensors = [tensor for _, tensor in (*kept, *weights.biases)]
     # a graph would carry their gradients to an operator that has none; the layer's result never requires one
     return ",".join(names), [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
 
@@ -81,8 +85,8 @@ def put_together(formats: str, tensors: Sequence[torch.Tensor], hidden: int, int
     """The inverse of `take_apart`, on the same memory.
 
     Args:
-        formats: names of `WeightFormat`, joined by commas.
-        tensors: of each format.
+        formats: names of `WeightFormat` and of biases, joined by commas.
+        tensors: of each.
         hidden: H.
         intermediate: I.
 
@@ -90,8 +94,11 @@ def put_together(formats: str, tensors: Sequence[torch.Tensor], hidden: int, int
         EpfuseError: they don't describe one layer.
     """
     rest, known = list(tensors), {form.value: form for form in FORMAT_OF}
-    kept = []
+    kept, biases = [], {}
     for name in formats.split(","):
+        if name in _BIASES and rest:
+            biases[name] = rest.pop(0)
+            continue
         form = known.get(name)
         count = 0 if form is None else 2 * len(FORMAT_OF[form].parts(form, (1, 2, 1), torch.bfloat16))
         if form is None or len(rest) < count:
@@ -100,7 +107,10 @@ def put_together(formats: str, tensors: Sequence[torch.Tensor], hidden: int, int
             )
         kept.append(FORMAT_OF[form].rebuilt(rest[:count], hidden, intermediate))
         del rest[:count]
-    return ExpertWeights(tuple(kept))
+    return ExpertWeights(tuple(kept), **biases)
+
+
+_BIASES = ("gate_up_bias", "down_bias")
 
 
 def _activation(kind: str, parameters: Sequence[float]) -> Activation:

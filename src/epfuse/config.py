@@ -73,16 +73,28 @@ class WeightFormat(enum.Enum):
     """Block FP8 with E4M3FNUZ values."""
 
 
+class Bias(enum.Enum):
+    """Whether a layer's projections add biases to their products."""
+
+    NONE = "none"
+    ADDED = "added"
+    """To one of them or both: in FP32, before the activation, and before the router weight."""
+
+
 class Activation(ABC):
-    """What stands between the two GEMMs: a function of a gate and an up value.
+    """What stands between the two GEMMs: a function of a gate and an up value, or of one value.
 
     A kind is a class, made of its ``parameters`` in their order.
 
     Attributes:
         kind: what kernels and reference know it by.
+        formula: what errors call it.
+        inputs: rows of w13 for one of its results: 2, a gate and an up row, or 1 where there is no gate.
     """
 
     kind: ClassVar[str]
+    formula: ClassVar[str]
+    inputs: ClassVar[int] = 2
 
     @property
     @abstractmethod
@@ -106,6 +118,7 @@ class SwiGLUOAI(Activation):
     """
 
     kind: ClassVar[str] = "swiglu_oai"
+    formula: ClassVar[str] = "SwiGLU-OAI (alpha, limit) and silu(gate) * up, with or without a limit"
 
     alpha: float = 1.702
     beta: float = 1.0
@@ -133,6 +146,76 @@ class SwiGLUOAI(Activation):
 def silu_gate() -> SwiGLUOAI:
     """``silu(gate) * up``, as in Qwen- and Mixtral-like experts: SwiGLU-OAI with alpha 1, beta 0, no clamp."""
     return SwiGLUOAI(alpha=1.0, beta=0.0, limit=math.inf)
+
+
+@dataclass(frozen=True)
+class GELUTanh(Activation):
+    """``gelu(gate) * up`` with GELU's approximation by tanh, as in Gemma's experts."""
+
+    kind: ClassVar[str] = "gelu_tanh"
+    formula: ClassVar[str] = "gelu_tanh(gate) * up"
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True)
+class SoftcappedSwiGLU(Activation):
+    """``cap(gate, gate_cap) * sigmoid(gate) * cap(up, up_cap)`` with ``cap(x, c) = c * tanh(x / c)``: Inkling 2.
+
+    Args:
+        gate_cap: bound of the linear gate factor, positive and finite; the sigmoid sees the gate as it is.
+        up_cap: bound of up, positive and finite.
+
+    Raises:
+        ConfigError: a parameter is out of range.
+    """
+
+    kind: ClassVar[str] = "softcapped_swiglu"
+    formula: ClassVar[str] = "softcap(gate) * sigmoid(gate) * softcap(up)"
+
+    gate_cap: float
+    up_cap: float
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """gate_cap, up_cap."""
+        return self.gate_cap, self.up_cap
+
+    def __post_init__(self) -> None:
+        for name in ("gate_cap", "up_cap"):
+            object.__setattr__(self, name, real(f"SoftcappedSwiGLU.{name}", getattr(self, name)))
+            if not 2.0**-126 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"SoftcappedSwiGLU.{name} is {getattr(self, name)!r}; it must be positive and finite, above"
+                    " float32's smallest normal number"
+                )
+
+
+@dataclass(frozen=True)
+class ReLU2(Activation):
+    """``max(x, 0) ** 2`` of one projection, without a gate, as in Nemotron-H's experts."""
+
+    kind: ClassVar[str] = "relu2"
+    formula: ClassVar[str] = "relu(x) ** 2 without a gate"
+    inputs: ClassVar[int] = 1
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """None."""
+        return ()
+
+
+ACTIVATIONS: tuple[type[Activation], ...] = (SwiGLUOAI, GELUTanh, SoftcappedSwiGLU, ReLU2)
+"""All kinds that there are."""
+
+
+def known_activations() -> str:
+    """What epfuse computes between the projections, for an error that refuses something else."""
+    *others, last = (kind.formula for kind in ACTIVATIONS)
+    return f"epfuse computes {', '.join(others)}, and {last}"
 
 
 @dataclass(frozen=True)

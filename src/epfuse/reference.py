@@ -30,7 +30,7 @@ def run_reference(
 
     Args:
         hidden: ``[T, H]`` bfloat16, float16 or float32.
-        weights: of L experts, w13 ``[L, 2I, H]`` and w2 ``[L, H, I]``, in any format.
+        weights: of L experts, w13 ``[L, 2I, H]`` and w2 ``[L, H, I]``, in any format, and their biases.
         topk_weights: ``[T, K]`` float32.
         topk_ids: ``[T, K]`` int32 or int64, global expert ids; -1 and ids outside [0, E) are skipped.
         expert_map: of E experts, with L local ones.
@@ -63,9 +63,10 @@ def _reference(
     with record_function("epfuse::route"):
         routes = route_reference.route(topk_ids, slots, weights.local_experts, block_m=1)
     with record_function("epfuse::gate_up"):
-        y = gate_up_reference.gate_up(hidden, experts.w13, routes, topk_ids.shape[1], activation, compute)
+        first = (hidden, experts.w13, routes, topk_ids.shape[1], activation, compute, weights.gate_up_bias)
+        y = gate_up_reference.gate_up(*first)
     with record_function("epfuse::down"):
-        routed = down_reference.down(y, experts.w2, routes, topk_weights, compute)
+        routed = down_reference.down(y, experts.w2, routes, topk_weights, compute, weights.down_bias)
     with record_function("epfuse::combine"):
         dtype = torch.float64 if compute == torch.float64 else hidden.dtype
         return combine_reference.combine(routed, topk_ids, slots, dtype, compute)

@@ -14,7 +14,7 @@ from epfuse import ExpertMap, ExpertWeights, SwiGLUOAI
 from epfuse.config import WeightFormat
 from epfuse.demo.model import build_model, round_experts_to_mxfp8, seed_weights
 from epfuse.demo.settings import ModelSize
-from epfuse.errors import ConfigError, EpfuseError, LayoutError, ShapeError
+from epfuse.errors import ConfigError, EpfuseError, ShapeError
 from epfuse.integrations.transformers import EPExperts, replace_experts
 from epfuse.parallel.group import EPGroup
 from epfuse.weights.checkpoint import load_sharded, save_checkpoint
@@ -127,13 +127,31 @@ def test_refuses_an_unknown_activation() -> None:
         replace_experts(block, EPGroup.single())
 
 
-def test_refuses_gpt_oss_layout() -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("form", [WeightFormat.DENSE, WeightFormat.MXFP8])
+def test_gpt_oss_is_taken_out_of_its_layout(form: WeightFormat, tmp_path: Path) -> None:
+    """Interleaved, transposed, with biases; H equals I, so that no shape tells which way round a matrix lies."""
     from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-    experts = GptOssExperts(GptOssConfig(hidden_size=32, intermediate_size=32, num_local_experts=4))
-    with pytest.raises(LayoutError, match=r"interleaved.*transposed.*biases"):
-        replace_experts(nn.ModuleDict({"experts": experts}), EPGroup.single())
+    config = GptOssConfig(hidden_size=32, intermediate_size=32, num_local_experts=4)
+    config._experts_implementation = "eager"
+    experts = GptOssExperts(config)
+    for weight in experts.parameters():
+        nn.init.normal_(weight, std=0.5)
+    hidden, ids, factors = torch.randn(9, 32), torch.rand(9, 4).topk(2).indices, torch.rand(9, 2)
+    expected = experts(hidden, ids, factors)
+    block = nn.ModuleDict({"experts": experts})
+    save_checkpoint(block, tmp_path / "model.safetensors")
+    replacement = replace_experts(block, EPGroup.single(), form=form)
+    found = block["experts"](hidden, ids, factors)
+    assert (found - expected).norm() <= (1e-6 if form is WeightFormat.DENSE else 0.1) * expected.norm()
+    for names in ([name for name, _ in block.named_parameters()], replacement.sharded_parameters):
+        assert not any("proj" in name for name in names)  # a checkpoint's tensors lie otherwise
+    with pytest.raises(EpfuseError):
+        load_sharded(block, tmp_path / "model.safetensors", replacement.sharded_parameters, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        block.load_state_dict({f"experts.{name}": tensor for name, tensor in experts.state_dict().items()})
 
 
 def test_refuses_transposed_weights_without_flags() -> None:

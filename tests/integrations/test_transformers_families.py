@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from epfuse import SwiGLUOAI
+from epfuse import GELUTanh, ReLU2, SoftcappedSwiGLU, SwiGLUOAI
 from epfuse.config import silu_gate
 from epfuse.errors import EpfuseError
 from epfuse.integrations.transformers import replace_experts
@@ -27,18 +27,15 @@ TAKEN = {
     "glm5_next.Glm5NextTextExperts": SwiGLUOAI(1.0, 0.0, 10.0),
     "hy_v4.HYV4Experts": SwiGLUOAI(1.0, 0.0, 10.0),
     "minimax_m3_vl.MiniMaxM3VLExperts": SwiGLUOAI(1.702, 1.0, 7.0),
+    "gpt_oss.GptOssExperts": SwiGLUOAI(1.702, 1.0, 7.0),
+    "openai_privacy_filter.OpenAIPrivacyFilterExperts": SwiGLUOAI(1.702, 1.0, 7.0),
+    "diffusion_gemma.DiffusionGemmaTextExperts": GELUTanh(),
+    "gemma4.Gemma4TextExperts": GELUTanh(),
+    "inkling2.Inkling2Experts": SoftcappedSwiGLU(4.0, 25.0),
+    "nemotron_h.NemotronHExperts": ReLU2(),
 }
 """What isn't plain ``silu(gate) * up``."""
-REFUSED = {
-    "aria.AriaExperts": "transposed weights",
-    "diffusion_gemma.DiffusionGemmaTextExperts": "act_fn GELUTanh",
-    "gemma4.Gemma4TextExperts": "act_fn GELUTanh",
-    "gpt_oss.GptOssExperts": r"interleaved.*transposed.*biases",
-    "inkling2.Inkling2Experts": "act_fn Inkling2SoftcappedSwiGLU",
-    "muse_spark.MuseSparkExperts": "a norm after the experts",
-    "nemotron_h.NemotronHExperts": "no module with parameters gate_up_proj",
-    "openai_privacy_filter.OpenAIPrivacyFilterExperts": "transposed weights, biases",
-}
+REFUSED = {"muse_spark.MuseSparkExperts": "a norm after the experts"}
 STEMS = {
     "ernie4_5_vl_moe.Ernie4_5_VLMoeMoeExperts": "Ernie4_5_VLMoe",
     "qwen3_omni_moe.Qwen3OmniMoeThinkerTextExperts": "Qwen3OmniMoe",

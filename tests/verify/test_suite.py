@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, api
-from epfuse.config import Combine, WeightFormat
+from epfuse.config import Bias, Combine, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.stages.route import reference as route_reference
 from epfuse.verify import problem as problem_module
@@ -45,6 +45,27 @@ Call = dict[str, Any]
 
 def failed(record: suite.Record, path: str = "reference") -> set[str]:
     return {case.name for case in record.cases if case.path == path and not case.ok}
+
+
+@pytest.mark.parametrize("bias", Bias)
+@pytest.mark.parametrize("activation", problem_module.ACTIVATIONS)
+def test_every_kind_passes_and_a_lost_bias_does_not(
+    bias: Bias, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = replace(PROBLEM, activation=problem_module.ACTIVATIONS[activation], bias=bias, tokens=(29,))
+    subjects = (*REFERENCE, Subject(Path.BF16, Stored.DENSE, WeightFormat.DENSE))
+    record = suite.run(problem, subjects)
+    assert record.ok, [case for case in record.cases if not case.ok]
+    assert record.to_json()["problem"]["bias"] == bias.value
+    if bias is Bias.NONE:
+        return
+    right = api.run_reference
+
+    def without(hidden: torch.Tensor, weights: ExpertWeights, *rest: Any, **options: Any) -> torch.Tensor:
+        return right(hidden, ExpertWeights(weights.formats, weights.gate_up_bias), *rest, **options)
+
+    monkeypatch.setattr(api, "run_reference", without)
+    assert "uniform" in failed(suite.run(problem, REFERENCE))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

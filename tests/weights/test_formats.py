@@ -198,7 +198,7 @@ def test_a_layer_is_of_one_kind_however_it_is_made() -> None:
         (lambda: FragmentExperts(*fragments(RowOrder.PLAIN)), LayoutError, "rows in the orders PLAIN and PLAIN"),
         (lambda: MXFP8Experts(*fragments(RowOrder.GATE_UP)), ConfigError, "w13 is a FragmentMXFP8; it must be a MXFP8"),
         (lambda: BlockFP8Experts(*stored()), ConfigError, "w13 is a MXFP8; it must be a BlockFP8"),
-        (lambda: MXFP8Experts(*stored(rows=64)), ShapeError, r"w2 has shape \(2, 128, 64\); beside w13 \(2, 64, 128\)"),
+        (lambda: MXFP8Experts(*stored(rows=96)), ShapeError, r"w2 has shape \(2, 128, 64\); beside w13 \(2, 96, 128\)"),
         (lambda: ExpertWeights((stored(),)), ConfigError, "formats has a tuple; it must hold some of MXFP8Experts"),
         (lambda: ExpertWeights(()), ConfigError, "in no format at all"),
         (lambda: ExpertWeights(layer), ConfigError, "in no format at all"),

@@ -8,7 +8,19 @@ import torch
 
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums
-from epfuse.config import MINIMAX_M3_EP8, Combine, LayerShape, Path, WeightFormat
+from epfuse.config import (
+    MINIMAX_M3_EP8,
+    Activation,
+    Bias,
+    Combine,
+    GELUTanh,
+    LayerShape,
+    Path,
+    ReLU2,
+    SoftcappedSwiGLU,
+    SwiGLUOAI,
+    WeightFormat,
+)
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import READABLE, decide, readable_formats
 from epfuse.target import Target
@@ -23,6 +35,19 @@ SHAPES = {
     "gpt-oss-120b": LayerShape(hidden=2880, intermediate=2880, experts=128, local_experts=16, top_k=4),
 }
 """Sizes that kernels are specialised for."""
+
+KINDS: dict[str, tuple[Activation, Bias]] = {
+    "swiglu-oai": (SwiGLUOAI(), Bias.NONE),
+    "biases": (SwiGLUOAI(), Bias.ADDED),
+    "gelu-tanh": (GELUTanh(), Bias.NONE),
+    "softcapped-swiglu": (SoftcappedSwiGLU(4.0, 25.0), Bias.NONE),
+    "relu2": (ReLU2(), Bias.NONE),
+}
+"""What stands between and beside the projections. The first is compiled for every tile, the others for one each."""
+KIND_SHAPE, KIND_TOKENS = "gpt-oss-120b", 64
+"""Of calls of the other kinds."""
+_EVERY_KIND = (Path.BF16, Path.W8A8)
+"""Paths whose kernels differ by activation; of the other paths biases alone are compiled."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -40,6 +65,7 @@ class Call:
         shape: name of the sizes.
         combine: how routes are summed.
         tokens: T.
+        kind: name in `KINDS`.
     """
 
     target: Target
@@ -49,17 +75,20 @@ class Call:
     shape: str
     combine: Combine
     tokens: int
+    kind: str = "swiglu-oai"
 
     def run(self) -> None:
         """Call `fused_experts` on the meta device; only meaningful inside `capture.launches_of`."""
         shape, dtype = SHAPES[self.shape], DTYPES[self.dtype]
+        activation, bias = KINDS[self.kind]
         ranks = shape.experts // shape.local_experts
         fused_experts(
             torch.empty(self.tokens, shape.hidden, dtype=dtype, device="meta"),
-            ExpertWeights.without_data(self.form, shape, dtype),
+            ExpertWeights.without_data(self.form, shape, dtype, type(activation), bias),
             torch.empty(self.tokens, shape.top_k, dtype=torch.float32, device="meta"),
             torch.empty(self.tokens, shape.top_k, dtype=torch.int32, device="meta"),
             ExpertMap.contiguous(shape.experts, ranks, 0),
+            activation=activation,
             path=self.path,
             combine=self.combine,
         )
@@ -83,6 +112,20 @@ def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str
                 for shape in shapes:
                     counts = token_counts(target, path, form, SHAPES[shape], DTYPES[dtype])
                     found += [Call(target, path, form, dtype, shape, way, tokens) for way in ways for tokens in counts]
+    if KIND_SHAPE in shapes and "bf16" in dtypes:
+        found += [call for path in paths for call in _kinds(target, path)]
+    return found
+
+
+@checks_enums
+def _kinds(target: Target, path: Path) -> list[Call]:
+    """A call of each kind but the first, on the weights that its kernels read best."""
+    found = []
+    for name, (activation, bias) in list(KINDS.items())[1:]:
+        forms = readable_formats(target, path, Combine.DETERMINISTIC, type(activation), bias)
+        if forms and (bias is Bias.ADDED or path in _EVERY_KIND):
+            call = (target, path, forms[0], "bf16", KIND_SHAPE, Combine.DETERMINISTIC, KIND_TOKENS, name)
+            found.append(Call(*call))
     return found
 
 

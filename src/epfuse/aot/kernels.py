@@ -12,6 +12,7 @@ from epfuse.aot import amdgcn, sass
 from epfuse.aot.assembly import Counts
 from epfuse.aot.calls import Call
 from epfuse.aot.launches import Launch
+from epfuse.config import SwiGLUOAI
 from epfuse.report.write import write_atomic
 from epfuse.weights.panels import PANEL_ROWS
 
@@ -122,10 +123,12 @@ class Kernel:
 
     @property
     def variant(self) -> list[str]:
-        """What sets the kernel apart from others in its tile: weights that are not BF16, other rows, atomics."""
+        """What sets the kernel apart from others in its tile: other weights, rows or activation, biases, atomics."""
         weights = [] if self.weight_type in (None, "*bf16") else [str(self.weight_type).removeprefix("*")]
         rows = [] if "bf16" in self.use.dtypes or weights else ["/".join(self.use.dtypes)]
-        return [*weights, *rows, *(["atomic"] if self.counts.atomics else [])]
+        kind = dict(self.launch.constants).get("ACTIVATION", SwiGLUOAI.kind)
+        other = ([] if kind == SwiGLUOAI.kind else [kind]) + (["biases"] if self._type(("bias",)) == "*fp32" else [])
+        return [*weights, *rows, *other, *(["atomic"] if self.counts.atomics else [])]
 
     @property
     def settings(self) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import SIZE, token_count
-from epfuse.config import Combine, Path
+from epfuse.config import Bias, Combine, Path
 from epfuse.errors import DeviceError
 from epfuse.report.terminal import Console
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PATH_CHOICES = ["all", *(path.value for path in Path)]
 SHAPE_NAMES = ["small", "minimax-m3"]
 DTYPE_NAMES = ["bfloat16", "float16", "float32"]
+ACTIVATION_NAMES = ["swiglu-oai", "gelu-tanh", "softcapped-swiglu", "relu2"]
 
 
 def _tokens(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
@@ -40,6 +41,8 @@ def _tokens(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option("--top-k", type=SIZE, metavar="K", help="Routes per token.")
 @click.option("--ep-size", type=SIZE, metavar="P", help="Ranks; the device plays them in turn.")
 @click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="bfloat16", show_default=True)
+@click.option("--activation", type=click.Choice(ACTIVATION_NAMES), default="swiglu-oai", show_default=True)
+@click.option("--bias", type=click.Choice([bias.value for bias in Bias]), default="none", show_default=True)
 @click.option("--device", help="cpu, cuda or cuda:N (CUDA and ROCm).  [default: cuda if there is one]")
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True)
 @click.option("--path", "choice", type=click.Choice(PATH_CHOICES), default="all", show_default=True)
@@ -53,6 +56,8 @@ def verify(
     top_k: int | None,
     ep_size: int | None,
     dtype: str,
+    activation: str,
+    bias: str,
     device: str | None,
     seed: int,
     choice: str,
@@ -70,7 +75,7 @@ def verify(
 
     from epfuse.cli.device import check_memory, choose_device
     from epfuse.verify import suite
-    from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem
+    from epfuse.verify.problem import ACTIVATIONS, DEFAULT_TOKENS, DTYPES, SHAPES, Problem
     from epfuse.verify.subject import subjects_of
 
     named = SHAPES[shape]
@@ -84,6 +89,8 @@ def verify(
         dtype=DTYPES[dtype],
         device=choose_device(device),
         seed=seed,
+        activation=ACTIVATIONS[activation],
+        bias=Bias(bias),
     )
     subjects = subjects_of(problem, choice)
     delivery = Delivery()

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from epfuse.api import fused_experts
+from epfuse.config import SwiGLUOAI
 from epfuse.expert_map import ExpertMap
 from epfuse.integrations.transformers import activation_of
 from epfuse.stages.route.reference import route
@@ -164,6 +165,7 @@ def _trace(name: str, module: Any, exact_module: nn.Module, call: tuple[torch.Te
     everything = ExpertMap.all_local(module.num_experts, hidden.device)
     dense = ExpertWeights.dense(module.gate_up_proj.data, module.down_proj.data)
     activation = activation_of(name, module)
+    assert isinstance(activation, SwiGLUOAI)  # MiniMax-M3's
     unsharded = fused_experts(hidden, dense, weights.float(), ids, everything, activation=activation)
     table = route(ids, everything.on(hidden.device), module.num_experts, block_m=1)
     cut = total = 0

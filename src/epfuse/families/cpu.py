@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from epfuse.config import Activation, LayerShape, Path, WeightFormat
+from epfuse.config import Activation, Bias, LayerShape, Path, WeightFormat
 from epfuse.families.family import Family, LayerCall, Reads, Steps
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.scratch import ScratchSize
@@ -44,6 +44,7 @@ class Cpu(Family):
     name: ClassVar[str] = "cpu"
     tile: ClassVar[type[GemmTile]] = LibraryTile
     beside_fp8: ClassVar[frozenset[torch.dtype]] = frozenset(DENSE_DTYPES)
+    biases: ClassVar[frozenset[Bias]] = frozenset(Bias)
     reads: ClassVar[Reads] = {
         Target.CPU: {
             Path.W8A16: (WeightFormat.MXFP8, WeightFormat.BLOCK_FP8),
@@ -131,7 +132,8 @@ def run_experts(call: LayerCall, least: int) -> None:
         factors = call.topk_weights.reshape(-1)[order].unsqueeze(1)
         total = call.out if call.out.dtype == torch.float32 else torch.empty_like(call.out, dtype=torch.float32)
         total.zero_()
-        first, second = Products(call.w13, call.hidden.dtype), Products(call.w2, call.hidden.dtype)
+        first = Products(call.w13, call.hidden.dtype, call.gate_up_bias)
+        second = Products(call.w2, call.hidden.dtype, call.down_bias)
         begin = 0
         for run in runs_of(counts, least):
             mine = slice(begin, begin + run.rows)
@@ -149,11 +151,13 @@ class Products:
     Args:
         stack: ``[L, N, K]``.
         dtype: of the activations; products of few rows are made in it, or all where the CPU can.
+        bias: ``[L, N]`` float32, added to the products in FP32; None for none.
     """
 
-    def __init__(self, stack: Stack, dtype: torch.dtype) -> None:
+    def __init__(self, stack: Stack, dtype: torch.dtype, bias: torch.Tensor | None = None) -> None:
         self.stack: Stack = stack
         self.dtype: torch.dtype = dtype
+        self.bias: torch.Tensor | None = bias
         self.widens: int = 0
         self.wide: torch.Tensor | None = None
         self.grouped: bool = False
@@ -165,8 +169,16 @@ class Products:
             self.widens = ALL  # E4M3 x 2^e is a BF16 number; block FP8's scales are any numbers, and FP16 is too narrow
 
     def __call__(self, x: torch.Tensor, run: Run) -> torch.Tensor:
-        """``[n, K]``, the rows of a run, times each expert's matrix -> ``[n, N]`` float32."""
+        """``[n, K]``, the rows of a run, times each expert's matrix, its bias added -> ``[n, N]`` float32."""
         counts = [end - start for start, end in pairwise([0, *run.ends])]
+        out = self._products(x, run, counts)
+        if self.bias is not None:
+            for expert, (count, end) in enumerate(zip(counts, run.ends, strict=True), run.first):
+                out[end - count : end].add_(self.bias[expert])
+        return out
+
+    def _products(self, x: torch.Tensor, run: Run, counts: list[int]) -> torch.Tensor:
+        """Of the rows of each expert of a run and its matrix."""
         few = run.rows < self.widens * sum(count > 0 for count in counts)
         if self.grouped and isinstance(self.stack, torch.Tensor) and few:
             stack = self.stack[run.first : run.first + len(counts)].transpose(1, 2)

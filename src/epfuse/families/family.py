@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
-from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.scratch import Scratch, ScratchSize
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile, LayerTiles, TileRange
@@ -45,7 +45,7 @@ class LayerCall(NamedTuple):
 
     Attributes:
         hidden: ``[T, H]``.
-        w13: ``[L, 2I, H]`` in a format that the family reads.
+        w13: ``[L, 2I, H]`` in a format that the family reads; ``[L, I, H]`` where the activation has no gate.
         w2: ``[L, H, I]`` in the same format.
         topk_weights: ``[T, K]`` float32.
         topk_ids: ``[T, K]`` int32 or int64.
@@ -55,6 +55,8 @@ class LayerCall(NamedTuple):
         combine: how a token's routes are summed.
         out: ``[T, H]``, the result.
         scratch: memory for the rows between the stages; None to allocate.
+        gate_up_bias: ``[L, 2I]`` or ``[L, I]`` float32; None for none.
+        down_bias: ``[L, H]`` float32; None for none.
     """
 
     hidden: torch.Tensor
@@ -68,6 +70,8 @@ class LayerCall(NamedTuple):
     combine: Combine
     out: torch.Tensor
     scratch: Scratch | None
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
 
     @property
     def routes(self) -> int:
@@ -89,6 +93,7 @@ class Family(ABC):
         combines: how it can sum a token's routes.
         beside_fp8: dtypes of the activations that it takes beside weights in FP8.
         activations: what it has device code for (`epfuse.stages.activation`).
+        biases: whether its projections add biases.
         least_block_m: rows of its smallest block.
         every_gpu: whether it gives way where a GPU has kernels of its own for the same weights.
     """
@@ -99,6 +104,7 @@ class Family(ABC):
     combines: ClassVar[frozenset[Combine]] = frozenset({Combine.DETERMINISTIC})
     beside_fp8: ClassVar[frozenset[torch.dtype]] = frozenset({torch.bfloat16})
     activations: ClassVar[frozenset[type[Activation]]] = frozenset({SwiGLUOAI})
+    biases: ClassVar[frozenset[Bias]] = frozenset({Bias.NONE})
     least_block_m: ClassVar[int] = 16
     every_gpu: ClassVar[bool] = False
 
@@ -111,6 +117,7 @@ class Family(ABC):
         dtype: torch.dtype,
         combine: Combine,
         activation: type[Activation] = SwiGLUOAI,
+        bias: Bias = Bias.NONE,
     ) -> str | None:
         """Why calls can't run on this family, in a sentence; None if they can.
 
@@ -122,6 +129,7 @@ class Family(ABC):
             dtype: of the activations.
             combine: how routes are summed.
             activation: between the two GEMMs.
+            bias: whether the projections have one.
         """
         if form not in self.reads.get(target, {}).get(path, ()):
             return f"{self.name} has no kernel for {target.value} that reads {form.value} weights on {path.value}."
@@ -129,6 +137,8 @@ class Family(ABC):
             return f"{self.name} does not sum routes by {combine.value}."
         if not self.computes(activation):
             return f"{self.name} has no code for {activation.__name__}."
+        if bias not in self.biases:
+            return f"{self.name} adds no biases."
         if path is not Path.BF16 and dtype not in self.beside_fp8:
             return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
         return None

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import ACTIVATIONS, Activation, Bias, LayerShape, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import rows_between, rows_scratch
@@ -24,6 +24,8 @@ class Portable(Family):
     name: ClassVar[str] = "portable"
     tile: ClassVar[type[GemmTile]] = GemmTile
     every_gpu: ClassVar[bool] = True
+    activations: ClassVar[frozenset[type[Activation]]] = frozenset(ACTIVATIONS)
+    biases: ClassVar[frozenset[Bias]] = frozenset(Bias)
     reads: ClassVar[Reads] = {
         Target.SM90: {Path.W8A16: (WeightFormat.MXFP8,), Path.BF16: (WeightFormat.DENSE,)},
         Target.GFX942: {
@@ -73,8 +75,8 @@ class Portable(Family):
         from epfuse.stages.route.launch import launch_route
 
         rows, table, local = rows_between(call), call.table(tiles.block_m), call.shape.local_experts
-        x = (call.hidden, call.w13, table, call.shape.top_k, call.activation, tiles.gate_up, rows.y)
-        y = (rows.y, call.w2, table, call.topk_weights, tiles.down, rows.routed)
+        x = (call.hidden, call.w13, table, call.shape.top_k, call.activation, tiles.gate_up, rows.y, call.gate_up_bias)
+        y = (rows.y, call.w2, table, call.topk_weights, tiles.down, rows.routed, call.down_bias)
         routed = (rows.routed, call.topk_ids, call.slots, local, call.out)
         launches: tuple[Step, ...] = (
             ("route", partial(launch_route, call.topk_ids, call.slots, local, table)),

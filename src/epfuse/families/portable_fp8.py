@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import Combine, LayerShape, Path, WeightFormat
+from epfuse.config import ACTIVATIONS, Activation, Bias, Combine, LayerShape, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
@@ -26,6 +26,8 @@ class PortableFP8(Family):
     name: ClassVar[str] = "portable_fp8"
     tile: ClassVar[type[GemmTile]] = GemmTile
     every_gpu: ClassVar[bool] = True
+    activations: ClassVar[frozenset[type[Activation]]] = frozenset(ACTIVATIONS)
+    biases: ClassVar[frozenset[Bias]] = frozenset(Bias)
     combines: ClassVar[frozenset[Combine]] = frozenset(Combine)
     reads: ClassVar[Reads] = {
         Target.SM90: {Path.W8A8: (WeightFormat.MXFP8,), Path.BLOCK_FP8: (WeightFormat.BLOCK_FP8,)},
@@ -73,15 +75,15 @@ class PortableFP8(Family):
         hidden, shape, scratch = call.hidden, call.shape, call.scratch
         group, values = scale_block(call.w13)[1], call.w13.values.dtype
         (tokens, top_k), rows, device = call.topk_ids.shape, call.routes, hidden.device
-        atomic = call.combine is Combine.ATOMIC
+        atomic, outputs = call.combine is Combine.ATOMIC, call.activation.inputs * shape.intermediate
         if scratch is None:
             x = FP8Rows.empty(tokens, shape.hidden, group, values, device)
             y = FP8Rows.empty(rows, shape.intermediate, group, values, device)
-            gate_up = hidden.new_empty(rows, 2 * shape.intermediate)
+            gate_up = hidden.new_empty(rows, outputs)
         else:
             x = fp8_rows_in(scratch.y, tokens, shape.hidden, group, values)
             y = fp8_rows_in(scratch.y, rows, shape.intermediate, group, values)
-            gate_up = rows_in(scratch.routed, rows, 2 * shape.intermediate)
+            gate_up = rows_in(scratch.routed, rows, outputs)
         if atomic:
             routed = torch.empty(hidden.shape, dtype=torch.float32, device=device)
         elif scratch is None:
@@ -89,12 +91,24 @@ class PortableFP8(Family):
         else:
             routed = rows_in(scratch.routed, rows, shape.hidden)
         table = call.table(tiles.block_m)
-        down = partial(launch_down_fp8, y, call.w2, table, call.topk_weights, tiles.down, call.combine, routed)
+        first = (
+            x,
+            call.w13,
+            table,
+            top_k,
+            tiles.gate_up,
+            hidden.dtype,
+            gate_up,
+            call.gate_up_bias,
+            call.activation.inputs,
+        )
+        second = (y, call.w2, table, call.topk_weights, tiles.down, call.combine, routed, call.down_bias)
+        down = partial(launch_down_fp8, *second)
         summed = partial(launch_combine, routed, call.topk_ids, call.slots, shape.local_experts, call.out)
         launches: tuple[Step, ...] = (
             ("route", partial(launch_route, call.topk_ids, call.slots, call.shape.local_experts, table)),
             ("quantize", partial(launch_quantize, hidden, group, dtype=values, out=x)),
-            ("gate_up", partial(launch_gate_up_fp8, x, call.w13, table, top_k, tiles.gate_up, hidden.dtype, gate_up)),
+            ("gate_up", partial(launch_gate_up_fp8, *first)),
             ("activate", partial(launch_activate, gate_up, table, call.activation, group, dtype=values, out=y)),
             ("down", partial(_add_up, routed, down) if atomic else down),
             ("combine", partial(_round, routed, call.out) if atomic else summed),

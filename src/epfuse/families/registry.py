@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from epfuse.arguments import checks_enums, integer, member
-from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.families.cpu import CPU
 from epfuse.families.family import Family
@@ -42,10 +42,18 @@ READABLE: dict[Target, dict[Path, tuple[WeightFormat, ...]]] = {
 
 @checks_enums
 def readable_formats(
-    target: Target, path: Path, combine: Combine, activation: type[Activation] = SwiGLUOAI
+    target: Target,
+    path: Path,
+    combine: Combine,
+    activation: type[Activation] = SwiGLUOAI,
+    bias: Bias = Bias.NONE,
 ) -> tuple[WeightFormat, ...]:
-    """The weights whose kernels on a path activate and sum routes so, best first; none where there is no kernel."""
-    able = [family for family in FAMILIES if combine in family.combines and family.computes(activation)]
+    """The weights whose kernels on a path activate, add biases and sum routes so, best first; none without a kernel."""
+    able = [
+        family
+        for family in FAMILIES
+        if combine in family.combines and bias in family.biases and family.computes(activation)
+    ]
     return tuple(
         form
         for form in READABLE[target].get(path, ())
@@ -68,9 +76,10 @@ def serving(
     dtype: torch.dtype,
     combine: Combine = Combine.DETERMINISTIC,
     activation: type[Activation] = SwiGLUOAI,
+    bias: Bias = Bias.NONE,
 ) -> tuple[Family, ...]:
     """The families whose kernels such calls run; a call's tiles say which of them. Arguments as of `Family.accepts`."""
-    call = (target, path, form, shape, dtype, combine, activation)
+    call = (target, path, form, shape, dtype, combine, activation, bias)
     found = tuple(family for family in FAMILIES if family.accepts(*call) is None)
     return tuple(family for family in found if not family.every_gpu) or found
 
@@ -101,9 +110,10 @@ def default_ranges(
     shape: LayerShape,
     dtype: torch.dtype,
     activation: type[Activation] = SwiGLUOAI,
+    bias: Bias = Bias.NONE,
 ) -> tuple[TileRange, ...]:
     """Default tiles of a path, by expected rows per expert, ascending; the last range has no end."""
-    families = serving(target, path, form, shape, dtype, activation=activation)
+    families = serving(target, path, form, shape, dtype, activation=activation, bias=bias)
     found = [entry for family in families for entry in family.defaults(target, form, shape, dtype)]
     return tuple(sorted(found, key=lambda entry: entry.max_rows))
 

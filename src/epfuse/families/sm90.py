@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import rows_between, rows_scratch
@@ -45,9 +45,10 @@ class Sm90(Family):
         dtype: torch.dtype,
         combine: Combine,
         activation: type[Activation] = SwiGLUOAI,
+        bias: Bias = Bias.NONE,
     ) -> str | None:
         """Dense weights in whole steps of 128 columns, and BF16."""
-        if (refusal := super().accepts(target, path, form, shape, dtype, combine, activation)) is not None:
+        if (refusal := super().accepts(target, path, form, shape, dtype, combine, activation, bias)) is not None:
             return refusal
         if form is WeightFormat.DENSE and (shape.hidden % 128 or shape.intermediate % 128):
             return (

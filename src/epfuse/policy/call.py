@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from epfuse.arguments import checks_enums, integer
-from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.families.registry import FP8_PATHS, READABLE, family_of, readable_formats, takes_beside_fp8
 from epfuse.policy.decision import Considered, Decision, Verdict
@@ -46,6 +46,7 @@ def decide(
     combine: Combine = Combine.DETERMINISTIC,
     device_name: str | None = None,
     activation: type[Activation] = SwiGLUOAI,
+    bias: Bias = Bias.NONE,
 ) -> Decision:
     """Resolve AUTO, then choose weights and tiles.
 
@@ -59,6 +60,7 @@ def decide(
         combine: how routes are summed; ATOMIC leaves the paths with FP8 activations.
         device_name: the product, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
         activation: between the two GEMMs.
+        bias: whether the projections have one.
 
     Raises:
         ConfigError: ``tokens`` is no integer or out of range.
@@ -66,7 +68,7 @@ def decide(
     """
     tokens = integer("tokens", tokens, least=1)
     device_name = device_name or REFERENCE_DEVICE[target]
-    return call_table(path, target, shape, formats, dtype, combine, device_name, activation).at(tokens)
+    return call_table(path, target, shape, formats, dtype, combine, device_name, activation, bias).at(tokens)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -80,6 +82,7 @@ def call_table(
     combine: Combine,
     device_name: str,
     activation: type[Activation] = SwiGLUOAI,
+    bias: Bias = Bias.NONE,
 ) -> CallTable:
     """All of `decide`'s answers that differ in T alone; the same object for the same arguments.
 
@@ -92,11 +95,12 @@ def call_table(
         combine: how routes are summed; ATOMIC leaves the paths with FP8 activations.
         device_name: the product, for the tuned tables.
         activation: between the two GEMMs.
+        bias: whether the projections have one.
 
     Raises:
         UnsupportedTarget: ``target`` can't run ``path`` so; the message names what it can run.
     """
-    refusals = path_refusals(target, formats, dtype, combine, activation)
+    refusals = path_refusals(target, formats, dtype, combine, activation, bias)
     kernels = [candidate for candidate in READABLE[target] if refusals[candidate] is None]
     runs = [*kernels, Path.REFERENCE] if refusals[Path.REFERENCE] is None else kernels
     chosen = path
@@ -105,7 +109,7 @@ def call_table(
     if chosen not in runs:
         raise UnsupportedTarget(
             f"path {path.value!r} has no kernel for {target.value} with"
-            f" {_described(formats, dtype, combine, activation)}; it can run"
+            f" {_described(formats, dtype, combine, activation, bias)}; it can run"
             f" {', '.join(p.value for p in runs) or 'nothing so'}"
         )
     reason = "The caller asked for it." if path is chosen else _why_auto(chosen, target)
@@ -113,8 +117,8 @@ def call_table(
     considered = considered_paths(chosen, reason, refusals, passed_over)
     if chosen is Path.REFERENCE:
         return CallTable((1,), (Decision(chosen, considered=considered),))
-    weights = next(form for form in readable_formats(target, chosen, combine, activation) if form in formats)
-    ranges = tile_ranges(target, device_name, chosen, weights, shape, dtype, activation)
+    weights = next(form for form in readable_formats(target, chosen, combine, activation, bias) if form in formats)
+    ranges = tile_ranges(target, device_name, chosen, weights, shape, dtype, activation, bias)
     return CallTable(
         tuple(first for first, _ in ranges),
         tuple(
@@ -139,9 +143,11 @@ def path_refusals(
     dtype: torch.dtype,
     combine: Combine,
     activation: type[Activation] = SwiGLUOAI,
+    bias: Bias = Bias.NONE,
 ) -> dict[Path, str | None]:
     """Every path with the sentence that says why it can't run; None for one that can."""
-    return {path: _refusal(path, target, formats, dtype, combine, activation) for path in Path if path is not Path.AUTO}
+    asked = (target, formats, dtype, combine, activation, bias)
+    return {path: _refusal(path, *asked) for path in Path if path is not Path.AUTO}
 
 
 @checks_enums
@@ -170,6 +176,7 @@ def _refusal(
     dtype: torch.dtype,
     combine: Combine,
     activation: type[Activation],
+    bias: Bias,
 ) -> str | None:
     if combine is Combine.ATOMIC and path not in FP8_PATHS:
         return "It does not sum routes by atomics."
@@ -183,6 +190,8 @@ def _refusal(
         return f"It reads {' or '.join(form.value for form in readable)}; what is kept is {kept}."
     if not formats.intersection(readable_formats(target, path, combine, activation)):
         return f"It has no code for {activation.__name__}."
+    if not formats.intersection(readable_formats(target, path, combine, activation, bias)):
+        return "It adds no biases."
     if path is not Path.BF16 and not takes_beside_fp8(target, path, dtype):
         return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
     return None
@@ -212,7 +221,7 @@ def why_not(path: Path, asked: Path, chosen: Path) -> str:
 
 
 def _described(
-    formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine, activation: type[Activation]
+    formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine, activation: type[Activation], bias: Bias
 ) -> str:
     """What of a call decides which paths can run."""
     text = f"weights in {', '.join(sorted(form.value for form in formats))}"
@@ -222,4 +231,6 @@ def _described(
         text += f", combine {combine.value!r}"
     if activation is not SwiGLUOAI:
         text += f", activation {activation.__name__}"
+    if bias is not Bias.NONE:
+        text += ", biases"
     return text

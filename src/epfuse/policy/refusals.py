@@ -66,7 +66,10 @@ REFUSALS = (
         lambda facts: facts.has_eplb,
         lambda facts: "EPLB moves experts between ranks while serving, which epfuse does not serve yet.",
     ),
-    Refusal(lambda facts: facts.has_bias, lambda facts: "the experts have biases."),
+    Refusal(
+        lambda facts: facts.has_bias,
+        lambda facts: "the experts have biases; epfuse adds them in transformers, and does not serve them yet.",
+    ),
     Refusal(
         lambda facts: facts.has_fused_shared_experts, lambda facts: "shared experts are fused into the routed ones."
     ),

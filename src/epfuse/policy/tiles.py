@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Activation, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Bias, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.families.registry import default_ranges
 from epfuse.measured.lookup import Found, Source, change_points, find, sources
 from epfuse.policy.decision import TileChoice
@@ -28,6 +28,7 @@ def tile_ranges(
     shape: LayerShape,
     dtype: torch.dtype,
     activation: type[Activation] = SwiGLUOAI,
+    bias: Bias = Bias.NONE,
 ) -> list[tuple[int, TileChoice]]:
     """The first T of every range, ascending from 1, and its tiles. What is not as measured is logged.
 
@@ -39,11 +40,12 @@ def tile_ranges(
         shape: the layer's sizes.
         dtype: of the activations.
         activation: between the two GEMMs.
+        bias: whether the projections have one.
 
-    Tables are measured in bfloat16 with SwiGLU-OAI and serve nothing else.
+    Tables are measured in bfloat16 with SwiGLU-OAI and without biases, and serve nothing else.
     """
-    defaults = default_ranges(target, path, weights, shape, dtype, activation)
-    as_measured = dtype == torch.bfloat16 and activation is SwiGLUOAI
+    defaults = default_ranges(target, path, weights, shape, dtype, activation, bias)
+    as_measured = dtype == torch.bfloat16 and activation is SwiGLUOAI and bias is Bias.NONE
     measured = sources(target, device_name, path, weights, shape) if as_measured else ()
     starts = sorted({1, *_default_starts(defaults, shape), *change_points(measured, shape)})
     answers = [

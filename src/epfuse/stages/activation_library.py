@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from epfuse.config import Activation, SwiGLUOAI
+from epfuse.config import Activation, GELUTanh, ReLU2, SwiGLUOAI
 from epfuse.stages.activation_reference import activated
 
 
@@ -25,11 +25,26 @@ def swiglu_oai_(gate_up: torch.Tensor, activation: SwiGLUOAI) -> torch.Tensor:
     return torch.sigmoid(gate * activation.alpha).mul_(gate).mul_(up)
 
 
-_IN_PLACE: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {SwiGLUOAI.kind: swiglu_oai_}
+def gelu_tanh_(gate_up: torch.Tensor, activation: GELUTanh) -> torch.Tensor:
+    """``[n, 2I]`` float32 -> ``[n, I]``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh").mul_(up)
+
+
+def relu2_(projected: torch.Tensor, activation: ReLU2) -> torch.Tensor:
+    """``[n, I]`` float32 -> ``[n, I]``."""
+    return projected.relu_().square_()
+
+
+_IN_PLACE: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+    SwiGLUOAI.kind: swiglu_oai_,
+    GELUTanh.kind: gelu_tanh_,
+    ReLU2.kind: relu2_,
+}
 
 
 def activated_(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """``[n, 2I]`` float32 (gate half, then up half) -> ``[n, I]`` float32; overwrites its argument where that helps.
+    """``[n, inputs * I]`` float32 -> ``[n, I]`` float32; overwrites its argument where that helps.
 
     An activation without code of its own here runs as in `epfuse.stages.activation_reference`.
 

@@ -48,7 +48,8 @@ def layer_call(
         weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, topk_ids.shape[1]
     )
     operands = (hidden, experts.w13, experts.w2, topk_weights, topk_ids, expert_map.on(hidden.device), shape)
-    return LayerCall(*operands, activation or SwiGLUOAI(), Combine.DETERMINISTIC, torch.empty_like(hidden), None)
+    rest = (activation or SwiGLUOAI(), Combine.DETERMINISTIC, torch.empty_like(hidden), None)
+    return LayerCall(*operands, *rest, weights.gate_up_bias, weights.down_bias)
 
 
 @checks_enums

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Path, WeightFormat
+from epfuse.config import Bias, Path, WeightFormat
 from epfuse.numerics.mxfp8 import BLOCK, MXFP8
 from epfuse.target import Target
 from epfuse.verify.problem import Problem
+from epfuse.weights.dense import DenseExperts
 from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.mxfp8 import MXFP8Experts
 
 
 def rank_weights(problem: Problem, ep_rank: int) -> ExpertWeights:
@@ -20,10 +22,11 @@ def rank_weights(problem: Problem, ep_rank: int) -> ExpertWeights:
     Seeded by the global expert id: an expert's weights do not depend on how many ranks there are.
     """
     w13, w2 = (torch.empty(shape, dtype=problem.dtype, device=problem.device) for shape in _shapes(problem))
+    biases = _biases(problem)
     for slot, drawn in enumerate(_draws(problem, ep_rank)):
-        for stack, matrix in zip((w13, w2), drawn, strict=True):
-            stack[slot].copy_(matrix)
-    return ExpertWeights.dense(w13, w2)
+        for stack, numbers in zip((w13, w2, *biases), drawn, strict=True):
+            stack[slot].copy_(numbers)
+    return ExpertWeights((DenseExperts(w13, w2),), *biases)
 
 
 def rank_mxfp8(problem: Problem, ep_rank: int) -> ExpertWeights:
@@ -32,20 +35,21 @@ def rank_mxfp8(problem: Problem, ep_rank: int) -> ExpertWeights:
     In its first block of columns every 7th row has scale byte 0, so that its values are of no account; in the last
     block every 11th row is zeros.
     """
-    stacks = []
+    stacks, biases = [], _biases(problem)
     for local, rows, columns in _shapes(problem):
         values = torch.empty(local, rows, columns, dtype=torch.float8_e4m3fn, device=problem.device)
         scales = torch.empty(local, rows, columns // BLOCK, dtype=torch.uint8, device=problem.device)
         stacks.append(MXFP8(values, scales))
     for slot, drawn in enumerate(_draws(problem, ep_rank)):
-        for stack, matrix in zip(stacks, drawn, strict=True):
+        for bias, numbers in zip(biases, drawn[2:], strict=True):
+            bias[slot].copy_(numbers)
+        for stack, matrix in zip(stacks, drawn[:2], strict=True):
             matrix[::11, -BLOCK:] = 0.0
             packed = MXFP8.quantize(matrix)
             packed.scales[::7, 0] = 0
             stack.values[slot].copy_(packed.values)
             stack.scales[slot].copy_(packed.scales)
-    w13, w2 = stacks
-    return ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
+    return ExpertWeights((MXFP8Experts(*stacks),), *biases)
 
 
 @checks_enums
@@ -60,21 +64,29 @@ def in_format(weights: ExpertWeights, form: WeightFormat, target: Target) -> Exp
         converted = ExpertWeights.block_fp8(*parts)
     else:
         converted = ExpertWeights.mxfp8(*(part.clone() for part in parts))
+    converted = ExpertWeights(converted.formats, weights.gate_up_bias, weights.down_bias)
     path = Path.W8A8 if form is WeightFormat.ROW_FP8 else Path.AUTO
     return converted if form in converted.kept else converted.prepare(target, path)
 
 
 def _shapes(problem: Problem) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     local, hidden, intermediate = problem.local_experts, problem.hidden, problem.intermediate
-    return (local, 2 * intermediate, hidden), (local, hidden, intermediate)
+    return (local, problem.activation.inputs * intermediate, hidden), (local, hidden, intermediate)
+
+
+def _biases(problem: Problem) -> list[torch.Tensor]:
+    """Memory for both, or nothing."""
+    if problem.bias is Bias.NONE:
+        return []
+    return [torch.empty(shape[:2], device=problem.device) for shape in _shapes(problem)]
 
 
 def _draws(problem: Problem, ep_rank: int) -> Iterator[list[torch.Tensor]]:
-    """Float32 w13 and w2 of each expert of a rank."""
+    """Float32 w13 and w2 of each expert of a rank, then its biases if it has them."""
     rng = torch.Generator(problem.device)
     for slot in range(problem.local_experts):
         rng.manual_seed(problem.seed * 1_000_003 + ep_rank * problem.local_experts + slot)
         yield [
             torch.randn(shape[1:], generator=rng, device=problem.device).mul_(shape[2] ** -0.5)
             for shape in _shapes(problem)
-        ]
+        ] + [torch.randn(bias.shape[1], generator=rng, device=problem.device) for bias in _biases(problem)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from epfuse.arguments import integer
-from epfuse.config import MINIMAX_M3_EP8, LayerShape
+from epfuse.arguments import checks_enums, integer
+from epfuse.config import MINIMAX_M3_EP8, Activation, Bias, GELUTanh, LayerShape, ReLU2, SoftcappedSwiGLU, SwiGLUOAI
 from epfuse.errors import ConfigError
 from epfuse.target import Target, target_of
 from epfuse.verify.budget import LEAST_SIZE
@@ -20,9 +20,17 @@ SHAPES = {
     "minimax-m3": MINIMAX_M3_EP8,
 }
 
+ACTIVATIONS: dict[str, Activation] = {
+    "swiglu-oai": SwiGLUOAI(),
+    "gelu-tanh": GELUTanh(),
+    "softcapped-swiglu": SoftcappedSwiGLU(gate_cap=4.0, up_cap=25.0),
+    "relu2": ReLU2(),
+}
+
 DEFAULT_TOKENS = (1, 3, 37, 300)
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Problem:
     """One layer, split over ``ep_size`` ranks that one device plays in turn.
@@ -37,6 +45,8 @@ class Problem:
         dtype: of weights and activations.
         device: where everything lives.
         seed: of weights, activations and routings.
+        activation: between the projections.
+        bias: of both projections, as large as their products, or of none.
 
     Raises:
         ConfigError: a size is out of range.
@@ -51,6 +61,8 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     seed: int
+    activation: Activation = field(default_factory=SwiGLUOAI)
+    bias: Bias = Bias.NONE
 
     def __post_init__(self) -> None:
         for name, least in (("ep_size", 1), ("experts", 1), ("seed", 0)):

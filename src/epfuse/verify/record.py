@@ -97,6 +97,8 @@ class Record:
         problem = asdict(self.problem)
         problem["dtype"] = str(self.problem.dtype).removeprefix("torch.")
         problem["device"] = str(self.problem.device)
+        problem["activation"] = {"kind": self.problem.activation.kind, **problem["activation"]}
+        problem["bias"] = self.problem.bias.value
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": describe_device(self.problem.device) | {"target": self.problem.target.value},

@@ -115,6 +115,5 @@ def _stored(form: WeightFormat) -> Stored:
 
 def _decide(problem: Problem, path: Path, forms: set[WeightFormat], combine: Combine) -> Path:
     """The path that every token count of the problem takes."""
-    return decide(
-        path, problem.target, problem.shape, max(problem.tokens), frozenset(forms), problem.dtype, combine
-    ).path
+    call = (path, problem.target, problem.shape, max(problem.tokens), frozenset(forms), problem.dtype, combine)
+    return decide(*call, activation=type(problem.activation), bias=problem.bias).path

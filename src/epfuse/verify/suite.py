@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from epfuse.api import fused_experts
-from epfuse.config import Combine, Path, SwiGLUOAI
+from epfuse.config import Activation, Combine, Path
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import FP8_PATHS
 from epfuse.reference import run_reference
@@ -82,7 +82,7 @@ def _run_alike(
     advance: Callable[[], None],
 ) -> list[CaseResult]:
     """`run` for subjects whose weights are made from the same ones."""
-    activation = SwiGLUOAI()
+    activation = problem.activation
     oracles = [
         CaseResult(s.name, ORACLE, stored.value, Combine.DETERMINISTIC.value, s.tokens, ORACLE_TOLERANCE)
         for s in scenarios
@@ -103,12 +103,16 @@ def _run_alike(
             _add_rank(unsharded[index], rank * problem.local_experts, source, scenario, activation)
             for subject in subjects:
                 case = cases[subject][index]
-                result = _check_rank(case, scenario, weights[subject], expert_map, subject, oracle, f"rank {rank}")
+                result = _check_rank(
+                    case, scenario, weights[subject], expert_map, subject, oracle, activation, f"rank {rank}"
+                )
                 sums[subject][index] += result
             advance()
         if rank == 0 and problem.device.type == "cuda":
             replays = [
-                _check_replay([s for s in scenarios if s.tokens == tokens], weights[subject], expert_map, subject)
+                _check_replay(
+                    [s for s in scenarios if s.tokens == tokens], weights[subject], expert_map, subject, activation
+                )
                 for subject in subjects
                 if subject.path is not Path.REFERENCE  # syncs with the device by design
                 for tokens in problem.tokens
@@ -152,18 +156,19 @@ def _judge_atomics(cases: dict[Subject, list[CaseResult]]) -> None:
 
 
 def _add_rank(
-    total: torch.Tensor, first_expert: int, source: ExpertWeights, scenario: Scenario, activation: SwiGLUOAI
+    total: torch.Tensor, first_expert: int, source: ExpertWeights, scenario: Scenario, activation: Activation
 ) -> None:
     """Add a rank's experts to the unsharded layer's second oracle."""
     dense, packed = source.dense_experts, source.mxfp8_experts
     if dense is not None:
-        add_experts(total, first_expert, dense.w13, dense.w2, scenario, activation)
+        add_experts(total, first_expert, dense.w13, dense.w2, scenario, activation, **dict(source.biases))
         return
     assert packed is not None
     for slot in range(source.local_experts):
         if bool((scenario.topk_ids == first_expert + slot).any()):
             w13, w2 = (plain_numbers(stack[slot])[None] for stack in (packed.w13, packed.w2))
-            add_experts(total, first_expert + slot, w13, w2, scenario, activation)
+            own = {name: bias[slot : slot + 1] for name, bias in source.biases}
+            add_experts(total, first_expert + slot, w13, w2, scenario, activation, **own)
 
 
 def _zeros(scenario: Scenario) -> torch.Tensor:
@@ -177,6 +182,7 @@ def _check_rank(
     expert_map: ExpertMap,
     subject: Subject,
     oracle: torch.Tensor,
+    activation: Activation,
     where: str,
 ) -> torch.Tensor:
     """Two runs, the first into poisoned memory: right, and repeatable. Returns the first one's result."""
@@ -188,6 +194,7 @@ def _check_rank(
             scenario.topk_weights,
             scenario.topk_ids,
             expert_map,
+            activation=activation,
             path=subject.path,
             combine=subject.combine,
             out=out,
@@ -202,7 +209,11 @@ def _check_rank(
 
 
 def _check_replay(
-    scenarios: list[Scenario], weights: ExpertWeights, expert_map: ExpertMap, subject: Subject
+    scenarios: list[Scenario],
+    weights: ExpertWeights,
+    expert_map: ExpertMap,
+    subject: Subject,
+    activation: Activation,
 ) -> CaseResult:
     """Capture the first scenario in a graph; its replays with the other routings must equal eager calls."""
     first = scenarios[0]
@@ -213,7 +224,14 @@ def _check_replay(
 
     def call() -> torch.Tensor:
         return fused_experts(
-            hidden, weights, topk_weights, topk_ids, expert_map, path=subject.path, combine=subject.combine
+            hidden,
+            weights,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            activation=activation,
+            path=subject.path,
+            combine=subject.combine,
         )
 
     call()  # compiles, outside of the capture

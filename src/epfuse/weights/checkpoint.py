@@ -101,7 +101,9 @@ class ExpertCheckpoint:
         if index not in self.layers:
             raise CheckpointError(f"layer {index} has no experts; those that have are {_some(list(self.layers))}")
         if self.model.has_bias:
-            raise CheckpointError(f"the experts of {self.model.name} have biases, which ExpertWeights does not hold")
+            raise CheckpointError(
+                f"the experts of {self.model.name} have biases, which are not loaded from a folder yet"
+            )
         held = held_experts(expert_map)
         layer = self.layers[index]
         reader = LayerReader(self.model, layer, held, torch.device(device), on_bytes)

@@ -9,16 +9,18 @@ from typing import TypeVar
 import torch
 
 from epfuse.arguments import checks_enums, shown
-from epfuse.config import LayerShape, Path, WeightFormat
-from epfuse.errors import ConfigError, DeviceError, DtypeError, EpfuseError, ShapeError
+from epfuse.config import Activation, Bias, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.errors import ConfigError, DeviceError, DtypeError, EpfuseError, LayoutError, ShapeError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK as GROUP
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.operands import Span, require_apart, require_plain, span
 from epfuse.target import Target, target_of
+from epfuse.weights.biases import checked_bias
 from epfuse.weights.block_fp8 import BlockFP8, BlockFP8Experts, BlockScale
 from epfuse.weights.dense import DENSE_DTYPES, DenseExperts
 from epfuse.weights.formats import FORMAT_OF, FORMATS, PREPARED_FOR
+from epfuse.weights.layouts import OURS, GateUpRows, MatrixOrder, WeightLayout
 from epfuse.weights.mxfp8 import MXFP8Experts
 from epfuse.weights.projections import AnyProjections
 
@@ -33,18 +35,25 @@ class ExpertWeights:
 
     Args:
         formats: the same experts in each format that is kept, no format twice.
+        gate_up_bias: ``[L, 2I]``, gate first (``[L, I]`` without a gate), contiguous, any floating dtype of dense
+            weights; added in FP32 before the activation. None for none.
+        down_bias: ``[L, H]``; added in FP32 to each local route's row, before the router weight multiplies it.
 
     Attributes:
         formats: what the reference reads first: the order of `epfuse.weights.formats.FORMATS`.
+        gate_up_bias, down_bias: in float32; what was given is kept, not copied, where it is in float32.
         local_experts: L.
         hidden: H.
         intermediate: I.
 
     Raises:
-        ConfigError, ShapeError, DeviceError: there is no format, one that is none, or they describe different layers.
+        ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: there is no format, one that is none, or they
+            describe different layers.
     """
 
     formats: tuple[AnyProjections, ...]
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
     local_experts: int = field(init=False)
     hidden: int = field(init=False)
     intermediate: int = field(init=False)
@@ -70,22 +79,43 @@ class ExpertWeights:
                     f"{experts.form.value} is on {experts.w13.device} and {first.form.value} on {first.w13.device}; all"
                     " formats must be on one device"
                 )
+            if experts.inputs != first.inputs:
+                raise ShapeError(f"{experts.form.value} or {first.form.value} has a gate, and the other one has none")
         object.__setattr__(self, "formats", formats)
         for name, size in zip(("local_experts", "hidden", "intermediate"), first.sizes, strict=True):
             object.__setattr__(self, name, size)
+        for name, outputs in (("gate_up_bias", first.w13.shape[1]), ("down_bias", self.hidden)):
+            bias = checked_bias(name, getattr(self, name), (self.local_experts, outputs), self.device)
+            object.__setattr__(self, name, bias)
 
     @classmethod
-    def dense(cls, w13: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
-        """Weights in BF16, FP16 or FP32; the tensors are kept, not copied.
+    def dense(
+        cls,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        *,
+        gate_up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        layout: WeightLayout = OURS,
+    ) -> ExpertWeights:
+        """Weights in BF16, FP16 or FP32; the tensors are kept, not copied, unless they lie in another layout.
 
         Args:
-            w13: ``[L, 2I, H]`` contiguous; gate rows first, then up rows (not interleaved). L may be 0.
+            w13: ``[L, 2I, H]`` contiguous; gate rows first, then up rows (not interleaved). ``[L, I, H]`` of experts
+                without a gate. L may be 0.
             w2: ``[L, H, I]`` contiguous, same dtype and device as w13.
+            gate_up_bias: ``[L, 2I]``, rows in the order of w13's; as for the class. None for none.
+            down_bias: ``[L, H]``; None for none.
+            layout: how w13, w2 and gate_up_bias lie, if otherwise than said above: they are copied then.
 
         Raises:
-            ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: the two don't describe one layer.
+            ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: they don't describe one layer.
         """
-        return cls((DenseExperts(w13, w2),))
+        if not layout.is_ours:
+            require_plain("w13", w13)
+            require_plain("w2", w2)
+            w13, w2 = layout.in_halves(layout.rows(w13)), layout.rows(w2)
+        return _laid_out(DenseExperts(w13, w2), gate_up_bias, down_bias, layout)
 
     @classmethod
     def bf16(cls, w13: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
@@ -107,20 +137,38 @@ class ExpertWeights:
 
     @classmethod
     def mxfp8(
-        cls, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
+        cls,
+        w13: torch.Tensor,
+        w13_scale: torch.Tensor,
+        w2: torch.Tensor,
+        w2_scale: torch.Tensor,
+        *,
+        gate_up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        layout: WeightLayout = OURS,
     ) -> ExpertWeights:
         """MXFP8 weights; the tensors are kept, not copied. Call `prepare` once for a GPU's own order.
 
         Args:
-            w13: ``[L, 2I, H]`` float8_e4m3fn, contiguous; gate rows first, then up rows. H a multiple of 32.
+            w13: ``[L, 2I, H]`` float8_e4m3fn, contiguous; gate rows first, then up rows. ``[L, I, H]`` of experts
+                without a gate. H a multiple of 32.
             w13_scale: ``[L, 2I, H / 32]`` E8M0 bytes, uint8 or float8_e8m0fnu.
             w2: ``[L, H, I]`` float8_e4m3fn, contiguous. I a multiple of 32.
             w2_scale: ``[L, H, I / 32]`` E8M0 bytes.
+            gate_up_bias: ``[L, 2I]``, rows in the order of w13's; as for the class. None for none.
+            down_bias: ``[L, H]``; None for none.
+            layout: where gate and up rows alternate: w13, w13_scale and gate_up_bias are copied then. Matrices with
+                scales along their rows are not transposed.
 
         Raises:
-            ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: the four don't describe one layer.
+            ConfigError, ShapeError, DtypeError, DeviceError, LayoutError: they don't describe one layer.
         """
-        return cls((MXFP8Experts(_named("w13", w13, w13_scale), _named("w2", w2, w2_scale)),))
+        if layout.matrices is not MatrixOrder.ROWS:
+            raise LayoutError("layout has transposed matrices; MXFP8 has a scale for 32 numbers of a row of w13 and w2")
+        first, second = _named("w13", w13, w13_scale), _named("w2", w2, w2_scale)
+        if not layout.is_ours:
+            first = MXFP8(layout.in_halves(first.values), layout.in_halves(first.scales))
+        return _laid_out(MXFP8Experts(first, second), gate_up_bias, down_bias, layout)
 
     @classmethod
     @torch.no_grad()
@@ -146,7 +194,8 @@ class ExpertWeights:
             if size % GROUP:
                 raise ShapeError(f"{name} has rows of {letter}={size} weights; MXFP8 needs a multiple of {GROUP}")
         dense = weights.dense_experts
-        return cls((MXFP8Experts(MXFP8.quantize(dense.w13, rounding), MXFP8.quantize(dense.w2, rounding)),))
+        packed = MXFP8Experts(MXFP8.quantize(dense.w13, rounding), MXFP8.quantize(dense.w2, rounding))
+        return cls((packed,), weights.gate_up_bias, weights.down_bias)
 
     @classmethod
     def hybrid(
@@ -195,22 +244,35 @@ class ExpertWeights:
 
     @classmethod
     @checks_enums
-    def without_data(cls, form: WeightFormat, shape: LayerShape, dtype: torch.dtype = torch.bfloat16) -> ExpertWeights:
+    def without_data(
+        cls,
+        form: WeightFormat,
+        shape: LayerShape,
+        dtype: torch.dtype = torch.bfloat16,
+        activation: type[Activation] = SwiGLUOAI,
+        bias: Bias = Bias.NONE,
+    ) -> ExpertWeights:
         """Weights on the meta device, as `epfuse aot` calls kernels with.
 
         Args:
             form: any format, prepared ones too.
             shape: L, H and I are read.
             dtype: of dense weights.
+            activation: whether w13 has gate rows.
+            bias: of both projections or none.
         """
         local, hidden, intermediate, kind = shape.local_experts, shape.hidden, shape.intermediate, FORMAT_OF[form]
+        rows = activation.inputs * intermediate
         parts = [
             part
-            for size in ((local, 2 * intermediate, hidden), (local, hidden, intermediate))
+            for size in ((local, rows, hidden), (local, hidden, intermediate))
             for part in kind.parts(form, size, dtype)
         ]
         tensors = [torch.empty(size, dtype=of, device="meta") for size, of in parts]
-        return cls((kind.rebuilt(tensors, hidden, intermediate),))
+        made = kind.rebuilt(tensors, hidden, intermediate)
+        if bias is Bias.NONE:
+            return cls((made,))
+        return cls((made,), *(torch.empty(local, outputs, device="meta") for outputs in (rows, hidden)))
 
     @torch.inference_mode()  # their memory is written, whatever mode it was made in and whether it requires grad
     @checks_enums
@@ -222,7 +284,7 @@ class ExpertWeights:
         matrix whose rows are no multiple of 64 or columns no multiple of 128), on gfx942 as E4M3FNUZ. Dense weights,
         and targets that read checkpoints' order, are left as they are. Weights that Hopper's order can't hold (a NaN, a
         block scale over 2^7) stay in checkpoints' order and run on the slower kernels; a warning is logged. W8A8's
-        order holds all.
+        order holds all. Experts with biases or without a gate stay as they are there, too.
 
         Args:
             target: None means the target of the device that the weights are on.
@@ -240,7 +302,7 @@ class ExpertWeights:
             require_apart(name, own, spans[:index])
         for experts in self.formats:
             experts.check_prepare(target)
-        ready = tuple(experts.prepared(target, path) for experts in self.formats)
+        ready = tuple(experts.prepared(target, path, self.bias) for experts in self.formats)
         return self if all(map(operator.is_, ready, self.formats)) else replace(self, formats=ready)
 
     def _require_not_prepared_for_another(self, target: Target) -> None:
@@ -281,9 +343,26 @@ class ExpertWeights:
         """
         return replace(self, formats=tuple(experts for experts in self.formats if experts.form is not form))
 
+    @property
+    def bias(self) -> Bias:
+        """Whether a projection has a bias."""
+        return Bias.NONE if self.gate_up_bias is None and self.down_bias is None else Bias.ADDED
+
+    @property
+    def biases(self) -> list[tuple[str, torch.Tensor]]:
+        """The biases that there are, each with its name."""
+        both = (("gate_up_bias", self.gate_up_bias), ("down_bias", self.down_bias))
+        return [(name, bias) for name, bias in both if bias is not None]
+
+    @property
+    def inputs(self) -> int:
+        """Rows of w13 for one value between the projections: 2, gate and up, or 1 (`Activation.inputs`)."""
+        return self.formats[0].inputs
+
     def spans(self) -> list[tuple[str, Span]]:
-        """Where the weights lie, each tensor with its name."""
-        return [(name, span(tensor)) for experts in self.formats for name, tensor in experts.tensors()]
+        """Where the weights and biases lie, each tensor with its name."""
+        kept = [part for experts in self.formats for part in experts.tensors()]
+        return [(name, span(tensor)) for name, tensor in (*kept, *self.biases)]
 
     @property
     def reference_experts(self) -> AnyProjections:
@@ -306,6 +385,18 @@ class ExpertWeights:
     def nbytes(self) -> dict[WeightFormat, int]:
         """Bytes of each format that is kept, scales included."""
         return {experts.form: experts.nbytes for experts in self.formats}
+
+
+def _laid_out(
+    experts: AnyProjections, gate_up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, layout: WeightLayout
+) -> ExpertWeights:
+    """Weights that are in our layout by now, and biases, whose gate and up rows are still in ``layout``."""
+    if layout.gate_up is GateUpRows.ALTERNATING:
+        if experts.inputs != 2:
+            raise LayoutError("layout has gate and up rows that alternate; these weights have no gate")
+        if isinstance(gate_up_bias, torch.Tensor) and gate_up_bias.shape == experts.w13.shape[:2]:
+            gate_up_bias = layout.in_halves(gate_up_bias)
+    return ExpertWeights((experts,), gate_up_bias, down_bias)
 
 
 def _named(name: str, values: torch.Tensor, scales: torch.Tensor) -> MXFP8:

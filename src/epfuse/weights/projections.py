@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Path, WeightFormat
+from epfuse.config import Bias, Path, WeightFormat
 from epfuse.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from epfuse.numerics.consumable import Consumable, require_as_loaded
 from epfuse.numerics.stack import ExpertStack
@@ -45,8 +45,8 @@ class Projections(ABC, Generic[S]):
     """Both projections of a layer's experts in one format. A format is a subclass, named in `epfuse.weights.formats`.
 
     Args:
-        w13: ``[L, 2I, H]``; rows 0..I-1 are gate, I..2I-1 are up.
-        w2: ``[L, H, I]``.
+        w13: ``[L, 2I, H]``; rows 0..I-1 are gate, I..2I-1 are up. ``[L, I, H]`` of experts without a gate.
+        w2: ``[L, H, I]``, which tells I.
 
     Attributes:
         stack: what w13 and w2 are.
@@ -78,14 +78,14 @@ class Projections(ABC, Generic[S]):
             raise DtypeError(f"w13 is in {first.dtype} and w2 in {second.dtype}; both must have one dtype")
         if first.device != second.device:
             raise DeviceError(f"w13 is on {first.device} and w2 on {second.device}; both must be on one device")
-        local, twice, hidden = self.w13.shape
-        if twice % 2 or min(twice, hidden) == 0:
+        local, rows, hidden = self.w13.shape
+        gated, ungated = (local, hidden, rows // 2), (local, hidden, rows)
+        if min(rows, hidden) == 0 or (rows % 2 and tuple(self.w2.shape) != ungated):
             raise ShapeError(f"w13 has shape {tuple(self.w13.shape)}; it must be [L, 2I, H] with I and H at least 1")
-        expected = (local, hidden, twice // 2)
-        if tuple(self.w2.shape) != expected:
+        if tuple(self.w2.shape) not in (gated, ungated):
             raise ShapeError(
                 f"w2 has shape {tuple(self.w2.shape)}; beside w13 {tuple(self.w13.shape)} it must be [L, H, I] ="
-                f" {expected}"
+                f" {gated}, or {ungated} where there is no gate"
             )
         if self.forms[self.form] is None:
             for name, tensor in self.tensors():
@@ -109,6 +109,12 @@ class Projections(ABC, Generic[S]):
         local, hidden, intermediate = self.w2.shape
         return local, hidden, intermediate
 
+    @property
+    def inputs(self) -> int:
+        """Rows of w13 for one value between the projections: 2, gate and up, or 1 (`Activation.inputs`)."""
+        rows: int = self.w13.shape[1]
+        return rows // self.sizes[2]
+
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """All memory of the layer, each tensor with its name: w13's, then w2's."""
         return [
@@ -130,7 +136,7 @@ class Projections(ABC, Generic[S]):
 
         Args:
             form: one of ``forms``.
-            size: (L, N, K); a w13 has an even N.
+            size: (L, N, K).
             dtype: of the activations beside it; only dense weights follow it.
         """
 
@@ -158,8 +164,8 @@ class Projections(ABC, Generic[S]):
         """
 
     @checks_enums
-    def prepared(self, target: Target, path: Path) -> Projections[Any]:
-        """What ``target`` reads fastest on ``path``, in the memory of these, which are consumed.
+    def prepared(self, target: Target, path: Path, bias: Bias) -> Projections[Any]:
+        """What ``target`` reads fastest on ``path`` beside such biases, in the memory of these, which are consumed.
 
         Itself where it is that already. `check_prepare` was asked.
         """
@@ -196,7 +202,7 @@ class E4M3Projections(Projections[C]):
             self.w2.check_fnuz()
 
     @checks_enums
-    def prepared(self, target: Target, path: Path) -> Projections[Any]:
+    def prepared(self, target: Target, path: Path, bias: Bias) -> Projections[Any]:
         """E4M3FNUZ for gfx942."""
         if target is Target.GFX942 and self.forms[self.form] is None:
             return type(self)(self.w13.to_fnuz_(), self.w2.to_fnuz_())

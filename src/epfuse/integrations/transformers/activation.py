@@ -16,50 +16,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from epfuse.config import SwiGLUOAI
+from epfuse.config import Activation, GELUTanh, ReLU2, SoftcappedSwiGLU, SwiGLUOAI, known_activations
 from epfuse.errors import ConfigError
-from epfuse.stages.activation_reference import swiglu_oai
+from epfuse.integrations.transformers.layout import layout_of, names_of
+from epfuse.stages.activation_reference import activated
+from epfuse.weights.layouts import GateUpRows, MatrixOrder
 
 _SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
+_GELU_TANH = ("transformers.activations.GELUTanh",)
+_RELU2 = ("transformers.activations.ReLUSquaredActivation",)
+_CAPPED = ("gate", "up")
 _LIMITING = re.compile(r"limit|clamp|clip|cap|alpha|beta|bound|thresh", re.IGNORECASE)
 _LARGEST = 2.0**126
 """Beyond all that float32 products of gate and up may reach: a module may compute in float32."""
-_KNOWN = "it computes SwiGLU-OAI (alpha, limit) and silu(gate) * up, with or without a limit"
 
 
-def activation_of(name: str, module: Any) -> SwiGLUOAI:
+def activation_of(name: str, module: Any) -> Activation:
     """The activation of a transformers experts module.
 
-    The module says it with ``act_fn`` (silu, or none where the class writes it out), ``swiglu_alpha`` or ``alpha``,
-    ``swiglu_beta`` or ``beta``, and ``swiglu_limit`` or ``limit``; where it has no such attribute, its configuration's
-    ``swiglu_*`` counts. gpt-oss and MiniMax-M3 are ``SwiGLUOAI(alpha, 1, limit)``; DeepSeek-V4, GLM-5-Next and HY-V4
-    ``SwiGLUOAI(1, 0, limit)``. Then ``_apply_gate`` and the whole forward, with small weights of ones and zeros in
-    place of the module's, must give the same numbers.
+    ``act_fn`` says which kind it is; none, where the class writes it out, and silu are `SwiGLUOAI`. Its numbers are
+    ``swiglu_alpha`` or ``alpha``, ``swiglu_beta`` or ``beta``, and ``swiglu_limit`` or ``limit``; where the module has
+    no such attribute, its configuration's ``swiglu_*`` counts. gpt-oss and MiniMax-M3 are ``SwiGLUOAI(alpha, 1,
+    limit)``; DeepSeek-V4, GLM-5-Next and HY-V4 ``SwiGLUOAI(1, 0, limit)``. Then ``_apply_gate`` and the whole forward,
+    with small weights of ones and zeros, and biases, in place of the module's, must give the same numbers.
 
     Args:
         name: the module's, for errors.
-        module: with ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``, on any device, meta too; neither
-            is read or changed.
+        module: with ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``, or as its flags say that they lie,
+            on any device, meta too; neither is read or changed.
 
     Raises:
         ConfigError: the module computes something else, says two things, or can't be run on a few numbers.
     """
     where = f"{name} ({type(module).__name__})"
-    act_fn = getattr(module, "act_fn", None)
-    if act_fn is not None and not _is_silu(act_fn):
-        kind = getattr(act_fn, "__name__", None) or type(act_fn).__name__
-        raise ConfigError(f"{where} has an activation that epfuse does not know, act_fn {kind}; {_KNOWN}")
-    alpha = _said(where, module, "alpha")
-    beta = _said(where, module, "beta")
-    limit = _said(where, module, "limit")
-    try:
-        activation = SwiGLUOAI(
-            alpha=1.0 if alpha is None else alpha,
-            beta=float(alpha is not None) if beta is None else beta,
-            limit=math.inf if limit is None else limit,
-        )
-    except ConfigError as reason:
-        raise ConfigError(f"{where}: {reason}") from reason
+    activation = _said_kind(where, module)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             fault = _contradiction(module, activation)
@@ -70,14 +60,41 @@ def activation_of(name: str, module: Any) -> SwiGLUOAI:
             ) from reason
     if fault is not None:
         raise ConfigError(
-            f"{where} has an activation that epfuse does not know: it says {activation}, but {fault}; {_KNOWN}"
+            f"{where} has an activation that epfuse does not know: it says {activation}, but {fault};"
+            f" {known_activations()}"
         )
     return activation
 
 
-def _is_silu(act_fn: Any) -> bool:
-    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(act_fn).__mro__}
-    return act_fn is nn.functional.silu or not kinds.isdisjoint(_SILU)
+def _said_kind(where: str, module: Any) -> Activation:
+    """What the module says that it has."""
+    act_fn, gated = getattr(module, "act_fn", None), getattr(module, "has_gate", True)
+    try:
+        if gated and (act_fn is None or act_fn is nn.functional.silu or _is_a(act_fn, _SILU)):
+            alpha, beta, limit = (_said(where, module, what) for what in ("alpha", "beta", "limit"))
+            return SwiGLUOAI(
+                alpha=1.0 if alpha is None else alpha,
+                beta=float(alpha is not None) if beta is None else beta,
+                limit=math.inf if limit is None else limit,
+            )
+        gate_cap, up_cap = (getattr(getattr(act_fn, f"{what}_softcap", None), "softcap", None) for what in _CAPPED)
+        if gated and gate_cap is not None and up_cap is not None:
+            return SoftcappedSwiGLU(gate_cap, up_cap)
+    except ConfigError as reason:
+        raise ConfigError(f"{where}: {reason}") from reason
+    if gated and (_is_a(act_fn, _GELU_TANH) or (isinstance(act_fn, nn.GELU) and act_fn.approximate == "tanh")):
+        return GELUTanh()
+    if not gated and _is_a(act_fn, _RELU2):
+        return ReLU2()
+    kind = getattr(act_fn, "__name__", None) or type(act_fn).__name__
+    without = "" if gated else " without a gate"
+    raise ConfigError(
+        f"{where} has an activation that epfuse does not know, act_fn {kind}{without}; {known_activations()}"
+    )
+
+
+def _is_a(act_fn: Any, kinds: tuple[str, ...]) -> bool:
+    return not {f"{kind.__module__}.{kind.__qualname__}" for kind in type(act_fn).__mro__}.isdisjoint(kinds)
 
 
 def _said(where: str, module: Any, what: str) -> float | None:
@@ -96,9 +113,11 @@ def _said(where: str, module: Any, what: str) -> float | None:
     return next(iter(numbers.values()), None)
 
 
-def _contradiction(module: Any, activation: SwiGLUOAI) -> str | None:
+def _contradiction(module: Any, activation: Activation) -> str | None:
     """Where the module's own code gives other numbers than ``activation``; None where it doesn't."""
     points = _points(module, activation)
+    if activation.inputs == 1:
+        return _forward_contradiction(module, points[points.abs() < _LARGEST**0.5][None], activation)
     gate = points[:, None].expand(-1, points.numel())
     pairs = torch.stack((gate, gate.T)).flatten(1)
     pairs = pairs[:, pairs[0].abs() * (pairs[1].abs() + 2) < _LARGEST]
@@ -112,9 +131,9 @@ def _contradiction(module: Any, activation: SwiGLUOAI) -> str | None:
     return _forward_contradiction(module, pairs[:, few], activation)
 
 
-def _points(module: Any, activation: SwiGLUOAI) -> torch.Tensor:
+def _points(module: Any, activation: Activation) -> torch.Tensor:
     """Sizes to try, of both signs: around 0, far out, and around all numbers that could be a limit."""
-    limits = {activation.limit, *_named_limits(module), *_named_limits(getattr(module, "config", None))}
+    limits = {*activation.parameters, *_named_limits(module), *_named_limits(getattr(module, "config", None))}
     around = [
         limit * factor
         for limit in sorted(limits)
@@ -137,57 +156,96 @@ def _named_limits(owner: Any) -> Iterator[float]:
     yield from found[:16]
 
 
-def _difference(own: torch.Tensor, pairs: torch.Tensor, activation: SwiGLUOAI) -> str | None:
-    gate, up = pairs
-    expected = swiglu_oai(pairs.T, activation).flatten()
-    # a module may compute in float32, where a sigmoid of -90 is a subnormal or 0
-    tolerance = 1e-5 * expected.abs() + 1e-30 * (up.abs() + 1)
+def _difference(own: torch.Tensor, values: torch.Tensor, activation: Activation, added: float = 0.0) -> str | None:
+    """Where ``own`` is not the activation of ``values`` ``[inputs, n]``, plus ``added``."""
+    expected = activated(values.T, activation).flatten() + added
+    # a module may compute in float32, where a sigmoid of -90 is a subnormal or 0, and -0.999 + 1 has few bits
+    tolerance = 1e-5 * expected.abs() + 1e-30 * (values[-1].abs() + 1)
+    if isinstance(activation, GELUTanh):  # which torch computes with 1 + tanh(..): near -1 that has no bits either
+        tolerance += 1e-14 * values.prod(0).abs()
+    for part in range(values.shape[0]):
+        rounded = values.clone()
+        rounded[part] *= 1 + 2**-22
+        tolerance += (activated(rounded.T, activation).flatten() + added - expected).abs()
     wrong = ~((own - expected).abs() <= tolerance)
     if not bool(wrong.any()):
         return None
     at = int(wrong.nonzero()[0])
-    return (
-        f"at gate {float(gate[at]):g}, up {float(up[at]):g} is {float(own[at]):g}, and that would be"
-        f" {float(expected[at]):g}"
-    )
+    point = ", up ".join(f"{float(value):g}" for value in values[:, at])
+    return f"at gate {point} is {float(own[at]):g}, and that would be {float(expected[at]):g}"
 
 
-def _forward_contradiction(module: Any, pairs: torch.Tensor, activation: SwiGLUOAI) -> str | None:
+_WIDTH = 64
+"""I of the small copy."""
+_BIASES = (0.5, -0.25, 0.75)
+"""Of gate, up and down in the small copy, where the module has biases."""
+
+
+def _forward_contradiction(module: Any, values: torch.Tensor, activation: Activation) -> str | None:
     """The same for the whole forward of a copy of the module with weights of ones and zeros.
 
-    ``down_proj`` hands every intermediate value on twice. What the copy would show: interleaved gate and up rows,
-    another factor than the router's weight, a norm, an expert that isn't there and yet adds something.
+    ``down_proj`` hands every intermediate value on, once for each value that it is made of. What the copy would show:
+    gate and up rows in another order than the module's flags say, transposed weights, another factor than the router's
+    weight, a norm, an expert that isn't there and yet adds something, a bias that is left out or multiplied.
     """
-    width = 64
-    tokens = -(-pairs.shape[1] // width)
-    pairs = nn.functional.pad(pairs, (0, tokens * width - pairs.shape[1]))
-    hidden = pairs.view(2, tokens, width).transpose(0, 1).reshape(tokens, 2 * width)
-    experts = module.gate_up_proj.shape[0]
+    inputs, count = values.shape
+    tokens = -(-count // _WIDTH)
+    values = nn.functional.pad(values, (0, tokens * _WIDTH - count))
+    hidden = values.view(inputs, tokens, _WIDTH).transpose(0, 1).reshape(tokens, inputs * _WIDTH)
+    experts = getattr(module, names_of(module).weights[0]).shape[0]
+    both, factors = [0, experts - 1][:experts], [0.5, 0.25][:experts]
+
+    def outputs(biased: bool, ids: list[int], factors: list[float]) -> torch.Tensor:
+        index = torch.tensor([ids], dtype=torch.int64, device="cpu").repeat(tokens, 1)
+        scores = torch.tensor([factors], dtype=torch.float64, device="cpu").repeat(tokens, 1)
+        small = _small_copy(module, inputs, experts, biased)
+        out: torch.Tensor = type(small).forward(small, hidden.clone(), index, scores)
+        held = sum(factor for expert, factor in zip(ids, factors, strict=True) if expert < experts)
+        return out.view(tokens, inputs, _WIDTH).transpose(0, 1).reshape(inputs, -1) / held
+
+    found = {"the forward": outputs(False, both, factors)}
+    with contextlib.suppress(Exception):  # a module that raises here is never given such an id
+        found["the forward with an id beyond the last expert's"] = outputs(False, [0, experts], [0.5, 0.5])
+    for what, halves in found.items():
+        for own in halves:
+            fault = _difference(own, values, activation)
+            if fault is not None:
+                return f"{what} {fault}"
+    if not any(getattr(module, bias, None) is not None for bias in names_of(module).biases):
+        return None
+    moved = values + torch.tensor(_BIASES[:inputs], dtype=torch.float64, device="cpu")[:, None]
+    for own in outputs(True, both, factors):
+        fault = _difference(own, moved, activation, _BIASES[2])
+        if fault is not None:
+            return f"the forward with biases {fault}"
+    return None
+
+
+def _small_copy(module: Any, inputs: int, experts: int, biased: bool) -> Any:
+    """The module with weights of ones and zeros in its own layout, H = inputs * I, and biases that are zeros or not."""
+    names, layout = names_of(module), layout_of(module)
+    eye = torch.eye(inputs * _WIDTH, dtype=torch.float64, device="cpu")
+    ones = torch.ones(_WIDTH, dtype=torch.float64, device="cpu")
+    first, second = eye, eye.view(-1, inputs, _WIDTH).sum(1)
+    bias = torch.cat([number * ones for number in _BIASES[:inputs]])
+    if layout.gate_up is GateUpRows.ALTERNATING:
+        first, bias = (rows.view(2, _WIDTH, -1).transpose(0, 1).reshape(rows.shape) for rows in (first, bias))
+    matrices = [matrix.T if layout.matrices is MatrixOrder.COLUMNS else matrix for matrix in (first, second)]
+    tensors = dict(zip(names.weights, matrices, strict=True))
+    down_bias = torch.full((inputs * _WIDTH,), _BIASES[2], dtype=torch.float64, device="cpu")
+    for name, row in zip(names.biases, (bias, down_bias), strict=True):
+        if module._parameters.get(name) is not None:
+            tensors[name] = row if biased else torch.zeros_like(row)
     small = copy.copy(module)
-    eye = torch.eye(2 * width, dtype=torch.float64, device="cpu")
-    weights = {"gate_up_proj": eye, "down_proj": (eye[:, :width] + eye[:, width:]).contiguous()}
     small.__dict__["_parameters"] = {
         **module._parameters,
-        **{name: nn.Parameter(w.expand(experts, -1, -1), requires_grad=False) for name, w in weights.items()},
+        **{
+            name: nn.Parameter(tensor.contiguous().expand(experts, *tensor.shape), requires_grad=False)
+            for name, tensor in tensors.items()
+        },
     }
     small.training = False
     if hasattr(module, "config"):
         small.config = copy.copy(module.config)
         small.config._experts_implementation_internal = "eager"  # the property would set those inside it, too
-
-    def forward(ids: list[int], factors: list[float], held: float) -> torch.Tensor:
-        index = torch.tensor([ids], dtype=torch.int64, device="cpu").repeat(tokens, 1)
-        scores = torch.tensor([factors], dtype=torch.float64, device="cpu").repeat(tokens, 1)
-        out: torch.Tensor = type(small).forward(small, hidden.clone(), index, scores)
-        return out.view(tokens, 2, width).transpose(0, 1).reshape(2, -1) / held
-
-    both = [0, experts - 1][:experts]
-    outputs = {"the forward": forward(both, [0.5, 0.25][:experts], 0.75 if experts > 1 else 0.5)}
-    with contextlib.suppress(Exception):  # a module that raises here is never given such an id
-        outputs["the forward with an id beyond the last expert's"] = forward([0, experts], [0.5, 0.5], 0.5)
-    for what, halves in outputs.items():
-        for own in halves:
-            fault = _difference(own, pairs, activation)
-            if fault is not None:
-                return f"{what} {fault}"
-    return None
+    return small

@@ -10,46 +10,49 @@ from torch import nn
 
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums
-from epfuse.config import Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Path, WeightFormat
 from epfuse.environment import environment
 from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.reinterpret import reinterpret
 from epfuse.parallel.group import EPGroup
 from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.projections import stack_tensors
 
 
 class EPExperts(nn.Module):
     """One rank's share of a MoE layer's experts; stands where a transformers experts module stood. Inference only.
 
-    Its parameters are ``gate_up_proj`` ``[L, 2I, H]`` and ``down_proj`` ``[L, H, I]``, and of MXFP8 weights also their
-    scale bytes, ``gate_up_proj_scale`` ``[L, 2I, H/32]`` and ``down_proj_scale`` ``[L, H, I/32]``.
+    Its parameters are ``gate_up_proj`` ``[L, 2I, H]`` and ``down_proj`` ``[L, H, I]``, of MXFP8 weights also their
+    scale bytes, ``gate_up_proj_scale`` ``[L, 2I, H/32]`` and ``down_proj_scale`` ``[L, H, I/32]``, and the biases that
+    there are, ``gate_up_proj_bias`` ``[L, 2I]`` and ``down_proj_bias`` ``[L, H]`` float32.
 
     Args:
         weights: dense, or MXFP8 as checkpoints have it.
         expert_map: which of the E experts these are.
-        activation: SwiGLU-OAI parameters.
+        activation: between the projections.
         group: the ranks whose outputs add up to the layer.
         path: how each rank computes its share.
+        names: of the two weights; others where they lie in another layout than the module's that they came from, so
+            that nothing is loaded from its checkpoints by its names.
 
     Raises:
         ConfigError: weights in another format.
     """
-
-    gate_up_proj: nn.Parameter
-    down_proj: nn.Parameter
 
     @checks_enums
     def __init__(
         self,
         weights: ExpertWeights,
         expert_map: ExpertMap,
-        activation: SwiGLUOAI,
+        activation: Activation,
         group: EPGroup,
         path: Path = Path.AUTO,
+        names: tuple[str, str] = ("gate_up_proj", "down_proj"),
     ) -> None:
         super().__init__()
-        for name, tensor in _tensors(weights).items():
+        self.names: tuple[str, str] = names
+        for name, tensor in _tensors(weights, names).items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.expert_map = expert_map
         self.activation = activation
@@ -74,11 +77,14 @@ class EPExperts(nn.Module):
         """The prepared weights, else the parameters as they are now: .to() and checkpoint loading replace them."""
         if self._prepared is not None:
             return self._prepared
-        gate_up, down = self.gate_up_proj.detach(), self.down_proj.detach()
-        scales = [getattr(self, f"{name}_scale", None) for name in ("gate_up_proj", "down_proj")]
-        if scales[0] is None or scales[1] is None:
-            return ExpertWeights.dense(gate_up, down)
-        return ExpertWeights.mxfp8(gate_up, scales[0].detach(), down, scales[1].detach())
+        mine = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        (first, second), (gate_up, down) = self.names, (mine[name] for name in self.names)
+        if f"{first}_scale" in mine:
+            weights = ExpertWeights.mxfp8(gate_up, mine[f"{first}_scale"], down, mine[f"{second}_scale"])
+        else:
+            weights = ExpertWeights.dense(gate_up, down)
+        biases = mine.get(f"{first}_bias"), mine.get(f"{second}_bias")
+        return weights if biases == (None, None) else ExpertWeights(weights.formats, *biases)
 
     def local_output(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -159,24 +165,24 @@ class EPExperts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
-        local, hidden, inter = self.down_proj.shape
+        local, hidden, inter = getattr(self, self.names[1]).shape
         share = f"experts={local}/{self.expert_map.num_experts}, rank={self.group.rank}/{self.group.size}"
         return f"{share}, hidden={hidden}, intermediate={inter}, path={self.path.value}"
 
 
-def _tensors(weights: ExpertWeights) -> dict[str, torch.Tensor]:
+def _tensors(weights: ExpertWeights, names: tuple[str, str]) -> dict[str, torch.Tensor]:
     """Parameter name -> tensor."""
-    if list(weights.kept) == [WeightFormat.DENSE] and weights.dense_experts is not None:
-        return {"gate_up_proj": weights.dense_experts.w13, "down_proj": weights.dense_experts.w2}
-    if list(weights.kept) == [WeightFormat.MXFP8] and weights.mxfp8_experts is not None:
-        w13, w2 = weights.mxfp8_experts.w13, weights.mxfp8_experts.w2
-        return {
-            "gate_up_proj": w13.values,
-            "gate_up_proj_scale": w13.scales,
-            "down_proj": w2.values,
-            "down_proj_scale": w2.scales,
-        }
-    raise ConfigError(
-        f"weights are in {', '.join(form.value for form in weights.kept)}; EPExperts takes dense or MXFP8 ones, as"
-        " checkpoints have them"
-    )
+    if list(weights.kept) not in ([WeightFormat.DENSE], [WeightFormat.MXFP8]):
+        raise ConfigError(
+            f"weights are in {', '.join(form.value for form in weights.kept)}; EPExperts takes dense or MXFP8 ones, as"
+            " checkpoints have them"
+        )
+    experts = weights.reference_experts
+    found: dict[str, torch.Tensor] = {}
+    for name, stack, bias in zip(
+        names, (experts.w13, experts.w2), (weights.gate_up_bias, weights.down_bias), strict=True
+    ):
+        found |= zip((name, f"{name}_scale"), stack_tensors(stack), strict=False)
+        if bias is not None:
+            found[f"{name}_bias"] = bias
+    return found

@@ -26,10 +26,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums, member
 from epfuse.config import Activation, Path
-from epfuse.errors import EpfuseError, UnsupportedTarget
+from epfuse.errors import EpfuseError, LayoutError, UnsupportedTarget
 from epfuse.expert_map import ExpertMap
 from epfuse.integrations.transformers.activation import activation_of
-from epfuse.integrations.transformers.layout import SCALES, WEIGHTS, check_in_place
+from epfuse.integrations.transformers.layout import check_in_place, layout_of, names_of
 from epfuse.integrations.transformers.read import scales_of, second_layout, weights_of
 from epfuse.target import target_of
 from epfuse.weights.experts import ExpertWeights
@@ -44,10 +44,11 @@ class Layout(enum.Enum):
     """In which order FP8 weights are read on a GPU that has one of its own. Dense weights have none."""
 
     OWN = "own"
-    """The GPU's: the fastest kernels, on a second copy that is made at a module's first call."""
+    """The kernels': the fastest ones, on a second copy that is made at a module's first call. Transposed or interleaved
+    weights are copied too."""
     CHECKPOINT = "checkpoint"
     """The module's own tensors, by the portable kernels; no second copy. On MI300X and MI325X, whose FP8 is another
-    one, W8A16 alone."""
+    one, W8A16 alone. Transposed and interleaved weights are left to transformers."""
 
 
 def register(path: Path = Path.AUTO, layout: Layout = Layout.OWN) -> None:
@@ -62,8 +63,9 @@ def register(path: Path = Path.AUTO, layout: Layout = Layout.OWN) -> None:
 
     Args:
         path: how to compute; AUTO lets the policy choose.
-        layout: whether FP8 weights may be copied into a GPU's own order. The copy lies beside the module, on its
-            device, takes as many bytes as its FP8 weights, and goes when the module goes or `forget` is called.
+        layout: whether FP8 weights may be copied into a GPU's own order, and transposed or interleaved weights into the
+            one that kernels read. The copy lies beside the module, on its device, takes as many bytes as those weights,
+            and goes when the module goes or `forget` is called.
 
     Raises:
         ConfigError: path or layout is of another type.
@@ -173,7 +175,9 @@ def _warn_once(text: str) -> None:
 
 def _state_of(module: nn.Module, settings: _Settings) -> _State:
     """What is known of a module with its present tensors."""
-    tensors = tuple(_identity(module.__dict__["_parameters"].get(name)) for name in (*WEIGHTS, *SCALES))
+    names = names_of(module)
+    mine = (*names.weights, *names.biases, *names.scales)
+    tensors = tuple(_identity(module.__dict__["_parameters"].get(name)) for name in mine)
     state = _STATES.get(module)
     if state is not None and tensors == state.tensors:
         return state
@@ -184,10 +188,16 @@ def _state_of(module: nn.Module, settings: _Settings) -> _State:
         if state.activation is None:
             state.activation = activation_of("experts", module)
         state.scales = scales_of(module)
+        is_ours = layout_of(module).is_ours
+        if not is_ours and settings.layout is Layout.CHECKPOINT:
+            raise LayoutError(
+                "its weights are transposed or interleaved, which kernels read from a copy alone, and"
+                " register(layout=Layout.CHECKPOINT) does without one"
+            )
         weights = weights_of(module, state.scales)
         if settings.layout is Layout.OWN:
-            second = second_layout(weights, target_of(weights.device))
-            state.second = None if second is weights else second
+            second = second_layout(weights, target_of(weights.device), state.activation)
+            state.second = None if is_ours and second is weights else second
         state.expert_map = ExpertMap.all_local(weights.local_experts, weights.device)
     except EpfuseError as reason:
         state.refused = str(reason)

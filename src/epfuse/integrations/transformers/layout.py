@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +12,54 @@ from epfuse.errors import DtypeError, LayoutError, ShapeError
 from epfuse.integrations.transformers.experts import EPExperts
 from epfuse.parallel.shard import check_whole
 from epfuse.weights.dense import DENSE_DTYPES
+from epfuse.weights.layouts import GateUpRows, MatrixOrder, WeightLayout
 
-WEIGHTS = ("gate_up_proj", "down_proj")
-SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
-"""Beside FP8 weights: FP8Experts calls them so."""
+
+@dataclass(frozen=True)
+class Names:
+    """What a module calls its tensors.
+
+    Attributes:
+        weights: of the first projection, ``gate_up_proj``, or ``up_proj`` where there is no gate; and of ``down_proj``.
+    """
+
+    weights: tuple[str, str]
+
+    @property
+    def biases(self) -> tuple[str, str]:
+        """Of both projections, where they have biases."""
+        first, second = self.weights
+        return f"{first}_bias", f"{second}_bias"
+
+    @property
+    def scales(self) -> tuple[str, str]:
+        """Beside FP8 weights: FP8Experts calls them so."""
+        first, second = self.weights
+        return f"{first}_scale_inv", f"{second}_scale_inv"
+
+
+GATED = Names(("gate_up_proj", "down_proj"))
+UNGATED = Names(("up_proj", "down_proj"))
+
+
+def names_of(module: Any) -> Names:
+    """By whether the module says that it has no gate."""
+    return GATED if getattr(module, "has_gate", True) else UNGATED
+
+
+def layout_of(module: Any) -> WeightLayout:
+    """How a module stores its weights: the flags that transformers' ``use_experts_implementation`` puts on it."""
+    return WeightLayout(
+        GateUpRows.HALVES if getattr(module, "is_concatenated", True) else GateUpRows.ALTERNATING,
+        MatrixOrder.COLUMNS if getattr(module, "is_transposed", False) else MatrixOrder.ROWS,
+    )
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module computes routed experts, as far as its tensors say: both weights are tensors, not modules."""
     if isinstance(module, EPExperts):
         return False
-    return all(isinstance(getattr(module, name, None), torch.Tensor) for name in WEIGHTS)
+    return all(isinstance(getattr(module, name, None), torch.Tensor) for name in names_of(module).weights)
 
 
 def check_layout(name: str, module: nn.Module) -> None:
@@ -35,19 +73,19 @@ def check_layout(name: str, module: nn.Module) -> None:
         module: one that `is_experts` names.
 
     Raises:
-        LayoutError: the weights are not [E, 2I, H] with two halves and [E, H, I], or aren't plain tensors, or there is
-            something else that a module in its place would lose: biases, scales, hooks, an adapter.
+        LayoutError: the weights aren't plain tensors, or there is something else that a module in its place would lose:
+            scales, other tensors, hooks, an adapter.
         DtypeError: weights that are neither bfloat16, float16 nor float32.
         ShapeError: shapes of another kind.
     """
-    where = f"{name} ({type(module).__name__})"
-    for weight in WEIGHTS:
+    where, names = f"{name} ({type(module).__name__})", names_of(module)
+    for weight in names.weights:
         if module._parameters.get(weight) is None:
             raise LayoutError(
                 f"{where} has no parameter {weight} of its own (it is parametrized, compiled or wrapped); replace its"
                 " experts first, and wrap afterwards"
             )
-    for weight in WEIGHTS:
+    for weight in names.weights:
         tensor = module.get_parameter(weight)
         check_whole(f"{where}: {weight}", tensor)
         if tensor.dtype not in DENSE_DTYPES:
@@ -55,7 +93,7 @@ def check_layout(name: str, module: nn.Module) -> None:
                 f"{where}: {weight} has dtype {tensor.dtype}; it must be bfloat16, float16 or float32 (dequantise"
                 " quantised experts first)"
             )
-    _refuse(where, _misread(module, WEIGHTS) | _lost(name, module))
+    _refuse(where, _misread(module, (*names.weights, *names.biases)) | _lost(name, module))
     _check_shapes(where, module)
 
 
@@ -73,11 +111,12 @@ def check_in_place(name: str, module: nn.Module) -> None:
         LayoutError, ShapeError: as `check_layout`.
     """
     where = f"{name} ({type(module).__name__})" if name else type(module).__name__
-    quantised = all(isinstance(getattr(module, scale, None), torch.Tensor) for scale in SCALES)
-    found = _misread(module, (*WEIGHTS, *SCALES) if quantised else WEIGHTS)
+    names = names_of(module)
+    quantised = all(isinstance(getattr(module, scale, None), torch.Tensor) for scale in names.scales)
+    found = _misread(module, (*names.weights, *names.biases, *(names.scales if quantised else ())))
     static = getattr(module, "activation_scheme", "dynamic") == "static"
     _refuse(where, {"static scales of its activations": static} | found)
-    for weight in WEIGHTS:
+    for weight in names.weights:
         if not isinstance(getattr(module, weight, None), torch.Tensor):
             raise LayoutError(f"{where} has no tensor {weight}")
         check_whole(f"{where}: {weight}", getattr(module, weight))
@@ -88,34 +127,41 @@ def _refuse(where: str, refusals: dict[str, bool]) -> None:
     found = [what for what, present in refusals.items() if present]
     if found:
         raise LayoutError(
-            f"{where} has {', '.join(found)}; epfuse needs gate_up_proj [E, 2I, H] with gate rows first, down_proj"
-            " [E, H, I], and nothing else"
+            f"{where} has {', '.join(found)}; epfuse needs gate_up_proj [E, 2I, H] (or up_proj [E, I, H]) and down_proj"
+            " [E, H, I], transposed and interleaved too, their biases, and nothing else"
         )
 
 
 def _check_shapes(where: str, module: nn.Module) -> None:
-    gate_up, down = (getattr(module, weight) for weight in WEIGHTS)
-    shapes = f"{where} has gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)}"
-    if gate_up.dim() != 3 or tuple(down.shape) != (gate_up.shape[0], gate_up.shape[2], gate_up.shape[1] // 2):
-        if torch.int8 in (gate_up.dtype, down.dtype):
+    names, transposed = names_of(module), layout_of(module).matrices is MatrixOrder.COLUMNS
+    first, second = (getattr(module, weight) for weight in names.weights)
+    shapes = f"{where} has {names.weights[0]} {tuple(first.shape)} and down_proj {tuple(second.shape)}"
+    inputs = 2 if names is GATED else 1
+    wide = f"{inputs if inputs > 1 else ''}I"
+    wanted = f"[E, H, {wide}] and [E, I, H]" if transposed else f"[E, {wide}, H] and [E, H, I]"
+    experts, rows, hidden = (0, 0, 0) if first.dim() != 3 else first.mT.shape if transposed else first.shape
+    down = second.mT if transposed and second.dim() == 3 else second
+    if first.dim() != 3 or tuple(down.shape) != (experts, hidden, rows // inputs):
+        if torch.int8 in (first.dtype, second.dtype):
             raise LayoutError(f"{shapes}, in int8: two FP4 numbers in a byte, which epfuse does not read")
-        raise ShapeError(f"{shapes}; they must be [E, 2I, H] and [E, H, I]")
-    if gate_up.shape[1] % 2 or 0 in gate_up.shape:
+        raise ShapeError(f"{shapes}; they must be {wanted}")
+    if rows % inputs or 0 in first.shape:
         raise ShapeError(f"{shapes}; E, I and H must be at least 1, and 2I even")
+    for name, outputs in zip(names.biases, (rows, hidden), strict=True):
+        bias = getattr(module, name, None)
+        if bias is not None and tuple(bias.shape) != (experts, outputs):
+            raise ShapeError(f"{where} has {name} {tuple(bias.shape)}; it must be {(experts, outputs)}")
 
 
 def _misread(module: Any, known: tuple[str, ...]) -> dict[str, bool]:
     """What would make epfuse's result another one -> whether the module has it."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     others = sorted(set(tensors).difference(known))
-    biases = [other for other in others if other.endswith("bias")]
+    missing = getattr(module, "has_bias", False) and not all(name in tensors for name in names_of(module).biases)
     return {
-        "interleaved gate and up rows": not getattr(module, "is_concatenated", True),
-        "transposed weights": getattr(module, "is_transposed", False),
-        "no gate projection": not getattr(module, "has_gate", True),
         "a norm after the experts": getattr(module, "has_post_expert_norm", False),
-        "biases": getattr(module, "has_bias", False) or bool(biases),
-        f"other tensors ({', '.join(others)})": len(others) > len(biases),
+        "biases that are no tensors of its own": missing,
+        f"other tensors ({', '.join(others)})": bool(others),
     }
 
 

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import WeightFormat
+from epfuse.config import Activation, Combine, WeightFormat
 from epfuse.errors import DtypeError, LayoutError, ShapeError
-from epfuse.integrations.transformers.layout import SCALES, WEIGHTS
+from epfuse.integrations.transformers.layout import layout_of, names_of
 from epfuse.numerics.e8m0 import decode_scales
 from epfuse.numerics.mxfp8 import BLOCK as GROUP
+from epfuse.policy import READABLE, readable_formats
 from epfuse.target import Target
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockFP8Experts
 from epfuse.weights.dense import DENSE_DTYPES
 from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.formats import PREPARED_FOR
 
 _REARRANGED = {
     Target.SM90: frozenset({WeightFormat.MXFP8}),
@@ -36,14 +38,16 @@ def scales_of(module: Any) -> tuple[torch.Tensor, ...]:
         LayoutError: no scales, another block size, scales per 32 that are no powers of two, which MXFP8 can't hold.
         ShapeError: blocks of 128 in which gate and up rows meet.
     """
-    gate_up = module.gate_up_proj
+    names = names_of(module)
+    first = names.weights[0]
+    gate_up = getattr(module, first)
     if gate_up.dtype in DENSE_DTYPES:
         return ()
     if gate_up.dtype != torch.float8_e4m3fn:
-        raise DtypeError(f"gate_up_proj has dtype {gate_up.dtype}; it must be bfloat16, float16, float32 or E4M3")
-    scales = {name: scale for name in SCALES if isinstance(scale := getattr(module, name, None), torch.Tensor)}
-    if len(scales) < len(SCALES):
-        raise LayoutError(f"gate_up_proj is in E4M3 and there is no {' and '.join(SCALES)}")
+        raise DtypeError(f"{first} has dtype {gate_up.dtype}; it must be bfloat16, float16, float32 or E4M3")
+    scales = {name: scale for name in names.scales if isinstance(scale := getattr(module, name, None), torch.Tensor)}
+    if len(scales) < 2:
+        raise LayoutError(f"{first} is in E4M3 and there is no {' and '.join(names.scales)}")
     block = tuple(module.block_size or ())
     if block not in ((1, GROUP), (BLOCK, BLOCK)):
         raise LayoutError(f"FP8 weights have a scale per {block or 'tensor'}; epfuse reads 1x{GROUP} and 128x128")
@@ -56,7 +60,7 @@ def scales_of(module: Any) -> tuple[torch.Tensor, ...]:
 
 
 def weights_of(module: Any, scales: tuple[torch.Tensor, ...]) -> ExpertWeights:
-    """What the module holds now; nothing is copied.
+    """What the module holds now; nothing is copied but transposed or interleaved weights.
 
     Args:
         module: one that `check_in_place` lets pass: dense, or FP8Experts with scales per 1x32 or 128x128 weights.
@@ -65,26 +69,35 @@ def weights_of(module: Any, scales: tuple[torch.Tensor, ...]) -> ExpertWeights:
     Raises:
         ShapeError, DtypeError, LayoutError: the tensors don't describe one layer.
     """
-    gate_up, down = (getattr(module, name).detach() for name in WEIGHTS)
+    names, layout = names_of(module), layout_of(module)
+    gate_up, down = (getattr(module, name).detach() for name in names.weights)
+    biases = [None if bias is None else bias.detach() for bias in (getattr(module, n, None) for n in names.biases)]
     if not scales:
-        return ExpertWeights.dense(gate_up, down)
+        return ExpertWeights.dense(gate_up, down, gate_up_bias=biases[0], down_bias=biases[1], layout=layout)
+    if not layout.is_ours or biases != [None, None]:
+        raise LayoutError("FP8 weights are transposed or interleaved, or have biases; epfuse reads dense ones so")
     if tuple(module.block_size) == (1, GROUP):
         return ExpertWeights.mxfp8(gate_up, scales[0], down, scales[1])
     return ExpertWeights((BlockFP8Experts(BlockFP8(gate_up, scales[0]), BlockFP8(down, scales[1])),))
 
 
 @checks_enums
-def second_layout(weights: ExpertWeights, target: Target) -> ExpertWeights:
+def second_layout(weights: ExpertWeights, target: Target, activation: Activation) -> ExpertWeights:
     """FP8 weights in the order that ``target`` reads fastest, in memory of their own; as they are where it has none.
 
     Args:
         weights: as `weights_of` gives them; not changed.
         target: where they will be multiplied.
+        activation: between them; not every kernel that reads such an order has it.
 
     Raises:
         ConfigError: as `ExpertWeights.prepare`.
     """
     if not _REARRANGED.get(target, frozenset()).intersection(weights.kept):
+        return weights
+    own = {form for form, made_for in PREPARED_FOR.items() if made_for is target}
+    kind = (Combine.DETERMINISTIC, type(activation), weights.bias)
+    if not any(own.intersection(readable_formats(target, path, *kind)) for path in READABLE[target]):
         return weights
     copies = tuple(
         type(experts).rebuilt([part.clone() for _, part in experts.tensors()], weights.hidden, weights.intermediate)

@@ -12,7 +12,7 @@ from epfuse.errors import ConfigError, EpfuseError
 from epfuse.expert_map import ExpertMap
 from epfuse.integrations.transformers.activation import activation_of
 from epfuse.integrations.transformers.experts import EPExperts
-from epfuse.integrations.transformers.layout import check_layout, is_experts
+from epfuse.integrations.transformers.layout import check_layout, is_experts, layout_of, names_of
 from epfuse.parallel.group import EPGroup
 from epfuse.parallel.shard import shard_experts
 from epfuse.weights.experts import ExpertWeights
@@ -53,10 +53,13 @@ def replace_experts(
     """Replace every experts module of a transformers model by this rank's `EPExperts`.
 
     An experts module is one with tensors ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``:
-    MiniMaxM3VLExperts, Qwen3MoeExperts and their kind. Routers, shared experts and attention stay as they are, on every
-    rank. Either all of them are replaced or, on an error, none. A module that stands in several places is replaced by
-    one module in all of them. A model on the meta device works: its shards are meta tensors for
-    `weights.checkpoint.load_sharded` to fill.
+    MiniMaxM3VLExperts, Qwen3MoeExperts and their kind; GptOssExperts and others whose flags say that the weights are
+    transposed or interleaved, or have no gate (``up_proj``), and their biases. Where they lie otherwise than epfuse
+    reads them, the replacement's parameters have other names, ``w13`` and ``w2``: no checkpoint is loaded into them.
+
+    Routers, shared experts and attention stay as they are, on every rank. Either all experts are replaced or, on an
+    error, none. A module that stands in several places is replaced by one module in all of them. A model on the meta
+    device works: its shards are meta tensors for `weights.checkpoint.load_sharded` to fill.
 
     Args:
         model: changed in place; every rank passes the same one.
@@ -70,8 +73,8 @@ def replace_experts(
     Raises:
         ConfigError: no experts module in the model, an argument of another type, or an activation that epfuse doesn't
             have.
-        LayoutError: interleaved or transposed weights, biases or other tensors, no gate, a norm after the experts,
-            hooks, an adapter, or tensors that are split over ranks (tensor parallelism) or packed.
+        LayoutError: other tensors, a norm after the experts, hooks, an adapter, or tensors that are split over ranks
+            (tensor parallelism) or packed.
         ShapeError, DtypeError: weights that don't describe one layer, or are quantised or float64.
     """
     member("path", path, Path)
@@ -103,12 +106,22 @@ def replace_experts(
 def _share_of(name: str, module: nn.Module, group: EPGroup, path: Path, form: WeightFormat) -> EPExperts:
     check_layout(name, module)
     activation = activation_of(name, module)
-    gate_up, down = (module.get_parameter(leaf).detach() for leaf in ("gate_up_proj", "down_proj"))
+    names, layout = names_of(module), layout_of(module)
+    gate_up, down = (module.get_parameter(leaf).detach() for leaf in names.weights)
+    biases = [module._parameters.get(leaf) for leaf in names.biases]
     expert_map = group.expert_map(gate_up.shape[0], "cpu" if gate_up.is_meta else gate_up.device)
     try:
-        weights = ExpertWeights.dense(shard_experts(gate_up, expert_map), shard_experts(down, expert_map))
+        first, second = (None if bias is None else shard_experts(bias.detach(), expert_map) for bias in biases)
+        weights = ExpertWeights.dense(
+            shard_experts(gate_up, expert_map),
+            shard_experts(down, expert_map),
+            gate_up_bias=first,
+            down_bias=second,
+            layout=layout,
+        )
         if form is WeightFormat.MXFP8:
             weights = ExpertWeights.quantize(weights)
     except EpfuseError as reason:
         raise type(reason)(f"{name} ({type(module).__name__}): {reason}") from reason
-    return EPExperts(weights, expert_map, activation, group, path).train(module.training)
+    named = names.weights if layout.is_ours else ("w13", "w2")
+    return EPExperts(weights, expert_map, activation, group, path, named).train(module.training)

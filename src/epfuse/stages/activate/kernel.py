@@ -14,9 +14,11 @@ def activate_kernel(
     gate_up, codes, scales, sorted_routes, num_padded,
     R, I, G, activation,
     BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, CEIL: tl.constexpr, FNUZ: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """codes[r, i], scales[r, g] of activate(gate_up[r, i], gate_up[r, I + i]) in G = ceil(I / GROUP) groups.
+
+    With INPUTS 1 there is no gate, and gate_up is [R, I].
 
     A program takes BLOCK_R slots of the route table, so that only rows of local routes are read or written.
     """
@@ -28,9 +30,11 @@ def activate_kernel(
     groups = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     columns = (groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[None, :, :]
     inside = live[:, :, None] & (columns < I)
-    source = gate_up + routes[:, None, None] * (2 * I) + columns
+    source = gate_up + routes[:, None, None] * (INPUTS * I) + columns
     gate = widen(tl.load(source, mask=inside, other=0.0))
-    up = widen(tl.load(source + I, mask=inside, other=0.0))
+    up = None
+    if INPUTS == 2:
+        up = widen(tl.load(source + I, mask=inside, other=0.0))
     # not rounded in between: the quantisation is the activation's one rounding
     code, scale = quantize_block(tl.where(inside, activate(gate, up, activation, ACTIVATION), 0.0), CEIL, FNUZ)
     tl.store(codes + routes[:, None, None] * I + columns, code, mask=inside)

@@ -30,10 +30,11 @@ def launch_activate(
     dtype: torch.dtype = torch.float8_e4m3fn,
     out: FP8Rows | None = None,
 ) -> FP8Rows:
-    """SwiGLU-OAI of the local rows, in FP32, quantised without a rounding in between.
+    """The activation of the local rows, in FP32, quantised without a rounding in between.
 
     Args:
-        gate_up: ``[R, 2I]`` contiguous; gate half, then up half; only rows of local routes are read.
+        gate_up: ``[R, 2I]`` contiguous; gate half, then up half, or ``[R, I]`` where the activation has no gate; only
+            rows of local routes are read.
         routes: RouteTable of this call. The launch is sized from its bound; programs past its counter do nothing.
         activation: between the two GEMMs.
         group: values that share a scale: 32 for MXFP8, 128 for block FP8; a power of two.
@@ -49,7 +50,7 @@ def launch_activate(
 
     Host syncs: none; graph-capturable; bitwise repeatable.
     """
-    intermediate = gate_up.shape[1] // 2
+    intermediate = gate_up.shape[1] // activation.inputs
     groups = groups_of(intermediate, group)
     if out is None:
         out = FP8Rows.empty(routes.num_routes, intermediate, group, dtype, gate_up.device)
@@ -72,6 +73,7 @@ def launch_activate(
         groups,
         activation.parameters,
         ACTIVATION=activation.kind,
+        INPUTS=activation.inputs,
         BLOCK_R=rows,
         BLOCK_G=block,
         GROUP=group,

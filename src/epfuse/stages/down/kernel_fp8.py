@@ -11,7 +11,7 @@ from epfuse.stages.grouped_gemm import tile_of
 @cached
 @triton.jit(do_not_specialize=["R"])
 def down_fp8_kernel(
-    y, y_scale, w2, w2_scale, topk_weights, out, sorted_routes, block_expert, num_padded,
+    y, y_scale, w2, w2_scale, bias, topk_weights, out, sorted_routes, block_expert, num_padded,
     R, H, I, G,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -20,7 +20,8 @@ def down_fp8_kernel(
     """out[r, h] = topk_weights[r] * (y[r] . w2[e, h]) for the routes r of one block, rounded once.
 
     G = ceil(I / GROUP) scales a row: y_scale [R, G] and w2_scale [L, ceil(H / SCALE_ROWS), G]. With ATOMIC out is FP32
-    [T, H], zero before, and gets each route's row added to that of its token, in no order.
+    [T, H], zero before, and gets each route's row added to that of its token, in no order. bias is None, or FP32
+    [L, H], added before the weight multiplies.
     """
     pid = tl.program_id(0)
     m_blocks = tl.load(num_padded) // BLOCK_M
@@ -40,6 +41,8 @@ def down_fp8_kernel(
         y + routes * I, y_scale + routes * G, w2 + (expert * H + rows) * I, w2_scale + scale_rows * G, I,
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP, EVEN_K,
     )  # fmt: skip
+    if bias is not None:
+        acc += tl.load(bias + expert * H + rows)[:, None]
     weighted = tl.trans(acc) * tl.load(topk_weights + routes)[:, None]
     mask = live[:, None] & (columns < H)[None, :]
     if ATOMIC:

@@ -20,6 +20,7 @@ def launch_down(
     topk_weights: torch.Tensor,
     tile: GemmTile,
     out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply the down weights, then the router weight in FP32, then round once.
 
@@ -30,6 +31,7 @@ def launch_down(
         topk_weights: ``[T, K]`` float32 contiguous.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
         out: ``[R, H]``, dtype of y; only rows of local routes are written, row r for route r. Allocated if None.
+        bias: ``[L, H]`` float32, added before the router weight multiplies; None for none.
 
     Returns:
         ``out``.
@@ -47,6 +49,7 @@ def launch_down(
         rows,
         weights,
         scales,
+        bias,
         router,
         results,
         routes.sorted_routes,

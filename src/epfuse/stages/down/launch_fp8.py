@@ -26,6 +26,7 @@ def launch_down_fp8(
     tile: GemmTile,
     combine: Combine,
     out: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply the down weights, a native FP8 dot per group of values, then the router weight in FP32.
 
@@ -37,6 +38,7 @@ def launch_down_fp8(
         tile: tile of the GEMM; its row block is ``routes.block_m``, its block_k a multiple of the group.
         combine: DETERMINISTIC writes a row per route, rounded once; ATOMIC adds to a row per token.
         out: DETERMINISTIC: ``[R, H]``, only rows of local routes are written. ATOMIC: ``[T, H]`` float32, zeros.
+        bias: ``[L, H]`` float32, added before the router weight multiplies; None for none.
 
     Returns:
         ``out``.
@@ -55,6 +57,7 @@ def launch_down_fp8(
         scales,
         w2.values,
         w2.scales,
+        bias,
         router,
         results,
         routes.sorted_routes,

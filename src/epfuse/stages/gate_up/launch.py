@@ -22,17 +22,20 @@ def launch_gate_up(
     activation: Activation,
     tile: GemmTile,
     out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gather routed rows, apply gate and up weights, then the activation.
 
     Args:
         x: ``[T, H]``, contiguous; bf16, fp16 or fp32; bf16 with MXFP8 weights.
-        w13: ``[L, 2I, H]``: dense in x's dtype, or MXFP8 (dequantised in registers; scales in ROWS layout).
+        w13: ``[L, 2I, H]``, or ``[L, I, H]`` where the activation has no gate: dense in x's dtype, or MXFP8
+            (dequantised in registers; scales in ROWS layout).
         routes: RouteTable of this call; row r reads token ``r // K``.
         top_k: K.
         activation: between the two GEMMs.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
         out: ``[R, I]``, dtype of x; only rows of local routes are written, row r for route r. Allocated if None.
+        bias: ``[L, 2I]`` or ``[L, I]`` float32, added before the activation; None for none.
 
     Returns:
         ``out``.
@@ -40,16 +43,17 @@ def launch_gate_up(
     Host syncs: none; graph-capturable.
     """
     hidden = x.shape[1]
-    intermediate = w13.shape[1] // 2
+    intermediate = w13.shape[1] // activation.inputs
     if out is None:
         out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
     weights, scales = (w13.values, w13.scales) if isinstance(w13, MXFP8) else (w13, None)
-    grid = (routes.max_blocks * triton.cdiv(intermediate, tile.block_n // 2),)
+    grid = (routes.max_blocks * triton.cdiv(intermediate, tile.block_n // activation.inputs),)
     rows, results = extents(target_of(out.device), x, out)
     gate_up_kernel[grid](
         rows,
         weights,
         scales,
+        bias,
         results,
         routes.sorted_routes,
         routes.block_expert,
@@ -65,6 +69,7 @@ def launch_gate_up(
         GROUP_M=tile.group_m,
         EVEN_K=hidden % tile.block_k == 0,
         ACTIVATION=activation.kind,
+        INPUTS=activation.inputs,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

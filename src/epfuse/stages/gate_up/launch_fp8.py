@@ -23,17 +23,21 @@ def launch_gate_up_fp8(
     tile: GemmTile,
     dtype: torch.dtype = torch.bfloat16,
     out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    inputs: int = 2,
 ) -> torch.Tensor:
     """Gather routed rows and apply gate and up weights, a native FP8 dot per group of values.
 
     Args:
         x: ``[T, H]`` in the groups of w13: 32 beside MXFP8, 128 beside block FP8; the same E4M3 as w13.
-        w13: ``[L, 2I, H]``; MXFP8 with scales in ROWS layout, or block FP8.
+        w13: ``[L, 2I, H]``, or ``[L, I, H]`` without a gate; MXFP8 with scales in ROWS layout, or block FP8.
         routes: RouteTable of this call; row r reads token ``r // K``.
         top_k: K.
         tile: tile of the GEMM; its row block is ``routes.block_m``, its block_k a multiple of the group.
         dtype: of the result: what the accumulators are rounded to before the activation.
-        out: ``[R, 2I]`` of ``dtype``; only rows of local routes are written. Allocated if None.
+        out: ``[R, 2I]``, or ``[R, I]``, of ``dtype``; only rows of local routes are written. Allocated if None.
+        bias: ``[L, 2I]`` or ``[L, I]`` float32, added to the products; None for none.
+        inputs: rows of w13 for one value of the activation (`Activation.inputs`).
 
     Returns:
         ``out``.
@@ -44,23 +48,24 @@ def launch_gate_up_fp8(
     Host syncs: none; graph-capturable.
     """
     require_alike("x", x, w13)
-    hidden, twice = x.values.shape[1], w13.shape[1]
+    hidden, outputs = x.values.shape[1], w13.shape[1]
     if out is None:
-        out = torch.empty(routes.num_routes, twice, dtype=dtype, device=x.values.device)
-    grid = (routes.max_blocks * triton.cdiv(twice, tile.block_n),)
+        out = torch.empty(routes.num_routes, outputs, dtype=dtype, device=x.values.device)
+    grid = (routes.max_blocks * triton.cdiv(outputs, tile.block_n),)
     values, scales, results = extents(target_of(out.device), x.values, x.scales, out)
     gate_up_fp8_kernel[grid](
         values,
         scales,
         w13.values,
         w13.scales,
+        bias,
         results,
         routes.sorted_routes,
         routes.block_expert,
         routes.num_padded,
         routes.num_routes,
         hidden,
-        twice // 2,
+        outputs // inputs,
         x.scales.shape[1],
         K=top_k,
         BLOCK_M=routes.block_m,
@@ -70,6 +75,7 @@ def launch_gate_up_fp8(
         GROUP=x.group,
         SCALE_ROWS=scale_block(w13)[0],
         EVEN_K=hidden % tile.block_k == 0,
+        INPUTS=inputs,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
