@@ -21,7 +21,10 @@ LONGEST = 1 << 26
 
 
 class RanksDisagree(EpfuseError):
-    """The ranks of a group hold parts of different layers; the message names the ranks and what they differ in."""
+    """The ranks of a group hold parts of different layers; the message names the ranks and what they differ in.
+
+    Fix: give every rank the same checkpoint, configuration and version of epfuse.
+    """
 
 
 def check_agreement(group: EPGroup, facts: Mapping[str, str]) -> None:
