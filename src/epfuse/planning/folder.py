@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 from epfuse.config import Policy
@@ -24,7 +26,7 @@ class Ranks(BaseModel):
         bytes: what each reads of the files, over all layers.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     first: int
     last: int
@@ -42,7 +44,7 @@ class TargetPaths(BaseModel):
         reason: for the storage, or why there is none.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     target: str
     storage: str
@@ -73,7 +75,7 @@ class FolderRecord(BaseModel):
         targets: what each GPU would do.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     model: str
     hidden: int

@@ -20,7 +20,7 @@ from epfuse.numerics.reinterpret import reinterpret
 from epfuse.parallel.shard import check_whole, held_experts
 from epfuse.weights.expert_tensors import LayerTensors, find_layers
 from epfuse.weights.experts import ExpertWeights
-from epfuse.weights.model_config import read_model
+from epfuse.weights.model_config import ExpertModel, read_model
 from epfuse.weights.read_layer import LayerReader
 from epfuse.weights.tensor_file import StoredTensor, TensorFile
 from epfuse.weights.tensor_folder import TensorFolder
@@ -51,8 +51,8 @@ class ExpertCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.model = read_model(self.folder)
+        self.folder: Path = Path(folder)
+        self.model: ExpertModel = read_model(self.folder)
         self.layers: Mapping[int, LayerTensors] = find_layers(TensorFolder(self.folder), self.model)
 
     def bytes_of(self, expert_map: ExpertMap) -> int:
