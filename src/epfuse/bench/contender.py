@@ -93,7 +93,7 @@ def paths_of(problem: Problem, choice: tuple[str, ...], weights: LayerWeights) -
         ConfigError, UnsupportedTarget: no such path, or not on this device or these sizes.
     """
     if not choice:
-        found = _each_path_once(problem)
+        found = each_path_once(problem)
     else:
         found = []
         for name in choice:
@@ -102,7 +102,8 @@ def paths_of(problem: Problem, choice: tuple[str, ...], weights: LayerWeights) -
     return [_path(subject, problem, weights) for subject in dict.fromkeys(found)]
 
 
-def _each_path_once(problem: Problem) -> list[Subject]:
+def each_path_once(problem: Problem) -> list[Subject]:
+    """Each path that has a kernel here, on the weights that it reads best; where there is none, the reference."""
     found = []
     for path in Path:
         if path in (Path.AUTO, Path.REFERENCE):

@@ -80,7 +80,7 @@ def draw_inputs(
         cache_bytes: of the last cache, from `cache_bytes_of`.
     """
     expert_map = ExpertMap.contiguous(layer.shape.experts, layer.ep_size, 0, device)
-    least = max(2, min(8, 512 // (tokens * layer.shape.top_k)))
+    least = least_variants(layer, tokens)
     smallest = layer.expert_weights * min(BYTES_PER_WEIGHT.values())
     drawn: list[Inputs] = []
     while len(drawn) < MOST_VARIANTS:
@@ -90,6 +90,11 @@ def draw_inputs(
         if len(drawn) >= least and (everything or read * smallest > CACHES * cache_bytes):
             break
     return drawn
+
+
+def least_variants(layer: Layer, tokens: int) -> int:
+    """Calls that are timed in turn, at the least: more where few routes hit few experts."""
+    return max(2, min(8, 512 // (tokens * layer.shape.top_k)))
 
 
 def least_bytes(layer: Layer, tokens: tuple[int, ...]) -> int:

@@ -93,8 +93,13 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class _Round:
-    """Something that runs all calls in turn, several times, and where it leaves their results."""
+class Round:
+    """Something that runs all calls in turn, several times, and where it leaves their results.
+
+    Attributes:
+        run: does it.
+        outputs: the last results, one for each call.
+    """
 
     run: Callable[[], None]
     outputs: Callable[[], list[torch.Tensor]]
@@ -114,15 +119,15 @@ def time_calls(calls: Sequence[Call], device: torch.device, sampling: Sampling, 
     Raises:
         RuntimeError: a call can't be captured.
     """
-    make = _captured if method is Method.GRAPH else _looped
+    make = captured if method is Method.GRAPH else looped
     once = make(calls, 1, device)
     once.run()
-    estimate = statistics.median(_elapsed(once.run, device) for _ in range(3))
+    estimate = statistics.median(elapsed(once.run, device) for _ in range(3))
     most = max(1, MOST_CALLS // len(calls))
     repeats = max(1, min(most, round(sampling.seconds / max(estimate, 1e-9))))
     many = make(calls, repeats, device) if repeats > 1 else once
     many.run()  # the first replay of a graph uploads it
-    seconds = [_elapsed(many.run, device) for _ in range(sampling.samples)]
+    seconds = [elapsed(many.run, device) for _ in range(sampling.samples)]
     timing = Timing.of(seconds, repeats * len(calls), method)
     for output in many.outputs():
         if output.is_floating_point():
@@ -131,17 +136,26 @@ def time_calls(calls: Sequence[Call], device: torch.device, sampling: Sampling, 
     return Measured(timing, many.outputs())
 
 
-def _looped(calls: Sequence[Call], repeats: int, device: torch.device) -> _Round:
+def looped(calls: Sequence[Call], repeats: int, device: torch.device) -> Round:
+    """``calls`` in turn, ``repeats`` times, from Python."""
     outputs: list[torch.Tensor] = []
 
     def run() -> None:
         for _ in range(repeats):
             outputs[:] = [call() for call in calls]
 
-    return _Round(run, lambda: outputs)
+    return Round(run, lambda: outputs)
 
 
-def _captured(calls: Sequence[Call], repeats: int, device: torch.device) -> _Round:
+def captured(calls: Sequence[Call], repeats: int, device: torch.device, error_mode: str = "global") -> Round:
+    """``calls`` in turn, ``repeats`` times, as one graph.
+
+    Args:
+        calls: each has been called before.
+        repeats: of all of them.
+        device: a GPU.
+        error_mode: of `torch.cuda.graph`: whether other threads may ask the driver meanwhile.
+    """
     # torch.cuda is HIP on ROCm
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -151,14 +165,14 @@ def _captured(calls: Sequence[Call], repeats: int, device: torch.device) -> _Rou
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     outputs: list[torch.Tensor] = []
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=error_mode):
         for _ in range(repeats):
             # the last round's results are kept, so no later allocation of the graph gets their memory
             outputs[:] = [call() for call in calls]
-    return _Round(graph.replay, lambda: outputs)
+    return Round(graph.replay, lambda: outputs)
 
 
-def _elapsed(run: Callable[[], None], device: torch.device) -> float:
+def elapsed(run: Callable[[], None], device: torch.device) -> float:
     """Seconds of one run."""
     if device.type != "cuda":
         start = time.perf_counter()

@@ -40,6 +40,7 @@ Examples:
   epfuse bench --paths w8a16 --peers none --tokens 256 --compare h100.json --fail-on-slower
   epfuse bench --shape custom --hidden 4096 --intermediate 1536 --experts 128 --top-k 8 --activation silu
   epfuse bench --quick --device cpu
+  torchrun --nproc-per-node 2 -m epfuse bench --distributed --json ep2.json
 
 \b
 Exit status: 0 good; 1 a result was wrong, a path failed, or with --fail-on-slower a path became slower; 2 usage, or
@@ -120,6 +121,11 @@ def _counts(context: click.Context, parameter: click.Parameter, values: tuple[st
     help="Of weights, activations and routings.",
 )
 @click.option("--quick", is_flag=True, help="Few token counts and samples.")
+@click.option(
+    "--distributed",
+    is_flag=True,
+    help="Over the ranks that torchrun started: each rank's share, the sum over them, both, other exchange modes.",
+)
 def bench(
     shape: str | None,
     hidden: int | None,
@@ -140,6 +146,7 @@ def bench(
     device: str | None,
     seed: int,
     quick: bool,
+    distributed: bool,
 ) -> None:
     """Time every path of one rank's expert layer beside its floor and beside other people's kernels.
 
@@ -148,11 +155,25 @@ def bench(
     right is it timed, in CUDA graphs on a GPU, with inputs in turn that exceed the caches. A row is the whole layer,
     from (hidden, topk_weights, topk_ids, expert_map) to the sum over local routes. The floor is max(bytes of the active
     experts' weights / read rate, FLOPs of their rows / matmul rate).
+
+    With --distributed, under torchrun, the layer runs on all ranks: it is checked in every exchange mode, and then each
+    rank's share, the all_reduce alone and both together are timed, on GPUs in graphs that hold the collectives too.
     """
     if fail_on_slower and older is None:
         raise click.UsageError("--fail-on-slower needs --compare")
     if peers is not None and "none" in peers and len(peers) > 1:
         raise click.BadParameter("none excludes all others", param_hint="--peers")
+    if distributed:
+        from epfuse.cli.bench_distributed import bench_distributed
+
+        for option, given in (
+            ("--device", device), ("--ep-size", ep_size), ("--peers", peers), ("--html", html),
+            ("--pictures", pictures), ("--compare", older),
+        ):  # fmt: skip
+            if given is not None:
+                raise click.UsageError(f"{option} does not go with --distributed")
+        sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k}
+        bench_distributed(shape, sizes, activation, tokens, paths, routing, json_file, seed, quick)
     kept = None if json_file in (None, "-") else Path(str(json_file))
     delivery = Delivery({"--json": kept, "--html": html}, folders={"--pictures": pictures})
     from epfuse.bench.compare import check_comparable, compare_records
@@ -167,8 +188,8 @@ def bench(
     if html is not None or pictures is not None:
         import epfuse.report.page  # noqa: F401  (refuses now, not after the run, if jinja2 is missing)
     where = choose_device(device)
-    sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size}
-    layer = make_layer(shape or ("small" if where.type == "cpu" else "minimax-m3-ep8"), sizes, activation)
+    every = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size}
+    layer = make_layer(shape or ("small" if where.type == "cpu" else "minimax-m3-ep8"), every, activation)
     default = QUICK_TOKENS[where.type] if quick else CPU_TOKENS if where.type == "cpu" else GPU_TOKENS
     plan = Plan(
         layer=layer,

@@ -30,7 +30,15 @@ def _tokens(context: click.Context, parameter: click.Parameter, values: tuple[st
     return tuple(token_count(text) for text in values)
 
 
-@click.command()
+EPILOG = """\b
+Examples:
+  epfuse verify
+  epfuse verify --shape minimax-m3 --tokens 1 --tokens 300
+  torchrun --nproc-per-node 2 -m epfuse verify --distributed
+"""
+
+
+@click.command(epilog=EPILOG)
 @click.option(
     "--shape", type=click.Choice(SHAPE_NAMES), default="small", show_default=True, help="Sizes to start from."
 )
@@ -47,6 +55,11 @@ def _tokens(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True)
 @click.option("--path", "choice", type=click.Choice(PATH_CHOICES), default="all", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON instead of the table.")
+@click.option(
+    "--distributed",
+    is_flag=True,
+    help="Over the ranks that torchrun started: the sum over them, in every exchange mode and placement.",
+)
 def verify(
     shape: str,
     tokens: tuple[int, ...],
@@ -62,6 +75,7 @@ def verify(
     seed: int,
     choice: str,
     as_json: bool,
+    distributed: bool,
 ) -> None:
     """Check every path of a device against a float64 oracle.
 
@@ -70,7 +84,19 @@ def verify(
     and foreign expert ids, a NaN router weight, clamped, outlying and zero activations; into poisoned memory, twice,
     and on a GPU also replayed from a captured graph. Paths with FP8 weights start from the same weights in MXFP8, which
     need sizes that are multiples of 32.
+
+    With --distributed, under torchrun, every rank computes its share, torch.distributed adds them up, and the sum is
+    what is judged: tokens on every rank or on their own, experts in order and strided, sums in float32 and in the
+    dtype, on GPUs also in captured graphs with the collectives in them. Rank 0 shows the record.
     """
+    sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k}
+    if distributed:
+        from epfuse.cli.verify_distributed import verify_distributed
+
+        for option, value in (("--device", device), ("--ep-size", ep_size)):
+            if value is not None:
+                raise click.UsageError(f"{option} does not go with --distributed: torchrun says which ranks there are")
+        verify_distributed(shape, sizes, tokens, dtype, seed, choice, as_json)
     import torch
 
     from epfuse.cli.device import check_memory, choose_device

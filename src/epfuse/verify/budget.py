@@ -64,17 +64,23 @@ class Difference:
         )
 
 
-def dense_tolerance(dtype: torch.dtype, hidden: int, intermediate: int) -> Tolerance:
+def dense_tolerance(dtype: torch.dtype, hidden: int, intermediate: int, sums: int = 0) -> Tolerance:
     """The budget of a path that keeps weights and activations in ``dtype`` and accumulates in FP32.
 
     Rounding to a unit roundoff u leaves a relative error of at most u, u / sqrt(3) in the root mean square if it is
     uniform. Independent roundings add in power, and so do the H + I additions of the two FP32 accumulations. What must
     not pass stays out of reach: a token that lost one of its K routes is below 20 dB, a dot product that lost one of
     6144 terms below 38 dB.
+
+    Args:
+        dtype: of weights and activations.
+        hidden: H.
+        intermediate: I.
+        sums: roundings after the layer's own, where ranks' results are added.
     """
     rounding = torch.finfo(dtype).eps / 2
     accumulation = torch.finfo(torch.float32).eps / 2
-    relative = math.sqrt((ROUNDINGS * rounding**2 + (hidden + intermediate) * accumulation**2) / 3)
+    relative = math.sqrt(((ROUNDINGS + sums) * rounding**2 + (hidden + intermediate) * accumulation**2) / 3)
     # of I products of two numbers few are large
     return _with_margin(relative, margin_db(min(hidden, intermediate // 2)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -21,26 +21,38 @@ def rank_weights(problem: Problem, ep_rank: int) -> ExpertWeights:
 
     Seeded by the global expert id: an expert's weights do not depend on how many ranks there are.
     """
-    w13, w2 = (torch.empty(shape, dtype=problem.dtype, device=problem.device) for shape in _shapes(problem))
-    biases = _biases(problem)
-    for slot, drawn in enumerate(_draws(problem, ep_rank)):
+    return dense_weights(problem, _of_rank(problem, ep_rank))
+
+
+def rank_mxfp8(problem: Problem, ep_rank: int) -> ExpertWeights:
+    """`rank_weights` in MXFP8: `mxfp8_weights` of the rank's experts."""
+    return mxfp8_weights(problem, _of_rank(problem, ep_rank))
+
+
+def dense_weights(problem: Problem, experts: Sequence[int]) -> ExpertWeights:
+    """Some experts, by their global ids, slot by slot, in the problem's dtype."""
+    local = len(experts)
+    w13, w2 = (torch.empty(local, *shape, dtype=problem.dtype, device=problem.device) for shape in _shapes(problem))
+    biases = _biases(problem, local)
+    for slot, drawn in enumerate(_draws(problem, experts)):
         for stack, numbers in zip((w13, w2, *biases), drawn, strict=True):
             stack[slot].copy_(numbers)
     return ExpertWeights((DenseExperts(w13, w2),), *biases)
 
 
-def rank_mxfp8(problem: Problem, ep_rank: int) -> ExpertWeights:
-    """`rank_weights` in MXFP8, with the corners of the format in every matrix.
+def mxfp8_weights(problem: Problem, experts: Sequence[int]) -> ExpertWeights:
+    """`dense_weights` in MXFP8, with the corners of the format in every matrix.
 
     In its first block of columns every 7th row has scale byte 0, so that its values are of no account; in the last
     block every 11th row is zeros.
     """
-    stacks, biases = [], _biases(problem)
-    for local, rows, columns in _shapes(problem):
+    local = len(experts)
+    stacks, biases = [], _biases(problem, local)
+    for rows, columns in _shapes(problem):
         values = torch.empty(local, rows, columns, dtype=torch.float8_e4m3fn, device=problem.device)
         scales = torch.empty(local, rows, columns // BLOCK, dtype=torch.uint8, device=problem.device)
         stacks.append(MXFP8(values, scales))
-    for slot, drawn in enumerate(_draws(problem, ep_rank)):
+    for slot, drawn in enumerate(_draws(problem, experts)):
         for bias, numbers in zip(biases, drawn[2:], strict=True):
             bias[slot].copy_(numbers)
         for stack, matrix in zip(stacks, drawn[:2], strict=True):
@@ -69,24 +81,28 @@ def in_format(weights: ExpertWeights, form: WeightFormat, target: Target) -> Exp
     return converted if form in converted.kept else converted.prepare(target, path)
 
 
-def _shapes(problem: Problem) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    local, hidden, intermediate = problem.local_experts, problem.hidden, problem.intermediate
-    return (local, problem.activation.inputs * intermediate, hidden), (local, hidden, intermediate)
+def _of_rank(problem: Problem, ep_rank: int) -> range:
+    return range(ep_rank * problem.local_experts, (ep_rank + 1) * problem.local_experts)
 
 
-def _biases(problem: Problem) -> list[torch.Tensor]:
+def _shapes(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
+    hidden, intermediate = problem.hidden, problem.intermediate
+    return (problem.activation.inputs * intermediate, hidden), (hidden, intermediate)
+
+
+def _biases(problem: Problem, local: int) -> list[torch.Tensor]:
     """Memory for both, or nothing."""
     if problem.bias is Bias.NONE:
         return []
-    return [torch.empty(shape[:2], device=problem.device) for shape in _shapes(problem)]
+    return [torch.empty(local, shape[0], device=problem.device) for shape in _shapes(problem)]
 
 
-def _draws(problem: Problem, ep_rank: int) -> Iterator[list[torch.Tensor]]:
-    """Float32 w13 and w2 of each expert of a rank, then its biases if it has them."""
+def _draws(problem: Problem, experts: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+    """Float32 w13 and w2 of each expert, then its biases if it has them."""
     rng = torch.Generator(problem.device)
-    for slot in range(problem.local_experts):
-        rng.manual_seed(problem.seed * 1_000_003 + ep_rank * problem.local_experts + slot)
+    for expert in experts:
+        rng.manual_seed(problem.seed * 1_000_003 + expert)
         yield [
-            torch.randn(shape[1:], generator=rng, device=problem.device).mul_(shape[2] ** -0.5)
+            torch.randn(shape, generator=rng, device=problem.device).mul_(shape[1] ** -0.5)
             for shape in _shapes(problem)
-        ] + [torch.randn(bias.shape[1], generator=rng, device=problem.device) for bias in _biases(problem)]
+        ] + [torch.randn(bias.shape[1], generator=rng, device=problem.device) for bias in _biases(problem, 0)]

@@ -154,11 +154,15 @@ KINDS: dict[str, Callable[[_Draw], Inputs]] = {
 
 def make_scenarios(problem: Problem) -> list[Scenario]:
     """Every kind at every token count, reproducible from the problem's seed."""
-    scenarios = []
-    for tokens in problem.tokens:
-        for index, (name, make) in enumerate(KINDS.items()):
-            rng = torch.Generator().manual_seed(problem.seed * 1_000_003 + tokens * 101 + index)
-            hidden, weights, ids = make(_Draw(problem, tokens, rng))
-            device = problem.device
-            scenarios.append(Scenario(name, hidden.to(device, problem.dtype), weights.to(device), ids.to(device)))
-    return scenarios
+    return [
+        draw_scenario(problem, tokens, name, problem.seed * 1_000_003 + tokens * 101 + index)
+        for tokens in problem.tokens
+        for index, name in enumerate(KINDS)
+    ]
+
+
+def draw_scenario(problem: Problem, tokens: int, name: str, seed: int) -> Scenario:
+    """One of `KINDS`, reproducible from ``seed``."""
+    hidden, weights, ids = KINDS[name](_Draw(problem, tokens, torch.Generator().manual_seed(seed)))
+    device = problem.device
+    return Scenario(name, hidden.to(device, problem.dtype), weights.to(device), ids.to(device))

@@ -100,7 +100,7 @@ def _run_alike(
             inputs = (scenario.hidden, source, scenario.topk_weights, scenario.topk_ids, expert_map, activation)
             oracle = run_reference(*inputs, compute=torch.float64)
             oracle_sums[index] += oracle
-            _add_rank(unsharded[index], rank * problem.local_experts, source, scenario, activation)
+            add_rank(unsharded[index], rank * problem.local_experts, source, scenario, activation)
             for subject in subjects:
                 case = cases[subject][index]
                 result = _check_rank(
@@ -128,17 +128,34 @@ def _run_alike(
 
 def _case(problem: Problem, subject: Subject, scenario: Scenario) -> CaseResult:
     """The case of a subject and a scenario, with the tolerance that it must meet."""
+    return CaseResult(
+        scenario.name,
+        subject.path.value,
+        subject.form.value,
+        subject.combine.value,
+        scenario.tokens,
+        tolerance_of(problem, subject, scenario),
+    )
+
+
+def tolerance_of(problem: Problem, subject: Subject, scenario: Scenario, sums: int = 0) -> Tolerance:
+    """What a subject's result must reach.
+
+    Args:
+        problem: its sizes.
+        subject: its path.
+        scenario: its inputs.
+        sums: roundings to the problem's dtype after the layer's own, in the sum over ranks.
+    """
     if subject.path in FP8_PATHS:
         tolerance = fp8_tolerance()
     else:
-        tolerance = dense_tolerance(problem.dtype, problem.hidden, problem.intermediate)
+        tolerance = dense_tolerance(problem.dtype, problem.hidden, problem.intermediate, sums)
     limit = TRUE_SIZE_LIMITS.get(subject.path) if problem.has_true_size else None
     if limit is not None and not (subject.path in FP8_PATHS and scenario.name == OUTLIER):
         # the rounding of one number that outweighs its row to E4M3 does not average out
         tolerance = replace(tolerance, relative_error=limit)
-    return CaseResult(
-        scenario.name, subject.path.value, subject.form.value, subject.combine.value, scenario.tokens, tolerance
-    )
+    return tolerance
 
 
 def _judge_atomics(cases: dict[Subject, list[CaseResult]]) -> None:
@@ -155,7 +172,7 @@ def _judge_atomics(cases: dict[Subject, list[CaseResult]]) -> None:
                 )
 
 
-def _add_rank(
+def add_rank(
     total: torch.Tensor, first_expert: int, source: ExpertWeights, scenario: Scenario, activation: Activation
 ) -> None:
     """Add a rank's experts to the unsharded layer's second oracle."""
@@ -203,7 +220,7 @@ def _check_rank(
     with poisoned_memory():
         result = call(torch.full_like(scenario.hidden, torch.nan))
     case.judge(compare(result, oracle), where)
-    if not _repeats(subject, result, call(None)):
+    if not repeats(subject, result, call(None)):
         case.failures.append(f"{where}: two runs differ")
     return result
 
@@ -245,12 +262,12 @@ def _check_replay(
         topk_ids.copy_(scenario.topk_ids)
         captured.fill_(torch.nan)
         graph.replay()
-        if not _repeats(subject, captured, call()):
+        if not repeats(subject, captured, call()):
             case.failures.append(f"replay with {scenario.name!r} differs from the eager call")
     return case
 
 
-def _repeats(subject: Subject, first: torch.Tensor, second: torch.Tensor) -> bool:
+def repeats(subject: Subject, first: torch.Tensor, second: torch.Tensor) -> bool:
     """Equal bit for bit; sums by atomics, in FP32 and in any order, up to one rounding of the result."""
     if subject.combine is Combine.DETERMINISTIC:
         return same_bits(first, second)

@@ -1,0 +1,52 @@
+"""docs/parallel.md: its program runs, and what it quotes exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from epfuse.cli.main import main
+from epfuse.parallel import exchange
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+
+
+def test_its_program_runs(tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "program.py").write_text(program + "    print(y.shape, bool(y.isfinite().all()))\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    settings |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.Size([5, 64]) True\n"
+
+
+def test_its_modes_are_all_of_them() -> None:
+    modes = {
+        name
+        for name, value in vars(exchange).items()
+        if isinstance(value, type) and issubclass(value, exchange.Exchange) and value is not exchange.Exchange
+    }
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == modes
+
+
+def test_its_commands_have_the_options_that_it_names() -> None:
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+    found = [shlex.split(line.partition("epfuse ")[2]) for line in lines if " epfuse " in f" {line}"]
+    assert found
+    for name, *words in found:
+        shown = CliRunner().invoke(main, [name, "--help"]).output
+        for option in (word for word in words if word.startswith("--")):
+            assert option in shown
