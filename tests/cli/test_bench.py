@@ -109,7 +109,7 @@ def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
         return 1e-3
 
-    monkeypatch.setattr(measure, "_elapsed", elapsed)
+    monkeypatch.setattr(measure, "elapsed", elapsed)
 
 
 def older(tmp_path: Path, factor: float) -> str:
