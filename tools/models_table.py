@@ -3,31 +3,31 @@
     python tools/models_table.py                    # docs/models.md, from the records and the installed transformers
     python tools/models_table.py --record FILE      # the record of the transformers that is imported, for FILE
 
-The rules are those that `register()`, `replace_experts`, `epfuse plan` and the plugins ask; nothing is written by hand.
+The rules are those that `register()`, `replace_experts` and `fused_experts` ask; nothing is written by hand.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import pathlib
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from epfuse.config import LayerShape, Policy
+from epfuse.config import Activation, Bias, LayerShape, Path
 from epfuse.errors import EpfuseError
 from epfuse.integrations.transformers.activation import activation_of
 from epfuse.integrations.transformers.layout import check_in_place
-from epfuse.policy import Checkpoint, LayerRequest, plan_layer
+from epfuse.policy.call import decide
 from epfuse.report.write import write_atomic
 from epfuse.target import Target
 from epfuse.weights.config_families import FAMILIES
 
-ROOT = Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 RECORDS = ROOT / "docs" / "records"
 DECORATED = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", re.MULTILINE)
@@ -41,18 +41,19 @@ SIZES = {
 HEAD = """# Models
 
 Every experts class of transformers that asks its experts interface, and what epfuse does with it. This page is made by
-`tools/models_table.py`
-from the rules that `register()`, `replace_experts`, `epfuse plan` and the plugins ask; a test compares.
+`tools/models_table.py` from the rules that `register()`, `replace_experts` and `fused_experts` ask; a test compares.
 
-Layout: how gate and up rows lie, and whether matrices are transposed. The paths are those of BF16 weights. In `plan`:
-whether `epfuse plan`, `epfuse vllm explain` and `epfuse checkpoint` read the family's config.json under that name.
+Layout: how gate and up rows lie, and whether matrices are transposed. Below a target: the path of 64 tokens with BF16
+weights. The plugins of vLLM and SGLang serve layers without biases whose activation is a SwiGLU. In `plan`: whether
+`epfuse plan`, `epfuse vllm explain` and `epfuse checkpoint` read the family's config.json under that name.
+
 """
 
 
 def rows() -> list[dict[str, str]]:
     """A row a class, in the order of their names."""
     found = []
-    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+    for file in sorted((pathlib.Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         for name in DECORATED.findall(file.read_text(encoding="utf-8")):
             found.append(_row(file.parent.name, f"transformers.models.{file.parent.name}.{file.stem}", name))
     return found
@@ -77,22 +78,16 @@ def _row(family: str, module: str, name: str) -> dict[str, str]:
     except EpfuseError as reason:
         return row | {"activation": "", "state": "refused", "why": _plain(str(reason))}
     row |= {"activation": str(activation), "state": "taken"}
+    bias = Bias.ADDED if row["biases"] == "yes" else Bias.NONE
     for target in Target:
-        row[target.value] = _path(target, activation) if target.is_gpu else "bf16"
+        row[target.value] = _path(target, activation, bias)
     return row
 
 
-def _path(target: Target, activation: Any) -> str:
-    """By the policy that every integration asks."""
+def _path(target: Target, activation: Activation, bias: Bias) -> str:
+    """The path of a call of 64 tokens, by the policy that `fused_experts` asks."""
     shape = LayerShape(hidden=2048, intermediate=768, experts=128, local_experts=16, top_k=8)
-    request = LayerRequest(
-        target, shape, 8, 8192, 0, (0,), activation=activation, checkpoint=Checkpoint.BF16, shared_experts=0
-    )
-    try:
-        plan = plan_layer(request, Policy.AUTO)
-    except EpfuseError as reason:
-        return _plain(str(reason))
-    return " ".join(dict.fromkeys(entry.decision.path.value for entry in plan.ranges)) or "untouched"
+    return decide(Path.AUTO, target, shape, 64, activation=type(activation), bias=bias).path.value
 
 
 def _is_planned(family: str) -> bool:
@@ -172,7 +167,7 @@ def main() -> None:
     """Write the page, or a record."""
     if sys.argv[1:2] == ["--record"]:
         record = {"transformers": transformers.__version__, "rows": rows()}
-        write_atomic(Path(sys.argv[2]), json.dumps(record, indent=1) + "\n")
+        write_atomic(pathlib.Path(sys.argv[2]), json.dumps(record, indent=1) + "\n")
     else:
         write_atomic(PAGE, page(newest_record(), rows()))
 

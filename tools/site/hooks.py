@@ -8,16 +8,12 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from tools.site import api, command_line, errors, planner, root_pages, tables
-from tools.site.root_pages import ROOT
-
-PENDING = ("models.md", "parallel.md")
-"""Pages of the navigation that may be missing."""
 
 
 def on_config(config: Any) -> Any:
-    """The navigation, with the generated pages in their places and without pages that are not written yet."""
+    """The navigation, with the generated pages in their places."""
     made = {"reference/api/": api.pages(), "reference/cli/": command_line.pages()}
-    config["nav"] = [entry for entry in map(lambda item: _place(item, made), config["nav"]) if entry is not None]
+    config["nav"] = [_place(item, made) for item in config["nav"]]
     return config
 
 
@@ -35,16 +31,14 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def _place(item: Any, made: dict[str, dict[str, str]]) -> Any:
-    """One entry of the navigation; None for a page that is not there yet."""
+    """One entry of the navigation."""
     if isinstance(item, str):
         return item
     ((title, value),) = item.items()
     if isinstance(value, list):
-        return {title: [entry for entry in (_place(each, made) for each in value) if entry is not None]}
+        return {title: [_place(each, made) for each in value]}
     if value in made:
         return {title: [{short(page): page} if "." in short(page) else page for page in made[value]]}
-    if value in PENDING and not (ROOT / "docs" / value).exists():
-        return None
     return item
 
 

@@ -22,6 +22,7 @@ from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem
 from epfuse.verify.record import Record
 from epfuse.verify.subject import subjects_of
 
+SIZES = ("hidden", "intermediate", "experts", "top_k")
 FILE_WIDTH = 110
 """Columns of the table where no terminal says how many it has."""
 
@@ -38,8 +39,12 @@ def verify_distributed(
     """Run the suite on every rank; rank 0 shows the record, all end with its exit code."""
     delivery, named = Delivery(), SHAPES[shape]
     with torchrun_ranks() as context:
+        hidden, intermediate, experts, top_k = (sizes[size] or getattr(named, size) for size in SIZES)
         problem = Problem(
-            **{size: value or getattr(named, size) for size, value in sizes.items()},
+            hidden=hidden,
+            intermediate=intermediate,
+            experts=experts,
+            top_k=top_k,
             ep_size=context.group.size,
             tokens=tokens or DEFAULT_TOKENS,
             dtype=DTYPES[dtype],
