@@ -55,7 +55,7 @@ def test_a_failed_check_exits_1_and_says_where(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_too_little_memory_exits_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    def runs_out(*_):
+    def runs_out(*_, **named):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(suite, "run", runs_out)

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from epfuse.aot import amdgcn, sass
 from epfuse.aot.kernels import Kernel
@@ -17,6 +15,7 @@ from epfuse.aot.record import Record, TargetRecord
 from epfuse.hardware.h100 import FITTED_TOKENS, H100, h100
 from epfuse.hardware.published import BF16_POINTS
 from epfuse.hardware.time_model import MI300X, MI300X_ROUTING, mean_error
+from epfuse.report.terminal import make_table
 from epfuse.verify.record import versions
 
 
@@ -52,9 +51,7 @@ def tables_of(record: Record) -> list[Table]:
 def show(tables: Iterable[Table], console: Console) -> None:
     """Print tables."""
     for table in tables:
-        shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column in table.columns:
-            shown.add_column(column)
+        shown = make_table(*table.columns, title=table.title)
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,7 +9,10 @@ from rich.table import Table
 from epfuse.bench.compare import Comparison, Verdict
 from epfuse.bench.figures import change_figures, describe_roofs, row_figures, unit_of
 from epfuse.bench.record import Record
+from epfuse.report.terminal import figures, make_table
 
+NARROW = 100
+"""Columns of a terminal below which two figures share one."""
 COLOURS = {
     Verdict.FASTER: "green",
     Verdict.MENDED: "green",
@@ -30,7 +32,7 @@ def print_record(record: Record, comparison: Comparison | None, console: Console
     roofs = ", ".join(f"{name} {rate}" for name, rate in describe_roofs(record.roofs))
     console.print(f"roofs, measured: {roofs}\n", highlight=False)
     for routing in record.routings:
-        console.print(_table(record, routing))
+        console.print(_table(record, routing, is_narrow=console.width < NARROW))
     for peer in record.absent:
         console.print(f"absent: {peer.name}: {peer.reason}", markup=False, highlight=False)
     for row in record.rows:
@@ -42,13 +44,11 @@ def print_record(record: Record, comparison: Comparison | None, console: Console
         _print_comparison(comparison, console)
 
 
-def _table(record: Record, routing: str) -> Table:
+def _table(record: Record, routing: str, is_narrow: bool) -> Table:
     prefix = unit_of(record)[1]
-    table = Table(title=f"{routing} routing", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("T", justify="right")
-    table.add_column("path or peer")
-    for name in ("us", "quartiles", "/ floor", f"{prefix}B/s", f"{prefix}FLOP/s", "/ best peer", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ["us", "quartiles", "/ floor", f"{prefix}B/s", f"{prefix}FLOP/s", "/ best peer", "error"]
+    shown = _stacked(names) if is_narrow else names
+    table = make_table(figures("T"), "path or peer", *map(figures, shown), title=f"{routing} routing")
     counts = dict.fromkeys(row.tokens for row in record.rows if row.routing == routing)
     for tokens in counts:
         rows = row_figures(record, routing, tokens)
@@ -58,10 +58,18 @@ def _table(record: Record, routing: str) -> Table:
                 cells = ["WRONG" if row["wrong"] and row["error"] else "failed", "", "", "", "", ""]
             else:
                 us = f"[bold]{row['us']}[/]" if row["fastest"] else row["us"]
-                names = ("quartiles", "of_floor", "bandwidth", "throughput", "over_best_peer")
-                cells = [us, *(row[name] for name in names)]
-            table.add_row(first, escape(row["label"]), *cells, row["error"], end_section=last)
+                keys = ("quartiles", "of_floor", "bandwidth", "throughput", "over_best_peer")
+                cells = [us, *(row[key] for key in keys)]
+            cells.append(row["error"])
+            table.add_row(first, escape(row["label"]), *(_stacked(cells) if is_narrow else cells), end_section=last)
     return table
+
+
+def _stacked(cells: list[str]) -> list[str]:
+    """A row for narrow terminals: the quartiles below the median, the FLOPs below the bytes."""
+    us, quartiles, floor, bandwidth, throughput, peer, error = cells
+    below = "\n".join
+    return [below((us, quartiles)), floor, below((bandwidth, throughput)), peer, error]
 
 
 def _print_comparison(comparison: Comparison, console: Console) -> None:
@@ -72,11 +80,7 @@ def _print_comparison(comparison: Comparison, console: Console) -> None:
         name = escape(str(comparison.before.device.get("name")))
         console.print(f"[yellow]it is from another device, {name}: what changed is not the code alone[/]")
     if changed:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("row")
-        for name in ("before, us", "now, us", "change", "noise"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("verdict")
+        table = make_table("row", *map(figures, ("before, us", "now, us", "change", "noise")), "verdict")
         for change in changed:
             f, colour = change_figures(change), COLOURS.get(change.verdict, "yellow")
             table.add_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -28,12 +29,16 @@ class LayerWeights:
         layer: sizes.
         seed: of the weights.
         device: where they live.
+        say: called with what begins, where it may take seconds: weights are made when they are first asked for.
     """
 
-    def __init__(self, layer: Layer, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, layer: Layer, seed: int, device: torch.device, say: Callable[[str], None] = lambda what: None
+    ) -> None:
         self.layer = layer
         self.device = device
         self._seed = seed
+        self._say = say
         self._made: dict[WeightFormat, ExpertWeights] = {}
 
     @property
@@ -44,6 +49,7 @@ class LayerWeights:
     @cached_property
     def source(self) -> ExpertWeights:
         """As a checkpoint has them: MXFP8, or BF16 if the sizes are no multiples of its block."""
+        self._say(f"making weights of {self.layer.name}")
         return self._draw_mxfp8() if self.quantised else self._draw_dense()
 
     @checks_enums
@@ -51,8 +57,10 @@ class LayerWeights:
         """The weights in ``form`` alone, made once and kept."""
         if form not in self._made:
             if form in self.source.kept:
-                made = self.source
-            elif form is WeightFormat.DENSE:
+                self._made[form] = self.source
+                return self.source
+            self._say(f"rearranging weights of {self.layer.name}: {form.value}")
+            if form is WeightFormat.DENSE:
                 made = self._dequantised()
             else:
                 made = in_format(self.source, form, target_of(self.device))

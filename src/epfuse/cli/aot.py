@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from epfuse.cli.aot_execute import PARTS
 from epfuse.cli.aot_execute import execute as run_execute
@@ -20,7 +19,7 @@ from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import comma_names
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, MissingDependency
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import bars, stdout
 
 TARGETS = ("sm_90", "gfx942", "gfx950")
 STAGES = ("route", "gather", "quantize", "gate_up", "activate", "down", "gate_up_down", "combine")
@@ -122,8 +121,7 @@ def aot(
         folder=out,
         mca=mca.find(),
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with bars() as progress:
         task = progress.add_task(f"compiling for {', '.join(targets)}", total=None)
         record = run(request, lambda done, total: progress.update(task, completed=done, total=total))
     with delivery.of(STDOUT):
@@ -132,7 +130,7 @@ def aot(
         elif as_markdown:
             click.echo(tables.markdown(tables.tables_of(record), _command()), nl=False)
         else:
-            tables.show(tables.tables_of(record), Console(width=None if sys.stdout.isatty() else 240))
+            tables.show(tables.tables_of(record), stdout(240))
     for target in record.targets:
         for gate in target.gates:
             if not gate.ok:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from epfuse.cli.delivery import STDOUT, Delivery
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import bars, stdout
 
 PARTS = ("share", "all", "none")
 
@@ -43,8 +42,7 @@ def execute(
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
     kept = Kept(keep, run_of(seed))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with bars() as progress:
         task = progress.add_task("executing gfx942's code", total=None)
         chosen = [] if cases == "none" else gate.every_case(seed) if cases == "all" else gate.share(seed)
 
@@ -64,7 +62,7 @@ def execute(
         elif as_markdown:
             click.echo(tables.markdown(record.tables(), _command()), nl=False)
         else:
-            tables.show(record.tables(), Console(width=None if sys.stdout.isatty() else 160))
+            tables.show(record.tables(), stdout(160))
     for failure in record.failures():
         click.echo(f"FAIL {failure}", err=True)
     delivery.exit(passed=record.ok)

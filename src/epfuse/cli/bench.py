@@ -216,7 +216,6 @@ def bench(
 def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path | None) -> Record:
     """Measure, with a bar on stderr. A record file is written after each point: a run that is cut off leaves one."""
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from epfuse.bench import machine
     from epfuse.bench.contender import Kind, paths_of
@@ -225,7 +224,7 @@ def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path 
     from epfuse.bench.roofs import measure_roofs
     from epfuse.bench.run import on_device, run_points
     from epfuse.bench.weights import LayerWeights
-    from epfuse.report.terminal import Console
+    from epfuse.report.terminal import bars
     from epfuse.report.write import write_atomic
     from epfuse.verify.problem import Problem
 
@@ -241,12 +240,12 @@ def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path 
         device=device,
         seed=plan.seed,
     )
-    weights = LayerWeights(plan.layer, plan.seed, device)
-    contenders = paths_of(problem, paths, weights)
     clocks = {"at the start": machine.read_clocks(device)}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress, on_device(device):
-        task = progress.add_task("measuring the roofs", total=None)
+    with bars() as progress, on_device(device):
+        task = progress.add_task("looking for paths", total=None)
+        weights = LayerWeights(plan.layer, plan.seed, device, lambda what: progress.update(task, description=what))
+        contenders = paths_of(problem, paths, weights)
+        progress.update(task, description="measuring the roofs")
         roofs = measure_roofs(device, plan.sampling)
         clocks["after the roofs"] = machine.read_clocks(device)
         found, absent = find_peers(peers, weights, lambda name: progress.update(task, description=f"loading {name}"))
@@ -306,9 +305,9 @@ def _report(
             click.echo(jsonlib.dumps(values, indent=2, allow_nan=False))
         else:
             from epfuse.bench.console import print_record
-            from epfuse.report.terminal import Console
+            from epfuse.report.terminal import stdout
 
-            print_record(record, comparison, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
+            print_record(record, comparison, stdout(FILE_WIDTH))
             if "--json" in delivery.failed:  # the tables have not all of it
                 click.echo(to_text(record), nl=False)
     if html is not None:

@@ -6,13 +6,12 @@ import io
 from typing import TYPE_CHECKING
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from epfuse import __version__
 from epfuse.cli.delivery import STDOUT, Delivery
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import Console, bars
 
 if TYPE_CHECKING:
     from epfuse.doctor.finding import Diagnosis
@@ -44,8 +43,7 @@ def doctor(as_json: bool, report: bool) -> None:
 
     delivery = Delivery()
     findings = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with bars() as progress:
         task = progress.add_task(CHECKS[0].name, total=len(CHECKS))
         for following, finding in enumerate(examine(CHECKS), 1):
             findings.append(finding)

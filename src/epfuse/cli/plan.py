@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from epfuse.planning import console
 from epfuse.planning.layer_times import Rival
 from epfuse.planning.model_plan import Serving, plan_model
 from epfuse.planning.record import plan_record
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import stdout
 from epfuse.report.write import write_atomic
 from epfuse.target import Target
 from epfuse.weights.model_config import ExpertModel
@@ -99,7 +98,7 @@ def plan(
         if as_json:
             click.echo(json.dumps(plan_record(found, rival), indent=2, allow_nan=False))
         else:
-            console.show(found, rival, Console(width=None if sys.stdout.isatty() else 200))
+            console.show(found, rival, stdout(200))
     if html is not None:
         from epfuse.planning.page import page  # needs jinja2
 

@@ -9,11 +9,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
 import triton
+from rich.progress import Progress
 
 from epfuse.bench import machine
 from epfuse.bench.layers import Layer
@@ -22,13 +23,16 @@ from epfuse.cli.device import choose_device
 from epfuse.config import Path as LayerPath
 from epfuse.errors import ConfigError, DeviceError, TuningError
 from epfuse.measured import store
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import bars, stdout
 from epfuse.target import device_name, target_of
 from epfuse.tuning import console, vllm_files
 from epfuse.tuning.run import Device, Request, pending, plan_of, run, write_rows
 from epfuse.tuning.search import Outcome, Plan, without
 from epfuse.tuning.space import Space
 from epfuse.tuning.trials import Trial, keep_fastest, plans_of, run_trials
+
+if TYPE_CHECKING:
+    from epfuse.tuning.bench import DeviceBench
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def _show(jobs: list[Job], as_json: bool) -> None:
         values = [{"shape": job.layer.name} | console.to_json(outcome) for job in jobs for outcome in job.outcomes]
         click.echo(json.dumps(values, indent=2, allow_nan=False))
         return
-    screen = _screen()
+    screen = stdout(160)
     for job in jobs:
         console.show(job.request, job.outcomes, len(job.plans), screen)
 
@@ -104,7 +108,6 @@ class Job:
 
 def _search(jobs: list[Job], gpu: torch.device, options: Options, budget: int, delivery: Delivery) -> None:
     """Compile what all layers try, then search them one after another; the time goes by how much each has to try."""
-    from epfuse.tuning.bench import DeviceBench
     from epfuse.tuning.prune import candidates_of, distinct, unfit
 
     def write(*rows: Any) -> None:
@@ -112,7 +115,7 @@ def _search(jobs: list[Job], gpu: torch.device, options: Options, budget: int, d
             write_rows(*rows)
 
     begun = time.monotonic()
-    with console.progress() as progress:
+    with bars(time_left=True) as progress:
         watch = console.ProgressWatch(progress)
         tries = [[candidates_of(job.request, plan) for plan in job.plans] for job in jobs]
         compiling = distinct(candidate for plans in tries for plan in plans for candidate in plan)
@@ -134,7 +137,7 @@ def _search(jobs: list[Job], gpu: torch.device, options: Options, budget: int, d
             left = budget - (time.monotonic() - begun)
             steps = sum(plan.steps for plan in job.plans)
             share = left * steps / max(to_do, 1)
-            bench = DeviceBench(job.layer, gpu, seed=options.seed)
+            bench = _bench(job.layer, gpu, options.seed, progress)
             job.outcomes = run(job.request, plans, bench, watch, share, time.monotonic, write)
             to_do -= steps
             torch.cuda.empty_cache()  # the next layer's weights may need it
@@ -142,7 +145,6 @@ def _search(jobs: list[Job], gpu: torch.device, options: Options, budget: int, d
 
 def try_tiles(options: Options, layer: Layer, trials: tuple[Trial, ...], keep: bool) -> None:
     """Judge and time trials, print what came of them, and exit."""
-    from epfuse.tuning.bench import DeviceBench
     from epfuse.tuning.prune import candidates_of, distinct, unfit
 
     gpu, device = _device(options)
@@ -151,13 +153,13 @@ def try_tiles(options: Options, layer: Layer, trials: tuple[Trial, ...], keep: b
     if keep:
         store.check_tables(folder, device.target)
     request = Request(device, layer.shape, (), (), folder, _command())
-    with console.progress() as progress:
+    with bars(time_left=True) as progress:
         watch = console.ProgressWatch(progress)
         plans = plans_of(trials, device.target)
         compiling = distinct(candidate for plan in plans for candidate in candidates_of(request, plan))
         unfit(compiling, options.workers, watch.compiled)  # for the cache: a tile that spills is timed all the same
         task = progress.add_task("timing", total=len(trials))
-        bench = DeviceBench(layer, gpu, seed=options.seed)
+        bench = _bench(layer, gpu, options.seed, progress)
         results = run_trials(trials, device.target, bench, lambda result: progress.advance(task))
     with delivery.of(STDOUT):
         if options.as_json:
@@ -173,7 +175,7 @@ def try_tiles(options: Options, layer: Layer, trials: tuple[Trial, ...], keep: b
             }
             click.echo(json.dumps(record, indent=1, allow_nan=False))
         else:
-            console.show_results(results, device, _screen())
+            console.show_results(results, device, stdout(160))
     if keep:
         with delivery.of("the tables"):
             kept = keep_fastest(request, results)
@@ -181,9 +183,11 @@ def try_tiles(options: Options, layer: Layer, trials: tuple[Trial, ...], keep: b
     delivery.exit(passed=all(result.fault is None for result in results))
 
 
-def _screen() -> Console:
-    """Standard output, with room for a table where no terminal says how many columns there are."""
-    return Console(width=None if sys.stdout.isatty() else 160)
+def _bench(layer: Layer, gpu: torch.device, seed: int, progress: Progress) -> DeviceBench:
+    """What times the layer; a line above the bars says when it makes weights, which takes seconds."""
+    from epfuse.tuning.bench import DeviceBench
+
+    return DeviceBench(layer, gpu, seed=seed, say=lambda what: progress.console.print(what, highlight=False))
 
 
 def _device(options: Options) -> tuple[torch.device, Device]:

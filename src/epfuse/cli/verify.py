@@ -7,15 +7,12 @@ import math
 from typing import TYPE_CHECKING
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import SIZE, token_count
 from epfuse.config import Bias, Combine, Path
 from epfuse.errors import DeviceError
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import Console, bars, figures, make_table
 
 if TYPE_CHECKING:
     from epfuse.verify.record import CaseResult, Record
@@ -121,14 +118,16 @@ def verify(
     subjects = subjects_of(problem, choice)
     delivery = Delivery()
     check_memory(suite.least_bytes(problem, subjects), problem.device, "these sizes")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(
-            f"verifying {', '.join(dict.fromkeys(s.path.value for s in subjects))}",
-            total=suite.steps_of(problem, subjects),
-        )
+    with bars() as progress:
+        paths = ", ".join(dict.fromkeys(subject.path.value for subject in subjects))
+        task = progress.add_task(f"verifying {paths}", total=suite.steps_of(problem, subjects))
         try:
-            record = suite.run(problem, subjects, lambda: progress.advance(task))
+            record = suite.run(
+                problem,
+                subjects,
+                lambda: progress.advance(task),
+                say=lambda what: progress.update(task, description=f"verifying {paths}: {what}"),
+            )
         except torch.OutOfMemoryError:
             raise DeviceError(
                 f"{problem.device} is out of memory; it needs fewer --tokens or a larger --ep-size"
@@ -152,12 +151,7 @@ def _show(record: Record) -> None:
         "Worst of any rank and of their sum. SNR: of a token; error: of a call, norm over the oracle's norm.",
         highlight=False,
     )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("path, weights", "scenario"):
-        table.add_column(name, no_wrap=True)
-    for name in ("T", "SNR dB", "min", "error", "max"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("result", no_wrap=True)
+    table = make_table("path, weights", "scenario", *map(figures, ("T", "SNR dB", "min", "error", "max")), "result")
     for case in record.cases:
         if case.path != ORACLE or not case.ok:
             table.add_row(_subject(case), case.name, str(case.tokens), *_figures(case), _result(case.ok))

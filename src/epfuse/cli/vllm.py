@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from epfuse.cli.delivery import Delivery
 from epfuse.config import Policy
 from epfuse.integrations.vllm.patch import run
 from epfuse.integrations.vllm.patch.site import find_site
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import Console, make_table
 
 if TYPE_CHECKING:
     from epfuse.integrations.vllm.explain import LayerGroup
@@ -89,9 +88,7 @@ def explain(
 def _table(groups: list[LayerGroup], title: str) -> Table:
     from epfuse.integrations.vllm.explain import paths
 
-    table = Table(box=SIMPLE_HEAD, title=title)
-    for column in ("layers", "without epfuse", "with epfuse", "why"):
-        table.add_column(column, overflow="fold")
+    table = make_table("layers", "without epfuse", "with epfuse", "why", title=title)
 
     def ours(group: LayerGroup) -> str:
         plan = group.choice.plan

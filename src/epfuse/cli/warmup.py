@@ -8,11 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from epfuse.cli.delivery import Delivery
 from epfuse.errors import MissingDependency
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import bars
 
 TARGETS = ("sm_90", "gfx942", "gfx950")
 
@@ -71,8 +70,7 @@ def warmup(
     found = model_layers(experts, gpu, device, *spread)
     wanted = list(dict.fromkeys(launch for layer in found.layers for launch in kernels(layer, max_tokens)))
     (out / KERNELS).mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with bars() as progress:
         task = progress.add_task(f"compiling for {target}", total=len(wanted))
         compiled = compile_all(
             wanted,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from epfuse.demo.padding import GLOBAL_TILE
 from epfuse.demo.record import Check, DemoRecord, Verdict
+from epfuse.report.terminal import figures, make_table
 
 COLOURS = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.INFORMATIVE: "yellow"}
 
@@ -38,13 +38,8 @@ def print_record(record: DemoRecord, console: Console) -> None:
 
 def layer_table(record: DemoRecord) -> Table:
     """Per layer: routes, a rank's local ones, its rows in blocks of BLOCK_M and in global 64-row tiles, max error."""
-    table = Table(title="Rows a rank, min / mean / max over the ranks", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    table.add_column("routes", justify="right")
-    table.add_column("local routes", justify="right", no_wrap=True)
-    table.add_column(f"blocks of {record.block_m}", justify="right", no_wrap=True)
-    table.add_column(f"{GLOBAL_TILE}-row tiles", justify="right")
-    table.add_column("max error", justify="right")
+    names = ("routes", "local routes", f"blocks of {record.block_m}", f"{GLOBAL_TILE}-row tiles", "max error")
+    table = make_table("", *map(figures, names), title="Rows a rank, min / mean / max over the ranks")
     for layer in record.layers:
         table.add_row(
             layer.label,
@@ -59,11 +54,7 @@ def layer_table(record: DemoRecord) -> Table:
 
 def check_table(checks: list[Check]) -> Table:
     """One row a check."""
-    table = Table(title="Checks", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("check")
-    table.add_column("measured", justify="right")
-    table.add_column("allowed", justify="right")
-    table.add_column("verdict")
+    table = make_table("check", figures("measured"), figures("allowed"), "verdict", title="Checks")
     for check in checks:
         colour = COLOURS[check.verdict]
         table.add_row(

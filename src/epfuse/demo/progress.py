@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import Console, bars
 
 POLL_SECONDS = 0.1
 
@@ -41,14 +39,7 @@ class StepBar:
     """
 
     def __init__(self, total: int, console: Console | None = None) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console or Console(stderr=True),
-            transient=True,
-        )
+        self._progress = bars(console=console)
         self._task = self._progress.add_task("starting", total=total)
 
     def __enter__(self) -> StepBar:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 
 from epfuse.errors import ConfigError
 from epfuse.planning.layer_times import Rival, Time, layer_times
 from epfuse.planning.model_plan import ModelPlan, plan_model, storages
 from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
 from epfuse.policy.auto import expert_budget
+from epfuse.report.terminal import figures, in_parts, make_table
 
 SHOWN_TOKENS = (1, 16, 64, 256, 1024, 8192)
 """Token counts of the table of one layer's times."""
@@ -40,17 +40,21 @@ def show(plan: ModelPlan, rival: Rival | None, console: Console) -> None:
     if len(ranks) > 1:
         held = ", ".join(f"{count} hold {experts}" for count, experts in ranks)
         console.print(f"E is no multiple of P: {held} experts. L and bytes are those of a rank that holds more.")
-    _print(console, "Layers", ("layers", "storage", "GB a rank", "why"), _layers(plan))
+    _print(console, "Layers", ("layers", "storage", figures("GB a rank"), "why"), _layers(plan))
     if next(plan.ranges(), None) is not None:
-        _print(console, "Calls", ("layers that keep", "T", "path", "block_m/gate_up/down", "why"), _calls(plan))
-        _print(console, "Tiles", ("T", "from"), _tiles(plan))
+        columns = ("layers that keep", figures("T"), "path", "block_m / gate_up / down", figures("why"))
+        _print(console, "Calls", columns, _calls(plan))
+        for number, reason in enumerate(_reasons(plan), 1):
+            console.print(f"{number}: {reason}", markup=False, highlight=False)
+        console.print()
+        _print(console, "Tiles", (figures("T"), "from"), _tiles(plan))
     _print(console, "Not taken", ("path", "why"), [(path.value, reason) for path, reason in plan.refused()])
     beside = "vLLM" if rival is None else rival.name
     title = "One layer beside vLLM's choice, microseconds: m measured, p predicted"
-    _print(console, title, ("T", "path", "epfuse", beside, "floor"), _times(plan, rival))
+    _print(console, title, (figures("T"), "path", *map(figures, ("epfuse", beside, "floor"))), _times(plan, rival))
     machine = serving.product.machine
     title = "Experts of one rank, and PREDICTED ms of both expert GEMMs in all layers of a decode step"
-    _print(console, title, ("stored as", "GB a rank", "fits", *CONCURRENCIES), _stored(plan))
+    _print(console, title, ("stored as", figures("GB a rank"), "fits", *map(figures, CONCURRENCIES)), _stored(plan))
     if machine is None:
         console.print(f"No times: nothing is calibrated for {serving.product.device_name}.", highlight=False)
     else:
@@ -70,14 +74,20 @@ def _layers(plan: ModelPlan) -> list[tuple[str, ...]]:
     return [(" ".join(names), kind[0], _gigabytes(sizes[kind]), kind[1]) for kind, names in rows.items()]
 
 
+def _reasons(plan: ModelPlan) -> list[str]:
+    """Why calls run as they do, each once: many rows have the same."""
+    return list(dict.fromkeys(entry.decision.reason for _, entry in plan.ranges()))
+
+
 def _calls(plan: ModelPlan) -> list[tuple[str, ...]]:
+    reasons = _reasons(plan)
     return [
         (
             layer.storage.value,
             _tokens(entry.min_tokens, entry.max_tokens),
             entry.decision.path.value,
-            entry.decision.tile_key or "",
-            entry.decision.reason,
+            in_parts(entry.decision.tile_key or ""),
+            str(reasons.index(entry.decision.reason) + 1),
         )
         for layer, entry in plan.ranges()
     ]
@@ -159,10 +169,8 @@ def _milliseconds(time: float | None) -> str:
     return "" if time is None else f"{time:.2f}"
 
 
-def _print(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
+def _print(console: Console, title: str, columns: Sequence[Column | str], rows: Sequence[Sequence[str]]) -> None:
+    table = make_table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
     console.print(table)

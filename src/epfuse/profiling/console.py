@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from epfuse.profiling.compare import compare
@@ -19,6 +18,7 @@ from epfuse.profiling.sentences import (
     describe_window,
     ms,
 )
+from epfuse.report.terminal import figures, make_table
 
 NUMBERS_WIDTH = 60
 """Columns of the phase table that come before the kernels' names."""
@@ -60,10 +60,8 @@ def print_comparison(a: Profile, b: Profile, console: Console) -> None:
         _line(console, f"{letter}: {profile.path}; {describe_device(profile)}; {describe_window(profile)}")
         for warning in profile.warnings:
             _line(console, f"warning: {letter}: {warning}")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("phase, a step", no_wrap=True)
-    for name in ("A calls", "B calls", "A us", "B us", "B - A us", "B / A"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("A calls", "B calls", "A us", "B us", "B - A us", "B / A")
+    table = make_table("phase, a step", *map(figures, names))
     for row in compare(a, b):
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         times = (f"{row.ns[0] / 1e3:.1f}", f"{row.ns[1] / 1e3:.1f}", f"{row.difference / 1e3:+.1f}")
@@ -73,11 +71,9 @@ def print_comparison(a: Profile, b: Profile, console: Console) -> None:
 
 def _phase_table(profile: Profile, width: int) -> Table:
     total = profile.time.kernel_sum or 1
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("phase", no_wrap=True)
-    for name in ("calls", "us", "%", "us a call"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("most of it", no_wrap=True)
+    whole = Column("most of it", no_wrap=True)  # shortened below, where its middle can go
+    phase = Column("phase", no_wrap=True)
+    table = make_table(phase, *map(figures, ("calls", "us", "%", "us a call")), whole)
     room = max(width - NUMBERS_WIDTH, 12)
     rows = [(phase.phase.value, phase.calls, phase.ns, phase.kernels[0].name) for phase in profile.phases]
     if profile.unclassified:

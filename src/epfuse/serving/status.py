@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from epfuse.errors import ConfigError
+from epfuse.report.terminal import figures, make_table
 from epfuse.serving.journal import ENDS, History, State, one_line, read_journal
 from epfuse.serving.layout import RunFolder, make_key
 from epfuse.serving.lock import Owner, read_owner
@@ -91,10 +90,8 @@ class RunStatus:
         title = self.run + (f" ({self.label})" if self.label else "")
         if len(places) == 1:
             title += f" at {next(iter(places))}"
-        table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
-        table.add_column("point", no_wrap=True)
-        for name in ("state", "try", "job", "for", *(["place"] if len(places) > 1 else [])):
-            table.add_column(name, overflow="fold", justify="right" if name in ("try", "for") else "left")
+        last = ["place"] if len(places) > 1 else []
+        table = make_table("point", "state", figures("try"), "job", figures("for"), *last, title=title)
         for point in self.points:
             state = Text(point.state, COLOURS.get(point.state, ""))
             attempt = str(point.attempt) if point.attempt else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from epfuse.arguments import checks_enums
@@ -35,12 +37,20 @@ class DeviceBench:
         device: where.
         sampling: how much is measured.
         seed: of weights, activations and routings.
+        say: called with what begins, where it may take seconds.
     """
 
-    def __init__(self, layer: Layer, device: torch.device, sampling: Sampling = QUICK, seed: int = 0) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        device: torch.device,
+        sampling: Sampling = QUICK,
+        seed: int = 0,
+        say: Callable[[str], None] = lambda what: None,
+    ) -> None:
         self.layer_sizes = layer
         self.device = device
-        self.weights: LayerWeights = LayerWeights(layer, seed, device)
+        self.weights: LayerWeights = LayerWeights(layer, seed, device, say)
         self._sampling = sampling
         self._seed = seed
         self._method = Method.GRAPH if device.type == "cuda" else Method.PLAIN

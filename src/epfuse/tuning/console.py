@@ -5,28 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from epfuse.families.family import Stage
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import Console, figures, in_parts, make_table
 from epfuse.tuning.run import Device, Request
 from epfuse.tuning.search import Outcome, Plan
 from epfuse.tuning.trials import Result, fastest
-
-
-def progress() -> Progress:
-    """Bars on stderr, with the time that is left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 
 class ProgressWatch:
     """A `run.Watch` that moves bars.
 
     Args:
-        progress: from `progress`.
+        progress: the bars.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -75,9 +68,8 @@ def show(request: Request, outcomes: Sequence[Outcome], planned: int, console: C
         f" {request.folder}",
         highlight=False,
     )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("path", "T", "before us", "after us", "faster", "gate_up of floor", "down of floor", "tiles"):
-        table.add_column(column, overflow="fold")
+    numbers = ("T", "before us", "after us", "faster", "gate_up of floor", "down of floor")
+    table, tiles = make_table("path", *map(figures, numbers)), tile_table()
     for outcome in outcomes:
         best = [
             row for rows in outcome.rows.values() for row in rows if row.block_m == outcome.tiles.block_m
@@ -89,9 +81,11 @@ def show(request: Request, outcomes: Sequence[Outcome], planned: int, console: C
             f"{outcome.after_us:.1f}",
             f"{outcome.before_us / outcome.after_us - 1:.1%}",
             *(f"{row.roofline:.0%}" for row in best),
-            outcome.tiles.key,
         )
-    console.print(table)
+        tiles.add_row(outcome.point.path.value, str(outcome.point.tokens), in_parts(outcome.tiles.key))
+    if outcomes:
+        console.print(table)
+        console.print(tiles)
     if planned > len(outcomes):
         left = planned - len(outcomes)
         console.print(f"{left} of {planned} points were not begun in time; the same command goes on.", highlight=False)
@@ -119,9 +113,8 @@ def show_results(results: Sequence[Result], device: Device, console: Console) ->
     console.print(
         f"{device.name} ({device.target.value}), torch {device.torch}, triton {device.triton}", highlight=False
     )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("path", "T", "layer us", "gate_up us", "down us", "tiles", "verdict"):
-        table.add_column(column, overflow="fold")
+    numbers = ("T", "layer us", "gate_up us", "down us")
+    table, tiles = make_table("path", *map(figures, numbers), "verdict"), tile_table()
     best = fastest(results)
     for result in results:
         times = (result.layer_us, *(result.stage_us.get(stage) for stage in Stage))
@@ -130,7 +123,13 @@ def show_results(results: Sequence[Result], device: Device, console: Console) ->
             result.trial.path.value,
             str(result.trial.tokens),
             *("-" if time is None or not right else f"{time:.1f}" for time in times),
-            result.trial.tiles().key,
             ("fastest" if result in best else "right") if right else result.fault,
         )
+        tiles.add_row(result.trial.path.value, str(result.trial.tokens), in_parts(result.trial.tiles().key))
     console.print(table)
+    console.print(tiles)
+
+
+def tile_table() -> Table:
+    """The tiles of a table's rows, which are too long to stand in it."""
+    return make_table("path", figures("T"), "block_m / gate_up / down")

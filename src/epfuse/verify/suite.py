@@ -50,6 +50,7 @@ def run(
     subjects: tuple[Subject, ...],
     advance: Callable[[], None] = lambda: None,
     scenarios: list[Scenario] | None = None,
+    say: Callable[[str], None] = lambda what: None,
 ) -> Record:
     """Verify ``subjects``: on each rank, each scenario against the float64 oracle; then the sum over the ranks.
 
@@ -61,12 +62,13 @@ def run(
         subjects: from `subjects_of`; the device must be able to run them.
         advance: called after each scenario of each rank.
         scenarios: None for all of the problem.
+        say: called with what begins, where it may take seconds.
     """
     scenarios = make_scenarios(problem) if scenarios is None else scenarios
     cases = []
     for stored in _kinds_stored(subjects):
         alike = [subject for subject in subjects if subject.stored is stored]
-        cases += _run_alike(problem, stored, alike, scenarios, advance)
+        cases += _run_alike(problem, stored, alike, scenarios, advance, say)
     return Record(problem, cases)
 
 
@@ -80,6 +82,7 @@ def _run_alike(
     subjects: list[Subject],
     scenarios: list[Scenario],
     advance: Callable[[], None],
+    say: Callable[[str], None],
 ) -> list[CaseResult]:
     """`run` for subjects whose weights are made from the same ones."""
     activation = problem.activation
@@ -93,9 +96,11 @@ def _run_alike(
     oracle_sums = [_zeros(s) for s in scenarios]
     unsharded = [_zeros(s) for s in scenarios]
     for rank in range(problem.ep_size):
+        say(f"{stored.value} weights of rank {rank}")
         source = (rank_weights if stored is Stored.DENSE else rank_mxfp8)(problem, rank)
         weights = {subject: in_format(source, subject.form, problem.target) for subject in subjects}
         expert_map = ExpertMap.contiguous(problem.experts, problem.ep_size, rank, problem.device)
+        say(f"rank {rank} of {problem.ep_size}")
         for index, scenario in enumerate(scenarios):
             inputs = (scenario.hidden, source, scenario.topk_weights, scenario.topk_ids, expert_map, activation)
             oracle = run_reference(*inputs, compute=torch.float64)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.serve.selection import Choice, selects
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import figures, make_table, stdout
 
 if TYPE_CHECKING:
     from epfuse.serving.matrix import Row
@@ -77,18 +74,14 @@ def _record(choice: Choice, jobs: list[PointJob], several: list[Row]) -> dict[st
 
 
 def _show(choice: Choice, jobs: list[PointJob], several: list[Row]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = stdout(200)
     recipe = choice.loaded.recipe
 
     def say(line: str) -> None:
         console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
     say(f"{recipe.name}: {recipe.about.strip()}")
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("point", overflow="fold")
-    for column in ("GPUs", "max len", "requests"):
-        table.add_column(column, justify="right")
-    table.add_column("evals")
+    table = make_table("point", *map(figures, ("GPUs", "max len", "requests")), "evals")
     for job in jobs:
         evals = ", ".join(job.gate.evals) + (" only" if job.point.eval_only else "") if job.point.is_eval else ""
         table.add_row(job.point.name, *map(str, (job.gpus, job.point.max_model_len, job.client.prompts)), evals)

@@ -19,14 +19,12 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ConfigError: the folder has no run.
     """
-    from rich.progress import Progress
-
-    from epfuse.report.terminal import Console
+    from epfuse.report.terminal import bars
     from epfuse.serving.layout import RunFolder
     from epfuse.serving.record import collect
 
     began = time.monotonic()
-    progress = Progress(console=Console(stderr=True), transient=True)
+    progress = bars()
     task = progress.add_task("reading points")
     try:
 
