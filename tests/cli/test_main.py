@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import click
 import pytest
@@ -24,6 +25,26 @@ def test_help_loads_no_torch() -> None:
     assert result.returncode == 0, result.stderr
     for name in cli.COMMANDS:
         assert f"\n  {name} " in result.stdout
+
+
+def _commands(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[click.Command, tuple[str, ...]]]:
+    yield command, words
+    if isinstance(command, click.Group):
+        with click.Context(command, info_name=words[-1]) as context:
+            for name in command.list_commands(context):
+                found = command.get_command(context, name)
+                assert found is not None
+                yield from _commands(found, (*words, name))
+
+
+def test_every_help_names_the_command_and_its_examples_lie_on_lines_of_their_own() -> None:
+    for command, words in _commands(cli.main, ("epfuse",)):
+        result = CliRunner().invoke(cli.main, [*words[1:], "--help"])
+        assert result.exit_code == 0
+        assert result.output.startswith(f"Usage: {' '.join(words)} ")
+        assert "\\b" not in result.output
+        if not isinstance(command, click.Group):
+            assert re.search(rf"^ *(Examples?: )?{' '.join(words)}\b", result.output, re.MULTILINE), words
 
 
 def test_version() -> None:

@@ -42,7 +42,15 @@ def names_option(option: str, variable: str, known: Iterable[str]) -> Callable[[
     return click.option(option, variable, callback=split, metavar="NAME,..", help=text)
 
 
-@click.command()
+EPILOG = """\b
+Examples:
+  epfuse aot --target gfx942 --stage gate_up,down --markdown
+  epfuse aot --execute --seed 7
+  epfuse aot --execute --cases all --faults all --keep results --json
+"""
+
+
+@click.command(epilog=EPILOG)
 @names_option("--target", "targets", TARGETS)
 @names_option("--stage", "stages", STAGES)
 @names_option("--path", "paths", PATHS)
@@ -79,7 +87,7 @@ def aot(
     seed: int | None,
     keep: Path | None,
 ) -> None:
-    r"""Compile every kernel that a call can launch, without the GPU, and check its resources.
+    """Compile every kernel that a call can launch, without the GPU, and check its resources.
 
     The launchers run on tensors without data, so what is compiled is what they launch: each kernel in each tile, with
     Triton's own specialisation of the arguments. From the code objects come registers, spills, scratch, LDS or shared
@@ -89,12 +97,6 @@ def aot(
     --execute runs the compiled machine code of gfx942 on this CPU, under a model of its instruction set, and compares
     what it writes with the reference; and drops instructions, to see that the comparison notices. "share" is what a
     seed draws, minutes on two CPUs; "all" takes hours. Exit code 1 if anything differs.
-
-    \b
-    Examples:
-      epfuse aot --target gfx942 --stage gate_up,down --markdown
-      epfuse aot --execute --seed 7
-      epfuse aot --execute --cases all --faults all --keep results --json
     """
     if as_json and as_markdown:
         raise ConfigError("--json and --markdown exclude each other")

@@ -20,20 +20,22 @@ REPORT_COLUMNS = 80
 COLOURS = {"good": "green", "warning": "yellow", "bad": "bold red"}
 
 
-@click.command()
+EPILOG = """\b
+Examples:
+  epfuse doctor
+  epfuse doctor --report > report.txt
+"""
+
+
+@click.command(epilog=EPILOG)
 @click.option("--json", "as_json", is_flag=True, help="Print the diagnosis as JSON.")
 @click.option("--report", is_flag=True, help="Print one block of plain text for a bug report.")
 def doctor(as_json: bool, report: bool) -> None:
-    r"""Say what epfuse finds on this machine, what of it is wrong, and what mends it.
+    """Say what epfuse finds on this machine, what of it is wrong, and what mends it.
 
     Each line is good, a warning (it works, but slower or with less) or bad. The last one is a real call, on the GPU or
     else on the CPU, compared with float64. Nothing is sent anywhere; host names, names of people, paths of homes and
     tokens are left out of every output. Exit code 1 if anything is bad.
-
-    \b
-    Examples:
-      epfuse doctor
-      epfuse doctor --report > report.txt
     """
     if as_json and report:
         raise click.UsageError("--json and --report are two forms of one output; give one of them")

@@ -72,7 +72,11 @@ class LazyGroup(PlainCommand, click.Group):
 
 
 @click.group(
-    cls=LazyGroup, package="epfuse.cli", table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+    "epfuse",
+    cls=LazyGroup,
+    package="epfuse.cli",
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="epfuse")
 @click.pass_context

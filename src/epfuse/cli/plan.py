@@ -48,7 +48,14 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: str | None
     return size
 
 
-@click.command()
+EPILOG = """\b
+Examples:
+  epfuse plan --config minimax-m3 --ep-size 8 --device mi300x --max-model-len 9472
+  epfuse plan --config ./Qwen3-30B-A3B --ep-size 2 --device h200 --max-model-len 9472 --html plan.html
+"""
+
+
+@click.command(epilog=EPILOG)
 @click.option(
     "--config",
     "source",

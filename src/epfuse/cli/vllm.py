@@ -27,7 +27,14 @@ def vllm() -> None:
     """Serve with vLLM and epfuse's experts."""
 
 
-@vllm.command()
+EPILOG = """\b
+Examples:
+  epfuse vllm explain --model ./MiniMax-M3 --tp 8 --target sm_90 --device "NVIDIA H200"
+  epfuse vllm explain --no-ep --vllm-version 0.25.1 --json
+"""
+
+
+@vllm.command(epilog=EPILOG)
 @click.option(
     "--model",
     type=click.Path(exists=True, path_type=Path),
@@ -124,7 +131,7 @@ _site_option = click.option(
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@patch.command()
+@patch.command(epilog="Example: epfuse vllm patch status --site venv/lib/python3.12/site-packages")
 @_site_option
 @_json_option
 def status(root: Path | None, as_json: bool) -> None:
@@ -132,7 +139,7 @@ def status(root: Path | None, as_json: bool) -> None:
     _show(run.status(find_site(root)), as_json)
 
 
-@patch.command()
+@patch.command(epilog="Example: epfuse vllm patch apply --site venv/lib/python3.12/site-packages")
 @_site_option
 @_json_option
 def apply(root: Path | None, as_json: bool) -> None:
@@ -140,7 +147,7 @@ def apply(root: Path | None, as_json: bool) -> None:
     _show(run.apply(find_site(root)), as_json)
 
 
-@patch.command()
+@patch.command(epilog="Example: epfuse vllm patch verify --site venv/lib/python3.12/site-packages")
 @_site_option
 @_json_option
 def verify(root: Path | None, as_json: bool) -> None:
@@ -149,7 +156,7 @@ def verify(root: Path | None, as_json: bool) -> None:
     _show(report, as_json, passed=report.state is run.State.APPLIED)
 
 
-@patch.command()
+@patch.command(epilog="Example: epfuse vllm patch revert --site venv/lib/python3.12/site-packages")
 @_site_option
 @_json_option
 def revert(root: Path | None, as_json: bool) -> None:

@@ -16,7 +16,13 @@ from epfuse.report.terminal import bars
 TARGETS = ("sm_90", "gfx942", "gfx950")
 
 
-@click.command()
+EPILOG = """\b
+Example:
+  epfuse warmup --target sm_90 --device "NVIDIA H200" --tp 8 --max-tokens 8192 --out kernels
+"""
+
+
+@click.command(epilog=EPILOG)
 @click.option(
     "--model",
     type=click.Path(exists=True, path_type=Path),
@@ -44,15 +50,11 @@ def warmup(
     times: bool,
     as_json: bool,
 ) -> None:
-    r"""Compile every kernel that a model's layers can launch, into a folder that goes into a container image.
+    """Compile every kernel that a model's layers can launch, into a folder that goes into a container image.
 
     Neither a GPU nor its driver is needed; for sm_90 a C compiler is, for Triton's launchers. Where the folder is named
     by EPFUSE_KERNELS, epfuse compiles nothing that is in it. It must have been made with the same triton, epfuse and
     CPython; if not, the log says so and it is not used.
-
-    \b
-    Example:
-      epfuse warmup --target sm_90 --device "NVIDIA H200" --tp 8 --max-tokens 8192 --out kernels
     """
     if find_spec("triton") is None:
         raise MissingDependency("'epfuse warmup' needs triton: pip install 'epfuse[cpu]'")

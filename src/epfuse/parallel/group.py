@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from epfuse.arguments import checks_enums, integer
+from epfuse.arguments import integer, member
 from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
 
@@ -117,12 +117,11 @@ class EPGroup:
         """
         return ExpertMap.contiguous(num_experts, self.size, self.rank, device)
 
-    @checks_enums
     def all_reduce(self, partial: torch.Tensor, sum_in: SumIn = SumIn.FLOAT32) -> torch.Tensor:
         """Sum over the ranks: `start_all_reduce`, and wait."""
+        member("sum_in", sum_in, SumIn)
         return self.start_all_reduce(partial, sum_in).finish()
 
-    @checks_enums
     def start_all_reduce(self, partial: torch.Tensor, sum_in: SumIn = SumIn.FLOAT32) -> Pending:
         """Begin to sum over the ranks.
 
@@ -137,13 +136,13 @@ class EPGroup:
         Returns:
             The sum, same shape, dtype and device; the same bits on every rank.
         """
+        member("sum_in", sum_in, SumIn)  # not by a decorator, which torch.compile can't trace
         if self.size == 1:
             return self._alone(partial)
         wire = self._on_wire(partial, sum_in)
         work = dist.all_reduce(wire, dist.ReduceOp.SUM, group=self.process_group, async_op=True)
         return Pending(wire, partial, work, self.waiting, wire)
 
-    @checks_enums
     def start_reduce_scatter(self, partial: torch.Tensor, sum_in: SumIn = SumIn.FLOAT32) -> Pending:
         """Begin to sum over the ranks, of which each gets its own share of the rows.
 
@@ -154,6 +153,7 @@ class EPGroup:
         Returns:
             ``[n, ...]``: rows ``rank * n`` to ``(rank + 1) * n`` of the sum.
         """
+        member("sum_in", sum_in, SumIn)  # not by a decorator, which torch.compile can't trace
         if self.size == 1:
             return self._alone(partial)
         wire = self._on_wire(partial, sum_in)
