@@ -22,7 +22,6 @@ from triton.backends.driver import DriverBase
 
 from epfuse.aot.amdgcn import LDS
 from epfuse.aot.isa.definedness import Definedness
-from epfuse.aot.isa.kernarg import flatten
 from epfuse.aot.isa.program import Program, parse
 from epfuse.aot.isa.recorded import Launched, Recorded, regions_of
 from epfuse.aot.launches import TRITON_TARGETS
@@ -144,19 +143,16 @@ class _Driver(DriverBase):  # type: ignore[misc]
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """What Triton calls for each launch of a kernel."""
-        names, types = source.fn.arg_names, list(source.signature.values())
+        names, types = source.fn.arg_names, tuple(source.signature.values())
         threads, lds_bytes = metadata.num_warps * metadata.warp_size, metadata.shared
 
         def launcher(x: int, y: int, z: int, stream: int, loaded: _Loaded, *rest: Any) -> None:
             session = triton.runtime.driver.active.session  # a kernel is kept for longer than a session lasts
             given = (value.tensor if isinstance(value, Extent) else value for value in rest[4:])
             arguments = dict(zip(names, given, strict=True))
-            values = flatten(types, list(arguments.values()))
             tensors = [(name, value) for name, value in arguments.items() if isinstance(value, torch.Tensor)]
             regions = regions_of(tensors, session.defined)
-            recorded = Recorded(
-                loaded.program, loaded.hash, (x, y, z), threads, lds_bytes, arguments, tuple(values), regions
-            )
+            recorded = Recorded(loaded.program, loaded.hash, (x, y, z), threads, lds_bytes, arguments, types, regions)
             session.run(recorded)
 
         return launcher

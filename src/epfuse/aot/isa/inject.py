@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -33,6 +33,8 @@ EACH = 4
 """Faults of a kind and a kernel."""
 STEPS = {"even": 384, "masked": 320}
 """K of a GEMM: three steps, so that the pipelined loop runs too, without a tail and with one."""
+STEP = 128
+"""K of one step, after which nothing may be loaded."""
 NARROW = 64
 """Its N: few workgroups, as each fault runs them again."""
 LEAST = 0.95
@@ -181,8 +183,8 @@ class Broken:
     Attributes:
         kernel: its name.
         exact: the layer that launches it.
-        twins: for code with a tail, the same layer without one, and with nothing else: there too a fault may be
-            noticed.
+        twins: layers whose numbers the same code multiplies: one step; where it has a tail, none, and nothing else.
+            A fault may be noticed there too.
     """
 
     kernel: str
@@ -200,13 +202,17 @@ def subjects() -> list[Broken]:
     found = []
     for subject, stage in product(SUBJECTS, ("gate_up", "down")):
         layers = {}
-        for name, steps in {**STEPS, "tail": TAIL}.items():
+        for name, steps in {**STEPS, "step": STEP, "tail": TAIL}.items():
             sizes = (steps, NARROW) if stage == "gate_up" else (NARROW, steps)
             shape = LayerShape(*sizes, EXPERTS, LOCAL, TOP_K)
             layers[name] = Exact(subject.path, subject.form, torch.bfloat16, subject.combine, shape, FEW, LIVE, SEED)
         kernel = f"{stage}{'_fp8' if subject.path in FP8_PATHS else ''}_kernel"
-        twins = (layers["even"],) if subject.path is Path.BLOCK_FP8 else (layers["even"], layers["tail"])
-        found += [Broken(kernel, layers["even"]), Broken(kernel, layers["masked"], twins)]
+        even, masked, step, tail = (layers[name] for name in ("even", "masked", "step", "tail"))
+        if subject.path is Path.BLOCK_FP8:  # whose code for one block of scales in a row is another one
+            found += [Broken(kernel, even), Broken(kernel, masked, (even,))]
+        else:
+            traps = tuple(replace(exact, traps=True) for exact in (tail, masked))
+            found += [Broken(kernel, even, (step,)), Broken(kernel, masked, (even, tail, *traps))]
     return found
 
 
@@ -219,21 +225,40 @@ def inject(broken: Broken, kept: Kept) -> Injected:
     """Drop `EACH` instructions of every kind of one kernel, one at a time, or take what is kept of that."""
     if (before := kept.load(broken.name, Injected)) is not None:
         return before
-    launches = [_launch(broken.kernel, exact) for exact in (broken.exact, *broken.twins)]
-    wanted = [expected(launched.recorded) for launched in launches]
-    reached = launches[0].counts.reached
-    program, found = launches[0].recorded.program, Injected(broken.name)
-    for twin in launches[1:]:
-        reached = reached | twin.recorded.run(program).counts.reached
+    own, *others = (_launch(broken.kernel, exact) for exact in (broken.exact, *broken.twins))
+    program, found, reached = own.recorded.program, Injected(broken.name), own.counts.reached
+    launches = [own.recorded, *(other.recorded for other in others), without_columns(own.recorded)]
+    wanted = [expected(recorded) for recorded in launches]
+    for twin, want in zip(launches[1:], wanted[1:], strict=True):
+        launched = twin.run(program)
+        if compare(launched, want):
+            raise IsaError(f"{broken.name} is wrong before anything is dropped")
+        reached = reached | launched.counts.reached
     draw = random.Random(f"{SEED} {found.kernel}")
     for kind, places in kinds_of(program).items():
         found.total[kind] = len(places)
         for index in sorted(draw.sample(places, min(EACH, len(places)))):
             outcome, faulty = "", program.without(index)
-            for launched, want in zip(launches, wanted, strict=True):
-                outcome = outcome or _outcome(launched.recorded, faulty, want)
+            for recorded, want in zip(launches, wanted, strict=True):
+                outcome = outcome or _outcome(recorded, faulty, want)
             found.faults.append(Fault(kind, index, program.instructions[index].text, outcome, index in reached))
     return kept.save(broken.name, Injected, found)
+
+
+def without_columns(recorded: Recorded) -> Recorded:
+    """The launch of a GEMM of matrices without a column, which no call makes: nothing may be read, sums are zero.
+
+    The code guards its first loads against it. Nothing else shows that the guards are there.
+    """
+    size = "H" if "w13" in recorded.arguments else "I"
+    changed = {name: 0 for name in (size, "G") if name in recorded.arguments}
+    matrices = [name for name in recorded.arguments if name.removesuffix("_scale") in ("x", "y", "w13", "w2")]
+    empty = {
+        name: tensor.new_empty((*tensor.shape[:-1], 0))
+        for name in matrices
+        if (tensor := recorded.arguments[name]) is not None
+    }
+    return recorded.given(changed | empty)
 
 
 def _launch(kernel: str, exact: Exact) -> Launched:

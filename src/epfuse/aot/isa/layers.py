@@ -31,6 +31,8 @@ class Exact:
         tokens: T.
         live: local routes, of the T*K.
         seed: of the numbers and the routing.
+        traps: whether every second row of the weights begins with NaN, which spoils the row before it if a column past
+            its end is read. Not with block FP8, where a row shares its scales with others.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class Exact:
     tokens: int
     live: int
     seed: int
+    traps: bool = False
 
     @property
     def name(self) -> str:
@@ -110,8 +113,12 @@ class Exact:
         """A rank's experts in the case's format."""
         stacks = self.dense(rank)
         if self.form is WeightFormat.DENSE:
+            for stack in stacks if self.traps else ():
+                stack[:, 1::2, 0] = torch.nan
             return ExpertWeights.dense(*(stack.to(self.dtype) for stack in stacks))
         packed = [MXFP8.quantize(stack) for stack in stacks]
+        for each in packed if self.traps else ():
+            each.values.view(torch.uint8)[:, 1::2, 0] = 0x7F
         parts = [part for stack in packed for part in (stack.values, stack.scales)]
         if self.form in (WeightFormat.BLOCK_FP8, WeightFormat.BLOCK_FP8_FNUZ):
             made = ExpertWeights.block_fp8(*parts)

@@ -13,7 +13,7 @@ import torch
 
 from epfuse.aot.isa.counts import Counts
 from epfuse.aot.isa.definedness import Definedness
-from epfuse.aot.isa.kernarg import kernarg
+from epfuse.aot.isa.kernarg import flatten, kernarg
 from epfuse.aot.isa.memory import BASE, Memory
 from epfuse.aot.isa.program import Program
 from epfuse.aot.isa.run import launch
@@ -79,7 +79,7 @@ class Recorded:
         threads: of a workgroup.
         lds_bytes: that the launch asks for.
         arguments: name -> value, constants too.
-        values: Triton's type and the value of each run-time argument, as they lie in memory.
+        types: Triton's, of each of them.
         before: the tensors' bytes.
     """
 
@@ -89,7 +89,7 @@ class Recorded:
     threads: int
     lds_bytes: int
     arguments: dict[str, Any]
-    values: tuple[tuple[str, Any], ...]
+    types: tuple[Any, ...]
     before: tuple[Region, ...]
 
     def run(
@@ -108,7 +108,8 @@ class Recorded:
         program = program or self.program
         memory = Memory()
         addresses = [region.place(memory) for region in self.before]
-        values = [(kind, self._value(value, addresses)) for kind, value in self.values]
+        flat = flatten(self.types, list(self.arguments.values()))
+        values = [(kind, self._value(value, addresses)) for kind, value in flat]
         segment = kernarg(program, values, self.grid, self.threads, self.lds_bytes)
         stored = 0
 
@@ -128,6 +129,13 @@ class Recorded:
             defined = ~memory.undefined_bytes(address, size)
             after.append(replace(region, data=memory.read(address, size), defined=defined))
         return Launched(self, tuple(after), counts)
+
+    def given(self, changed: dict[str, Any]) -> Recorded:
+        """The same launch with other arguments; tensors that are none of them any more have no memory."""
+        arguments = self.arguments | changed
+        kept = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.numel()]
+        before = tuple(region for region in self.before if any(region.holds(tensor) for tensor in kept))
+        return replace(self, arguments=arguments, before=before)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A copy of an argument's tensor as it was before."""
