@@ -23,7 +23,7 @@ from epfuse.aot.isa.recorded import Launched, Recorded
 from epfuse.aot.isa.registers import EXEC, Register
 from epfuse.aot.tasks import start
 from epfuse.api import fused_experts
-from epfuse.config import LayerShape, Path
+from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families.registry import FP8_PATHS
 from epfuse.workers import Died, Workers
 
@@ -211,7 +211,7 @@ def subjects() -> list[Broken]:
         if subject.path is Path.BLOCK_FP8:  # whose code for one block of scales in a row is another one
             found += [Broken(kernel, even), Broken(kernel, masked, (even,))]
         else:
-            # Triton's own conversion of E4M3FN on gfx942, which weights that are not prepared need, makes numbers of NaN
+            # Weights that are not prepared need Triton's own conversion of E4M3FN, which makes numbers of NaN
             trapped = () if subject.form is WeightFormat.MXFP8 else (tail, masked)
             traps = tuple(replace(exact, traps=True) for exact in trapped)
             found += [Broken(kernel, even, (step,)), Broken(kernel, masked, (even, tail, *traps))]
