@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tools.serve_on_gpu.arms import Arm, Workplace, what_the_log_says
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, OutOfTime, say
+from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
 from tools.serve_on_gpu.servers import READY, STOP, complete
 
-from epfuse.errors import EpfuseError
 from epfuse.serving import gate
 from epfuse.serving.point import Gate
 from epfuse.serving.prompts import PROMPTS
@@ -112,21 +112,17 @@ def logprobs(
         if folder.has("logprobs", number, Arm.EPFUSE):
             continue
         record: dict[str, Any] = {"complete": False, "model": f"seeded minimax-m3, {form}", "facts": facts}
-        try:
-            with budget.work("a pair of servers", 2 * SECONDS):
-                known = known or reference()
-                errors = {arm: _errors(place, arm, f"{form}-{arm}", known, budget) for arm in Arm}
-                record |= compare(errors[Arm.EPFUSE], errors[Arm.NONE]) | {"complete": True}
-        except OutOfTime as late:
-            outcome.left.append(f"log probabilities of {form} and those after it: {late}")
-            break
-        except EpfuseError as error:
-            record["error"] = str(error)
-            outcome.failed.append(f"log probabilities of {form}: {error}")
-        else:
+        keep = partial(folder.keep, "logprobs", number, Arm.EPFUSE, record)
+        with (
+            outcome.attempt(f"log probabilities of {form}", record, keep, " and those after it"),
+            budget.work("a pair of servers", 2 * SECONDS),
+        ):
+            known = known or reference()
+            errors = {arm: _errors(place, arm, f"{form}-{arm}", known, budget) for arm in Arm}
+            record |= compare(errors[Arm.EPFUSE], errors[Arm.NONE]) | {"complete": True}
             say(f"{form}: {record['reason']}")
-            outcome.failed += [] if record["passed"] else [f"{form}: {record['reason']}"]
-        folder.keep("logprobs", number, Arm.EPFUSE, record)
+        if outcome.left:
+            break
     return outcome
 
 
@@ -184,26 +180,20 @@ def recite(
     if folder.has("recite", 1, Arm.EPFUSE):
         return outcome
     record: dict[str, Any] = {"complete": False, "model": "reciting minimax-m3", "facts": facts}
-    try:
-        with budget.work("a server", SECONDS), serving(place, Arm.EPFUSE, "recite", budget) as running:
+    with (
+        outcome.attempt("the recital", record, partial(folder.keep, "recite", 1, Arm.EPFUSE, record)),
+        budget.work("a server", SECONDS),
+        serving(place, Arm.EPFUSE, "recite", budget) as running,
+    ):
 
-            def said() -> dict[str, str]:
-                answers = {
-                    prompt: complete(running.port, running.model, prompt, len(rest))
-                    for prompt, rest in sentences.items()
-                }
-                return {prompt: "".join(token for token, _ in answer) for prompt, answer in answers.items()}
+        def said() -> dict[str, str]:
+            answers = {
+                prompt: complete(running.port, running.model, prompt, len(rest)) for prompt, rest in sentences.items()
+            }
+            return {prompt: "".join(token for token, _ in answer) for prompt, answer in answers.items()}
 
-            found = running.during(said)
+        found = running.during(said)
         passed = found == sentences
         words = "every sentence is recited" if passed else f"it says {found}, and should say {sentences}"
         record |= {"complete": True, "passed": passed, "reason": words}
-        outcome.failed += [] if passed else [words]
-    except OutOfTime as late:
-        outcome.left.append(f"the recital: {late}")
-        return outcome
-    except EpfuseError as error:
-        record["error"] = str(error)
-        outcome.failed.append(f"the recital: {error}")
-    folder.keep("recite", 1, Arm.EPFUSE, record)
     return outcome

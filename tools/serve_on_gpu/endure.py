@@ -16,15 +16,15 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tools.serve_on_gpu.answers import Running, serving
 from tools.serve_on_gpu.arms import Arm, Workplace, compiled_since
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, OutOfTime, say
+from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
 from tools.serve_on_gpu.servers import STOP, complete
 
-from epfuse.errors import EpfuseError
 from epfuse.serving.node import Gpus
 from epfuse.serving.server import ask, marked_processes
 
@@ -65,21 +65,12 @@ def run(place: Workplace, requests: int, folder: Folder, budget: Budget, facts: 
     if folder.has("endure", 1, Arm.EPFUSE):
         return outcome
     record: dict[str, Any] = {"complete": False, "model": place.model, "facts": facts}
-    try:
-        with (
-            budget.work("a server with its requests", START_SECONDS + 60),
-            serving(place, Arm.EPFUSE, "endure", budget, *ARGUMENTS) as running,
-        ):
-            record |= _one(running, requests, budget)
-    except OutOfTime as late:
-        outcome.left.append(f"the long run: {late}")
-        return outcome
-    except EpfuseError as error:
-        record["error"] = str(error)
-        outcome.failed.append(f"the long run: {error}")
-    else:
-        outcome.failed += [] if record["passed"] else [f"the long run: {record['reason']}"]
-    folder.keep("endure", 1, Arm.EPFUSE, record)
+    with (
+        outcome.attempt("the long run", record, partial(folder.keep, "endure", 1, Arm.EPFUSE, record)),
+        budget.work("a server with its requests", START_SECONDS + 60),
+        serving(place, Arm.EPFUSE, "endure", budget, *ARGUMENTS) as running,
+    ):
+        record |= _one(running, requests, budget)
     return outcome
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import Any
 
 from tools.serve_on_gpu.arms import VLLM, Workplace, compiled_since, what_the_log_says
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, OutOfTime, say
+from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
 from tools.serve_on_gpu.servers import Wanted
 
-from epfuse.errors import EpfuseError
 from epfuse.input_file import read_object
 from epfuse.serving.client import run_client
 from epfuse.serving.load import LoadFault
@@ -45,18 +45,16 @@ def run(
         cold = not place.has_cache(one.arm)
         ran = sum(before.arm is one.arm for before in wanted[:number])
         record: dict[str, Any] = {"complete": False, "model": place.model, "cold": cold, "facts": facts, "run": ran}
-        try:
-            with budget.work("a cold run" if cold else "a run", COLD_SECONDS if cold else WARM_SECONDS):
-                say(f"offline run {number} of {len(wanted)}: {one.arm}, caches {'empty' if cold else 'filled'}")
-                record |= _one(place, folder, number, one, sizes, budget)
-                say(f"{record['tokens_per_second']:.0f} tokens/s")
-        except OutOfTime as late:
-            outcome.left.append(f"offline run {number} ({one.arm}) and those after it: {late}")
+        keep = partial(folder.keep, "offline", number, one.arm, record)
+        with (
+            outcome.attempt(f"offline run {number} ({one.arm})", record, keep, " and those after it"),
+            budget.work("a cold run" if cold else "a run", COLD_SECONDS if cold else WARM_SECONDS),
+        ):
+            say(f"offline run {number} of {len(wanted)}: {one.arm}, caches {'empty' if cold else 'filled'}")
+            record |= _one(place, folder, number, one, sizes, budget)
+            say(f"{record['tokens_per_second']:.0f} tokens/s")
+        if outcome.left:
             break
-        except EpfuseError as error:
-            record["error"] = str(error)
-            outcome.failed.append(f"offline run {number} ({one.arm}): {error}")
-        folder.keep("offline", number, one.arm, record)
     return outcome
 
 

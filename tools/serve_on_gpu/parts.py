@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -74,6 +74,29 @@ class Outcome:
 
     failed: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def attempt(self, what: str, record: dict[str, Any], keep: Callable[[], None], rest: str = "") -> Iterator[None]:
+        """One thing of a part. Its end is kept, whatever it is; only what there was no time for leaves no record.
+
+        Args:
+            what: in messages.
+            record: gets "error" if it fails; with "passed" False and a "reason" it has failed, too.
+            keep: writes the record.
+            rest: what is left beside it if there was no time.
+        """
+        try:
+            yield
+        except OutOfTime as late:
+            self.left.append(f"{what}{rest}: {late}")
+            return
+        except EpfuseError as error:
+            record["error"] = str(error)
+            self.failed.append(f"{what}: {error}")
+        else:
+            if record.get("passed") is False:
+                self.failed.append(f"{what}: {record['reason']}")
+        keep()
 
     def finish(self) -> NoReturn:
         """Say it and exit: 1 if something failed, 75 if something is left."""

@@ -10,14 +10,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tools.serve_on_gpu.arms import Arm, Workplace, compiled_since, what_the_log_says
 from tools.serve_on_gpu.bench import Bench
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, OutOfTime, say
+from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
 
-from epfuse.errors import ConfigError, EpfuseError
+from epfuse.errors import ConfigError
 from epfuse.serving.point import Client
 from epfuse.serving.server import Server, ServerFault, ask, free_port
 
@@ -138,16 +139,16 @@ def run(
             place.empty(server.arm)
         cold = not place.has_cache(server.arm)
         record: dict[str, Any] = {"complete": False, "model": place.model, "cold": cold, "facts": facts, "points": []}
-        try:
-            with budget.work("a server without caches" if cold else "a server", COLD_SECONDS if cold else WARM_SECONDS):
-                say(f"server {number} of {len(wanted)}: {server.arm}, caches {'empty' if cold else 'filled'}")
-                _one(place, folder, number, server.arm, loads, bench, budget, record)
-        except OutOfTime as late:
-            outcome.left.append(f"server {number} ({server.arm}) and those after it: {late}")
+        keep = partial(folder.keep, "serve", number, server.arm, record)
+        with (
+            outcome.attempt(f"server {number} ({server.arm})", record, keep, " and those after it"),
+            budget.work("a server without caches" if cold else "a server", COLD_SECONDS if cold else WARM_SECONDS),
+        ):
+            say(f"server {number} of {len(wanted)}: {server.arm}, caches {'empty' if cold else 'filled'}")
+            _one(place, folder, number, server.arm, loads, bench, budget, record)
+            record["complete"] = True
+        if outcome.left:
             break
-        except EpfuseError as error:
-            folder.keep("serve", number, server.arm, record | {"error": str(error)})
-            outcome.failed.append(f"server {number} ({server.arm}): {error}")
     return outcome
 
 
@@ -181,7 +182,6 @@ def _one(place: Workplace, folder: Folder, number: int, arm: Arm, loads: Sequenc
         server.stop(STOP)
     if not record["fits"]:
         raise ServerFault(f"the server's log does not fit an arm {arm}: {record['said']}")
-    folder.keep("serve", number, arm, record | {"complete": True})
 
 
 def first_requests(port: int, model: str) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import http.client
+from functools import partial
 from typing import Any
 
 from tools.serve_on_gpu.answers import SECONDS, Running, serving
 from tools.serve_on_gpu.arms import Arm, Workplace
 from tools.serve_on_gpu.endure import memory_of
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, OutOfTime, say
+from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
 from tools.serve_on_gpu.servers import complete
 
-from epfuse.errors import EpfuseError
 from epfuse.serving.prompts import PROMPTS
 from epfuse.serving.server import ServerFault, ask
 
@@ -40,23 +40,18 @@ def run(place: Workplace, folder: Folder, budget: Budget, facts: dict[str, Any])
         if folder.has("sleep", number, Arm.EPFUSE):
             continue
         record: dict[str, Any] = {"complete": False, "model": f"seeded minimax-m3, {what}", "facts": facts}
-        try:
-            settings = {"VLLM_SERVER_DEV_MODE": "1"}
-            with (
-                budget.work("a server", SECONDS),
-                serving(place, Arm.EPFUSE, f"sleep-{number}", budget, "--enable-sleep-mode", **settings) as running,
-            ):
-                record |= _one(running, must, requests) | {"complete": True}
-        except OutOfTime as late:
-            outcome.left.append(f"{what} and what comes after it: {late}")
-            break
-        except EpfuseError as error:
-            record["error"] = str(error)
-            outcome.failed.append(f"{what}: {error}")
-        else:
+        settings = {"VLLM_SERVER_DEV_MODE": "1"}
+        with (
+            outcome.attempt(
+                what, record, partial(folder.keep, "sleep", number, Arm.EPFUSE, record), " and what comes after it"
+            ),
+            budget.work("a server", SECONDS),
+            serving(place, Arm.EPFUSE, f"sleep-{number}", budget, "--enable-sleep-mode", **settings) as running,
+        ):
+            record |= _one(running, must, requests) | {"complete": True}
             say(f"{what}: {record['reason']}")
-            outcome.failed += [] if record["passed"] else [f"{what}: {record['reason']}"]
-        folder.keep("sleep", number, Arm.EPFUSE, record)
+        if outcome.left:
+            break
     return outcome
 
 
