@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from epfuse.bench import distributed
+from epfuse.bench.contender import problem_of
 from epfuse.bench.layers import LAYERS
 from epfuse.bench.measure import Sampling
 from epfuse.bench.routing import Routing
@@ -31,5 +32,5 @@ def bench(context: RankContext, broken: bool) -> list[dict[str, Any]]:
     )
     routings = (Routing.parse("uniform"), Routing.parse("all-to:1"))
     plan = distributed.Plan(layer, (3,), routings, 0, Sampling(samples=2, seconds=0.001))
-    subjects = subjects_of(distributed.problem_of(plan, context), "bf16")
+    subjects = subjects_of(problem_of(layer, plan.tokens, context.device, plan.seed), "bf16")
     return [row.to_json() for row in distributed.run(context, plan, subjects)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from epfuse import Path
-from epfuse.bench.contender import Contender, Kind, paths_of
+from epfuse.bench.contender import Contender, Kind, paths_of, problem_of
 from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.measure import Method
 from epfuse.bench.roofline import Operand
@@ -12,20 +12,13 @@ from epfuse.bench.weights import LayerWeights
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.target import Target
-from epfuse.verify.problem import Problem
 from epfuse.verify.suite import TRUE_SIZE_LIMITS
 
 CPU = torch.device("cpu")
 
 
-def problem_of(layer: Layer) -> Problem:
-    shape = layer.shape
-    sizes = (shape.hidden, shape.intermediate, shape.experts, shape.top_k, layer.ep_size)
-    return Problem(*sizes, (1, 8192), torch.bfloat16, CPU, 0)
-
-
 def contenders(layer: Layer, *choice: str) -> list[Contender]:
-    return paths_of(problem_of(layer), choice, LayerWeights(layer, 0, CPU))
+    return paths_of(problem_of(layer, (1, 8192), CPU, 0), choice, LayerWeights(layer, 0, CPU))
 
 
 @pytest.fixture

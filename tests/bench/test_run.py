@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from epfuse.bench.contender import Contender, Kind, paths_of
+from epfuse.bench.contender import Contender, Kind, paths_of, problem_of
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.layers import LAYERS
 from epfuse.bench.measure import Call, Sampling
@@ -15,7 +15,6 @@ from epfuse.bench.routing import Routing
 from epfuse.bench.run import Plan, run_points
 from epfuse.bench.weights import LayerWeights
 from tests.bench.records import ROOFS
-from tests.bench.test_contender import problem_of
 
 CPU = torch.device("cpu")
 SMALL = LAYERS["small"]
@@ -30,7 +29,7 @@ def weights() -> LayerWeights:
 
 @pytest.fixture
 def ours(weights: LayerWeights) -> Contender:
-    return paths_of(problem_of(SMALL), (), weights)[0]
+    return paths_of(problem_of(SMALL, (1, 8192), CPU, 0), (), weights)[0]
 
 
 def spoiled(contender: Contender, change: Change) -> Contender:

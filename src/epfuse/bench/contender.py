@@ -12,6 +12,7 @@ import torch
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums
 from epfuse.bench.inputs import Inputs
+from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Call, Method
 from epfuse.bench.roofline import Operand
 from epfuse.bench.weights import LayerWeights
@@ -77,6 +78,20 @@ class Absent:
 
     name: str
     reason: str
+
+
+def problem_of(layer: Layer, tokens: tuple[int, ...], device: torch.device, seed: int) -> Problem:
+    """The layer as the correctness suite knows it, in bfloat16.
+
+    Args:
+        layer: its sizes, ranks and activation.
+        tokens: T of each point.
+        device: where it runs.
+        seed: of weights, activations and routings.
+    """
+    shape = layer.shape
+    sizes = (shape.hidden, shape.intermediate, shape.experts, shape.top_k, layer.ep_size)
+    return Problem(*sizes, tokens, torch.bfloat16, device, seed, layer.activation)
 
 
 def paths_of(problem: Problem, choice: tuple[str, ...], weights: LayerWeights) -> list[Contender]:

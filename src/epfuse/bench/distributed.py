@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epfuse.api import fused_experts
+from epfuse.bench.contender import problem_of
 from epfuse.bench.inputs import HIDDEN_STD, least_variants
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import MOST_CALLS, Call, Method, Sampling, Timing, captured, elapsed, looped
@@ -23,7 +23,7 @@ from epfuse.parallel.launch import RankContext
 from epfuse.parallel.payload import payload_for
 from epfuse.parallel.placement import ExpertPlacement
 from epfuse.verify.budget import compare
-from epfuse.verify.distributed import Way, settle, ways
+from epfuse.verify.distributed import Way, settle, share_of, ways
 from epfuse.verify.experts import dense_weights, in_format, mxfp8_weights
 from epfuse.verify.problem import Problem
 from epfuse.verify.scenarios import Scenario
@@ -119,35 +119,19 @@ def run(
     Args:
         context: this rank.
         plan: what to measure.
-        subjects: paths, from `problem_of`'s problem.
+        subjects: paths, of `problem_of` the plan's layer.
         advance: called with what is about to be measured.
 
     Raises:
         RanksDisagree: a rank was started with something else.
     """
-    problem = problem_of(plan, context)
+    problem = problem_of(plan.layer, plan.tokens, context.device, plan.seed)
     facts = {"plan": str(plan), "subjects": str(subjects), "target": problem.target.value}
     check_agreement(context.group, facts)
     for stored in Stored:
         alike = [subject for subject in subjects if subject.stored is stored]
         if alike:
             yield from _run_alike(context, plan, problem, stored, alike, advance)
-
-
-def problem_of(plan: Plan, context: RankContext) -> Problem:
-    """The plan's layer as the suite knows it."""
-    shape = plan.layer.shape
-    return Problem(
-        hidden=shape.hidden,
-        intermediate=shape.intermediate,
-        experts=shape.experts,
-        top_k=shape.top_k,
-        ep_size=context.group.size,
-        tokens=plan.tokens,
-        dtype=torch.bfloat16,
-        device=context.device,
-        seed=plan.seed,
-    )
 
 
 def _run_alike(
@@ -168,31 +152,13 @@ def _run_alike(
     for expert in range(problem.experts):  # of all ranks: no collective has a part in what they are judged by
         one = draw(problem, [expert])
         for point, drawn in calls.items():
-            add_rank(oracles[point], expert, one, drawn[0], plan.layer.activation)
+            add_rank(oracles[point], expert, one, drawn[0], problem.activation)
     source = draw(problem, placement.held[group.rank])
     expert_map = placement.expert_map(group.rank, context.device)
     agree_on_layer(group, source, expert_map, {}, placement)
     for subject in subjects:
         weights = in_format(source, subject.form, problem.target)
-
-        def share(
-            hidden: torch.Tensor,
-            topk_weights: torch.Tensor,
-            topk_ids: torch.Tensor,
-            weights: Any = weights,
-            subject: Subject = subject,
-        ) -> torch.Tensor:
-            return fused_experts(
-                hidden,
-                weights,
-                topk_weights,
-                topk_ids,
-                expert_map,
-                activation=plan.layer.activation,
-                path=subject.path,
-                combine=subject.combine,
-            )
-
+        share = share_of(problem, weights, expert_map, subject)
         for point, drawn in calls.items():
             routing, tokens = point
             advance(f"T={tokens} {routing}, {subject.path.value} {subject.form.value}")

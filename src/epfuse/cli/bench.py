@@ -215,10 +215,8 @@ def bench(
 
 def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path | None) -> Record:
     """Measure, with a bar on stderr. A record file is written after each point: a run that is cut off leaves one."""
-    import torch
-
     from epfuse.bench import machine
-    from epfuse.bench.contender import Kind, paths_of
+    from epfuse.bench.contender import Kind, paths_of, problem_of
     from epfuse.bench.peers.find import find_peers
     from epfuse.bench.record import Record, to_text
     from epfuse.bench.roofs import measure_roofs
@@ -226,20 +224,9 @@ def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path 
     from epfuse.bench.weights import LayerWeights
     from epfuse.report.terminal import bars
     from epfuse.report.write import write_atomic
-    from epfuse.verify.problem import Problem
 
-    shape, device = plan.layer.shape, plan.device
-    problem = Problem(
-        hidden=shape.hidden,
-        intermediate=shape.intermediate,
-        experts=shape.experts,
-        top_k=shape.top_k,
-        ep_size=plan.layer.ep_size,
-        tokens=plan.tokens,
-        dtype=torch.bfloat16,
-        device=device,
-        seed=plan.seed,
-    )
+    device = plan.device
+    problem = problem_of(plan.layer, plan.tokens, device, plan.seed)
     clocks = {"at the start": machine.read_clocks(device)}
     with bars() as progress, on_device(device):
         task = progress.add_task("looking for paths", total=None)

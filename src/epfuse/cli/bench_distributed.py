@@ -17,7 +17,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from epfuse.bench import distributed, machine
-from epfuse.bench.contender import each_path_once
+from epfuse.bench.contender import each_path_once, problem_of
 from epfuse.bench.layers import make_layer
 from epfuse.bench.measure import QUICK, THOROUGH
 from epfuse.bench.routing import Routing
@@ -62,7 +62,7 @@ def bench_distributed(
         )
         for one in plan.routings:
             one.check(layer.shape)
-        subjects = _subjects(distributed.problem_of(plan, context), paths)
+        subjects = _subjects(problem_of(layer, plan.tokens, context.device, seed), paths)
         record = _about(context, plan)
         rows: list[distributed.Row] = []
         with contextlib.ExitStack() as stack:

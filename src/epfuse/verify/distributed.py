@@ -144,7 +144,7 @@ def _run_alike(
         agree_on_layer(group, source, expert_map, {}, placement)
         for subject in subjects:
             weights = in_format(source, subject.form, problem.target)
-            experts, payload = _experts(problem, weights, expert_map, subject), payload_for(subject.path, weights)
+            experts, payload = share_of(problem, weights, expert_map, subject), payload_for(subject.path, weights)
             for scenario in scenarios[name]:
                 oracle = unsharded[id(scenario)]
                 for way in ways(group, placement, uneven(scenario.tokens, group.size), payload):
@@ -219,7 +219,16 @@ def _unsharded(
     return totals
 
 
-def _experts(problem: Problem, weights: ExpertWeights, expert_map: ExpertMap, subject: Subject) -> Experts:
+def share_of(problem: Problem, weights: ExpertWeights, expert_map: ExpertMap, subject: Subject) -> Experts:
+    """What a rank's experts make of rows, as exchange modes call it.
+
+    Args:
+        problem: its activation counts.
+        weights: the rank's.
+        expert_map: which experts these are.
+        subject: how they are computed.
+    """
+
     def share(hidden: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         return fused_experts(
             hidden,
