@@ -21,11 +21,12 @@ import transformers
 from epfuse.config import Activation, Bias, LayerShape, Path
 from epfuse.errors import EpfuseError
 from epfuse.integrations.transformers.activation import activation_of
-from epfuse.integrations.transformers.layout import check_in_place
+from epfuse.integrations.transformers.layout import check_in_place, layout_of
 from epfuse.policy.call import decide
 from epfuse.report.write import write_atomic
 from epfuse.target import Target
 from epfuse.weights.config_families import FAMILIES
+from epfuse.weights.layouts import GateUpRows, MatrixOrder
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -113,8 +114,9 @@ def _experts(module: str, name: str) -> Any:
 def _layout(experts: Any) -> str:
     if not getattr(experts, "has_gate", True):
         return "no gate"
-    rows_of = "halves" if getattr(experts, "is_concatenated", True) else "interleaved"
-    return rows_of + (", transposed" if getattr(experts, "is_transposed", False) else "")
+    layout = layout_of(experts)
+    rows_of = "interleaved" if layout.gate_up is GateUpRows.ALTERNATING else "halves"
+    return rows_of + (", transposed" if layout.matrices is MatrixOrder.COLUMNS else "")
 
 
 def _plain(text: str) -> str:

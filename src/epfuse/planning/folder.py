@@ -14,6 +14,7 @@ from epfuse.planning.model_plan import Serving, plan_model
 from epfuse.target import Target
 from epfuse.weights.checkpoint import ExpertCheckpoint
 from epfuse.weights.expert_tensors import LayerTensors, Naming, Part
+from epfuse.weights.layouts import GateUpRows, MatrixOrder
 
 
 class Ranks(BaseModel):
@@ -134,8 +135,8 @@ def describe(checkpoint: ExpertCheckpoint, ep_size: int, max_model_len: int) -> 
 def _order(layer: LayerTensors) -> str:
     if layer.naming is Naming.MATRICES:
         return "gate, up and down apart"
-    rows = "gate and up rows alternate" if layer.is_interleaved else "gate rows, then up rows"
-    return rows + (", transposed" if layer.is_transposed else "")
+    rows = "gate and up rows alternate" if layer.layout.gate_up is GateUpRows.ALTERNATING else "gate rows, then up rows"
+    return rows + (", transposed" if layer.layout.matrices is MatrixOrder.COLUMNS else "")
 
 
 def _ranks(experts: int, ep_size: int, expert_bytes: int) -> tuple[Ranks, ...]:

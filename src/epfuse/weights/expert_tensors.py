@@ -18,6 +18,7 @@ from epfuse.numerics.mxfp8 import BLOCK as GROUP
 from epfuse.weights.block_fp8 import BLOCK
 from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.config_families import FAMILIES
+from epfuse.weights.layouts import GateUpRows, MatrixOrder, WeightLayout
 from epfuse.weights.model_config import ExpertModel
 from epfuse.weights.tensor_file import StoredTensor
 from epfuse.weights.tensor_folder import TensorFolder
@@ -94,16 +95,14 @@ class LayerTensors:
         naming: how they are divided into tensors.
         form: their numbers.
         module: the experts' name in the checkpoint.
-        is_transposed: matrices are stored as ``[K, N]``.
-        is_interleaved: gate and up rows alternate.
+        layout: in which order rows and columns lie.
         tensors: (expert, or None for all; matrix; part) -> the tensor.
     """
 
     naming: Naming
     form: Checkpoint
     module: str
-    is_transposed: bool
-    is_interleaved: bool
+    layout: WeightLayout
     tensors: Mapping[tuple[int | None, Matrix, Part], StoredTensor]
 
     @checks_enums
@@ -184,7 +183,11 @@ def _layer(model: ExpertModel, module: str, tensors: Mapping[str, StoredTensor])
     naming = Naming.STACKS if stacked else Naming.MATRICES
     _check_complete(model, module, naming, parts)
     transposed = model.checkpoint is Checkpoint.BF16 and naming is Naming.STACKS and _are_transposed(model, parts)
-    found = LayerTensors(naming, model.checkpoint, module, transposed, model.name in INTERLEAVED, parts)
+    layout = WeightLayout(
+        GateUpRows.ALTERNATING if model.name in INTERLEAVED else GateUpRows.HALVES,
+        MatrixOrder.COLUMNS if transposed else MatrixOrder.ROWS,
+    )
+    found = LayerTensors(naming, model.checkpoint, module, layout, parts)
     _check_sizes(model, found)
     _check_dtypes(found)
     return found
@@ -263,7 +266,7 @@ def _check_sizes(model: ExpertModel, layer: LayerTensors) -> None:
     size: tuple[int, ...]
     for (expert, matrix, part), tensor in layer.tensors.items():
         rows, columns = matrix_size(model, matrix)
-        size = (columns, rows) if layer.is_transposed else (rows, columns)
+        size = (columns, rows) if layer.layout.matrices is MatrixOrder.COLUMNS else (rows, columns)
         if part is Part.BIAS:
             size = (rows,)
         elif part is Part.SCALE:

@@ -13,6 +13,7 @@ from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockFP8Experts
 from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.expert_tensors import LayerTensors, Matrix, Naming, Part, matrix_size
 from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.layouts import GateUpRows, MatrixOrder
 from epfuse.weights.model_config import ExpertModel
 from epfuse.weights.mxfp4 import to_mxfp8
 
@@ -117,12 +118,15 @@ class LayerReader:
         return raw
 
     def _is_rearranged(self, matrix: Matrix) -> bool:
-        return self.layer.is_transposed or (self.layer.is_interleaved and matrix is Matrix.GATE_UP)
+        return self.layer.layout.matrices is MatrixOrder.COLUMNS or self._alternates(matrix)
+
+    def _alternates(self, matrix: Matrix) -> bool:
+        return self.layer.layout.gate_up is GateUpRows.ALTERNATING and matrix is Matrix.GATE_UP
 
     def _place(self, target: torch.Tensor, raw: torch.Tensor, matrix: Matrix) -> None:
         """Copy a matrix, as it is stored, to where gate rows come first and rows are rows."""
-        straight = raw.mT if self.layer.is_transposed else raw
-        if self.layer.is_interleaved and matrix is Matrix.GATE_UP:
+        straight = raw.mT if self.layer.layout.matrices is MatrixOrder.COLUMNS else raw
+        if self._alternates(matrix):
             gate, up = target.chunk(2)
             gate.copy_(straight[0::2])
             up.copy_(straight[1::2])
