@@ -56,6 +56,21 @@ def test_autocast_changes_no_bit_of_a_kernel(device: torch.device, monkeypatch: 
         assert torch.equal(call(case, path=Path.BF16), want)
 
 
+def test_steps_are_ranges_of_a_profiler_and_cost_nothing_without_one(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(device, tokens=3, hidden=32, intermediate=32, experts=2, local=2, top_k=2)
+    if device.type == "cpu":
+        on_gfx950(monkeypatch)
+    want = call(case, path=Path.BF16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watch:
+        assert torch.equal(call(case, path=Path.BF16), want)
+    names = [event.name for event in watch.events() if event.name.startswith("epfuse::")]
+    assert names == [f"epfuse::{stage}" for stage in ("route", "gate_up", "down", "combine")]
+    monkeypatch.setattr(epfuse.api, "record_function", lambda name: pytest.fail(f"{name}: nobody is watching"))
+    assert torch.equal(call(case, path=Path.BF16), want)
+
+
 def parameters(case: Case) -> ExpertWeights:
     dense = case.weights.dense_experts
     return ExpertWeights.dense(torch.nn.Parameter(dense.w13), torch.nn.Parameter(dense.w2))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epfuse.errors import ConfigError
+from epfuse.stages.grid import pieces
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import FEW_ROWS, Sm90PersistentTile, Sm90Tile
 from epfuse.weights.fragment import FragmentMXFP8
@@ -40,12 +40,12 @@ def operand_of(stack: torch.Tensor | FragmentMXFP8, rows: int) -> Operand:
     """``stack`` as the kernels take it; ``rows`` of an expert's matrix."""
     if isinstance(stack, FragmentMXFP8):
         return Operand(stack.codes, stack.scales, stack.padded_columns, stack.panels)
-    return Operand(stack, None, stack.shape[2], triton.cdiv(rows, PANEL_ROWS))
+    return Operand(stack, None, stack.shape[2], pieces(rows, PANEL_ROWS))
 
 
 def row_tiles(operand: Operand, routes: RouteTable, tile: Sm90Tile) -> int:
     """The most tiles that a call can have."""
-    return routes.max_blocks * int(triton.cdiv(operand.panels * PANEL_ROWS, tile.block_n))
+    return routes.max_blocks * pieces(operand.panels * PANEL_ROWS, tile.block_n)
 
 
 def constants(routes: RouteTable, tile: Sm90Tile | Sm90PersistentTile) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from epfuse.arguments import checks_enums
 from epfuse.config import Activation
@@ -12,6 +11,7 @@ from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK
 from epfuse.stages.activate.kernel import activate_kernel
 from epfuse.stages.extent import extents
+from epfuse.stages.grid import pieces, power_of_two
 from epfuse.stages.quantize.rows import FP8Rows, groups_of
 from epfuse.stages.route.table import RouteTable
 from epfuse.target import target_of
@@ -59,10 +59,10 @@ def launch_activate(
             f"out is in {out.values.dtype} with groups of {out.group}; it must be in {dtype} with groups of {group}"
         )
     rows = min(_ROWS, routes.block_m)
-    block = min(_VALUES // group, triton.next_power_of_2(groups))
+    block = min(_VALUES // group, power_of_two(groups))
     codes = out.values.view(torch.uint8)  # bytes: all rounding is the kernel's own
     values, codes, scales = extents(target_of(gate_up.device), gate_up, codes, out.scales)
-    activate_kernel[(triton.cdiv(routes.max_padded, rows), triton.cdiv(groups, block))](
+    activate_kernel[(pieces(routes.max_padded, rows), pieces(groups, block))](
         values,
         codes,
         scales,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from epfuse.stages.combine.kernel import combine_kernel
 from epfuse.stages.extent import extents
+from epfuse.stages.grid import pieces, power_of_two
 from epfuse.target import overlap_previous, target_of
 
 
@@ -40,10 +40,10 @@ def launch_combine(
     tokens, top_k = topk_ids.shape
     hidden = routed.shape[1]
     # many tokens fill the GPU anyway: fewer, longer programs then wait less often for their ids
-    block = min(2048 if tokens >= 512 else 1024, triton.next_power_of_2(hidden))
+    block = min(2048 if tokens >= 512 else 1024, power_of_two(hidden))
     target = target_of(out.device)
     rows, ids, results = extents(target, routed, topk_ids, out)
-    combine_kernel[(tokens, triton.cdiv(hidden, block))](
+    combine_kernel[(tokens, pieces(hidden, block))](
         rows,
         ids,
         expert_map,
@@ -55,7 +55,7 @@ def launch_combine(
         int(out_is_free),
         L=local,
         K=top_k,
-        K_LANES=triton.next_power_of_2(top_k),
+        K_LANES=power_of_two(top_k),
         BLOCK_H=block,
         num_warps=4,
         **overlap_previous(target),

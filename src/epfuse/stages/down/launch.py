@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel import down_kernel
 from epfuse.stages.extent import extents
+from epfuse.stages.grid import pieces
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
 from epfuse.target import target_of
@@ -43,7 +43,7 @@ def launch_down(
     if out is None:
         out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
     weights, scales = (w2.values, w2.scales) if isinstance(w2, MXFP8) else (w2, None)
-    grid = (routes.max_blocks * triton.cdiv(hidden, tile.block_n),)
+    grid = (routes.max_blocks * pieces(hidden, tile.block_n),)
     rows, router, results = extents(target_of(out.device), y, topk_weights, out)
     down_kernel[grid](
         rows,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from epfuse.arguments import checks_enums
 from epfuse.config import Combine
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel_fp8 import down_fp8_kernel
 from epfuse.stages.extent import extents
+from epfuse.stages.grid import pieces
 from epfuse.stages.quantize.rows import FP8Rows, require_alike
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
@@ -50,7 +50,7 @@ def launch_down_fp8(
     """
     require_alike("y", y, w2)
     intermediate, hidden = y.values.shape[1], w2.shape[1]
-    grid = (routes.max_blocks * triton.cdiv(hidden, tile.block_n),)
+    grid = (routes.max_blocks * pieces(hidden, tile.block_n),)
     values, scales, router, results = extents(target_of(out.device), y.values, y.scales, topk_weights, out)
     down_fp8_kernel[grid](
         values,

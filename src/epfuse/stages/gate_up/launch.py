@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from epfuse.config import Activation
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.extent import extents
 from epfuse.stages.gate_up.kernel import gate_up_kernel
+from epfuse.stages.grid import pieces
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
 from epfuse.target import target_of
@@ -47,7 +47,7 @@ def launch_gate_up(
     if out is None:
         out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
     weights, scales = (w13.values, w13.scales) if isinstance(w13, MXFP8) else (w13, None)
-    grid = (routes.max_blocks * triton.cdiv(intermediate, tile.block_n // activation.inputs),)
+    grid = (routes.max_blocks * pieces(intermediate, tile.block_n // activation.inputs),)
     rows, results = extents(target_of(out.device), x, out)
     gate_up_kernel[grid](
         rows,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.extent import extents
 from epfuse.stages.gate_up.kernel_fp8 import gate_up_fp8_kernel
+from epfuse.stages.grid import pieces
 from epfuse.stages.quantize.rows import FP8Rows, require_alike
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
@@ -51,7 +51,7 @@ def launch_gate_up_fp8(
     hidden, outputs = x.values.shape[1], w13.shape[1]
     if out is None:
         out = torch.empty(routes.num_routes, outputs, dtype=dtype, device=x.values.device)
-    grid = (routes.max_blocks * triton.cdiv(outputs, tile.block_n),)
+    grid = (routes.max_blocks * pieces(outputs, tile.block_n),)
     values, scales, results = extents(target_of(out.device), x.values, x.scales, out)
     gate_up_fp8_kernel[grid](
         values,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from epfuse.stages.gather.kernel import gather_kernel
+from epfuse.stages.grid import power_of_two
 from epfuse.stages.route.table import LoneTokens, RouteTable
 from epfuse.target import compute_units, overlap_previous, target_of
 
@@ -58,9 +58,9 @@ def launch_gather(
         int(lone is not None and lone.stored),
         L=0 if lone is None else lone.local,
         K=top_k,
-        K_LANES=triton.next_power_of_2(top_k),
+        K_LANES=power_of_two(top_k),
         BLOCK_M=routes.block_m,
-        BLOCK_H=triton.next_power_of_2(hidden),
+        BLOCK_H=power_of_two(hidden),
         num_warps=8,
         **overlap_previous(target_of(x.device)),
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from epfuse.arguments import checks_enums
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK, SOURCE_DTYPES, VALUE_DTYPES
 from epfuse.stages.extent import extents
+from epfuse.stages.grid import pieces, power_of_two
 from epfuse.stages.quantize.kernel import quantize_kernel
 from epfuse.stages.quantize.rows import FP8Rows, groups_of
 from epfuse.target import target_of
@@ -68,10 +68,10 @@ def launch_quantize(
     if x.numel() == 0:
         return out
     groups = groups_of(size, group)
-    block = min(_VALUES // group, triton.next_power_of_2(groups))
+    block = min(_VALUES // group, power_of_two(groups))
     codes = out.values.view(torch.uint8)  # bytes: all rounding is the kernel's own
     values, codes, scales = extents(target_of(x.device), x, codes, out.scales)
-    quantize_kernel[(tokens, triton.cdiv(groups, block))](
+    quantize_kernel[(tokens, pieces(groups, block))](
         values,
         codes,
         scales,

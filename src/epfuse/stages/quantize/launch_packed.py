@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import triton
 
+from epfuse.stages.grid import power_of_two
 from epfuse.stages.quantize.kernel_packed import quantize_packed_kernel
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import LoneTokens, RouteTable
@@ -61,9 +61,9 @@ def launch_quantize_packed(
         int(lone is not None and lone.stored),
         L=0 if lone is None else lone.local,
         K=top_k or 0,
-        K_LANES=triton.next_power_of_2(top_k or 1),
+        K_LANES=power_of_two(top_k or 1),
         BLOCK_M=routes.block_m,
-        BLOCK_H=triton.next_power_of_2(size),
+        BLOCK_H=power_of_two(size),
         HARDWARE=target is Target.SM90,  # the interpreter's conversion truncates
         num_warps=8,
         **overlap_previous(target),

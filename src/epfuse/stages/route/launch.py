@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from epfuse.stages.extent import extents
+from epfuse.stages.grid import pieces, power_of_two
 from epfuse.stages.route.kernel import count_kernel, place_kernel, route_kernel
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import RouteTiles
@@ -36,18 +36,18 @@ def launch_route(
     tiles = tiles or RouteTiles()
     routes, block_m = table.num_routes, table.block_m
     counters = 0 if table.arrivals is None else table.arrivals.numel()
-    shape = {"L": local, "BINS": triton.next_power_of_2(local + 1)}
-    blocks = {"BLOCK_M": block_m, "PADDING": triton.next_power_of_2(block_m), "BLOCKS": 16}
+    shape = {"L": local, "BINS": power_of_two(local + 1)}
+    blocks = {"BLOCK_M": block_m, "PADDING": power_of_two(block_m), "BLOCKS": 16}
     memory = (table.sorted_routes, table.block_expert, table.block_row, table.num_padded, table.arrivals)
     sizes = (routes, expert_map.numel(), counters)
     target, slots = target_of(topk_ids.device), expert_map
     overlap, (ids,) = overlap_previous(target), extents(target, topk_ids)
     if routes <= tiles.one_launch_routes:
-        count = min(tiles.count, max(32, triton.next_power_of_2(routes)))
+        count = min(tiles.count, max(32, power_of_two(routes)))
         warps = {"num_warps": 4 if count <= 1024 else 8}
         route_kernel[(local,)](ids, slots, *memory, *sizes, **shape, **blocks, COUNT=count, **overlap, **warps)
     else:
-        grid = (triton.cdiv(routes, tiles.chunk),)
+        grid = (pieces(routes, tiles.chunk),)
         shape["CHUNK"] = tiles.chunk
         counts = torch.empty((grid[0], shape["BINS"]), dtype=torch.int32, device=topk_ids.device)
         count_kernel[grid](ids, slots, counts, routes, expert_map.numel(), **shape, **overlap)
