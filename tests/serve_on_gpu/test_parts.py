@@ -13,6 +13,7 @@ from tools.serve_on_gpu import arms, servers
 from tools.serve_on_gpu.arms import Arm
 from tools.serve_on_gpu.records import merge
 from tools.serve_on_gpu.servers import parse_loads, parse_servers
+from tools.serve_on_gpu.tables import rows_of
 
 from epfuse.errors import ConfigError
 
@@ -166,3 +167,24 @@ def test_several_gpus_share_the_experts(tmp_path: Path, model: Path) -> None:
     place = tool.Place(str(model), options | {"more_plugins": "", "out": tmp_path / "out", "seconds": 5.0})
     argv = place.work.serve(Arm.EPFUSE, 1234, tmp_path / "compiles").argv
     assert argv[-5:] == ("--max-num-seqs", "8", "--tensor-parallel-size", "2", "--enable-expert-parallel")
+    assert place.work.served == f"{model} --max-num-seqs 8 --tensor-parallel-size 2 --enable-expert-parallel"
+
+
+def of_a_server(arm: str, model: str, p99: float) -> dict[str, object]:
+    point = {"isl": 128, "osl": 256, "concurrency": 256, "new": True, "p99_ttft_ms": p99}
+    first = {"seconds": 1.0}
+    return {"part": "serve", "complete": True, "arm": arm, "model": model, "cold": False, "ready_s": 30.0,
+            "first": first, "points": [point], "compiles": {}}  # fmt: skip
+
+
+def test_a_wide_spread_of_ours_is_no_excuse() -> None:
+    records = [of_a_server("none", "m", p99) for p99 in (637.0, 720.0)]
+    for ours, reached in (((1049.0, 3225.0), False), ((100.0, 3225.0), False), ((650.0, 719.0), True)):
+        rows = rows_of([*records, *(of_a_server("epfuse", "m", p99) for p99 in ours)])
+        (row,) = [row for row in rows if "p99" in row.what]
+        assert row.reached is reached, ours
+
+
+def test_servers_of_other_arguments_are_other_rows() -> None:
+    rows = rows_of([of_a_server("none", "m", 100.0), of_a_server("epfuse", "m --tensor-parallel-size 2", 900.0)])
+    assert all(row.reached is None for row in rows)

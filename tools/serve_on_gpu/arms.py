@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ class Workplace:
     def folder(self) -> Path:
         """The model's folder, which is its name in the server too."""
         return self.path / self.model if self.model in MODELS else Path(self.model).absolute()
+
+    @property
+    def served(self) -> str:
+        """The model and how it is served beyond that: figures of one are not figures of another."""
+        return shlex.join([self.model, *self.arguments])
 
     def prepare(self) -> None:
         """Write what servers need that is not there yet: the model, and metadata of plugins."""

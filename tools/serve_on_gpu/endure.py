@@ -64,7 +64,7 @@ def run(place: Workplace, requests: int, folder: Folder, budget: Budget, facts: 
     outcome = Outcome()
     if folder.has("endure", 1, Arm.EPFUSE):
         return outcome
-    record: dict[str, Any] = {"complete": False, "model": place.model, "facts": facts}
+    record: dict[str, Any] = {"complete": False, "model": place.served, "facts": facts}
     with (
         outcome.attempt("the long run", record, partial(folder.keep, "endure", 1, Arm.EPFUSE, record)),
         budget.work("a server with its requests", START_SECONDS + 60),

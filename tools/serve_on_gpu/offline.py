@@ -44,7 +44,7 @@ def run(
             place.empty(one.arm)
         cold = not place.has_cache(one.arm)
         ran = sum(before.arm is one.arm for before in wanted[:number])
-        record: dict[str, Any] = {"complete": False, "model": place.model, "cold": cold, "facts": facts, "run": ran}
+        record: dict[str, Any] = {"complete": False, "model": place.served, "cold": cold, "facts": facts, "run": ran}
         keep = partial(folder.keep, "offline", number, one.arm, record)
         with (
             outcome.attempt(f"offline run {number} ({one.arm})", record, keep, " and those after it"),

@@ -138,7 +138,7 @@ def run(
         if server.cold:
             place.empty(server.arm)
         cold = not place.has_cache(server.arm)
-        record: dict[str, Any] = {"complete": False, "model": place.model, "cold": cold, "facts": facts, "points": []}
+        record: dict[str, Any] = {"complete": False, "model": place.served, "cold": cold, "facts": facts, "points": []}
         keep = partial(folder.keep, "serve", number, server.arm, record)
         with (
             outcome.attempt(f"server {number} ({server.arm})", record, keep, " and those after it"),
