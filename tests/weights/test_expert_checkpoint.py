@@ -13,10 +13,12 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from epfuse import ExpertMap
+from epfuse import ExpertMap, fused_experts
 from epfuse.demo.checkpoint import RECIPES, make_checkpoint
 from epfuse.demo.settings import ModelSize
 from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.reference import run_reference
+from epfuse.verify.budget import compare, dense_tolerance
 from epfuse.weights.checkpoint import ExpertCheckpoint
 from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.projections import expert_matrix
@@ -44,8 +46,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-def transformers_experts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Layer -> BF16 gate_up_proj ``[E, 2I, H]``, gate rows first, and down_proj ``[E, H, I]``, by from_pretrained."""
+def transformers_experts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """Layer -> the experts' module, by from_pretrained."""
     config = json.loads((folder / "config.json").read_text())
     quantizer = transformers.quantizers.quantizer_finegrained_fp8
     # it asks for accelerate before it dequantises on a CPU, and does not use it for that
@@ -56,28 +58,32 @@ def transformers_experts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
         monkeypatch.setattr(quantizer.FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
     vision = "vision_config" in config
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    more = {}
+    more: dict[str, Any] = {"experts_implementation": "eager"}
     if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
         more["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     model, report = auto.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True, **more)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    found = {}
-    for name, module in model.named_modules():
-        if name.endswith(".experts"):
-            gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
-            if gate_up.dtype == torch.float8_e4m3fn:
-                gate_up = MXFP8(gate_up, module.gate_up_proj_scale_inv.detach()).dequantize(torch.bfloat16)
-                down = MXFP8(down, module.down_proj_scale_inv.detach()).dequantize(torch.bfloat16)
-            if getattr(module, "is_transposed", False):
-                gate_up, down = gate_up.mT, down.mT
-            if not getattr(module, "is_concatenated", True):
-                gate_up = torch.cat((gate_up[:, 0::2], gate_up[:, 1::2]), 1)
-            found[int(name.split("layers.")[1].split(".")[0])] = gate_up, down
-    return found
+    experts = {name: module for name, module in model.named_modules() if name.endswith(".experts")}
+    return {int(name.split("layers.")[1].split(".")[0]): module for name, module in experts.items()}
 
 
-@pytest.mark.parametrize(("family", "form"), [pair for pair in MADE if pair[0] != "gpt_oss"])
+def numbers(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """BF16 gate_up_proj ``[E, 2I, H]``, gate rows first, and down_proj ``[E, H, I]``."""
+    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+    if gate_up.dtype == torch.float8_e4m3fn:
+        gate_up = MXFP8(gate_up, module.gate_up_proj_scale_inv.detach()).dequantize(torch.bfloat16)
+        down = MXFP8(down, module.down_proj_scale_inv.detach()).dequantize(torch.bfloat16)
+    if getattr(module, "is_transposed", False):
+        gate_up, down = gate_up.mT, down.mT
+    return gate_first(module, gate_up), down
+
+
+def gate_first(module: Any, rows: torch.Tensor) -> torch.Tensor:
+    return rows if getattr(module, "is_concatenated", True) else torch.cat((rows[:, 0::2], rows[:, 1::2]), 1)
+
+
+@pytest.mark.parametrize(("family", "form"), MADE)
 def test_each_rank_has_the_numbers_that_transformers_has(
     folders: Any, family: str, form: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,8 +101,43 @@ def test_each_rank_has_the_numbers_that_transformers_has(
         for layer, weights in checkpoint.load(expert_map, on_bytes=read.append):
             assert weights.local_experts == expert_map.num_local
             (experts,) = weights.formats
+            module = expected[layer]
+            assert len(weights.biases) == (2 if getattr(module, "has_bias", False) else 0)
             for expert, slot in enumerate(slots):
                 if slot >= 0:
-                    for stack, whole in zip((experts.w13, experts.w2), expected[layer], strict=True):
+                    for stack, whole in zip((experts.w13, experts.w2), numbers(module), strict=True):
                         assert torch.equal(expert_matrix(stack, slot, torch.bfloat16), whole[expert]), (layer, expert)
+                    for name, bias in weights.biases:
+                        own = getattr(module, name.replace("gate_up", "gate_up_proj").replace("down", "down_proj"))
+                        whole = gate_first(module, own) if name == "gate_up_bias" else own
+                        assert whole.abs().min(1).values.max() > 0  # not transformers' zeros
+                        assert torch.equal(bias[slot], whole[expert].float()), (layer, expert)
         assert sum(read) == checkpoint.bytes_of(expert_map)
+
+
+@pytest.mark.parametrize("form", RECIPES["gpt_oss"].formats)
+def test_gpt_oss_out_of_a_folder_computes_what_transformers_computes(
+    folders: Any, form: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own code in float64 on the same folder. A token with one expert twice, or none here, counts biases as often
+    as it has routes."""
+    folder = folders("gpt_oss", form)
+    (module,) = transformers_experts(folder, monkeypatch).values()
+    checkpoint = ExpertCheckpoint(folder)
+    generator = torch.Generator().manual_seed(1)
+    tokens, hidden = 37, checkpoint.model.hidden
+    x = torch.randn(tokens, hidden, generator=generator, dtype=torch.bfloat16)
+    shares, ids = torch.rand(tokens, EXPERTS, generator=generator).topk(2)
+    ids[0] = ids[0, 0]
+    with torch.no_grad():
+        expected = module.double()(x.double(), ids, shares.double())
+    exact, computed = torch.zeros(tokens, hidden, dtype=torch.float64), torch.zeros(tokens, hidden, dtype=torch.float64)
+    for rank in range(4):
+        expert_map = ExpertMap.contiguous(EXPERTS, 4, rank)
+        ((_, weights),) = checkpoint.load(expert_map)
+        call = (x, weights, shares, ids, expert_map)
+        exact += run_reference(*call, checkpoint.model.activation, torch.float64)
+        computed += fused_experts(*call, activation=checkpoint.model.activation).double()
+    torch.testing.assert_close(exact, expected, rtol=1e-12, atol=1e-12)
+    tolerance = dense_tolerance(torch.bfloat16, hidden, checkpoint.model.intermediate, sums=4)
+    assert compare(computed, expected).within(tolerance)

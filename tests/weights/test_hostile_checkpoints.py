@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import resource
 import shutil
-import struct
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ import torch
 pytest.importorskip("safetensors")
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from epfuse import ExpertMap, ExpertWeights
 from epfuse.errors import EpfuseError
@@ -27,8 +23,21 @@ from epfuse.weights.checkpoint import ExpertCheckpoint
 from epfuse.weights.projections import expert_matrix
 from epfuse.weights.tensor_file import TensorFile
 from tests.mutations import mutated_bytes, mutated_values
+from tests.weights.hostile import (
+    CASES,
+    EXPERTS,
+    HIDDEN,
+    INDEX,
+    SHARDS,
+    SHARE,
+    WIDTH,
+    fuzz,
+    header_of,
+    load,
+    with_header,
+    write,
+)
 
-EXPERTS, HIDDEN, WIDTH = 4, 64, 32
 CONFIG = {
     "model_type": "minimax_m3_vl_text",
     "hidden_size": HIDDEN,
@@ -40,10 +49,6 @@ CONFIG = {
     "quantization_config": {"quant_method": "mxfp8"},
 }
 MODULE = "model.layers.0.block_sparse_moe.experts"
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-INDEX = "model.safetensors.index.json"
-SHARE = ExpertMap.contiguous(EXPERTS, 2, 1)
-CASES = 300
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -66,30 +71,15 @@ def tensors() -> dict[str, torch.Tensor]:
     return found
 
 
-def write(folder: Path, held: dict[str, torch.Tensor], config: Any = CONFIG) -> None:
-    names = sorted(held)
-    halves = (names[: len(names) // 2], names[len(names) // 2 :])
-    for shard, half in zip(SHARDS, halves, strict=True):
-        save_file({name: held[name] for name in half}, folder / shard)
-    where = {name: shard for shard, half in zip(SHARDS, halves, strict=True) for name in half}
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     made = tmp_path / "model"
     made.mkdir()
-    write(made, tensors())
+    write(made, tensors(), CONFIG)
     return made
 
 
-def load(folder: Path) -> ExpertWeights:
-    ((_, weights),) = ExpertCheckpoint(folder).load(SHARE)
-    return weights
-
-
-def check(weights: ExpertWeights, held: dict[str, torch.Tensor]) -> None:
+def check(weights: ExpertWeights, held: Mapping[str, torch.Tensor]) -> None:
     """Every local expert's codes and scale bytes are those of the files."""
     (experts,) = weights.formats
     for slot, expert in enumerate((2, 3)):
@@ -111,19 +101,8 @@ def test_scales_are_reinterpreted_under_both_names(folder: Path, end: str, dtype
         name.replace("weight_scale_inv", end): tensor.view(dtype) if tensor.dtype == torch.uint8 else tensor
         for name, tensor in tensors().items()
     }
-    write(folder, held)
+    write(folder, held, CONFIG)
     check(load(folder), tensors())
-
-
-def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def with_header(path: Path, header: Any, data: bytes) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -206,7 +185,7 @@ HOSTILE = {
     "two models": (lambda f: save_file({"a": torch.ones(1)}, f / "model.safetensors"), "which does not name it"),
     "pickle": (as_pickle, "a pickle is never read"),
     "no experts": (
-        lambda f: write(f, {"a": torch.ones(1), "b": torch.ones(1)}),
+        lambda f: write(f, {"a": torch.ones(1), "b": torch.ones(1)}, CONFIG),
         "must have the experts of layer 0 once",
     ),
     "an expert less": (edit_tensors(lambda t: t.pop(WEIGHT)), "lacks the weight of expert 1's down"),
@@ -288,39 +267,7 @@ def test_a_file_that_changes_meanwhile_is_an_error_and_no_signal(folder: Path, c
 
 @pytest.mark.parametrize("part", range(4))
 def test_fuzz_no_foreign_exception_and_no_other_number(folder: Path, part: int) -> None:
-    """Headers, indices, configs and bytes of files; whatever loads, safetensors itself reads as the same bytes."""
-    good = {path.name: path.read_bytes() for path in folder.iterdir()}
-    rng = random.Random(part)
-    header, data = header_of(folder / SHARDS[1])
-    streams = [
-        ("config.json", mutated_values(CONFIG, CASES, part)),
-        (INDEX, mutated_values(json.loads(good[INDEX]), CASES, part)),
-        (SHARDS[1], mutated_values(header, CASES, part)),
-        (SHARDS[1], mutated_bytes(good[SHARDS[1]], CASES, part)),
-    ]
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    loaded = refused = 0
-    for case in range(CASES // 4):
-        kind = case % len(streams)
-        name, stream = streams[kind]
-        changed = next(stream)
-        if kind == 2:
-            with_header(folder / name, changed, data[: rng.choice((len(data), len(data), len(data) - 1))])
-        else:
-            (folder / name).write_bytes(changed)
-        try:
-            weights = load(folder)
-        except EpfuseError:
-            refused += 1
-        else:
-            loaded += 1
-            if weights.local_experts == 2 and weights.hidden == HIDDEN and kind:
-                check(weights, {k: v for shard in SHARDS for k, v in load_file(folder / shard).items()})
-        (folder / name).write_bytes(good[name])
-    assert refused > 30
-    assert loaded > 0
-    assert time.monotonic() - begin < 60
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
+    fuzz(folder, CONFIG, check, part)
 
 
 def test_fuzz_what_safetensors_refuses_is_refused(folder: Path) -> None:

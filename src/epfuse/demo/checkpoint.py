@@ -36,6 +36,7 @@ from epfuse.weights.checkpoint_format import Checkpoint
 
 VOCAB = 320
 HEAD_DIM = 32
+BIAS_STD = 0.25
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -187,7 +188,9 @@ def make_checkpoint(
                 if family == "minimax_m3_vl"
                 else transformers.AutoModelForCausalLM
             )
-            build.from_config(config, dtype=torch.bfloat16).save_pretrained(work)
+            model = build.from_config(config, dtype=torch.bfloat16)
+            _fill_biases(model)
+            model.save_pretrained(work)
         plain = {name: tensor for file in work.glob("*.safetensors") for name, tensor in load_file(file).items()}
         for file in [*work.glob("*.safetensors"), *work.glob("*.index.json")]:
             file.unlink()
@@ -200,6 +203,14 @@ def make_checkpoint(
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+@torch.no_grad()
+def _fill_biases(model: torch.nn.Module) -> None:
+    """Give experts' biases numbers in place of transformers' zeros, which nobody would miss."""
+    for name, parameter in model.named_parameters():
+        if _BIAS.fullmatch(name):
+            parameter.normal_(std=BIAS_STD)
+
+
 def _check_size(form: Checkpoint, size: ModelSize) -> None:
     hidden, width = (BLOCK, BLOCK) if form is Checkpoint.BLOCK_FP8 else (64, GROUP)
     for letter, value, step in (("H", size.hidden, hidden), ("I", size.intermediate, width)):
@@ -210,6 +221,7 @@ def _check_size(form: Checkpoint, size: ModelSize) -> None:
 
 
 _EXPERT = re.compile(r".*\.experts\.(?:\d+\.\w+\.weight|gate_up_proj|down_proj)")
+_BIAS = re.compile(r".*\.experts\.(?:gate_up|down)_proj_bias")
 _LINEAR = re.compile(r".*_proj(?:_with_mqa)?\.weight")
 
 

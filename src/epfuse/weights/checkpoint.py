@@ -35,7 +35,7 @@ class ExpertCheckpoint:
 
     All families of `epfuse.weights.config_families` whose experts are a tensor a matrix (``experts.7.w1.weight``) or
     stacks (``experts.gate_up_proj``): BF16, FP16 and FP32; MXFP8 with scale bytes as uint8 or float8_e8m0fnu; 128x128
-    block FP8; MXFP4 as gpt-oss has it, which becomes MXFP8, exactly, in twice the bytes.
+    block FP8; MXFP4 as gpt-oss has it, which becomes MXFP8, exactly, in twice the bytes. Biases become float32.
 
     Args:
         folder: with config.json and safetensors files, see `TensorFolder`.
@@ -100,10 +100,6 @@ class ExpertCheckpoint:
         """
         if index not in self.layers:
             raise CheckpointError(f"layer {index} has no experts; those that have are {_some(list(self.layers))}")
-        if self.model.has_bias:
-            raise CheckpointError(
-                f"the experts of {self.model.name} have biases, which are not loaded from a folder yet"
-            )
         held = held_experts(expert_map)
         layer = self.layers[index]
         reader = LayerReader(self.model, layer, held, torch.device(device), on_bytes)

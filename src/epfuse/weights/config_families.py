@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from epfuse.arguments import checks_enums
 from epfuse.config import SwiGLUOAI, silu_gate
 from epfuse.weights.config_fields import Fields
 from epfuse.weights.config_layers import (
@@ -23,6 +24,7 @@ from epfuse.weights.config_layers import (
     stepped,
     trimmed,
 )
+from epfuse.weights.layouts import GateUpRows
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k")
@@ -94,6 +96,7 @@ def _one(config: Fields) -> int:
     return config.size(*SHARED, least=0, default=1)
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Family:
     """How a family's config.json is read.
@@ -104,6 +107,7 @@ class Family:
         activation: what stands between the projections.
         shared: how many experts every token visits besides its K.
         module: where in a layer the experts are, in the checkpoint's names.
+        gate_up: how gate and up rows lie in stacks of all experts.
         has_bias: the projections have biases, in every checkpoint of the family.
         weights_input: the router weight is applied to the experts' inputs.
     """
@@ -113,6 +117,7 @@ class Family:
     activation: Callable[[Fields, int], Activations] = silu
     shared: Callable[[Fields], int] = _counted
     module: str = "mlp.experts"
+    gate_up: GateUpRows = GateUpRows.HALVES
     has_bias: bool = False
     weights_input: bool = False
 
@@ -151,7 +156,7 @@ FAMILIES = {
     "glm4v_moe_text": Family(after_first(1)),
     "glm5_next_text": Family(listed(after_first(3)), activation=clamped_silu),
     "glm_moe_dsa": Family(listed(after_first(3))),
-    "gpt_oss": Family(every, ONLY_WIDTH, swiglu_oai, has_bias=True),
+    "gpt_oss": Family(every, ONLY_WIDTH, swiglu_oai, gate_up=GateUpRows.ALTERNATING, has_bias=True),
     "granitemoe": _GRANITE,
     "granitemoe_swa": _GRANITE,
     "granitemoehybrid": _GRANITE,

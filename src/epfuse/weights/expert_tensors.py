@@ -60,18 +60,17 @@ MATRICES = {
     "w1": Matrix.GATE, "w3": Matrix.UP, "w2": Matrix.DOWN,
     "gate_proj": Matrix.GATE, "up_proj": Matrix.UP, "down_proj": Matrix.DOWN,
 }  # fmt: skip
-STACKS = {"gate_up_proj": Matrix.GATE_UP, "down_proj": Matrix.DOWN}
+STACKS = {
+    "gate_up_proj": Matrix.GATE_UP, "up_proj": Matrix.UP, "down_proj": Matrix.DOWN,
+    "fc1": Matrix.GATE_UP, "fc2": Matrix.DOWN,
+}  # fmt: skip
+"""Names of all experts' matrices; fc1 and fc2 are Aria's."""
 PARTS = {
     "": Part.WEIGHT, "weight": Part.WEIGHT, "blocks": Part.WEIGHT, "weight_scale": Part.SCALE,
     "weight_scale_inv": Part.SCALE, "scale": Part.SCALE, "scale_inv": Part.SCALE, "scales": Part.SCALE,
     "bias": Part.BIAS,
 }  # fmt: skip
 """The end of a name; what is not here is refused."""
-NEEDED = {
-    Naming.MATRICES: (Matrix.GATE, Matrix.UP, Matrix.DOWN),
-    Naming.STACKS: (Matrix.GATE_UP, Matrix.DOWN),
-}
-
 _SCALE_BYTES = ("U8", "F8_E8M0")
 DTYPES = {
     (Checkpoint.BF16, Part.WEIGHT): ("BF16", "F16", "F32"),
@@ -184,7 +183,7 @@ def _layer(model: ExpertModel, module: str, tensors: Mapping[str, StoredTensor])
     _check_complete(model, module, naming, parts)
     transposed = model.checkpoint is Checkpoint.BF16 and naming is Naming.STACKS and _are_transposed(model, parts)
     layout = WeightLayout(
-        GateUpRows.ALTERNATING if model.name in INTERLEAVED else GateUpRows.HALVES,
+        FAMILIES[model.name].gate_up if naming is Naming.STACKS else GateUpRows.HALVES,
         MatrixOrder.COLUMNS if transposed else MatrixOrder.ROWS,
     )
     found = LayerTensors(naming, model.checkpoint, module, layout, parts)
@@ -193,16 +192,12 @@ def _layer(model: ExpertModel, module: str, tensors: Mapping[str, StoredTensor])
     return found
 
 
-INTERLEAVED = frozenset({"gpt_oss"})
-"""Families whose gate and up rows alternate in stacks."""
-
-
 def _key(rest: str) -> tuple[int | None, Matrix, Part] | None:
     """What a tensor of the experts' module is; None for what is not known."""
     match = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.(\w+)\.(\w+)", rest)
     if match and match[2] in MATRICES and match[3] in PARTS:
         return int(match[1]), MATRICES[match[2]], PARTS[match[3]]
-    match = re.fullmatch(r"(gate_up_proj|down_proj)(?:[._](\w+))?", rest)
+    match = re.fullmatch(rf"({'|'.join(STACKS)})(?:[._](\w+))?", rest)
     if match and (match[2] or "") in PARTS:
         return None, STACKS[match[1]], PARTS[match[2] or ""]
     return None
@@ -211,13 +206,14 @@ def _key(rest: str) -> tuple[int | None, Matrix, Part] | None:
 def _check_complete(
     model: ExpertModel, module: str, naming: Naming, parts: Mapping[tuple[int | None, Matrix, Part], StoredTensor]
 ) -> None:
+    matrices = needed_matrices(model, naming)
     kinds = [Part.WEIGHT]
     if model.checkpoint is not Checkpoint.BF16:
         kinds.append(Part.SCALE)
     if model.has_bias:
         kinds.append(Part.BIAS)
     experts = (None,) if naming is Naming.STACKS else range(model.experts)
-    needed = {(expert, matrix, kind) for expert in experts for matrix in NEEDED[naming] for kind in kinds}
+    needed = {(expert, matrix, kind) for expert in experts for matrix in matrices for kind in kinds}
     missing, more = sorted(needed - parts.keys(), key=_order), sorted(parts.keys() - needed, key=_order)
     if missing:
         raise CheckpointError(
@@ -237,20 +233,29 @@ def _order(key: tuple[int | None, Matrix, Part]) -> tuple[int, str, str]:
 
 def _words(key: tuple[int | None, Matrix, Part]) -> str:
     expert, matrix, part = key
-    return f"the {part.value} of {'all' if expert is None else f'expert {expert}'}'s {matrix.value}"
+    whose = "all experts'" if expert is None else f"expert {expert}'s"
+    return f"the {part.value} of {whose} {matrix.value}"
+
+
+@checks_enums
+def needed_matrices(model: ExpertModel, naming: Naming) -> tuple[Matrix, ...]:
+    """The matrices of an expert that a checkpoint must have: w13's in the order of its rows, then down."""
+    if model.activation.inputs == 1:
+        return Matrix.UP, Matrix.DOWN
+    return (Matrix.GATE_UP, Matrix.DOWN) if naming is Naming.STACKS else (Matrix.GATE, Matrix.UP, Matrix.DOWN)
 
 
 @checks_enums
 def matrix_size(model: ExpertModel, matrix: Matrix) -> tuple[int, int]:
-    """Rows and columns of a matrix, ``[N, K]``."""
+    """Rows and columns of a matrix, ``[N, K]``; GATE_UP is w13, without gate rows where there is no gate."""
     if matrix is Matrix.DOWN:
         return model.hidden, model.intermediate
-    return (2 if matrix is Matrix.GATE_UP else 1) * model.intermediate, model.hidden
+    return (model.activation.inputs if matrix is Matrix.GATE_UP else 1) * model.intermediate, model.hidden
 
 
 def _are_transposed(model: ExpertModel, parts: Mapping[tuple[int | None, Matrix, Part], StoredTensor]) -> bool:
     """Whether all stacks have the size of ``[K, N]``; 2I = H and I = H don't both hold, so that one size tells."""
-    sizes = {matrix: parts[None, matrix, Part.WEIGHT].shape[1:] for matrix in NEEDED[Naming.STACKS]}
+    sizes = {matrix: parts[None, matrix, Part.WEIGHT].shape[1:] for matrix in needed_matrices(model, Naming.STACKS)}
     straight = all(size == matrix_size(model, matrix) for matrix, size in sizes.items())
     return not straight and all(size == matrix_size(model, matrix)[::-1] for matrix, size in sizes.items())
 

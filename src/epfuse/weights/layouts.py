@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from epfuse.arguments import checks_enums
 from epfuse.errors import ShapeError
+
+if TYPE_CHECKING:  # a family's entry names a layout, and reading a config.json loads no torch
+    import torch
 
 
 class GateUpRows(enum.Enum):

@@ -9,13 +9,20 @@ import torch
 
 from epfuse.numerics.e8m0 import decode_scales
 from epfuse.numerics.mxfp8 import BLOCK as GROUP
+from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockFP8Experts
 from epfuse.weights.checkpoint_format import Checkpoint
-from epfuse.weights.expert_tensors import LayerTensors, Matrix, Naming, Part, matrix_size
+from epfuse.weights.dense import DenseExperts
+from epfuse.weights.expert_tensors import LayerTensors, Matrix, Part, matrix_size, needed_matrices
 from epfuse.weights.experts import ExpertWeights
 from epfuse.weights.layouts import GateUpRows, MatrixOrder
 from epfuse.weights.model_config import ExpertModel
 from epfuse.weights.mxfp4 import to_mxfp8
+from epfuse.weights.mxfp8 import MXFP8Experts
+from epfuse.weights.projections import AnyProjections
+
+PROJECTIONS = (Matrix.GATE_UP, Matrix.DOWN)
+"""A layer's w13 and w2, whatever tensors they are stored in; w13 has no gate rows where there is no gate."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +49,28 @@ class LayerReader:
         Raises:
             CheckpointError: a file can't be read, or was changed meanwhile.
         """
+        biases = [self._bias(matrix) for matrix in PROJECTIONS] if self.model.has_bias else []
+        return ExpertWeights((self._experts(),), *biases)
+
+    def _experts(self) -> AnyProjections:
         form = self.layer.form
         if form is Checkpoint.BF16:
-            return ExpertWeights.dense(
-                *(self._weights(matrix, self._dtype) for matrix in (Matrix.GATE_UP, Matrix.DOWN))
-            )
+            return DenseExperts(*(self._weights(matrix, self._dtype) for matrix in PROJECTIONS))
         if form is Checkpoint.BLOCK_FP8:
-            w13, w2 = (
-                BlockFP8(self._weights(matrix, torch.float8_e4m3fn), self._scales(matrix, BLOCK, BLOCK, torch.float32))
-                for matrix in (Matrix.GATE_UP, Matrix.DOWN)
-            )
-            return ExpertWeights((BlockFP8Experts(w13, w2),))
-        read = self._from_mxfp4 if form is Checkpoint.MXFP4 else self._mxfp8
-        return ExpertWeights.mxfp8(*read(Matrix.GATE_UP), *read(Matrix.DOWN))
+            return BlockFP8Experts(*map(self._block_fp8, PROJECTIONS))
+        return MXFP8Experts(*map(self._from_mxfp4 if form is Checkpoint.MXFP4 else self._mxfp8, PROJECTIONS))
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(iter(self.layer.tensors.values())).dtype
+        return next(tensor.dtype for (_, _, part), tensor in self.layer.tensors.items() if part is Part.WEIGHT)
 
-    def _mxfp8(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._weights(matrix, torch.float8_e4m3fn), self._scales(matrix, 1, GROUP, torch.uint8)
+    def _block_fp8(self, matrix: Matrix) -> BlockFP8:
+        return BlockFP8(self._weights(matrix, torch.float8_e4m3fn), self._scales(matrix, BLOCK, BLOCK, torch.float32))
 
-    def _from_mxfp4(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mxfp8(self, matrix: Matrix) -> MXFP8:
+        return MXFP8(self._weights(matrix, torch.float8_e4m3fn), self._scales(matrix, 1, GROUP, torch.uint8))
+
+    def _from_mxfp4(self, matrix: Matrix) -> MXFP8:
         rows, columns = matrix_size(self.model, matrix)
         values = self._empty((rows, columns), torch.float8_e4m3fn)
         scales = self._empty((rows, columns // GROUP), torch.uint8)
@@ -72,9 +79,9 @@ class LayerReader:
             halves = (values[slot].chunk(len(pieces)), scales[slot].chunk(len(pieces)))
             for piece, own_values, own_scales in zip(pieces, *halves, strict=True):
                 made = to_mxfp8(self._raw(expert, piece, Part.WEIGHT), self._raw(expert, piece, Part.SCALE))
-                self._place(own_values, made.values, piece)
-                self._place(own_scales, made.scales, piece)
-        return values, scales
+                self._place(own_values, made.values, piece, Part.WEIGHT)
+                self._place(own_scales, made.scales, piece, Part.SCALE)
+        return MXFP8(values, scales)
 
     def _weights(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         return self._stack(matrix, Part.WEIGHT, self._empty(matrix_size(self.model, matrix), dtype))
@@ -83,7 +90,11 @@ class LayerReader:
         rows, columns = matrix_size(self.model, matrix)
         return self._stack(matrix, Part.SCALE, self._empty((-(-rows // high), -(-columns // wide)), dtype))
 
-    def _empty(self, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    def _bias(self, matrix: Matrix) -> torch.Tensor:
+        rows, _ = matrix_size(self.model, matrix)
+        return self._stack(matrix, Part.BIAS, self._empty((rows,), torch.float32))
+
+    def _empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty((len(self.held), *size), dtype=dtype, device=self.device)
 
     def _stack(self, matrix: Matrix, part: Part, out: torch.Tensor) -> torch.Tensor:
@@ -96,18 +107,17 @@ class LayerReader:
 
     def _pieces(self, matrix: Matrix) -> tuple[Matrix, ...]:
         """The matrices that a projection is stored in, in the order of its rows."""
-        if matrix is Matrix.DOWN or self.layer.naming is Naming.STACKS:
-            return (matrix,)
-        return Matrix.GATE, Matrix.UP
+        gate_up = needed_matrices(self.model, self.layer.naming)[:-1]
+        return (matrix,) if matrix is Matrix.DOWN else gate_up
 
     def _fill(self, target: torch.Tensor, expert: int, matrix: Matrix, part: Part) -> None:
         tensor, row = self.layer.at(expert, matrix, part)
         same_bits = tensor.dtype == target.dtype or target.dtype == torch.uint8
-        if same_bits and target.device.type == "cpu" and not self._is_rearranged(matrix):
+        if same_bits and target.device.type == "cpu" and not self._is_rearranged(matrix, part):
             tensor.read_into(target, row)  # where it is to be: no copy
             self.on_bytes(target.nbytes)
             return
-        self._place(target, _as(self._raw(expert, matrix, part), target.dtype), matrix)
+        self._place(target, _as(self._raw(expert, matrix, part), target.dtype), matrix, part)
 
     def _raw(self, expert: int, matrix: Matrix, part: Part) -> torch.Tensor:
         """One expert's part as it is stored."""
@@ -117,15 +127,18 @@ class LayerReader:
         self.on_bytes(raw.nbytes)
         return raw
 
-    def _is_rearranged(self, matrix: Matrix) -> bool:
-        return self.layer.layout.matrices is MatrixOrder.COLUMNS or self._alternates(matrix)
+    def _is_rearranged(self, matrix: Matrix, part: Part) -> bool:
+        return self._is_transposed(part) or self._alternates(matrix)
+
+    def _is_transposed(self, part: Part) -> bool:
+        return part is Part.WEIGHT and self.layer.layout.matrices is MatrixOrder.COLUMNS
 
     def _alternates(self, matrix: Matrix) -> bool:
         return self.layer.layout.gate_up is GateUpRows.ALTERNATING and matrix is Matrix.GATE_UP
 
-    def _place(self, target: torch.Tensor, raw: torch.Tensor, matrix: Matrix) -> None:
-        """Copy a matrix, as it is stored, to where gate rows come first and rows are rows."""
-        straight = raw.mT if self.layer.layout.matrices is MatrixOrder.COLUMNS else raw
+    def _place(self, target: torch.Tensor, raw: torch.Tensor, matrix: Matrix, part: Part) -> None:
+        """Copy a part of a matrix, as it is stored, to where gate rows come first and rows are rows."""
+        straight = raw.mT if self._is_transposed(part) else raw
         if self._alternates(matrix):
             gate, up = target.chunk(2)
             gate.copy_(straight[0::2])
@@ -135,7 +148,7 @@ class LayerReader:
 
 
 def _as(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scale bytes as bytes, float scales as float32, and anything else as it is: no number changes."""
+    """Scale bytes as bytes, float scales and biases as float32, anything else as it is: no number changes."""
     if raw.dtype == torch.float8_e8m0fnu:
         return decode_scales(raw.view(torch.uint8), dtype) if dtype == torch.float32 else raw.view(torch.uint8)
     return raw.to(dtype)
