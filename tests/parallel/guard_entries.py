@@ -58,12 +58,18 @@ def disagree(context: RankContext) -> dict[str, str]:
     bent = weights_of(2)
     if odd and bent.dense_experts is not None:
         bent.dense_experts.w13[1, 0, 0] = 7.0
+    biased, one_bias = (replace(dense, down_bias=torch.full((2, 32), 0.5)) for _ in range(2))
+    if one_bias.down_bias is not None and odd:
+        one_bias.down_bias[1, 5] = 0.25
+    ungated = ExpertWeights.dense(torch.ones(2, 32, 32), torch.ones(2, 32, 32))
     cases = {
         "nothing": (dense, own, {}, None),
         "H": (weights_of(2, hidden=64) if odd else dense, own, {}, None),
         "I": (weights_of(2, intermediate=64) if odd else dense, own, {}, None),
         "dtype": (weights_of(2, dtype=torch.bfloat16) if odd else dense, own, {}, None),
         "format": (ExpertWeights.quantize(dense) if odd else dense, own, {}, None),
+        "biases": (dense if odd else biased, own, {}, None),
+        "gate": (ungated if odd else dense, own, {}, None),
         "experts": (dense, ExpertMap.contiguous(8, group.size, rank) if odd else own, {}, None),
         "checkpoint": (dense, own, {"checkpoint": f"revision {int(odd)}"}, None),
         "an expert on two ranks": (dense, twice, {}, None),
@@ -71,6 +77,7 @@ def disagree(context: RankContext) -> dict[str, str]:
         "another placement": (dense, own, {}, ExpertPlacement.strided(6, group.size) if odd else placement),
         "a map of another placement": (dense, ExpertPlacement.strided(6, group.size).expert_map(rank), {}, placement),
         "copies": (bent, copied.expert_map(rank), {}, copied),
+        "copies of biases": (one_bias, copied.expert_map(rank), {}, copied),
     }
     for kind, arguments in cases.items():
         weights, expert_map, facts, placed = arguments

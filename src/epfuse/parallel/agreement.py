@@ -64,8 +64,8 @@ def agree_on_layer(
 ) -> None:
     """Refuse on every rank if the ranks' shards don't make one layer. A collective; once, after loading.
 
-    Versions of epfuse and torch, sizes, dtype and format must be equal, and every expert must be on exactly one rank.
-    Where an expert has copies, their bytes must be equal.
+    Versions of epfuse and torch, sizes, dtype and format must be equal, and which biases there are, and every expert
+    must be on exactly one rank. Where an expert has copies, the bytes of their weights and biases must be equal.
 
     Args:
         group: the ranks.
@@ -82,6 +82,8 @@ def agree_on_layer(
         "torch": str(torch.__version__),
         "H": str(weights.hidden),
         "I": str(weights.intermediate),
+        "gate": "yes" if weights.inputs == 2 else "no",
+        "biases": " and ".join(name for name, _ in weights.biases) or "none",
         "experts": str(expert_map.num_experts),
         "weights": ", ".join(f"{form.value} {_dtype(weights)}" for form in weights.kept),
         "placement": "" if placement is None else str(placement.held),
@@ -148,16 +150,16 @@ def _different_copies(group: EPGroup, weights: ExpertWeights, placement: ExpertP
     for slot, expert in enumerate(placement.held[group.rank]):
         if len(placement.copies[expert]) > 1:
             digest = DIGEST()
-            for experts in weights.formats:
-                for _, tensor in experts.tensors():
-                    digest.update(tensor[slot].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            kept = [part for experts in weights.formats for part in experts.tensors()]
+            for _, tensor in (*kept, *weights.biases):
+                digest.update(tensor[slot].contiguous().view(torch.uint8).cpu().numpy().tobytes())
             own[str(expert)] = digest.hexdigest()
     found: dict[str, dict[str, list[int]]] = {}
     for rank, text in enumerate(gather_text(group, json.dumps(own))):
         for expert_name, value in json.loads(text).items():
             found.setdefault(expert_name, {}).setdefault(value, []).append(rank)
     return [
-        f"copies of expert {expert} have different weights: "
+        f"copies of expert {expert} have different weights or biases: "
         + ", ".join(f"rank {'+'.join(map(str, ranks))} {value[:8]}" for value, ranks in values.items())
         for expert, values in found.items()
         if len(values) > 1
