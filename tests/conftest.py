@@ -30,10 +30,10 @@ DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if GPU:
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("two_gpus") and torch.cuda.device_count() < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two GPUs"))
+        elif item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 

@@ -23,6 +23,18 @@ LIMIT = 2.0
 
 def guarded(rank: int, ranks: int, port: int, folder: Path, victim: int, how: str) -> None:
     """Sum five times, as a rank that torchrun started; before the third sum the victim does what ``how`` says."""
+    become_rank(rank, ranks, port, folder)
+    with torchrun_ranks(LIMIT) as context:
+        (folder / f"pid-{rank}").write_text(str(os.getpid()))
+        for step in range(5):
+            if rank == victim and step == 2:
+                misdeed(how)
+            total = context.group.all_reduce(torch.ones(1))
+        (folder / f"result-{rank}").write_text(str(total.item()))
+
+
+def become_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
+    """What torchrun gives a rank, but for its store; what it says goes into files."""
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT, 0o600), stream)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
@@ -35,13 +47,6 @@ def guarded(rank: int, ranks: int, port: int, folder: Path, victim: int, how: st
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    with torchrun_ranks(LIMIT) as context:
-        (folder / f"pid-{rank}").write_text(str(os.getpid()))
-        for step in range(5):
-            if rank == victim and step == 2:
-                misdeed(how)
-            total = context.group.all_reduce(torch.ones(1))
-        (folder / f"result-{rank}").write_text(str(total.item()))
 
 
 def disagree(context: RankContext) -> dict[str, str]:

@@ -162,12 +162,14 @@ def test_points_that_are_none(text: str) -> None:
         parse_loads(text, False, 3)
 
 
-def test_several_gpus_share_the_experts(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize(("shared", "more"), [(True, ("--enable-expert-parallel",)), (False, ())])
+def test_several_gpus_share_the_experts_or_split_them(tmp_path: Path, model: Path, shared: bool, more: tuple) -> None:
     options = {"serve_arguments": "--max-num-seqs 8", "tensor_parallel": 2, "work": tmp_path / "work", "label": "a"}
-    place = tool.Place(str(model), options | {"more_plugins": "", "out": tmp_path / "out", "seconds": 5.0})
+    options |= {"more_plugins": "", "out": tmp_path / "out", "seconds": 5.0, "expert_parallel": shared}
+    place = tool.Place(str(model), options)
     argv = place.work.serve(Arm.EPFUSE, 1234, tmp_path / "compiles").argv
-    assert argv[-5:] == ("--max-num-seqs", "8", "--tensor-parallel-size", "2", "--enable-expert-parallel")
-    assert place.work.served == f"{model} --max-num-seqs 8 --tensor-parallel-size 2 --enable-expert-parallel"
+    assert argv[-4 - len(more) :] == ("--max-num-seqs", "8", "--tensor-parallel-size", "2", *more)
+    assert place.work.served == f"{model} --max-num-seqs 8 --tensor-parallel-size 2{''.join(f' {one}' for one in more)}"
 
 
 def of_a_server(arm: str, model: str, p99: float) -> dict[str, object]:
@@ -188,3 +190,16 @@ def test_a_wide_spread_of_ours_is_no_excuse() -> None:
 def test_servers_of_other_arguments_are_other_rows() -> None:
     rows = rows_of([of_a_server("none", "m", 100.0), of_a_server("epfuse", "m --tensor-parallel-size 2", 900.0)])
     assert all(row.reached is None for row in rows)
+
+
+def test_every_worker_that_runs_experts_is_named(tmp_path: Path) -> None:
+    says = "INFO 11-29 20:57:16 [layer.py:95] epfuse runs experts in place of vLLM's MarlinExperts; on NVIDIA H200: so"
+    (tmp_path / "log").write_text("".join(f"(Worker_TP{rank}_EP{rank} pid=1{rank}) {says}\n" for rank in (1, 0)))
+    found = arms.what_the_log_says(tmp_path / "log", Arm.EPFUSE)
+    assert (found["workers"], len(found["said"])) == (["Worker_TP0_EP0", "Worker_TP1_EP1"], 1)
+
+
+def test_a_model_for_two_gpus_has_fifteen_layers_with_experts() -> None:
+    config = arms.MODELS["minimax-m3-16"].config()
+    assert (config["num_hidden_layers"], sum(config["moe_layer_freq"])) == (16, 15)
+    assert len(config["sparse_attention_config"]["sparse_attention_freq"]) == 16

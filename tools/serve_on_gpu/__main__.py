@@ -41,7 +41,9 @@ def of_a_part(function: Function) -> Function:
         click.option("--label", default="a", show_default=True, help="Of this run's records; another one runs anew."),
         click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="For models, caches and logs."),
         click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True,
-                     help="GPUs; more than one share the experts too."),
+                     help="GPUs."),
+        click.option("--expert-parallel/--no-expert-parallel", default=True, show_default=True,
+                     help="Whether a GPU of several has whole experts, or a part of each."),
         click.option("--serve-arguments", default="", help="More arguments of vllm serve, in one word."),
         click.option("--more-plugins", default="", help="More plugins of vLLM, with commas."),
     ):  # fmt: skip
@@ -65,7 +67,8 @@ class Place:
             )
         arguments = tuple(shlex.split(options["serve_arguments"]))
         if (ranks := options["tensor_parallel"]) > 1:
-            arguments += ("--tensor-parallel-size", str(ranks), "--enable-expert-parallel")
+            arguments += ("--tensor-parallel-size", str(ranks))
+            arguments += ("--enable-expert-parallel",) if options["expert_parallel"] else ()
         path = options["work"] or Path(tempfile.gettempdir()) / "serve-on-gpu"
         plugins = tuple(filter(None, options["more_plugins"].split(",")))
         self.work = Workplace(path.absolute(), model, arguments, plugins)

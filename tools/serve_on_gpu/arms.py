@@ -36,6 +36,8 @@ SETTINGS = {
 }
 OF_THE_MACHINE = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_", "CUDA_", "VLLM_CPU_")
 """Variables that a machine's owner has set for its links and devices: a server must see them."""
+WORKER = re.compile(r"\((\w+) pid=\d+\)")
+"""What vLLM puts before a line of a process of its own: EngineCore, or with several GPUs Worker_TP0_EP0 and so on."""
 GPU_NAME = re.compile(r"NVIDIA [A-Z]+\d+[^,;:.()]*|AMD Instinct [A-Z0-9]+")
 
 
@@ -154,9 +156,10 @@ def compiled_since(compiles: Path, moment: float) -> dict[str, dict[str, int]]:
 
 
 def what_the_log_says(log: Path, arm: Arm) -> dict[str, Any]:
-    """The plugin's sentences, each once, and the GPUs that they name; ``fits`` is whether the arm is what it should be.
+    """The plugin's sentences, each once, who said that epfuse runs experts, and the GPUs that they name.
 
-    Without epfuse there must be none; with epfuse some layer must run in it, or be left to vLLM with a reason.
+    ``fits`` is whether the arm is what it should be. Without epfuse there must be no
+    sentence; with epfuse some layer must run in it, or be left to vLLM with a reason.
     """
     text = log.read_text(errors="replace")
     said = dict.fromkeys(
@@ -166,6 +169,7 @@ def what_the_log_says(log: Path, arm: Arm) -> dict[str, Any]:
     return {
         "fits": bool(said) is (arm is Arm.EPFUSE),
         "runs": any(line.startswith(RUNS) for line in said),
+        "workers": sorted({match[1] for line in text.splitlines() if RUNS in line and (match := WORKER.match(line))}),
         "said": list(said)[:8],
         "warm_up": list(warm)[:20],
         "gpus": sorted({name.strip() for line in said for name in GPU_NAME.findall(line)}),

@@ -46,6 +46,8 @@ def torchrun_ranks(limit: float = LIMIT_SECONDS) -> Iterator[RankContext]:
     device = placement.device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # or a GPU that fails because another one's rank is gone makes torch abort, before anybody is named
+        os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     store, rank, size = next(rendezvous("env://", timeout=COLLECTIVE_LIMIT))
