@@ -11,7 +11,7 @@ import torch
 from epfuse.aot.launches import Launch, launches_of
 from epfuse.api import fused_experts
 from epfuse.compiled.layer import Layer, kernels
-from epfuse.config import MINIMAX_M3_EP8, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import MINIMAX_M3_EP8, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.families.registry import scratch_size
 from epfuse.scratch import Scratch
@@ -36,6 +36,17 @@ LAYERS = {
         (Target.GFX942, Path.W8A8, WeightFormat.MXFP8_FNUZ, Combine.ATOMIC),
         (Target.GFX942, Path.W8A8, WeightFormat.MXFP8_FNUZ, Combine.DETERMINISTIC),
     ]
+}
+
+
+def with_biases(name: str) -> str:
+    """The name of a layer, and biases."""
+    return f"{name}-biases"
+
+
+LAYERS |= {
+    with_biases(name): replace(LAYERS[name], bias=Bias.ADDED)
+    for name in ("sm_90-w8a16-deterministic", "sm_90-bf16-deterministic", "sm_90-w8a8-deterministic")
 }
 
 
@@ -66,8 +77,9 @@ def drawn(layer: Layer, seed: int, count: int, most: int) -> Callable[[], None]:
     """``count`` calls that differ in all that may differ between the calls of a layer."""
     draw = random.Random(seed)
     shape = layer.shape
-    made = ExpertWeights.without_data(next(iter(layer.formats)), shape, layer.dtype)
-    weights = ExpertWeights(tuple(_real(experts) for experts in made.formats))
+    made = ExpertWeights.without_data(next(iter(layer.formats)), shape, layer.dtype, bias=layer.bias)
+    biases = {name: torch.empty(bias.shape) for name, bias in made.biases}
+    weights = ExpertWeights(tuple(_real(experts) for experts in made.formats), **biases)
     slots = torch.arange(shape.experts)
     expert_map = ExpertMap(torch.where(slots < shape.local_experts, slots, -1))
 

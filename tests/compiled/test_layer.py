@@ -94,6 +94,7 @@ SIZES = {
         "combine_kernel": 1,
     },
 }
+SIZES |= {keys.with_biases(name): counts for name, counts in SIZES.items() if keys.with_biases(name) in keys.LAYERS}
 
 
 @pytest.fixture(scope="module")

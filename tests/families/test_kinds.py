@@ -200,11 +200,11 @@ def test_what_reads_a_layer_is_what_accepts_it() -> None:
         decision = decide(Path.BF16, target, shape, 64, activation=kind, bias=bias)
         assert decision.family in FAMILIES
         assert bias in decision.family.biases
-        if (kind, bias) != (SwiGLUOAI, Bias.NONE):
-            assert decision.family.name == "portable"
+        own = target is Target.SM90 and kind is SwiGLUOAI
+        assert decision.family.name == ("sm90" if own else "portable")
 
 
-@pytest.mark.parametrize("kind", ["gpt-oss", "relu2"])
+@pytest.mark.parametrize("kind", ["relu2", "relu2 with biases"])
 @pytest.mark.parametrize("path", [Path.AUTO, Path.W8A8])
 def test_hopper_keeps_the_order_of_what_its_own_kernels_refuse(kind: str, path: Path) -> None:
     activation, bias = KINDS[kind]
@@ -213,9 +213,65 @@ def test_hopper_keeps_the_order_of_what_its_own_kernels_refuse(kind: str, path: 
     shape = LayerShape(hidden=64, intermediate=64, experts=16, local_experts=4, top_k=4)
     decision = decide(Path.W8A16, Target.SM90, shape, 8, frozenset(packed.kept), activation=type(activation), bias=bias)
     assert decision.family.name == "portable"
-    with pytest.raises(UnsupportedTarget, match="biases" if bias is Bias.ADDED else "ReLU2"):
+    with pytest.raises(UnsupportedTarget, match="ReLU2"):
         decide(Path.W8A16, Target.SM90, shape, 8, frozenset({WeightFormat.FRAGMENT}), activation=type(activation),
                bias=bias)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [Path.W8A16, Path.W8A8])
+def test_hopper_has_its_own_order_of_weights_beside_biases(path: Path) -> None:
+    weights = ExpertWeights.quantize(layer(torch.device("cpu"), "gpt-oss", hidden=64, intermediate=64).weights)
+    packed = weights.prepare(Target.SM90, path)
+    assert list(packed.kept) == [WeightFormat.FRAGMENT if path is Path.W8A16 else WeightFormat.ROW_FP8]
+    assert packed.bias is Bias.ADDED
+    shape = LayerShape(hidden=64, intermediate=64, experts=16, local_experts=4, top_k=4)
+    for tokens, family in ((8, "sm90"), (4096, "sm90_packed")) if path is Path.W8A16 else ((8, "sm90_fp8"),):
+        decision = decide(path, Target.SM90, shape, tokens, frozenset(packed.kept), bias=Bias.ADDED)
+        assert decision.family.name == family
+
+
+HOPPER = {Path.BF16: FLOOR[torch.bfloat16], Path.W8A16: FLOOR[torch.bfloat16], Path.W8A8: FP8_FLOOR}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", HOPPER)
+@pytest.mark.parametrize(("tokens", "routing"), [(3, "uniform"), (64, "duplicates"), (257, "padding_ids"),
+                                                 (700, "uniform"), (300, "one_expert")])  # fmt: skip
+def test_hopper_serves_gpt_oss(device: torch.device, path: Path, tokens: int, routing: str) -> None:
+    """As the policy runs it: few rows and many, experts without any, ids of -1; ranks add up."""
+    case = layer(device, "gpt-oss", tokens=tokens, hidden=256, intermediate=384, routing=routing)
+    weights = case.weights if path is Path.BF16 else ExpertWeights.quantize(case.weights)
+    want = wanted(Case(case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map), SwiGLUOAI())
+    weights = weights.prepare(path=path)
+    shape = LayerShape(hidden=256, intermediate=384, experts=16, local_experts=4, top_k=4)
+    decision = decide(path, Target.SM90, shape, tokens, frozenset(weights.kept), bias=Bias.ADDED)
+    assert decision.family.name.startswith("sm90")
+    with poisoned_memory():
+        result = fused_experts(case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, path=path)
+    assert snr_db(result, want) > HOPPER[path]
+    empty = want.abs().sum(1) == 0
+    assert not result[empty].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", HOPPER)
+def test_hopper_counts_the_bias_of_down_once_per_local_route(device: torch.device, path: Path) -> None:
+    """Four ranks' results add up to the unsharded layer, at few rows and at many."""
+    from epfuse import ExpertMap
+
+    for tokens in (13, 600):
+        case = layer(device, "gpt-oss", tokens=tokens, hidden=256, intermediate=128, experts=8, local=8)
+        dense, total = case.weights.dense_experts, torch.zeros_like(case.hidden, dtype=torch.float64)
+        for rank in range(4):
+            mine = slice(2 * rank, 2 * rank + 2)
+            biases = {name: bias[mine].contiguous() for name, bias in case.weights.biases}
+            share = ExpertWeights.dense(dense.w13[mine].contiguous(), dense.w2[mine].contiguous(), **biases)
+            share = share if path is Path.BF16 else ExpertWeights.quantize(share).prepare(path=path)
+            expert_map = ExpertMap.contiguous(8, 4, rank, device)
+            total += fused_experts(case.hidden, share, case.topk_weights, case.topk_ids, expert_map, path=path).double()
+        weights = case.weights if path is Path.BF16 else ExpertWeights.quantize(case.weights)
+        want = wanted(Case(case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map), SwiGLUOAI())
+        assert snr_db(total, want) > HOPPER[path] - 3
 
 
 def test_a_gate_that_is_not_there_is_refused(device: torch.device) -> None:

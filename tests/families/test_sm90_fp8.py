@@ -45,7 +45,7 @@ def unchanged(rows: FP8Rows, call) -> None:
     assert torch.equal(rows.scales, before[1])
 
 
-def gate_up(x, w13, routes, activation, tile, out=None):
+def gate_up(x, w13, routes, activation, tile, out=None, bias=None):
     if out is None:
         out = torch.full((routes.num_routes, w13.rows // 2), torch.nan, dtype=torch.bfloat16)
 
@@ -53,13 +53,14 @@ def gate_up(x, w13, routes, activation, tile, out=None):
         numbers = x.dequantize()
         for expert, rows, _ in rows_by_expert(routes):
             sums = numbers[rows] @ w13.matrix(expert, torch.float32).T
+            sums = sums if bias is None else sums + bias[expert]
             out[rows] = swiglu_oai(sums.bfloat16().float(), activation).bfloat16()
 
     unchanged(x, run)
     return out
 
 
-def down(y, w2, routes, topk_weights, tile, out=None, lone=None):
+def down(y, w2, routes, topk_weights, tile, out=None, lone=None, bias=None):
     seen.append(lone)
     if out is None:
         out = torch.full((routes.num_routes, w2.rows), torch.nan, dtype=torch.bfloat16)
@@ -67,7 +68,8 @@ def down(y, w2, routes, topk_weights, tile, out=None, lone=None):
     def run() -> None:
         numbers = y.dequantize()
         for expert, rows, found in rows_by_expert(routes):
-            sums = numbers[rows] @ w2.matrix(expert, torch.float32).T * topk_weights.view(-1)[found, None]
+            sums = numbers[rows] @ w2.matrix(expert, torch.float32).T
+            sums = (sums if bias is None else sums + bias[expert]) * topk_weights.view(-1)[found, None]
             alone = torch.zeros(found.numel(), dtype=torch.bool) if lone is None else lone.of_row[rows] >= 0
             out[rows] = torch.where(alone[:, None], torch.nan, sums).bfloat16()
             if lone is not None:
@@ -93,11 +95,18 @@ def run(case: Case, weights: ExpertWeights, out: torch.Tensor, scratch: Scratch 
         return run_in_tiles(Path.W8A8, WeightFormat.ROW_FP8, TILES, case, weights, out=out, scratch=scratch)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("hidden", "intermediate"), [(160, 96), (96, 160)])
-def test_against_the_oracle_in_any_memory(hopper, hidden: int, intermediate: int, routing: str) -> None:
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "routing", "bias"),
+    [(*size, routing, False) for size in [(160, 96), (96, 160)] for routing in ROUTINGS]
+    + [(160, 96, "padding_ids", True)],
+)
+def test_against_the_oracle_in_any_memory(hopper, hidden: int, intermediate: int, routing: str, bias: bool) -> None:
     case = make_case(hopper, 9, hidden, intermediate, routing=routing, scale=4.0)
-    weights = ExpertWeights.quantize(case.weights).prepare(Target.SM90, Path.W8A8)
+    dense, biases = case.weights.dense_experts, {}
+    if bias:
+        for name, stack in (("gate_up_bias", dense.w13), ("down_bias", dense.w2)):
+            biases[name] = torch.randn(stack.shape[:2], generator=torch.Generator().manual_seed(3)).to(hopper)
+    weights = ExpertWeights.quantize(ExpertWeights(case.weights.formats, **biases)).prepare(Target.SM90, Path.W8A8)
     call = (case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
     want = run_reference(*call, compute=torch.float64)
     got = run(case, weights, torch.full_like(case.hidden, torch.nan))

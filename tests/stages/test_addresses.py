@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from epfuse.stages import sm90_gemm
 from epfuse.stages.gate_up import kernel_sm90
+from epfuse.weights.panels import RowOrder, source_rows
 from tests.stages.plain_gluon import numbers, plain
 
 PANEL = 64
@@ -63,3 +64,25 @@ def test_guessed_weights_are_weights(local: int, intermediate: int, block_n: int
     assert max(int(at.max()) + count for at, count in asked) <= size
     tiles = local * -(-panels * PANEL // block_n)
     assert len(asked) == min(tiles, FIRST_WAVE)
+
+
+@pytest.mark.parametrize("block_n", [64, 128, 256])
+@pytest.mark.parametrize("intermediate", [48, 96, 160, 2880])
+def test_a_bias_is_read_where_its_row_of_weights_was(intermediate: int, block_n: int) -> None:
+    """The rows of a tile, in the order in which MXFP8 is packed; what is padding there reads within the expert."""
+    experts, tiles = 3, -(-2 * intermediate // block_n)
+    row = numbers(np.arange(block_n))
+    packed = source_rows(2 * intermediate, RowOrder.GATE_UP).numpy()
+    with plain(kernel_sm90):
+        for expert in range(experts):
+            found = np.concatenate(
+                [
+                    kernel_sm90.source_rows(numbers(expert), tile * (block_n // 2), row, intermediate)
+                    for tile in range(tiles)
+                ]
+            )
+            found -= expert * 2 * intermediate
+            real = np.flatnonzero(packed >= 0)
+            assert (found[real] == packed[real]).all()
+            assert found.min() >= 0
+            assert found.max() < 2 * intermediate

@@ -43,9 +43,9 @@ KINDS: dict[str, tuple[Activation, Bias]] = {
     "softcapped-swiglu": (SoftcappedSwiGLU(4.0, 25.0), Bias.NONE),
     "relu2": (ReLU2(), Bias.NONE),
 }
-"""What stands between and beside the projections. The first is compiled for every tile, the others for one each."""
-KIND_SHAPE, KIND_TOKENS = "gpt-oss-120b", 64
-"""Of calls of the other kinds."""
+"""What stands between and beside the projections. The first is compiled for every tile, the others for one a family."""
+KIND_SHAPE, KIND_TOKENS = "gpt-oss-120b", (4096, 64)
+"""Of calls of the other kinds: many rows, for a family that takes no fewer, and few."""
 _EVERY_KIND = (Path.BF16, Path.W8A8)
 """Paths whose kernels differ by activation; of the other paths biases alone are compiled."""
 
@@ -119,13 +119,18 @@ def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str
 
 @checks_enums
 def _kinds(target: Target, path: Path) -> list[Call]:
-    """A call of each kind but the first, on the weights that its kernels read best."""
-    found = []
+    """A call of each kind but the first on each of its families, on the weights that its kernels read best."""
+    found, shape = [], SHAPES[KIND_SHAPE]
     for name, (activation, bias) in list(KINDS.items())[1:]:
         forms = readable_formats(target, path, Combine.DETERMINISTIC, type(activation), bias)
         if forms and (bias is Bias.ADDED or path in _EVERY_KIND):
-            call = (target, path, forms[0], "bf16", KIND_SHAPE, Combine.DETERMINISTIC, KIND_TOKENS, name)
-            found.append(Call(*call))
+            counts = {}
+            for tokens in KIND_TOKENS:
+                kept = frozenset({forms[0]})
+                decision = decide(path, target, shape, tokens, kept, activation=type(activation), bias=bias)
+                counts[decision.family] = tokens
+            call = (target, path, forms[0], "bf16", KIND_SHAPE, Combine.DETERMINISTIC)
+            found += [Call(*call, tokens, name) for tokens in counts.values()]
     return found
 
 

@@ -18,6 +18,7 @@ from epfuse.weights.panels import PANEL_ROWS
 
 ROWS = ("x", "y")
 WEIGHTS = ("w13", "w2")
+BIASES = ("bias", "up_bias")
 """Names of the GEMM kernels' arguments."""
 ITEM_BYTES = {"*bf16": 2, "*fp16": 2, "*fp32": 4, "*fp8e4nv": 1, "*fp8e4b8": 1, "*u8": 1}
 
@@ -127,7 +128,7 @@ class Kernel:
         weights = [] if self.weight_type in (None, "*bf16") else [str(self.weight_type).removeprefix("*")]
         rows = [] if "bf16" in self.use.dtypes or weights else ["/".join(self.use.dtypes)]
         kind = dict(self.launch.constants).get("ACTIVATION", SwiGLUOAI.kind)
-        other = ([] if kind == SwiGLUOAI.kind else [kind]) + (["biases"] if self._type(("bias",)) == "*fp32" else [])
+        other = ([] if kind == SwiGLUOAI.kind else [kind]) + (["biases"] if self._type(BIASES) == "*fp32" else [])
         return [*weights, *rows, *other, *(["atomic"] if self.counts.atomics else [])]
 
     @property

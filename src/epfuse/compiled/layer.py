@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from epfuse.aot.launches import Launch, launches_of
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums, integer
-from epfuse.config import Activation, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.policy.call import call_table
 from epfuse.stages.extent import ADDRESSABLE
@@ -33,6 +33,7 @@ class Layer:
         ids: of ``topk_ids``: int32 or int64.
         combine: how routes are summed.
         activation: between the two GEMMs; its parameters are run-time arguments.
+        bias: of both projections, or of none.
     """
 
     target: Target
@@ -44,6 +45,7 @@ class Layer:
     ids: torch.dtype = torch.int32
     combine: Combine = Combine.DETERMINISTIC
     activation: Activation = field(default_factory=SwiGLUOAI)
+    bias: Bias = Bias.NONE
 
     @classmethod
     def on(cls, target: Target, path: Path, formats: frozenset[WeightFormat], shape: LayerShape) -> Layer:
@@ -104,6 +106,7 @@ def token_counts(layer: Layer, max_tokens: int) -> list[int]:
         layer.combine,
         layer.product,
         type(layer.activation),
+        layer.bias,
     )
     chosen = {max_tokens, *(1 << power for power in range(max_tokens.bit_length()))}
     chosen |= {first + before for first in table.first_tokens for before in (-1, 0)}
@@ -123,5 +126,6 @@ def _bytes_of_a_token(layer: Layer) -> set[int]:
 
 def _weights(layer: Layer) -> ExpertWeights:
     """All that is kept, without data."""
-    made = (ExpertWeights.without_data(form, layer.shape, layer.dtype) for form in layer.formats)
-    return ExpertWeights(tuple(experts for weights in made for experts in weights.formats))
+    kind = (layer.shape, layer.dtype, type(layer.activation), layer.bias)
+    made = [ExpertWeights.without_data(form, *kind) for form in layer.formats]
+    return replace(made[0], formats=tuple(experts for weights in made for experts in weights.formats))

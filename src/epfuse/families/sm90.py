@@ -31,6 +31,7 @@ class Sm90(Family):
 
     name: ClassVar[str] = "sm90"
     tile: ClassVar[type[GemmTile]] = Sm90Tile
+    biases: ClassVar[frozenset[Bias]] = frozenset(Bias)
     least_block_m: ClassVar[int] = 8
     reads: ClassVar[Reads] = {
         Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,), Path.BF16: (WeightFormat.DENSE,)},
@@ -107,8 +108,8 @@ class Sm90(Family):
         assert isinstance(tiles.down, Sm90Tile)
         shape, rows = call.shape, rows_between(call)
         table = call.table(tiles.block_m, tiles.arrivals(shape.hidden, shape.intermediate))
-        x = (call.hidden, call.w13, table, shape.top_k, call.activation, tiles.gate_up, rows.y)
-        y = (rows.y, call.w2, table, call.topk_weights, tiles.down, rows.routed)
+        x = (call.hidden, call.w13, table, shape.top_k, call.activation, tiles.gate_up, rows.y, call.gate_up_bias)
+        y = (rows.y, call.w2, table, call.topk_weights, tiles.down, rows.routed, call.down_bias)
         routed = (rows.routed, call.topk_ids, call.slots, shape.local_experts, call.out)
         launches: tuple[Step, ...] = (
             ("route", partial(launch_route, call.topk_ids, call.slots, shape.local_experts, table)),

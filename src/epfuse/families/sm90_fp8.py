@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
@@ -33,6 +33,7 @@ class Sm90FP8(Family):
 
     name: ClassVar[str] = "sm90_fp8"
     tile: ClassVar[type[GemmTile]] = Sm90PersistentTile
+    biases: ClassVar[frozenset[Bias]] = frozenset(Bias)
     reads: ClassVar[Reads] = {Target.SM90: {Path.W8A8: (WeightFormat.ROW_FP8,)}}
 
     def defaults(
@@ -93,13 +94,15 @@ class Sm90FP8(Family):
         lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, out_is_free)
         route_row = slots.new_empty(rows)
         table = call.table(tiles.block_m, tiles.arrivals(size, between))
+        first = (x, call.w13, table, call.activation, tile, gate_up, call.gate_up_bias)
+        second = (y, call.w2, table, call.topk_weights, tile, routed, lone, call.down_bias)
         summed = (routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)
         launches: tuple[Step, ...] = (
             ("route", partial(launch_route, call.topk_ids, slots, shape.local_experts, table)),
             ("quantize", partial(launch_quantize_packed, call.hidden, table, shape.top_k, x, route_row, lone)),
-            ("gate_up", partial(launch_gate_up_sm90_fp8, x, call.w13, table, call.activation, tile, gate_up)),
+            ("gate_up", partial(launch_gate_up_sm90_fp8, *first)),
             ("activate", partial(launch_quantize_packed, gate_up, table, None, y)),
-            ("down", partial(launch_down_sm90_fp8, y, call.w2, table, call.topk_weights, tile, routed, lone)),
+            ("down", partial(launch_down_sm90_fp8, *second)),
             ("combine", partial(launch_combine, *summed, out_is_free=out_is_free)),
         )
         return Steps(table, launches)

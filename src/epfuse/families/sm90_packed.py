@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import Family, LayerCall, Reads, Stage, Step, Steps
 from epfuse.families.memory import rows_between, rows_scratch
@@ -36,6 +36,7 @@ class Sm90Packed(Family):
 
     name: ClassVar[str] = "sm90_packed"
     tile: ClassVar[type[GemmTile]] = Sm90PersistentTile
+    biases: ClassVar[frozenset[Bias]] = frozenset(Bias)
     least_block_m: ClassVar[int] = 32
     reads: ClassVar[Reads] = {Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,)}}
 
@@ -87,11 +88,12 @@ class Sm90Packed(Family):
         route_row = slots.new_empty(call.routes)
         lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, rows.out_is_free)
         experts = (call.w13, call.w2, table, call.topk_weights, call.activation, tile)
+        memory = (rows.y, rows.routed, lone, call.gate_up_bias, call.down_bias)
         routed = (rows.routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)
         launches: tuple[Step, ...] = (
             ("route", partial(launch_route, call.topk_ids, slots, shape.local_experts, table)),
             ("gather", partial(launch_gather, call.hidden, table, shape.top_k, rows.routed, route_row, lone)),
-            ("gate_up_down", partial(launch_gate_up_down, rows.routed, *experts, rows.y, rows.routed, lone)),
+            ("gate_up_down", partial(launch_gate_up_down, rows.routed, *experts, *memory)),
             ("combine", partial(launch_combine, *routed, out_is_free=rows.out_is_free)),
         )
         return Steps(table, launches)

@@ -78,7 +78,7 @@ def multiply(
 
 @gluon.jit
 def consume_columns(
-    w_scale, row_scale, block_routes, first_weight_row, first_row, panel,
+    w_scale, row_scale, block_routes, first_weight_row, first_row, expert, panel,
     heads, rests, panels, full, empty, done, steps, R,
     consumer: gl.constexpr, store: gl.constexpr, ACTIVATION: gl.constexpr, store_args,
     COLUMNS: gl.constexpr, MORE: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
@@ -88,12 +88,12 @@ def consume_columns(
         heads, rests, panels, full, empty, done, steps, consumer, COLUMNS, MORE, CONSUMERS, STAGES
     )  # fmt: skip
     acc = scale_sums(acc, w_scale, row_scale, first_weight_row, first_row, block_routes, R)
-    store(acc, block_routes, first_row, panel, R, store_args, ACTIVATION)
+    store(acc, block_routes, first_row, expert, panel, R, store_args, ACTIVATION)
     if MORE > 0:
         block_routes += COLUMNS
         first_row += COLUMNS
         more = scale_sums(more, w_scale, row_scale, first_weight_row, first_row, block_routes, R)
-        store(more, block_routes, first_row, panel, R, store_args, ACTIVATION)
+        store(more, block_routes, first_row, expert, panel, R, store_args, ACTIVATION)
     return done
 
 
@@ -116,14 +116,15 @@ def consume(
     while tile < total:
         m, n = tile_of(tile, m_blocks, n_tiles, GROUP_M)
         panel = n * CONSUMERS + consumer
-        first_weight_row = (gl.load(block_expert + m) * PANELS + gl.minimum(panel, PANELS - 1)) * PANEL
+        expert = gl.load(block_expert + m)
+        first_weight_row = (expert * PANELS + gl.minimum(panel, PANELS - 1)) * PANEL
         block_routes = sorted_routes + m * BLOCK_M
         first_row = gl.load(block_row + m)
         step = step_of(block_routes, R, BLOCK_M, HEAD)
         for i in gl.static_range(STEPS):
             if step == i:
                 done = consume_columns(
-                    w_scale, row_scale, block_routes, first_weight_row, first_row, panel,
+                    w_scale, row_scale, block_routes, first_weight_row, first_row, expert, panel,
                     heads, rests, panels, full, empty, done, steps, R, consumer, store, ACTIVATION, store_args,
                     head_columns(BLOCK_M, HEAD, i), rest_columns(BLOCK_M, HEAD, i), CONSUMERS, STAGES,
                 )  # fmt: skip
@@ -197,8 +198,8 @@ def run_tiles(
         row_scale: E8M0 byte of each packed row.
         counter: int32 zero: tiles claimed.
         STEPS: steps of BLOCK_K.
-        store: function of (sums [64, columns], pointer to the columns' routes, packed row of the first one, the panel,
-            R, store_args, ACTIVATION).
+        store: function of (sums [64, columns], pointer to the columns' routes, packed row of the first one, the expert,
+            the panel, R, store_args, ACTIVATION).
         ACTIVATION: the kind of what store applies; None for nothing.
     """
     m_blocks = gl.load(num_padded) // BLOCK_M

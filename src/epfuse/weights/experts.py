@@ -284,7 +284,7 @@ class ExpertWeights:
         matrix whose rows are no multiple of 64 or columns no multiple of 128), on gfx942 as E4M3FNUZ. Dense weights,
         and targets that read checkpoints' order, are left as they are. Weights that Hopper's order can't hold (a NaN, a
         block scale over 2^7) stay in checkpoints' order and run on the slower kernels; a warning is logged. W8A8's
-        order holds all. Experts with biases or without a gate stay as they are there, too.
+        order holds all. Experts without a gate stay as they are there, too.
 
         Args:
             target: None means the target of the device that the weights are on.
@@ -302,7 +302,7 @@ class ExpertWeights:
             require_apart(name, own, spans[:index])
         for experts in self.formats:
             experts.check_prepare(target)
-        ready = tuple(experts.prepared(target, path, self.bias) for experts in self.formats)
+        ready = tuple(experts.prepared(target, path) for experts in self.formats)
         return self if all(map(operator.is_, ready, self.formats)) else replace(self, formats=ready)
 
     def _require_not_prepared_for_another(self, target: Target) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Bias, Path, WeightFormat
+from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.numerics.mxfp8 import BLOCK, MXFP8
 from epfuse.target import Target
@@ -38,14 +38,14 @@ class MXFP8Experts(E4M3Projections[MXFP8]):
         return (size, cls.codes(form)), ((*size[:2], size[2] // BLOCK), torch.uint8)
 
     @checks_enums
-    def prepared(self, target: Target, path: Path, bias: Bias) -> Projections[Any]:
+    def prepared(self, target: Target, path: Path) -> Projections[Any]:
         """Hopper's orders: one scale a row for W8A8, fragments for every other path.
 
-        The kernels that read them add no biases, and want a gate: such weights stay as they are.
+        The kernels that read them want a gate: weights without one stay as they are.
         """
         if target is not Target.SM90:
-            return super().prepared(target, path, bias)
-        if bias is not Bias.NONE or self.inputs != 2:
+            return super().prepared(target, path)
+        if self.inputs != 2:
             return self
         made: Projections[Any]
         if path is Path.W8A8:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Bias, Path, WeightFormat
+from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from epfuse.numerics.consumable import Consumable, require_as_loaded
 from epfuse.numerics.stack import ExpertStack
@@ -164,8 +164,8 @@ class Projections(ABC, Generic[S]):
         """
 
     @checks_enums
-    def prepared(self, target: Target, path: Path, bias: Bias) -> Projections[Any]:
-        """What ``target`` reads fastest on ``path`` beside such biases, in the memory of these, which are consumed.
+    def prepared(self, target: Target, path: Path) -> Projections[Any]:
+        """What ``target`` reads fastest on ``path``, in the memory of these, which are consumed.
 
         Itself where it is that already. `check_prepare` was asked.
         """
@@ -202,7 +202,7 @@ class E4M3Projections(Projections[C]):
             self.w2.check_fnuz()
 
     @checks_enums
-    def prepared(self, target: Target, path: Path, bias: Bias) -> Projections[Any]:
+    def prepared(self, target: Target, path: Path) -> Projections[Any]:
         """E4M3FNUZ for gfx942."""
         if target is Target.GFX942 and self.forms[self.form] is None:
             return type(self)(self.w13.to_fnuz_(), self.w2.to_fnuz_())

@@ -20,8 +20,12 @@ from epfuse.stages.sm90_gemm import (
 
 
 @gluon.jit
-def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column, R, H, lone_token=None, final=None):
+def store_weighted(
+    acc, bias, topk_weights, out, block_routes, first_row, expert, first_column, R, H, lone_token=None, final=None
+):
     """Multiply accumulators [rows, columns] with the router weights of their columns and store [columns, rows].
+
+    bias is added first: FP32 [L, H], or None.
 
     A column's row of out is its route, or with first_row the columns take rows from there on, and those are kept in L2.
     Those that lone_token has a token for go to that row of final instead.
@@ -29,6 +33,9 @@ def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
     EVICT: gl.constexpr = "" if first_row is None else "evict_last"
+    if bias is not None:
+        row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc.type.layout))
+        acc += gl.load(bias + expert.to(gl.int64) * H + gl.minimum(first_column + row, H - 1))[:, None]
     weighted = gl.load(block_routes + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc.type.layout)))
     acc *= gl.load(topk_weights + weighted, mask=weighted < R, other=0.0)[None, :]
     layout: gl.constexpr = row_store_layout(ROWS, gl.num_warps())
@@ -47,15 +54,18 @@ def store_weighted(acc, topk_weights, out, block_routes, first_row, first_column
 
 
 @gluon.jit
-def store_weighted_panel(acc, block_routes, first_row, panel, R, args, ACTIVATION: gl.constexpr):
+def store_weighted_panel(acc, block_routes, first_row, expert, panel, R, args, ACTIVATION: gl.constexpr):
     """store_weighted for accumulators of one panel of weight rows; ACTIVATION is None."""
-    topk_weights, out, H, lone_token, final = args
-    store_weighted(acc, topk_weights, out, block_routes, first_row, panel * acc.shape[0], R, H, lone_token, final)
+    bias, topk_weights, out, H, lone_token, final = args
+    first_column = panel * acc.shape[0]
+    store_weighted(
+        acc, bias, topk_weights, out, block_routes, first_row, expert, first_column, R, H, lone_token, final
+    )  # fmt: skip
 
 
 @gluon.jit
 def down_tile(
-    y, w2, w2_scale, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
+    y, w2, w2_scale, bias, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
     R, H, I, I_PADDED, PANELS,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
@@ -84,19 +94,19 @@ def down_tile(
     if SPLIT_K > 1:
         acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
     if last:
-        store_weighted(acc, topk_weights, out, block_routes, None, n * BLOCK_N, R, H)
+        store_weighted(acc, bias, topk_weights, out, block_routes, None, expert, n * BLOCK_N, R, H)
 
 
 # arrivals begins in the middle of the counters, at another place with every number of tokens
 @cached
 @gluon.jit(do_not_specialize=["R", "arrivals"])
 def down_sm90_kernel(
-    y, w2, w2_scale, topk_weights, out, sorted_routes, block_expert, num_padded, partials, arrivals,
+    y, w2, w2_scale, bias, topk_weights, out, sorted_routes, block_expert, num_padded, partials, arrivals,
     R, H, I, I_PADDED, PANELS,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
-    """out[r, h] = topk_weights[r] * (y[r] . w2[e, h]) for the routes r of one block, rounded once.
+    """out[r, h] = topk_weights[r] * (y[r] . w2[e, h] + bias[e, h]) for the routes r of one block, rounded once.
 
     The route table is older than the kernel before this one, which had to wait for it: only y is waited for, and the
     first weights are on their way by then.
@@ -105,6 +115,7 @@ def down_sm90_kernel(
         y: BF16 [R, I]; only rows of local routes are read.
         w2: dense BF16 [L, H, I], or codes in fragment order, uint8 [L, PANELS, I_PADDED / 32, 2048].
         w2_scale: int32 [L, PANELS, I_PADDED / 128, 64] of fragments; None for dense weights.
+        bias: FP32 [L, H]; None for none.
         topk_weights: FP32 [T, K], by route.
         out: BF16 [R, H]; row r is written if route r is local.
         sorted_routes: int32, routes by expert, R where padding; see RouteTable, as the next two.
@@ -135,13 +146,13 @@ def down_sm90_kernel(
     if BLOCK_M >= 64 and SPLIT_K == 1:
         if gl.load(block_routes + BLOCK_M // 2) >= R:
             down_tile(
-                y, w2, w2_scale, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
+                y, w2, w2_scale, bias, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
                 R, H, I, I_PADDED, PANELS,
                 BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
             )  # fmt: skip
             return
     down_tile(
-        y, w2, w2_scale, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
+        y, w2, w2_scale, bias, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
         R, H, I, I_PADDED, PANELS,
         BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
     )  # fmt: skip

@@ -13,16 +13,19 @@ from epfuse.stages.sm90_gemm import let_next_kernel_start
 @cached
 @gluon.jit(do_not_specialize=["R", "STEPS", "PANELS"])
 def down_sm90_fp8_kernel(
-    y_head, y_few, y_rest, y_scale, w2, w2_scale, topk_weights, out, lone_token, final,
+    y_head, y_few, y_rest, y_scale, w2, w2_scale, bias, topk_weights, out, lone_token, final,
     sorted_routes, block_expert, block_row, num_padded, counter, R, H, STEPS, PANELS,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """out[packed row] = router weight * (w2[expert] @ y[packed row]); arguments as of run_tiles and store_weighted."""
+    """out[packed row] = router weight * (w2[expert] @ y[packed row] + bias[expert]).
+
+    bias: FP32 [L, H]; None for none. Other arguments as of run_tiles and store_weighted.
+    """
     let_next_kernel_start()
     run_tiles(
         w2, w2_scale, (y_head, y_few, y_rest), y_scale,
         sorted_routes, block_expert, block_row, num_padded, counter, R, STEPS, PANELS,
-        store_weighted_panel, None, (topk_weights, out, H, lone_token, final),
+        store_weighted_panel, None, (bias, topk_weights, out, H, lone_token, final),
         BLOCK_M, HEAD, BLOCK_K, GROUP_M, CONSUMERS, STAGES,
     )  # fmt: skip

@@ -18,6 +18,7 @@ def launch_down_sm90(
     topk_weights: torch.Tensor,
     tile: Sm90Tile,
     out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`launch_down` with the Hopper kernel.
 
@@ -29,6 +30,7 @@ def launch_down_sm90(
         topk_weights: ``[T, K]`` float32 contiguous.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
         out: ``[R, H]`` BF16; only rows of local routes are written, row r for route r. Allocated if None.
+        bias: ``[L, H]`` float32, added before the router weight multiplies; None for none.
 
     Returns:
         ``out``.
@@ -46,6 +48,6 @@ def launch_down_sm90(
     options |= {"BLOCK_N": tile.block_n, "EVEN_K": intermediate == w.columns}
     shares = shared_sums(tile, tiles, routes, slice(-tiles, None))
     down_sm90_kernel[(tiles * tile.split_k,)](
-        y, w.weights, w.scales, topk_weights, out, *table, *shares, *sizes, SPLIT_K=tile.split_k, **options
+        y, w.weights, w.scales, bias, topk_weights, out, *table, *shares, *sizes, SPLIT_K=tile.split_k, **options
     )
     return out

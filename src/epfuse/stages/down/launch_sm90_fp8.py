@@ -19,6 +19,7 @@ def launch_down_sm90_fp8(
     tile: Sm90PersistentTile,
     out: torch.Tensor | None = None,
     lone: LoneTokens | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply the down weights to packed FP8 rows by native FP8 products, then the router weight in FP32; round once.
 
@@ -32,6 +33,7 @@ def launch_down_sm90_fp8(
         out: ``[R, H]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
             if None.
         lone: from `launch_quantize_packed`: the rows of its tokens go to its ``out`` instead.
+        bias: ``[L, H]`` float32, added before the router weight multiplies; None for none.
 
     Returns:
         ``out``.
@@ -54,6 +56,7 @@ def launch_down_sm90_fp8(
         y.scales,
         weight_lines(w2, tile.block_k),
         w2.scales,
+        bias,
         topk_weights,
         out,
         None if lone is None else lone.of_row,

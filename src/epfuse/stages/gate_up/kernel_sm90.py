@@ -22,6 +22,16 @@ from epfuse.stages.sm90_gemm import (
 
 
 @gluon.jit
+def source_rows(expert, first_output, row, I):
+    """Rows of w13 [L, 2I, ..] that rows of a tile stand for: 8 gate rows and their 8 up rows in turn.
+
+    Past the last output its rows come again, for results that are not stored.
+    """
+    output = gl.minimum(first_output + row // 16 * 8 + row % 8, I - 1)
+    return expert.to(gl.int64) * 2 * I + output + (row // 8 % 2) * I
+
+
+@gluon.jit
 def guess_weights(
     w13, DENSE: gl.constexpr, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE,
     BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, GUESS: gl.constexpr,
@@ -37,23 +47,28 @@ def guess_weights(
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         row = gl.arange(0, BLOCK_N, layout=layout)
         if DENSE:
-            output = gl.minimum(n * (BLOCK_N // 2) + row // 16 * 8 + row % 8, I - 1)
-            source = expert.to(gl.int64) * 2 * I + output + (row // 8 % 2) * I
-            fetch_into_l2(w13 + source * H, GUESS)
+            fetch_into_l2(w13 + source_rows(expert, n * (BLOCK_N // 2), row, I) * H, GUESS)
         else:
             panel = expert * PANELS + gl.minimum(n * (BLOCK_N // 64) + row // 64, PANELS - 1)
             fetch_into_l2(w13 + panel.to(gl.int64) * H_PADDED * 64 + (row % 64) * GUESS, GUESS)
 
 
 @gluon.jit
-def store_activated(acc, out, block_routes, first_row, first_output, R, I, activation, ACTIVATION: gl.constexpr):
+def store_activated(
+    acc, bias, out, block_routes, first_row, expert, first_output, R, I, activation, ACTIVATION: gl.constexpr
+):
     """Activate accumulators [rows, columns], 8 gate rows and their 8 up rows in turn, and store [columns, rows / 2].
+
+    bias is added first: FP32 [L, 2I], gate before up, or None.
 
     A column's row of out is its route, or with first_row the columns take rows from there on, and those are kept in L2.
     """
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
     EVICT: gl.constexpr = "" if first_row is None else "evict_last"
+    if bias is not None:
+        row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc.type.layout))
+        acc += gl.load(bias + source_rows(expert, first_output, row, I))[:, None]
     # the rounding point of the unfused path: accumulators are stored in the activations' dtype
     rounded = acc.to(gl.bfloat16).to(gl.float32)
     gate, up = rounded.reshape([ROWS // 16, 2, 8, COLUMNS]).permute((0, 2, 3, 1)).split()
@@ -71,16 +86,16 @@ def store_activated(acc, out, block_routes, first_row, first_output, R, I, activ
 
 
 @gluon.jit
-def store_activated_panel(acc, block_routes, first_row, panel, R, args, ACTIVATION: gl.constexpr):
+def store_activated_panel(acc, block_routes, first_row, expert, panel, R, args, ACTIVATION: gl.constexpr):
     """store_activated for accumulators of one panel of weight rows."""
-    y, I, activation = args
+    bias, y, I, activation = args
     first_output = panel * (acc.shape[0] // 2)
-    store_activated(acc, y, block_routes, first_row, first_output, R, I, activation, ACTIVATION)
+    store_activated(acc, bias, y, block_routes, first_row, expert, first_output, R, I, activation, ACTIVATION)
 
 
 @gluon.jit
 def gate_up_tile(
-    x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
+    x, w13, w13_scale, bias, out, block_routes, partials, arrivals, tile, split, expert, n,
     R, H, I, H_PADDED, PANELS, activation,
     K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -92,8 +107,7 @@ def gate_up_tile(
     first, steps = share_of(H_PADDED // BLOCK_K, split, SPLIT_K)
     if w13_scale is None:
         row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copy_layout))
-        output = gl.minimum(n * (BLOCK_N // 2) + row // 16 * 8 + row % 8, I - 1)
-        source = expert.to(gl.int64) * 2 * I + output + (row // 8 % 2) * I
+        source = source_rows(expert, n * (BLOCK_N // 2), row, I)
         w_ptrs = row_pointers(w13 + first * BLOCK_K, source * H, BLOCK_K)
         s_ptrs = w13_scale
     else:
@@ -111,13 +125,14 @@ def gate_up_tile(
     if SPLIT_K > 1:
         acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
     if last:
-        store_activated(acc, out, block_routes, None, n * (BLOCK_N // 2), R, I, activation, ACTIVATION)
+        first_output = n * (BLOCK_N // 2)
+        store_activated(acc, bias, out, block_routes, None, expert, first_output, R, I, activation, ACTIVATION)
 
 
 @cached
 @gluon.jit(do_not_specialize=["R", "FIRST_WAVE", "arrivals"])
 def gate_up_sm90_kernel(
-    x, w13, w13_scale, out, sorted_routes, block_expert, num_padded, partials, arrivals,
+    x, w13, w13_scale, bias, out, sorted_routes, block_expert, num_padded, partials, arrivals,
     R, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, activation,
     K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
@@ -126,6 +141,8 @@ def gate_up_sm90_kernel(
 ):  # fmt: skip
     """out[r, i] = activate(x[r // K] . gate row i, x[r // K] . up row i) for the routes r of one block.
 
+    The biases, where there are any, are added to the products.
+
     Every 16 rows of a weight tile are 8 gate rows and their 8 up rows: the two that belong together are in one thread.
     SPLIT_K programs share a tile where there are too few tiles to fill the GPU.
 
@@ -133,6 +150,7 @@ def gate_up_sm90_kernel(
         x: BF16 [T, H].
         w13: dense BF16 [L, 2I, H], or codes in fragment order, uint8 [L, PANELS, H_PADDED / 32, 2048].
         w13_scale: int32 [L, PANELS, H_PADDED / 128, 64] of fragments; None for dense weights.
+        bias: FP32 [L, 2I], gate before up; None for none.
         out: BF16 [R, I]; row r is written if route r is local.
         sorted_routes: int32, routes by expert, R where padding; see RouteTable, as the next two.
         block_expert: int32, the local expert of each block of BLOCK_M routes.
@@ -166,13 +184,13 @@ def gate_up_sm90_kernel(
     if BLOCK_M >= 64 and SPLIT_K == 1:
         if gl.load(block_routes + BLOCK_M // 2) >= R:
             gate_up_tile(
-                x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
+                x, w13, w13_scale, bias, out, block_routes, partials, arrivals, tile, split, expert, n,
                 R, H, I, H_PADDED, PANELS, activation,
                 K, BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K, ACTIVATION,
             )  # fmt: skip
             return
     gate_up_tile(
-        x, w13, w13_scale, out, block_routes, partials, arrivals, tile, split, expert, n,
+        x, w13, w13_scale, bias, out, block_routes, partials, arrivals, tile, split, expert, n,
         R, H, I, H_PADDED, PANELS, activation,
         K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K, ACTIVATION,
     )  # fmt: skip

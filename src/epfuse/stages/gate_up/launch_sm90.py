@@ -21,6 +21,7 @@ def launch_gate_up_sm90(
     activation: Activation,
     tile: Sm90Tile,
     out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`launch_gate_up` with the Hopper kernel.
 
@@ -32,6 +33,7 @@ def launch_gate_up_sm90(
         activation: between the two GEMMs.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
         out: ``[R, I]`` BF16; only rows of local routes are written, row r for route r. Allocated if None.
+        bias: ``[L, 2I]`` float32, gate before up, added before the activation; None for none.
 
     Returns:
         ``out``.
@@ -55,6 +57,16 @@ def launch_gate_up_sm90(
     }
     shares = shared_sums(tile, tiles, routes, slice(None, tiles))
     gate_up_sm90_kernel[(tiles * tile.split_k,)](
-        x, w.weights, w.scales, out, *table, *shares, *sizes, activation.parameters, SPLIT_K=tile.split_k, **options
+        x,
+        w.weights,
+        w.scales,
+        bias,
+        out,
+        *table,
+        *shares,
+        *sizes,
+        activation.parameters,
+        SPLIT_K=tile.split_k,
+        **options,
     )
     return out

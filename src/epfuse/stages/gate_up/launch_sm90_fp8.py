@@ -19,6 +19,7 @@ def launch_gate_up_sm90_fp8(
     activation: Activation,
     tile: Sm90PersistentTile,
     out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply gate and up weights to packed FP8 rows by native FP8 products, and the activation.
 
@@ -33,6 +34,7 @@ def launch_gate_up_sm90_fp8(
         tile: of the GEMM; block_k is 128, parts 1.
         out: ``[R, I]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
             if None.
+        bias: ``[L, 2I]`` float32, gate before up, added before the activation; None for none.
 
     Returns:
         ``out``.
@@ -55,6 +57,7 @@ def launch_gate_up_sm90_fp8(
         x.scales,
         weight_lines(w13, tile.block_k),
         w13.scales,
+        bias,
         out,
         routes.sorted_routes,
         routes.block_expert,

@@ -142,7 +142,8 @@ def consume_both(
 @cached
 @gluon.jit(do_not_specialize=["R", "UP_PANELS", "DOWN_PANELS"])
 def gate_up_down_sm90_kernel(
-    x_head, x_few, x_rest, w13_lines, w13_scale, y, y_head, y_few, y_rest, w2_lines, w2_scale, topk_weights, out,
+    x_head, x_few, x_rest, w13_lines, w13_scale, up_bias, y,
+    y_head, y_few, y_rest, w2_lines, w2_scale, down_bias, topk_weights, out,
     lone_token, final, sorted_routes, block_expert, block_row, num_padded, arrivals,
     R, H, I, H_PADDED, I_PADDED, UP_PANELS, DOWN_PANELS, activation,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
@@ -161,9 +162,11 @@ def gate_up_down_sm90_kernel(
             all of its rest, BLOCK_K columns at a time; None for what no block needs.
         w13_lines: tensor descriptor of the codes in fragment order, lines of 128 bytes, a panel and BLOCK_K at a time.
         w13_scale: int32 [L, UP_PANELS, H_PADDED / 128, 64].
+        up_bias: FP32 [L, 2I], gate before up; None for none.
         y: BF16 [R, I], packed; written, then read through y_head, y_few and y_rest, descriptors like x's.
         w2_lines: as w13_lines.
         w2_scale: int32 [L, DOWN_PANELS, I_PADDED / 128, 64].
+        down_bias: FP32 [L, H]; None for none.
         topk_weights: FP32 [T, K], by route.
         out: BF16 [R, H], packed.
         lone_token, final: as store_weighted takes them.
@@ -190,8 +193,8 @@ def gate_up_down_sm90_kernel(
         sorted_routes, block_expert, block_row, arrivals, m_blocks, n_up, n_down,
         tiles, tile_full, tile_empty, heads, rests, panels, full, empty, R,
     )  # fmt: skip
-    up_args = (w13_scale, H_PADDED, UP_PANELS, (y, I, activation))
-    down_args = (w2_scale, I_PADDED, DOWN_PANELS, (topk_weights, out, H, lone_token, final))
+    up_args = (w13_scale, H_PADDED, UP_PANELS, (up_bias, y, I, activation))
+    down_args = (w2_scale, I_PADDED, DOWN_PANELS, (down_bias, topk_weights, out, H, lone_token, final))
     up_copies = (x_head, x_few, x_rest, w13_lines, H_PADDED, UP_PANELS)
     down_copies = (y_head, y_few, y_rest, w2_lines, I_PADDED, DOWN_PANELS)
     # the numbers of registers are those of the partitions but the first, which gets the rest

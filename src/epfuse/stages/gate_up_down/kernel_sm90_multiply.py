@@ -111,7 +111,7 @@ def multiply(
 
 @gluon.jit
 def consume_columns(
-    s_ptrs, block_routes, first_row, panel, heads, rests, panels, full, empty, done, words_of_row, R,
+    s_ptrs, block_routes, first_row, expert, panel, heads, rests, panels, full, empty, done, words_of_row, R,
     consumer: gl.constexpr, store: gl.constexpr, ACTIVATION: gl.constexpr, store_args,
     COLUMNS: gl.constexpr, MORE: gl.constexpr,
     BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
@@ -121,9 +121,9 @@ def consume_columns(
         s_ptrs, heads, rests, panels, full, empty, done, words_of_row, consumer, COLUMNS, MORE,
         BLOCK_K, CONSUMERS, STAGES, PARTS,
     )  # fmt: skip
-    store(acc, block_routes, first_row, panel, R, store_args, ACTIVATION)
+    store(acc, block_routes, first_row, expert, panel, R, store_args, ACTIVATION)
     if MORE > 0:
-        store(more, block_routes + COLUMNS, first_row + COLUMNS, panel, R, store_args, ACTIVATION)
+        store(more, block_routes + COLUMNS, first_row + COLUMNS, expert, panel, R, store_args, ACTIVATION)
     return done
 
 
@@ -137,7 +137,7 @@ def consume_tile(
     """Multiply and store this consumer's panel of tile (m, n); done counts the ring's stages since the launch.
 
     store is a function of (accumulators [64, columns], pointer to the columns' routes, packed row of the first one, the
-    panel, R, store_args, ACTIVATION).
+    expert, the panel, R, store_args, ACTIVATION).
     """
     STEPS: gl.constexpr = number_of_steps(BLOCK_M, HEAD)
     expert = gl.load(block_expert + m)
@@ -152,8 +152,8 @@ def consume_tile(
     for i in gl.static_range(STEPS):
         if step == i:
             done = consume_columns(
-                s_ptrs, block_routes, first_row, panel, heads, rests, panels, full, empty, done, words_of_row, R,
-                consumer, store, ACTIVATION, store_args,
+                s_ptrs, block_routes, first_row, expert, panel,
+                heads, rests, panels, full, empty, done, words_of_row, R, consumer, store, ACTIVATION, store_args,
                 head_columns(BLOCK_M, HEAD, i), rest_columns(BLOCK_M, HEAD, i),
                 BLOCK_K, CONSUMERS, STAGES, PARTS,
             )  # fmt: skip

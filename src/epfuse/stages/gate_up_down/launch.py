@@ -22,6 +22,8 @@ def launch_gate_up_down(
     y: torch.Tensor,
     out: torch.Tensor,
     lone: LoneTokens | None = None,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
 ) -> None:
     """`launch_gate_up`, then `launch_down`, both in one tile and without the gap between two kernels.
 
@@ -40,6 +42,8 @@ def launch_gate_up_down(
         y: ``[R, I]`` BF16, written: the rows between the two.
         out: ``[R, H]`` BF16, written; may be x.
         lone: from `launch_gather`: the rows of its tokens go to its ``out`` instead.
+        gate_up_bias: ``[L, 2I]`` float32, gate before up, added before the activation; None for none.
+        down_bias: ``[L, H]`` float32, added before the router weight multiplies; None for none.
 
     Host syncs: none; graph-capturable.
     """
@@ -57,10 +61,12 @@ def launch_gate_up_down(
         *row_parts(x, head, rest, tile.block_k),
         weight_lines(up_weights, tile.block_k),
         up.scales,
+        gate_up_bias,
         y,
         *row_parts(y, head, rest, tile.block_k),
         weight_lines(down_weights, tile.block_k),
         down.scales,
+        down_bias,
         topk_weights,
         out,
         None if lone is None else lone.of_row,
