@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from epfuse import ExpertMap, LayerShape, Target
+from epfuse import ExpertMap, LayerShape
 from epfuse.demo.padding import globally_aligned_rows, local_rows, planned_block_m
 
 IDS = torch.tensor([[0, 5], [0, 6], [1, 7], [0, -1]])
@@ -20,4 +20,4 @@ def test_global_alignment_pays_for_every_active_expert() -> None:
 
 def test_c256s_rows_get_blocks_of_16() -> None:
     m3 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)
-    assert planned_block_m(Target.CPU, m3, tokens=216) == 16
+    assert planned_block_m(torch.device("cpu"), m3, tokens=216) == 16

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.stages.quantize.reference import quantize
 from epfuse.verify.budget import (
@@ -19,8 +20,9 @@ from epfuse.verify.budget import (
     margin_db,
 )
 from epfuse.verify.problem import Problem
-from epfuse.verify.subject import subjects_of
-from epfuse.verify.suite import run
+from epfuse.verify.scenarios import draw_scenario
+from epfuse.verify.subject import Stored, Subject, subjects_of
+from epfuse.verify.suite import TRUE_SIZE_LIMITS, run, tolerance_of
 
 CPU = torch.device("cpu")
 ORACLE = torch.randn(300, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -122,3 +124,36 @@ def test_sizes_that_no_budget_can_judge_are_refused(size: str, value: int) -> No
     sizes = {"hidden": 32, "intermediate": 32} | {size: value}
     with pytest.raises(ConfigError, match=f"{size} is {value}; to be verified it must be at least {LEAST_SIZE}"):
         Problem(**sizes, experts=2, top_k=1, ep_size=1, tokens=(1,), dtype=torch.float32, device=CPU, seed=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sum_over_ranks_may_round_once_more_and_lose_nothing(tokens: int, seed: int) -> None:
+    """Shares as noisy as was measured at MiniMax-M3's true size (docs/numerics.md), rounded, added, rounded."""
+    problem = Problem(6144, 3072, 128, 4, 2, (tokens,), torch.bfloat16, CPU, seed)
+    scenario = draw_scenario(problem, tokens, "uniform", seed)
+    subject = Subject(Path.W8A16, Stored.MXFP8, WeightFormat.MXFP8)
+    share, total = (tolerance_of(problem, subject, scenario, sums) for sums in (0, 1))
+    assert share.relative_error == TRUE_SIZE_LIMITS[Path.W8A16]
+    assert total.relative_error == pytest.approx(math.sqrt(4e-3**2 + 2**-16 / 3))
+
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
+    routes = scenario.topk_weights.double().T[:, :, None] * draw(4, tokens, 6144)  # two on each rank
+    noisy = routes * (1 + 3.4e-3 * draw(4, tokens, 6144))
+
+    def summed(of_routes: torch.Tensor) -> torch.Tensor:
+        first, second = (part.sum(0).bfloat16().float() for part in (of_routes[:2], of_routes[2:]))
+        return (first + second).bfloat16()
+
+    oracle = routes.sum(0)
+    right = compare(summed(noisy), oracle)
+    assert right.within(total)
+    assert right.relative_error > share.relative_error  # what was taken for a fault on two H200s
+    token = tokens // 2
+    least = int(scenario.topk_weights[token].argmin())
+    lost, doubled = noisy.clone(), noisy.clone()
+    lost[least, token] = 0
+    doubled[least, token] += scenario.topk_weights[token, least] * draw(6144)  # another bias of unit variance
+    for wrong in (lost, doubled, noisy[:2].repeat(2, 1, 1), torch.cat([noisy[:2], 0 * noisy[2:]])):
+        assert not compare(summed(wrong), oracle).within(total)

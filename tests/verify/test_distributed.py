@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from epfuse.cli.main import main
 from epfuse.parallel.launch import Placement, RankFailed, launch_ranks
+from epfuse.verify import distributed
+from epfuse.verify.problem import Problem
+from epfuse.verify.scenarios import KINDS, make_scenarios
 from tests.verify.distributed_entries import verify
 
 PRELOAD = ("tests.verify.distributed_entries",)
@@ -63,9 +67,12 @@ def test_the_command_under_torchrun() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(done.stdout)  # of rank 0 alone
     assert record["ok"]
-    assert record["ranks"] == {"size": 2, "backend": "gloo", "nccl": None}
+    ranks = record["ranks"]
+    assert ranks["size"] == 2
+    assert (ranks["backend"] == "nccl") is (Placement.choose(2) is Placement.GPU_EACH) is (ranks["nccl"] is not None)
     assert {case["placement"] for case in record["cases"]} == {"contiguous", "strided"}
     assert {case["exchange"] for case in record["cases"]} == SUMS | OTHERS
+    assert {case["exchange"] for case in record["cases"] if "digest" in case} == SUMS
 
 
 @pytest.mark.parametrize(
@@ -81,3 +88,17 @@ def test_what_does_not_go_together(options: list[str], says: str, monkeypatch: p
     result = CliRunner().invoke(main, ["verify", "--distributed", *options])
     assert result.exit_code == 2
     assert says in result.output
+
+
+def test_what_is_promised_is_among_the_cases() -> None:
+    """Uneven tokens, ranks without tokens and without routes, ids that are no expert, 200 other routings in a graph."""
+    problem = Problem(32, 32, 8, 2, 2, (1, 64), torch.bfloat16, torch.device("cpu"), 0)
+    assert (distributed.uneven(1, 2), distributed.uneven(64, 4)) == ([0, 1], [11, 11, 10, 32])
+    by_name = {scenario.name: scenario.topk_ids for scenario in make_scenarios(problem) if scenario.tokens == 64}
+    assert int(by_name["one rank"].min()) >= problem.local_experts  # the first rank has no route
+    assert int(by_name["foreign ids"].min()) < 0
+    loads = by_name["skewed"].flatten().bincount(minlength=8)
+    assert int(loads.max()) > 3 * int(loads.min())
+    others = distributed._other_routings(problem, 64, distributed.REPLAYS)
+    assert len({tuple(one.topk_ids.flatten().tolist()) for one in others if one.name == "uniform"}) == 20
+    assert (len(others), {one.name for one in others}) == (200, set(KINDS))

@@ -12,7 +12,9 @@ import torch
 from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, api
 from epfuse.config import Bias, Combine, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
+from epfuse.policy.call import call_table
 from epfuse.stages.route import reference as route_reference
+from epfuse.target import planning_for
 from epfuse.verify import problem as problem_module
 from epfuse.verify import suite
 from epfuse.verify.budget import fp8_tolerance
@@ -297,6 +299,17 @@ def test_subjects_of_the_device() -> None:
     assert set(subjects_of(problem, "auto")) == {dense, *packed}
     with pytest.raises(UnsupportedTarget, match=r"'w8a8' has no kernel for cpu with weights in mxfp8; it can run w8a"):
         subjects_of(problem, "w8a8")
+
+
+def test_subjects_are_asked_for_with_the_products_name(caplog: pytest.LogCaptureFixture) -> None:
+    """A target alone stands for another product, whose tiles would be planned, and named in warnings."""
+    call_table.cache_clear()
+    with planning_for(Target.SM90, product="NVIDIA H200"):
+        problem = Problem(6144, 3072, 128, 4, 2, (1,), torch.bfloat16, torch.device("meta"), 0)
+        assert len(subjects_of(problem, "all")) > 3
+    said = [record.getMessage() for record in caplog.records if "tiles of" in record.getMessage()]
+    assert said
+    assert all(" on NVIDIA H200 (sm_90)" in line for line in said)
 
 
 def test_subjects_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,19 @@ from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import decide
 from epfuse.stages.route.reference import local_experts, route
-from epfuse.target import Target
+from epfuse.target import Target, device_name, target_of
 
 GLOBAL_TILE = 64
 
 
 @checks_enums
-def planned_block_m(target: Target, shape: LayerShape, tokens: int, weights: WeightFormat = WeightFormat.DENSE) -> int:
+def planned_block_m(
+    device: torch.device, shape: LayerShape, tokens: int, weights: WeightFormat = WeightFormat.DENSE
+) -> int:
     """BLOCK_M of a call; on a CPU, which has no tiles, that of gfx942."""
-    tiles = decide(Path.AUTO, target if target.is_gpu else Target.GFX942, shape, tokens, frozenset({weights})).tiles
+    target = target_of(device)
+    where, product = (target, device_name(device)) if target.is_gpu else (Target.GFX942, None)
+    tiles = decide(Path.AUTO, where, shape, tokens, frozenset({weights}), device_name=product).tiles
     assert tiles is not None  # every GPU has kernels for dense weights and MXFP8
     return tiles.block_m
 

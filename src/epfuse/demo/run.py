@@ -164,7 +164,7 @@ def _write_job(
 def _block_m(settings: DemoSettings, device: torch.device, untouched: Untouched) -> int:
     size = settings.size
     shape = LayerShape(size.hidden, size.intermediate, size.experts, size.experts // settings.ranks, size.top_k)
-    return planned_block_m(target_of(device), shape, untouched.prompt.numel(), settings.weights)
+    return planned_block_m(device, shape, untouched.prompt.numel(), settings.weights)
 
 
 def _worst(values: list[float]) -> float:

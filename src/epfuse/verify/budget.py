@@ -80,9 +80,18 @@ def dense_tolerance(dtype: torch.dtype, hidden: int, intermediate: int, sums: in
     """
     rounding = torch.finfo(dtype).eps / 2
     accumulation = torch.finfo(torch.float32).eps / 2
-    relative = math.sqrt(((ROUNDINGS + sums) * rounding**2 + (hidden + intermediate) * accumulation**2) / 3)
+    relative = math.sqrt((ROUNDINGS * rounding**2 + (hidden + intermediate) * accumulation**2) / 3)
+    relative = after_sums(relative, dtype, sums)
     # of I products of two numbers few are large
     return _with_margin(relative, margin_db(min(hidden, intermediate // 2)))
+
+
+def after_sums(relative: float, dtype: torch.dtype, sums: int) -> float:
+    """A relative error after ``sums`` more roundings to ``dtype``, which add to it in power.
+
+    A rank's share is as precise as the layer on one rank; what adds the shares rounds once more, or several times.
+    """
+    return math.sqrt(relative**2 + sums * (torch.finfo(dtype).eps / 2) ** 2 / 3)
 
 
 def margin_db(elements: int) -> float:

@@ -52,7 +52,7 @@ class RankCase(CaseResult):
     Attributes:
         placement: a name in `PLACEMENTS`.
         exchange: how tokens and results travelled.
-        digest: of the bits, where every rank has the same result.
+        digest: of the bits, where every rank has the same result; equal in two runs of one commit on one machine.
     """
 
     placement: str = ""
@@ -61,7 +61,8 @@ class RankCase(CaseResult):
 
     def to_json(self) -> dict[str, Any]:
         """As `CaseResult`."""
-        return {"placement": self.placement, "exchange": self.exchange} | super().to_json()
+        own = {"placement": self.placement, "exchange": self.exchange}
+        return own | super().to_json() | ({"digest": self.digest} if self.digest else {})
 
 
 @dataclass(frozen=True)
@@ -341,4 +342,5 @@ def _merged(group: EPGroup, cases: list[RankCase]) -> list[RankCase]:
         case.failures = [f"rank {rank}: {failure}" for rank, one in enumerate(told) for failure in one[3]]
         if len({one[4] for one in told}) > 1:
             case.failures.append("the ranks' results are not the same bits")
+            case.digest = ""
     return cases

@@ -14,7 +14,7 @@ from epfuse.config import Activation, Combine, Path
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import FP8_PATHS
 from epfuse.reference import run_reference
-from epfuse.verify.budget import Tolerance, compare, dense_tolerance, fp8_tolerance
+from epfuse.verify.budget import Tolerance, after_sums, compare, dense_tolerance, fp8_tolerance
 from epfuse.verify.experts import in_format, rank_mxfp8, rank_weights
 from epfuse.verify.oracle import add_experts, plain_numbers
 from epfuse.verify.problem import Problem
@@ -27,7 +27,8 @@ ORACLE_TOLERANCE = Tolerance(snr_db=200.0, max_error=1e-9, relative_error=1e-10)
 """Between the two float64 oracles, whose sums run in different orders."""
 
 TRUE_SIZE_LIMITS = {Path.W8A16: 4e-3, Path.W8A8: 5e-2}
-"""Relative error that a call at MiniMax-M3's true size must stay below, whatever the derived budget allows."""
+"""Relative error that a call at MiniMax-M3's true size must stay below, whatever the derived budget allows: of a rank's
+share, before shares are added (`epfuse.verify.budget.after_sums`)."""
 
 ATOMIC_LIMIT = 1.5
 """Error of the sum by atomics over that of the deterministic one."""
@@ -159,7 +160,7 @@ def tolerance_of(problem: Problem, subject: Subject, scenario: Scenario, sums: i
     limit = TRUE_SIZE_LIMITS.get(subject.path) if problem.has_true_size else None
     if limit is not None and not (subject.path in FP8_PATHS and scenario.name == OUTLIER):
         # the rounding of one number that outweighs its row to E4M3 does not average out
-        tolerance = replace(tolerance, relative_error=limit)
+        tolerance = replace(tolerance, relative_error=after_sums(limit, problem.dtype, sums))
     return tolerance
 
 
