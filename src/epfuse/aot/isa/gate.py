@@ -55,8 +55,9 @@ WIDE = 1088
 
 FEW = 9
 """Tokens of a layer in the smallest tile."""
-LIVE = 29
-"""Local routes of such a layer: more than one block of one expert."""
+LIVE = 30
+"""Local routes of such a layer: 22, 7 and 1 of three experts. More than one block of one of them; and the last live row
+of a block is the first, the second or the third of the four that a lane holds."""
 MANY = 512
 """Tokens from which combine's tile is a larger one."""
 TILES = {FEW: 16, MANY: 64, 1537: 128}
@@ -80,7 +81,7 @@ def layers(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iter
         for dtype in DTYPES if subject.form is WeightFormat.DENSE else DTYPES[:1]:
             if dtype == torch.float32 and tokens > MANY:  # its GEMMs have one tile at any T
                 continue
-            live = LIVE if tokens == FEW else block_m * 3 // 2 + 5
+            live = LIVE if tokens == FEW else block_m * 3 // 2 + 10
             yield _layer(subject, dtype, sizes[subject.path], tokens, live, seed)
 
 

@@ -64,10 +64,17 @@ class Exact:
         return torch.Generator().manual_seed(seed)
 
     def hidden(self) -> torch.Tensor:
-        """``[T, H]``: -1, 0 or 1, a row in eight doubled; one number of token `NAN_TOKEN` is NaN."""
-        rng = self._draw(0)
-        values = torch.randint(-1, 2, (self.tokens, self.shape.hidden), generator=rng)
-        hidden = (values * (1 + (torch.arange(self.tokens) % 8 == 3).int()[:, None])).to(self.dtype)
+        """``[T, H]``: -1, 0 or 1 times a power of two for each 32 and each 128 columns; token `NAN_TOKEN` has a NaN.
+
+        So no group of columns that has a scale of its own has its neighbours'.
+        """
+        rng, columns = self._draw(0), self.shape.hidden
+        values = torch.randint(-1, 2, (self.tokens, columns), generator=rng)
+        powers = torch.zeros(self.tokens, columns)
+        for group in (32, 128):
+            drawn = torch.randint(-1, 1, (self.tokens, -(-columns // group)), generator=rng)
+            powers += drawn.repeat_interleave(group, 1)[:, :columns]
+        hidden = (values * torch.exp2(powers)).to(self.dtype)
         hidden[NAN_TOKEN : NAN_TOKEN + 1, self.shape.hidden // 3] = torch.nan
         return hidden
 
