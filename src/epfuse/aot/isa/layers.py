@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import (
+    Activation,
+    Bias,
+    Combine,
+    GELUTanh,
+    LayerShape,
+    Path,
+    ReLU2,
+    SoftcappedSwiGLU,
+    SwiGLUOAI,
+    WeightFormat,
+)
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.target import Target
@@ -15,6 +26,15 @@ from epfuse.weights.experts import ExpertWeights
 
 EXACT = SwiGLUOAI(alpha=0.0, beta=1.0, limit=7.0)
 """With this gain the sigmoid is one half: the activation of a small integer is exact whatever exp and division do."""
+
+GAINS: dict[Activation, tuple[int, ...]] = {
+    EXACT: (1, 1),
+    GELUTanh(): (128, 1),
+    SoftcappedSwiGLU(gate_cap=4.0, up_cap=2.0): (1024, 512),
+    ReLU2(): (1,),
+}
+"""Activation -> what the rows of gate and of up are multiplied by: a product is 0, or so large that tanh and the sigmoid
+are exactly -1, 0 or 1."""
 
 NAN_TOKEN, NAN_WEIGHT = 4, 6
 """Tokens whose results are NaN, and no other's."""
@@ -31,8 +51,8 @@ class Exact:
         tokens: T.
         live: local routes, of the T*K.
         seed: of the numbers and the routing.
-        traps: whether every second row of the weights begins with NaN, which spoils the row before it if a column past
-            its end is read. Not with block FP8, where a row shares its scales with others.
+        activation: of `GAINS`.
+        bias: of both projections, or none.
     """
 
     path: Path
@@ -43,14 +63,18 @@ class Exact:
     tokens: int
     live: int
     seed: int
-    traps: bool = False
+    activation: Activation = EXACT
+    bias: Bias = Bias.NONE
 
     @property
     def name(self) -> str:
         """What a failed case is called by."""
         dtype = str(self.dtype).removeprefix("torch.") if self.form is WeightFormat.DENSE else self.form.value
         atomic = " atomic" if self.combine is Combine.ATOMIC else ""
-        return f"{self.path.value} {dtype}{atomic} T={self.tokens} H={self.shape.hidden} I={self.shape.intermediate}"
+        kind = "" if self.activation == EXACT else f" {self.activation.kind}"
+        biases = "" if self.bias is Bias.NONE else " biases"
+        sizes = f"T={self.tokens} H={self.shape.hidden} I={self.shape.intermediate}"
+        return f"{self.path.value} {dtype}{atomic}{kind}{biases} {sizes}"
 
     @property
     def ranks(self) -> int:
@@ -102,36 +126,42 @@ class Exact:
         return ids.view(self.tokens, shape.top_k).int()
 
     def dense(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """w13 and w2 of a rank in float32: -1, 0 or 1 times a power of two for each row and 32 columns."""
+        """w13 and w2 of a rank in float32: -1, 0 or 1 times a power of two for each row and 32 columns, and each block.
+
+        A block has 128 rows and 128 columns.
+        """
         shape, drawn = self.shape, []
-        for which, (rows, columns) in enumerate(
-            ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
-        ):
+        gains = GAINS[self.activation]
+        sizes = ((len(gains) * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
+        for which, (rows, columns) in enumerate(sizes):
             stack = torch.empty(shape.local_experts, rows, columns)
             for slot in range(shape.local_experts):
                 rng = self._draw(3, which, rank * shape.local_experts + slot)
                 values = torch.randint(-1, 2, (rows, columns), generator=rng)
-                powers = torch.randint(-1, 2, (rows, -(-columns // 32)), generator=rng)
-                stack[slot] = values * torch.exp2(powers.float()).repeat_interleave(32, 1)[:, :columns]
+                powers = torch.randint(-1, 1, (rows, -(-columns // 32)), generator=rng).repeat_interleave(32, 1)
+                blocks = torch.randint(0, 2, (-(-rows // 128), -(-columns // 128)), generator=rng)
+                blocks = blocks.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
+                stack[slot] = values * torch.exp2((powers[:, :columns] + blocks[:, :columns]).float())
             drawn.append(stack)
+        drawn[0] *= torch.tensor(gains).repeat_interleave(shape.intermediate)[:, None]
         return drawn[0], drawn[1]
 
     def weights(self, rank: int) -> ExpertWeights:
         """A rank's experts in the case's format."""
         stacks = self.dense(rank)
         if self.form is WeightFormat.DENSE:
-            for stack in stacks if self.traps else ():
-                stack[:, 1::2, 0] = torch.nan
-            return ExpertWeights.dense(*(stack.to(self.dtype) for stack in stacks))
-        packed = [MXFP8.quantize(stack) for stack in stacks]
-        for each in packed if self.traps else ():
-            each.values.view(torch.uint8)[:, 1::2, 0] = 0x7F
-        parts = [part for stack in packed for part in (stack.values, stack.scales)]
-        if self.form in (WeightFormat.BLOCK_FP8, WeightFormat.BLOCK_FP8_FNUZ):
-            made = ExpertWeights.block_fp8(*parts)
+            made = ExpertWeights.dense(*(stack.to(self.dtype) for stack in stacks))
         else:
-            made = ExpertWeights.mxfp8(*parts)
+            parts = [part for stack in map(MXFP8.quantize, stacks) for part in (stack.values, stack.scales)]
+            blocks = self.form in (WeightFormat.BLOCK_FP8, WeightFormat.BLOCK_FP8_FNUZ)
+            made = ExpertWeights.block_fp8(*parts) if blocks else ExpertWeights.mxfp8(*parts)
+        if self.bias is Bias.ADDED:
+            made = ExpertWeights(made.formats, *(self._biases(rank, stack) for stack in stacks))
         return made if self.form in made.kept else made.prepare(Target.GFX942)
+
+    def _biases(self, rank: int, stack: torch.Tensor) -> torch.Tensor:
+        """``[L, N]`` float32 beside ``[L, N, K]``: quarters, from -1 to 1."""
+        return torch.randint(-4, 5, stack.shape[:2], generator=self._draw(4, rank, stack.shape[1])) / 4
 
     def expert_map(self, rank: int) -> ExpertMap:
         """Rank's contiguous share."""
