@@ -113,12 +113,12 @@ def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str
                     counts = token_counts(target, path, form, SHAPES[shape], DTYPES[dtype])
                     found += [Call(target, path, form, dtype, shape, way, tokens) for way in ways for tokens in counts]
     if KIND_SHAPE in shapes and "bf16" in dtypes:
-        found += [call for path in paths for call in _kinds(target, path)]
+        found += [call for path in paths for call in other_kinds(target, path)]
     return found
 
 
 @checks_enums
-def _kinds(target: Target, path: Path) -> list[Call]:
+def other_kinds(target: Target, path: Path) -> list[Call]:
     """A call of each kind but the first on each of its families, on the weights that its kernels read best."""
     found, shape = [], SHAPES[KIND_SHAPE]
     for name, (activation, bias) in list(KINDS.items())[1:]:

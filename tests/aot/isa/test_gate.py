@@ -11,14 +11,15 @@ import torch
 from epfuse.aot.isa import gate
 from epfuse.aot.isa.cases import Combining, Layer, Routing
 from epfuse.aot.isa.inject import KINDS, kinds_of, share, subjects
+from epfuse.aot.isa.layers import EXACT
 from epfuse.aot.isa.program import parse
 from epfuse.aot.launches import Launch
 from epfuse.aot.tasks import start
-from epfuse.config import Combine, Path
+from epfuse.config import Bias, Combine, Path
 
 
 def launched() -> tuple[set[Launch], set[Launch]]:
-    """What the gate's cases launch, and what `epfuse aot` lists, for gfx942 with SwiGLU-OAI; nothing is compiled."""
+    """What the gate's cases launch, and what `epfuse aot` lists, for gfx942; nothing is compiled."""
     from epfuse.aot.calls import calls
     from epfuse.aot.launches import launches_of
     from epfuse.api import fused_experts
@@ -37,10 +38,11 @@ def launched() -> tuple[set[Launch], set[Launch]]:
             size = (exact.tokens, exact.shape.top_k)
             fused_experts(
                 torch.empty(exact.tokens, exact.shape.hidden, dtype=exact.dtype, device=meta),
-                ExpertWeights.without_data(exact.form, exact.shape, exact.dtype),
+                ExpertWeights.without_data(exact.form, exact.shape, exact.dtype, type(exact.activation), exact.bias),
                 torch.empty(size, dtype=torch.float32, device=meta),
                 torch.empty(size, dtype=torch.int32, device=meta),
                 exact.expert_map(0),
+                activation=exact.activation,
                 path=exact.path,
                 combine=exact.combine,
             )
@@ -67,8 +69,7 @@ def launched() -> tuple[set[Launch], set[Launch]]:
         found |= set(launches_of(Target.GFX942, route))
     paths = [Path.W8A16, Path.BF16, Path.W8A8, Path.BLOCK_FP8]
     every = calls(Target.GFX942, paths, ["minimax-m3", "gpt-oss-120b"], ["bf16", "fp16", "fp32"])
-    plain = [call for call in every if call.kind == "swiglu-oai"]  # docs/mi300x.md: the other kinds only compile
-    return found, {launch for call in plain for launch in launches_of(Target.GFX942, call.run)}
+    return found, {launch for call in every for launch in launches_of(Target.GFX942, call.run)}
 
 
 def test_the_gate_executes_every_machine_code_that_a_call_can_launch() -> None:
@@ -90,6 +91,7 @@ def test_every_share_has_every_way_and_every_kernel(seed: int) -> None:
     }
     assert {each.dtype for each in exact} == {torch.bfloat16, torch.float16, torch.float32}
     assert any(each.combine is Combine.ATOMIC for each in exact)
+    assert sum(each.activation != EXACT or each.bias is Bias.ADDED for each in exact) == 2
     routes = [case.tokens * case.shape.top_k for case in cases if isinstance(case, Routing)]
     assert min(routes) <= 4096 < max(routes)  # route_kernel; count_kernel and place_kernel
     assert any(each.tokens != gate.FEW for each in exact)

@@ -205,11 +205,16 @@ def test_packed_halves_by_op_sel() -> None:
         (" op_sel_hi:[1,0]", 10, 15),
         (" op_sel:[0,1]", 14, 21),
         (" op_sel:[1,1] op_sel_hi:[0,0]", 21, 10),
+        (" neg_lo:[1,0]", -10, 21),
+        (" op_sel_hi:[1,0] neg_lo:[1,1] neg_hi:[0,1]", 10, -15),
     ]:
         wave = execute(f"v_pk_mul_f32 v[0:1], v[2:3], v[4:5]{modifiers}", vectors=vectors)
         assert (floats(wave, 0)[0], floats(wave, 1)[0]) == (low, high), modifiers
     wave = execute("v_pk_add_f32 v[0:1], v[2:3], 1.0 op_sel_hi:[1,0]", vectors=vectors)
     assert (floats(wave, 0)[0], floats(wave, 1)[0]) == (3, 4)
+    line = "v_pk_add_f32 v[0:1], v[2:3], 1.0 op_sel_hi:[1,0] neg_lo:[1,0] neg_hi:[1,0]"
+    wave = execute(line, vectors=vectors)  # 1 - x, as softcap has it
+    assert (floats(wave, 0)[0], floats(wave, 1)[0]) == (-1, -2)
     wave = execute("v_pk_fma_f32 v[2:3], v[2:3], v[4:5], v[2:3]", vectors=vectors)
     assert (floats(wave, 2)[0], floats(wave, 3)[0]) == (12, 24)
 

@@ -8,14 +8,16 @@ from typing import Any, Protocol
 
 import torch
 
-from epfuse.aot.isa.device import Session, executing
+from epfuse.aot.isa.device import executing
+from epfuse.aot.isa.edges import TARGET, Gemm
 from epfuse.aot.isa.errors import IsaError
 from epfuse.aot.isa.expected import mismatches, same
 from epfuse.aot.isa.kept import Kept
 from epfuse.aot.isa.layers import EXACT, Exact
+from epfuse.aot.isa.recorded import Launched
 from epfuse.aot.isa.work import Work, work_of
 from epfuse.api import fused_experts
-from epfuse.config import Combine, LayerShape
+from epfuse.config import Bias, Combine, LayerShape, SwiGLUOAI
 from epfuse.expert_map import ExpertMap
 from epfuse.families.registry import FP8_PATHS
 from epfuse.reference import run_reference
@@ -23,14 +25,11 @@ from epfuse.stages.combine.launch import launch_combine
 from epfuse.stages.route.launch import launch_route
 from epfuse.stages.route.reference import local_experts
 from epfuse.stages.route.table import RouteTable
-from epfuse.target import Target
 from epfuse.verify.problem import Problem
 from epfuse.verify.scenarios import make_scenarios
 from epfuse.verify.subject import Subject
 from epfuse.verify.suite import run as verify
 from epfuse.weights.experts import ExpertWeights
-
-TARGET = Target.GFX942
 
 
 @dataclass
@@ -53,9 +52,9 @@ class Found:
     work: list[Work] = field(default_factory=list)
     seconds: float = 0.0
 
-    def judge(self, session: Session) -> None:
+    def judge(self, launches: list[Launched]) -> None:
         """Take in what ran."""
-        for launched in session.launches:
+        for launched in launches:
             self.hashes[launched.recorded.hash] = launched.recorded.program.name
             self.launches += 1
             self.instructions += sum(launched.counts.instructions.values())
@@ -138,17 +137,40 @@ class Layer:
         exact = self.exact
         operands = exact.hidden(), exact.weights(0), exact.topk_weights(), exact.topk_ids(), exact.expert_map(0)
         with executing(TARGET, seed) as session:
-            y = fused_experts(*operands, activation=EXACT, path=exact.path, combine=exact.combine)
-        found.judge(session)
+            y = fused_experts(*operands, activation=exact.activation, path=exact.path, combine=exact.combine)
+        found.judge(session.launches)
         for launched in session.launches:
             found.failures += [str(each) for each in mismatches(launched)]
         found.work = [work for launched in session.launches if (work := work_of(launched)) is not None]
         if lost := session.defined.undefined(y):
             found.failures.append(f"the result has {lost} elements that nothing wrote")
         if exact.path not in FP8_PATHS:  # whose activations are quantised, unlike the reference's
-            wrong = int((~same(y, run_reference(*operands, activation=EXACT))).sum())
+            wrong = int((~same(y, run_reference(*operands, activation=exact.activation))).sum())
             if wrong:
                 found.failures.append(f"the result has {wrong} of {y.numel()} elements that are not the reference's")
+
+
+@dataclass(frozen=True)
+class Edges:
+    """A GEMM's code at the edges of its operands (`epfuse.aot.isa.edges`), without one mismatch.
+
+    Attributes:
+        gemm: the code.
+    """
+
+    gemm: Gemm
+
+    @property
+    def name(self) -> str:
+        """Its kernel and way."""
+        return f"edges {self.gemm.name}"
+
+    def execute(self, found: Found, seed: int) -> None:
+        """Compare each launch with the stage's reference on what it was given."""
+        launches = [recorded.run(seed=seed) for recorded in self.gemm.launches()]
+        found.judge(launches)
+        for launched in launches:
+            found.failures += [str(each) for each in mismatches(launched)]
 
 
 @dataclass(frozen=True)
@@ -180,7 +202,7 @@ class Routing:
         with executing(TARGET, seed) as session:
             table = RouteTable.empty(ids.numel(), self.shape.local_experts, self.block_m, ids.device)
             launch_route(ids, expert_map.on(ids.device), self.shape.local_experts, table)
-        found.judge(session)
+        found.judge(session.launches)
         for launched in session.launches:
             found.failures += [str(each) for each in mismatches(launched)]
 
@@ -211,7 +233,7 @@ class Combining:
         with executing(TARGET, seed) as session:
             out = torch.empty(exact.tokens, exact.shape.hidden, dtype=exact.dtype)
             launch_combine(routed, ids, expert_map.on(ids.device), exact.shape.local_experts, out)
-        found.judge(session)
+        found.judge(session.launches)
         for launched in session.launches:
             found.failures += [str(each) for each in mismatches(launched)]
 
@@ -250,7 +272,7 @@ class Shards:
                     hidden, shard, factors, ids, exact.expert_map(rank), activation=EXACT, path=exact.path
                 )
             unsharded = fused_experts(hidden, whole, factors, ids, everyone, activation=EXACT, path=exact.path)
-        found.judge(session)
+        found.judge(session.launches)
         wrong = int((~same(total, unsharded)).sum())
         if wrong:
             found.failures.append(f"the shards' sum differs from the unsharded layer in {wrong} elements")
@@ -276,15 +298,18 @@ class Budget:
     @property
     def name(self) -> str:
         """Its path and scenarios."""
-        subject, counts = self.subject, ",".join(map(str, self.problem.tokens))
+        subject, problem = self.subject, self.problem
         atomic = " atomic" if subject.combine is Combine.ATOMIC else ""
-        return f"budget {subject.path.value} {subject.form.value}{atomic} T={counts}: {', '.join(self.scenarios)}"
+        kind = "" if type(problem.activation) is SwiGLUOAI else f" {problem.activation.kind}"
+        biases = "" if problem.bias is Bias.NONE else " biases"
+        way = f"{subject.path.value} {subject.form.value}{atomic}{kind}{biases}"
+        return f"budget {way} T={','.join(map(str, problem.tokens))}: {', '.join(self.scenarios)}"
 
     def execute(self, found: Found, seed: int) -> None:
         """`epfuse.verify.suite.run`, unchanged."""
         with executing(TARGET, seed) as session:
             scenarios = [each for each in make_scenarios(self.problem) if each.name in self.scenarios]
             record = verify(self.problem, (self.subject,), scenarios=scenarios)
-        found.judge(session)
+        found.judge(session.launches)
         for case in record.cases:
             found.failures += [f"{case.path}, {case.name}: {failure}" for failure in case.failures]

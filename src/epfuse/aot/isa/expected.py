@@ -9,7 +9,7 @@ import torch
 
 from epfuse.aot.isa.errors import IsaError
 from epfuse.aot.isa.recorded import Launched, Recorded
-from epfuse.config import Activation, SwiGLUOAI
+from epfuse.config import ACTIVATIONS, Activation
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.activate.reference import activate
@@ -120,7 +120,12 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _activation(recorded: Recorded) -> Activation:
-    return SwiGLUOAI(*recorded.arguments["activation"])
+    [kind] = [kind for kind in ACTIVATIONS if kind.kind == recorded.arguments["ACTIVATION"]]
+    return kind(*recorded.arguments["activation"])
+
+
+def _bias(recorded: Recorded) -> torch.Tensor | None:
+    return None if recorded.arguments["bias"] is None else recorded.tensor("bias")
 
 
 def _table(recorded: Recorded) -> RouteTable:
@@ -201,15 +206,18 @@ def _quantized(recorded: Recorded, rows: Callable[[int, ScaleRounding, torch.dty
 
 def _gate_up(recorded: Recorded) -> dict[str, Expected]:
     weights, top_k = _weights(recorded, "w13"), recorded.arguments["K"]
-    values = gate_up(recorded.tensor("x"), weights, _table(recorded), top_k, _activation(recorded))
+    call = recorded.tensor("x"), weights, _table(recorded), top_k, _activation(recorded)
+    values = gate_up(*call, bias=_bias(recorded))
     return {"out": _rows(values, _live(recorded))}
 
 
 def _gate_up_fp8(recorded: Recorded) -> dict[str, Expected]:
     rows = FP8Rows(recorded.tensor("x"), recorded.tensor("x_scale"), recorded.arguments["GROUP"]).dequantize()
-    weights, out = _weights(recorded, "w13"), torch.zeros_like(recorded.tensor("out"))
+    weights, bias, out = _weights(recorded, "w13"), _bias(recorded), torch.zeros_like(recorded.tensor("out"))
     for expert, routes in _table(recorded).groups():
         product = rows[routes // recorded.arguments["K"]] @ expert_matrix(weights, expert, torch.float32).T
+        if bias is not None:
+            product += bias[expert]
         out[routes] = product.to(out.dtype)
     return {"out": _rows(out, _live(recorded))}
 
@@ -228,7 +236,8 @@ def _others(recorded: Recorded, live: torch.Tensor) -> torch.Tensor:
 
 
 def _down(recorded: Recorded) -> dict[str, Expected]:
-    values = down(recorded.tensor("y"), _weights(recorded, "w2"), _table(recorded), recorded.tensor("topk_weights"))
+    call = recorded.tensor("y"), _weights(recorded, "w2"), _table(recorded), recorded.tensor("topk_weights")
+    values = down(*call, bias=_bias(recorded))
     return {"out": _rows(values, _live(recorded))}
 
 
@@ -237,10 +246,13 @@ def _down_fp8(recorded: Recorded) -> dict[str, Expected]:
     live = _live(recorded)
     routed = FP8Rows(recorded.tensor("y"), recorded.tensor("y_scale"), arguments["GROUP"])
     rows = routed.dequantize().index_fill(0, _others(recorded, live), 0)
-    weights, out = _weights(recorded, "w2"), recorded.tensor("out")
+    weights, bias, out = _weights(recorded, "w2"), _bias(recorded), recorded.tensor("out")
     factors = recorded.tensor("topk_weights").reshape(-1, 1)
     for expert, routes in table.groups():
-        product = rows[routes] @ expert_matrix(weights, expert, torch.float32).T * factors[routes]
+        product = rows[routes] @ expert_matrix(weights, expert, torch.float32).T
+        if bias is not None:
+            product += bias[expert]
+        product *= factors[routes]
         if arguments["ATOMIC"]:
             out.index_add_(0, routes // arguments["K"], product)
         else:

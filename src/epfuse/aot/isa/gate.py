@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 
 import torch
 
-from epfuse.aot.isa.cases import Budget, Case, CaseRecord, Combining, Found, Layer, Routing, Shards, run_case
+from epfuse.aot.calls import KINDS as LAYER_KINDS
+from epfuse.aot.calls import Call, other_kinds
+from epfuse.aot.isa.cases import Budget, Case, CaseRecord, Combining, Edges, Found, Layer, Routing, Shards, run_case
+from epfuse.aot.isa.edges import FEWER, NARROW, STEPS, TARGET, Gemm
 from epfuse.aot.isa.kept import Kept
-from epfuse.aot.isa.layers import Exact
+from epfuse.aot.isa.layers import GAINS, Exact
 from epfuse.aot.tasks import start
 from epfuse.config import Combine, LayerShape, Path, WeightFormat
+from epfuse.families.registry import FP8_PATHS
 from epfuse.verify.problem import Problem
 from epfuse.verify.scenarios import KINDS
 from epfuse.verify.subject import Stored, Subject
@@ -92,6 +97,32 @@ def tails(seed: int) -> Iterator[Layer]:
             yield _layer(subject, torch.bfloat16, (TAIL, TAIL), FEW, LIVE, seed)
 
 
+def kinds(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iterator[Layer]:
+    """A layer for each kind of machine code with biases or another activation than SwiGLU-OAI, in the smallest tile."""
+    for call in other_calls():
+        activation, bias = LAYER_KINDS[call.kind]
+        [exactly] = [each for each in GAINS if type(each) is type(activation)]
+        subject = Subject(call.path, Stored.MXFP8, call.form)
+        layer = _layer(subject, torch.bfloat16, all_sizes["masked"][call.path], FEW, LIVE, seed)
+        yield Layer(replace(layer.exact, activation=exactly, bias=bias))
+
+
+def other_calls() -> list[Call]:
+    """The calls of other kinds whose kernels `epfuse aot` compiles."""
+    return [call for path in SHORT["masked"] for call in other_kinds(TARGET, path)]
+
+
+def gemms(seed: int) -> list[Gemm]:
+    """The GEMMs of every way, with a tail and without."""
+    found = []
+    for subject, stage, (tail, columns) in product(SUBJECTS, ("gate_up", "down"), STEPS.items()):
+        sizes = (columns, NARROW) if stage == "gate_up" else (NARROW, columns)
+        kernel = f"{stage}{'_fp8' if subject.path in FP8_PATHS else ''}_kernel"
+        exact = _layer(subject, torch.bfloat16, sizes, FEW, LIVE, seed).exact
+        found.append(Gemm(kernel, exact, FEWER[tail]))
+    return found
+
+
 def _layer(subject: Subject, dtype: torch.dtype, sizes: tuple[int, int], tokens: int, live: int, seed: int) -> Layer:
     shape = LayerShape(*sizes, EXPERTS, LOCAL, TOP_K)
     return Layer(Exact(subject.path, subject.form, dtype, subject.combine, shape, tokens, live, seed))
@@ -123,18 +154,31 @@ def budgets(seed: int) -> Iterator[Budget]:
         yield Budget(problem, subject, (scenario,))
 
 
+def other_budgets(seed: int) -> Iterator[Budget]:
+    """Each other kind of layer, in a scenario that the seed draws."""
+    draw = random.Random(seed)
+    for call in other_calls():
+        activation, bias = LAYER_KINDS[call.kind]
+        problem = Problem(160, 96, 4, 2, 2, (3,), torch.bfloat16, torch.device("cpu"), seed, activation, bias)
+        stored = Stored.DENSE if call.form is WeightFormat.DENSE else Stored.MXFP8
+        yield Budget(problem, Subject(call.path, stored, call.form), (draw.choice(list(KINDS)),))
+
+
 def every_case(seed: int) -> list[Case]:
     """All that there is."""
     wide = [layer for layer in layers(seed, SIZES) if layer.exact.tokens == FEW]
     tall = [layer for layer in layers(seed, SHORT) if layer.exact.tokens != FEW]
-    return [*wide, *tall, *tails(seed), *combines(seed), *routings(seed), shards(seed), *budgets(seed)]
+    found: list[Case] = [*wide, *tall, *tails(seed), *kinds(seed, SIZES), *combines(seed), *routings(seed)]
+    found += [Edges(gemm) for gemm in gemms(seed)]
+    return [*found, shards(seed), *budgets(seed), *other_budgets(seed)]
 
 
 def share(seed: int) -> list[Case]:
     """What CI executes in one run: every kernel and every way in the smallest tile, and more by the seed.
 
     A run has for each way a layer with tails or one without, at few tokens, and one scenario of `epfuse verify`; one
-    layer in a larger tile; the routing kernels in one launch and in two; the shards.
+    layer in a larger tile; the routing kernels in one launch and in two; the shards; two layers of other kinds, and a
+    scenario of one.
     """
     draw = random.Random(seed)
     found: list[Case] = []
@@ -152,7 +196,7 @@ def share(seed: int) -> list[Case]:
     found += [draw.choice(one), draw.choice(two), shards(seed)]
     for subject in SUBJECTS:
         found.append(draw.choice([each for each in budgets(seed) if each.subject == subject]))
-    return found
+    return [*found, *draw.sample(list(kinds(seed, SHORT)), 2), draw.choice(list(other_budgets(seed)))]
 
 
 def run(

@@ -5,38 +5,24 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import product
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from epfuse.aot.isa.cases import TARGET
-from epfuse.aot.isa.device import executing
+from epfuse.aot.isa.edges import Gemm
 from epfuse.aot.isa.errors import IsaError
 from epfuse.aot.isa.expected import Expected, compare, expected
-from epfuse.aot.isa.gate import EXPERTS, FEW, LIVE, LOCAL, SUBJECTS, TAIL, TOP_K
+from epfuse.aot.isa.gate import gemms
 from epfuse.aot.isa.kept import Kept
-from epfuse.aot.isa.layers import EXACT, Exact
 from epfuse.aot.isa.program import Instruction, Program
 from epfuse.aot.isa.recorded import Launched, Recorded
 from epfuse.aot.isa.registers import EXEC, Register
 from epfuse.aot.tasks import start
-from epfuse.api import fused_experts
-from epfuse.config import LayerShape, Path, WeightFormat
-from epfuse.families.registry import FP8_PATHS
 from epfuse.workers import Died, Workers
 
 SEED = 1782
 """Of the sample. Committed before the gate was run for the first time, and never tuned."""
 EACH = 4
 """Faults of a kind and a kernel."""
-STEPS = {"even": 384, "masked": 320}
-"""K of a GEMM: three steps, so that the pipelined loop runs too, without a tail and with one."""
-STEP = 128
-"""K of one step, after which nothing may be loaded."""
-NARROW = 64
-"""Its N: few workgroups, as each fault runs them again."""
 LEAST = 0.95
 """Part of the reached faults of each kind that must be noticed."""
 KINDS = ("barrier", "lds", "mfma", "wait", "mask", "address", "select")
@@ -176,66 +162,28 @@ class Injected:
     total: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A kernel to break.
-
-    Attributes:
-        kernel: its name.
-        exact: the layer that launches it.
-        twins: layers whose numbers the same code multiplies: one step; where it has a tail, none, and nothing else.
-            A fault may be noticed there too.
-    """
-
-    kernel: str
-    exact: Exact
-    twins: tuple[Exact, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The kernel and its way."""
-        return f"{self.kernel} {self.exact.name}"
-
-
-def subjects() -> list[Broken]:
+def subjects() -> list[Gemm]:
     """The GEMMs of every way, with a tail and without."""
-    found = []
-    for subject, stage in product(SUBJECTS, ("gate_up", "down")):
-        layers = {}
-        for name, steps in {**STEPS, "step": STEP, "tail": TAIL}.items():
-            sizes = (steps, NARROW) if stage == "gate_up" else (NARROW, steps)
-            shape = LayerShape(*sizes, EXPERTS, LOCAL, TOP_K)
-            layers[name] = Exact(subject.path, subject.form, torch.bfloat16, subject.combine, shape, FEW, LIVE, SEED)
-        kernel = f"{stage}{'_fp8' if subject.path in FP8_PATHS else ''}_kernel"
-        even, masked, step, tail = (layers[name] for name in ("even", "masked", "step", "tail"))
-        if subject.path is Path.BLOCK_FP8:  # whose code for one block of scales in a row is another one
-            found += [Broken(kernel, even), Broken(kernel, masked, (even,))]
-        else:
-            # Weights that are not prepared need Triton's own conversion of E4M3FN, which makes numbers of NaN
-            trapped = () if subject.form is WeightFormat.MXFP8 else (tail, masked)
-            traps = tuple(replace(exact, traps=True) for exact in trapped)
-            found += [Broken(kernel, even, (step,)), Broken(kernel, masked, (even, tail, *traps))]
-    return found
+    return gemms(SEED)
 
 
-def share(seed: int) -> list[Broken]:
+def share(seed: int) -> list[Gemm]:
     """One of the kernels, by a seed."""
     return [random.Random(seed).choice(subjects())]
 
 
-def inject(broken: Broken, kept: Kept) -> Injected:
+def inject(gemm: Gemm, kept: Kept) -> Injected:
     """Drop `EACH` instructions of every kind of one kernel, one at a time, or take what is kept of that."""
-    if (before := kept.load(broken.name, Injected)) is not None:
+    if (before := kept.load(gemm.name, Injected)) is not None:
         return before
-    own, *others = (_launch(broken.kernel, exact) for exact in (broken.exact, *broken.twins))
-    program, found, reached = own.recorded.program, Injected(broken.name), own.counts.reached
-    launches = [own.recorded, *(other.recorded for other in others), without_columns(own.recorded)]
+    launches = gemm.launches()
     wanted = [expected(recorded) for recorded in launches]
-    for twin, want in zip(launches[1:], wanted[1:], strict=True):
-        launched = twin.run(program)
+    program, found, reached = launches[0].program, Injected(gemm.name), set[int]()
+    for recorded, want in zip(launches, wanted, strict=True):
+        launched = recorded.run()
         if compare(launched, want):
-            raise IsaError(f"{broken.name} is wrong before anything is dropped")
-        reached = reached | launched.counts.reached
+            raise IsaError(f"{gemm.name} is wrong before anything is dropped")
+        reached |= launched.counts.reached
     draw = random.Random(f"{SEED} {found.kernel}")
     for kind, places in kinds_of(program).items():
         found.total[kind] = len(places)
@@ -244,32 +192,7 @@ def inject(broken: Broken, kept: Kept) -> Injected:
             for recorded, want in zip(launches, wanted, strict=True):
                 outcome = outcome or _outcome(recorded, faulty, want)
             found.faults.append(Fault(kind, index, program.instructions[index].text, outcome, index in reached))
-    return kept.save(broken.name, Injected, found)
-
-
-def without_columns(recorded: Recorded) -> Recorded:
-    """The launch of a GEMM of matrices without a column, which no call makes: nothing may be read, sums are zero.
-
-    The code guards its first loads against it. Nothing else shows that the guards are there.
-    """
-    size = "H" if "w13" in recorded.arguments else "I"
-    changed = {name: 0 for name in (size, "G") if name in recorded.arguments}
-    matrices = [name for name in recorded.arguments if name.removesuffix("_scale") in ("x", "y", "w13", "w2")]
-    empty = {
-        name: tensor.new_empty((*tensor.shape[:-1], 0))
-        for name in matrices
-        if (tensor := recorded.arguments[name]) is not None
-    }
-    return recorded.given(changed | empty)
-
-
-def _launch(kernel: str, exact: Exact) -> Launched:
-    """The launch of a kernel in a layer."""
-    operands = exact.hidden(), exact.weights(0), exact.topk_weights(), exact.topk_ids(), exact.expert_map(0)
-    with executing(TARGET) as session:
-        fused_experts(*operands, activation=EXACT, path=exact.path, combine=exact.combine)
-    [launched] = [launch for launch in session.launches if launch.recorded.program.name == kernel]
-    return launched
+    return kept.save(gemm.name, Injected, found)
 
 
 class _Mismatch(Exception):
@@ -363,7 +286,7 @@ class FaultRecord:
         }
 
 
-def run(chosen: list[Broken], workers: int, kept: Kept, progress: Callable[[int, int], None]) -> FaultRecord:
+def run(chosen: list[Gemm], workers: int, kept: Kept, progress: Callable[[int, int], None]) -> FaultRecord:
     """Break kernels in parallel.
 
     Args:
@@ -374,10 +297,10 @@ def run(chosen: list[Broken], workers: int, kept: Kept, progress: Callable[[int,
     """
     progress(0, len(chosen))
     with Workers(workers, start, seconds=3600.0) as pool:
-        results = pool.map(inject, [(broken, kept) for broken in chosen], lambda done: progress(done, len(chosen)))
+        results = pool.map(inject, [(gemm, kept) for gemm in chosen], lambda done: progress(done, len(chosen)))
     died = [
-        f"{broken.name}: {result.reason}"
-        for broken, result in zip(chosen, results, strict=True)
+        f"{gemm.name}: {result.reason}"
+        for gemm, result in zip(chosen, results, strict=True)
         if isinstance(result, Died)
     ]
     return FaultRecord([result for result in results if isinstance(result, Injected)], died)

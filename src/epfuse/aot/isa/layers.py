@@ -33,8 +33,8 @@ GAINS: dict[Activation, tuple[int, ...]] = {
     SoftcappedSwiGLU(gate_cap=4.0, up_cap=2.0): (1024, 512),
     ReLU2(): (1,),
 }
-"""Activation -> what the rows of gate and of up are multiplied by: a product is 0, or so large that tanh and the sigmoid
-are exactly -1, 0 or 1."""
+"""Activation -> what the rows of gate and of up are multiplied by: a product is 0, or so large that tanh is exactly -1
+or 1, and the sigmoid 0 or 1."""
 
 NAN_TOKEN, NAN_WEIGHT = 4, 6
 """Tokens whose results are NaN, and no other's."""

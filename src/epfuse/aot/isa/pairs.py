@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from epfuse.aot.isa.registers import EXEC, VECTORS, Register
 from epfuse.aot.isa.wave import FULL, Step, Wave
 
 U64 = np.uint64
+SIGN = np.uint32(1 << 31)
 PACKED: dict[str, tuple[int, Callable[..., Value]]] = {
     "v_pk_add_f32": (2, lambda a, b: bits(f32(a) + f32(b))),
     "v_pk_mul_f32": (2, lambda a, b: bits(f32(a) * f32(b))),
@@ -41,31 +43,49 @@ def _write_wide(wave: Wave, row: int, value: Value) -> None:
     wave.write(row + 1, high)
 
 
-def _halves(instruction: Instruction, operands: tuple[Operand, ...]) -> list[list[tuple[Operand, int]]]:
-    """For the low and the high result which half of each operand it takes."""
-    count = len(operands)
-    taken = []
-    for modifier, default in (("op_sel", 0), ("op_sel_hi", 1)):
-        chosen = instruction.modifiers.get(modifier, (default,) * count)
-        if not isinstance(chosen, tuple) or len(chosen) != count or any(half not in (0, 1) for half in chosen):
+@dataclass(frozen=True)
+class _Half:
+    """What one of two results takes of an operand: its low or its high register, and with which sign."""
+
+    operand: Operand
+    high: int
+    negated: int
+
+    def source(self, instruction: Instruction) -> Source:
+        """Read it."""
+        source = vector_source(self.operand, instruction, half=self.high)
+        return (lambda wave: source(wave) ^ SIGN) if self.negated else source
+
+
+def _halves(instruction: Instruction, operands: tuple[Operand, ...]) -> list[list[_Half]]:
+    """For the low and the high result what each takes of the operands."""
+
+    def bits(modifier: str, default: int) -> tuple[int, ...]:
+        chosen = instruction.modifiers.get(modifier, (default,) * len(operands))
+        if not isinstance(chosen, tuple) or len(chosen) != len(operands) or any(bit not in (0, 1) for bit in chosen):
             raise unknown(instruction, f"{modifier} must say 0 or 1 for each source")
-        for operand, half in zip(operands, chosen, strict=True):
-            if isinstance(operand, Constant) and half:
-                raise unknown(instruction, "the high half of a constant is not known")
-        taken.append(list(zip(operands, chosen, strict=True)))
+        return chosen
+
+    taken = []
+    for half, sign, default in (("op_sel", "neg_lo", 0), ("op_sel_hi", "neg_hi", 1)):
+        each = [_Half(*parts) for parts in zip(operands, bits(half, default), bits(sign, 0), strict=True)]
+        for part in each:
+            if isinstance(part.operand, Constant) and (part.high or part.negated):
+                raise unknown(instruction, "the high half of a constant, or its sign changed, is not known")
+        taken.append(each)
     return taken
 
 
 def _packed(name: str, instruction: Instruction) -> Step:
     count, function = PACKED[name]
-    expect(instruction, count + 1, "op_sel", "op_sel_hi")
+    expect(instruction, count + 1, "op_sel", "op_sel_hi", "neg_lo", "neg_hi")
     target, *operands = instruction.operands
     row = register(target, instruction, scalar=False, count=2).row
     for operand in operands:
         if isinstance(operand, Register):
             register(operand, instruction, count=2)
     taken = _halves(instruction, tuple(operands))
-    low, high = ([_half(operand, half, instruction) for operand, half in each] for each in taken)
+    low, high = ([part.source(instruction) for part in each] for each in taken)
 
     def run(wave: Wave) -> None:
         first = function(*[source(wave) for source in low])
@@ -77,18 +97,14 @@ def _packed(name: str, instruction: Instruction) -> Step:
         found = []
         for each in taken:
             shadow: Value = shadows.NONE
-            for operand, half in each:
-                shadow = shadow | shadows.shadow_of(operand, wave, half)
+            for part in each:
+                shadow = shadow | shadows.shadow_of(part.operand, wave, part.high)
             found.append(np.where(shadow != 0, FULL, shadows.NONE))
         wave.shade(row, found[0])
         wave.shade(row + 1, found[1])
 
     reads = mask_of(*operands) | 3 << EXEC
     return Step(instruction, name, "valu", run, reads, 3 << (row + VECTORS), shade)
-
-
-def _half(operand: Operand, half: int, instruction: Instruction) -> Source:
-    return vector_source(operand, instruction, half=half)
 
 
 def _from_fp8(name: str, suffix: str, instruction: Instruction) -> Step:

@@ -130,12 +130,27 @@ class Recorded:
             after.append(replace(region, data=memory.read(address, size), defined=defined))
         return Launched(self, tuple(after), counts)
 
-    def given(self, changed: dict[str, Any]) -> Recorded:
-        """The same launch with other arguments; tensors that are none of them any more have no memory."""
-        arguments = self.arguments | changed
-        kept = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.numel()]
-        before = tuple(region for region in self.before if any(region.holds(tensor) for tensor in kept))
-        return replace(self, arguments=arguments, before=before)
+    def given(
+        self, tensors: dict[str, tuple[torch.Tensor, torch.Tensor]], sizes: dict[str, int], grid: tuple[int, int, int]
+    ) -> Recorded:
+        """The same code launched on other arguments.
+
+        Args:
+            tensors: argument -> its values, and which of them are defined.
+            sizes: arguments that are integers.
+            grid: workgroups.
+        """
+        arguments, before = self.arguments | sizes, list(self.before)
+        for name, (values, defined) in tensors.items():
+            values = values.contiguous()
+            before = [region for region in before if not region.holds(arguments[name])]
+            arguments[name] = values
+            if values.numel():
+                data = host_bytes(values.untyped_storage())[: values.nbytes].copy()
+                marks = defined.reshape(-1).repeat_interleave(values.element_size()).numpy()
+                data[~marks] = POISON
+                before.append(Region(name, values.untyped_storage(), 0, data, marks))
+        return replace(self, grid=grid, arguments=arguments, before=tuple(before))
 
     def tensor(self, name: str) -> torch.Tensor:
         """A copy of an argument's tensor as it was before."""
