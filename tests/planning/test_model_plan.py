@@ -14,7 +14,8 @@ from epfuse import Path
 from epfuse.config import LayerShape, Policy
 from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
-from epfuse.hardware.products import GIB, PRODUCTS
+from epfuse.hardware.gpus import GIB
+from epfuse.hardware.products import PRODUCTS
 from epfuse.planning.console import fewer_ranks, show
 from epfuse.planning.model_plan import ModelPlan, Serving, plan_model
 from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
@@ -78,7 +79,7 @@ def test_json_has_the_documented_keys(policy: Policy) -> None:
 
 
 def test_groups_are_adjacent_layers_with_one_plan() -> None:
-    product = replace(PRODUCTS["mi300x"], hbm_bytes=4000 * GIB)
+    product = replace(PRODUCTS["mi300x"], gpu=replace(PRODUCTS["mi300x"].gpu, memory_bytes=4000 * GIB))
     found = plan_model(MINIMAX_M3, Serving(product, 1, 9472, product.hbm_bytes), Policy.SEED_1782)
     layers = [index for group in found.groups for index in group.layers]
     assert layers == list(MINIMAX_M3.moe_layers)

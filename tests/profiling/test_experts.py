@@ -11,7 +11,6 @@ import pytest
 from epfuse.config import MINIMAX_M3_EP8
 from epfuse.errors import ConfigError
 from epfuse.hardware.time_model import MI300X
-from epfuse.profiling.devices import product_of
 from epfuse.profiling.events import TracedDevice
 from epfuse.profiling.experts import ExpertStep, moved_bytes, view_experts
 from epfuse.profiling.phases import Phase
@@ -133,5 +132,5 @@ def test_a_config_that_can_not_be_read(tmp_path: Path) -> None:
     ],
 )
 def test_devices(device: TracedDevice, product: str | None) -> None:
-    found = product_of(device)
+    found = device.gpu
     assert (found.name if found else None) == product

@@ -10,6 +10,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from epfuse.hardware.gpus import GPU, named, seen_by_rocm
+
 
 class Kernel(NamedTuple):
     """One kernel, copy or memset on a GPU.
@@ -86,6 +88,13 @@ class TracedDevice:
     capability: tuple[int, int] = (0, 0)
     memory_bytes: int = 0
     owner: str = ""
+
+    @property
+    def gpu(self) -> GPU | None:
+        """Which product it is, by name or, where the trace has none, by its sizes; None if it is not known."""
+        if self.name:
+            return named(self.name)
+        return seen_by_rocm(self.capability, self.multiprocessors, self.memory_bytes)
 
 
 @dataclass

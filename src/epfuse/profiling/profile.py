@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from epfuse.errors import ConfigError, TraceError
+from epfuse.hardware import gpus, time_model
 from epfuse.profiling.annotations import parse_label
 from epfuse.profiling.classify import JOINED_BY, Classifier, Verdicts
-from epfuse.profiling.devices import product_of
 from epfuse.profiling.events import Kernel, Range, Trace
 from epfuse.profiling.experts import ExpertStep, view_experts
 from epfuse.profiling.layers import Layers, find_layers
@@ -81,7 +81,7 @@ def _profile_device(
     layers = [layer for part in classified for layer in _layer_times(part)]
     shown = _typical(layers)
     traced = trace.devices[found.device]
-    product = product_of(traced)
+    gpu = traced.gpu
     experts = None
     if shape is not None:
         weights, weights_from = _weights_format(weights, classified, classifier, shape)
@@ -90,14 +90,14 @@ def _profile_device(
             shape,
             weights,
             weights_from,
-            product.memory_bandwidth if product else None,
-            product.machine if product else None,
+            gpu.memory_bandwidth if gpu else None,
+            time_model.MI300X if gpu is gpus.MI300X else None,  # the one that was fitted to steps of a served model
         )
     return Profile(
         path=trace.path,
         rank=trace.rank,
         device=traced,
-        product=product.name if product else None,
+        product=gpu.name if gpu else None,
         steps=found,
         window=chosen,
         phases=phases,
