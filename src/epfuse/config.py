@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from epfuse.arguments import integer, real
@@ -255,6 +255,29 @@ class LayerShape:
             raise ConfigError(f"LayerShape.top_k is {self.top_k}, more than experts={self.experts}")
         return self
 
+    def rank_of(self, ep_size: int = 1, tp_size: int = 1) -> LayerShape:
+        """One rank's share of a layer that one rank would hold whole: E/P whole experts, or a slice of each of them.
 
-MINIMAX_M3_EP8 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)
-"""One rank of MiniMax-M3 under expert parallelism over 8 ranks (transformers' MiniMaxM3VLTextConfig defaults)."""
+        Args:
+            ep_size: ranks that the experts are spread over.
+            tp_size: ranks that every expert's I is sliced over.
+
+        Raises:
+            ConfigError: a number is less than 1, or does not divide.
+        """
+        for name, ranks in (("experts", ep_size), ("intermediate", tp_size)):
+            if ranks < 1 or getattr(self, name) % ranks:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a multiple of {ranks} ranks")
+        return replace(self, local_experts=self.experts // ep_size, intermediate=self.intermediate // tp_size)
+
+
+MINIMAX_M3 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=128, top_k=4)
+"""transformers' MiniMaxM3VLTextConfig defaults."""
+GPT_OSS_120B = LayerShape(hidden=2880, intermediate=2880, experts=128, local_experts=128, top_k=4)
+"""The config.json of openai/gpt-oss-120b."""
+GPT_OSS_20B = LayerShape(hidden=2880, intermediate=2880, experts=32, local_experts=32, top_k=4)
+"""The config.json of openai/gpt-oss-20b."""
+QWEN3_235B = LayerShape(hidden=4096, intermediate=1536, experts=128, local_experts=128, top_k=8)
+"""The config.json of Qwen/Qwen3-235B-A22B."""
+MINIMAX_M3_EP8 = MINIMAX_M3.rank_of(ep_size=8)
+"""One rank of MiniMax-M3 under expert parallelism over 8 ranks."""

@@ -9,6 +9,7 @@ import torch
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums
 from epfuse.config import (
+    GPT_OSS_120B,
     MINIMAX_M3_EP8,
     Activation,
     Bias,
@@ -32,7 +33,7 @@ MOST_TOKENS = 16384
 SHAPES = {
     "minimax-m3": MINIMAX_M3_EP8,
     # gpt-oss-120b on 8 ranks: 2880 is no multiple of any K step, so the loops mask their tails
-    "gpt-oss-120b": LayerShape(hidden=2880, intermediate=2880, experts=128, local_experts=16, top_k=4),
+    "gpt-oss-120b": GPT_OSS_120B.rank_of(ep_size=8),
 }
 """Sizes that kernels are specialised for."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from epfuse.config import MINIMAX_M3_EP8, LayerShape, SwiGLUOAI, silu_gate
+from epfuse.config import GPT_OSS_20B, GPT_OSS_120B, MINIMAX_M3, QWEN3_235B, LayerShape, SwiGLUOAI, silu_gate
 from epfuse.errors import ConfigError
 
 
@@ -42,21 +42,18 @@ CUSTOM = "custom"
 LAYERS = {
     layer.name: layer
     for layer in (
-        Layer("minimax-m3-ep8", MINIMAX_M3_EP8, SwiGLUOAI()),
-        Layer("minimax-m3-ep4", replace(MINIMAX_M3_EP8, local_experts=32), SwiGLUOAI()),
-        Layer("minimax-m3-ep16", replace(MINIMAX_M3_EP8, local_experts=8), SwiGLUOAI()),
+        Layer("minimax-m3-ep8", MINIMAX_M3.rank_of(ep_size=8), SwiGLUOAI()),
+        Layer("minimax-m3-ep4", MINIMAX_M3.rank_of(ep_size=4), SwiGLUOAI()),
+        Layer("minimax-m3-ep16", MINIMAX_M3.rank_of(ep_size=16), SwiGLUOAI()),
         # tensor parallelism slices every expert: all of them are local, each with an eighth of I
-        Layer("minimax-m3-tp8", replace(MINIMAX_M3_EP8, intermediate=384, local_experts=128), SwiGLUOAI()),
-        Layer("gpt-oss-120b", LayerShape(2880, 2880, 128, 128, 4), SwiGLUOAI()),
-        Layer("gpt-oss-20b", LayerShape(2880, 2880, 32, 32, 4), SwiGLUOAI()),
-        Layer("qwen3-235b", LayerShape(4096, 1536, 128, 128, 8), silu_gate()),
+        Layer("minimax-m3-tp8", MINIMAX_M3.rank_of(tp_size=8), SwiGLUOAI()),
+        Layer("gpt-oss-120b", GPT_OSS_120B, SwiGLUOAI()),
+        Layer("gpt-oss-20b", GPT_OSS_20B, SwiGLUOAI()),
+        Layer("qwen3-235b", QWEN3_235B, silu_gate()),
         Layer("small", LayerShape(512, 256, 16, 4, 4), SwiGLUOAI()),
     )
 }
-"""Sizes: transformers' MiniMaxM3VLTextConfig, the config.json of openai/gpt-oss-120b, openai/gpt-oss-20b and
-Qwen/Qwen3-235B-A22B.
-
-gpt-oss is without its biases, and with gate rows before up rows: a checkpoint's interleaved rows are put into this
+"""gpt-oss is without its biases, and with gate rows before up rows: a checkpoint's interleaved rows are put into this
 order when they are loaded. ``small`` is for a CPU.
 """
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from epfuse.arguments import checks_enums
-from epfuse.config import SwiGLUOAI
+from epfuse.config import MINIMAX_M3 as MINIMAX_M3_SHAPE
+from epfuse.config import LayerShape, SwiGLUOAI
+from epfuse.errors import ConfigError
 from epfuse.input_file import read_object
 from epfuse.weights.checkpoint_format import Checkpoint
-from epfuse.weights.config_families import EXPERTS, FAMILIES, NESTED, OUTER, TOP_K, Family
+from epfuse.weights.config_families import EXPERTS, FAMILIES, NESTED, ONLY_WIDTH, OUTER, OWN_WIDTH, TOP_K, Family
 from epfuse.weights.config_fields import Fields
 from epfuse.weights.config_format import experts_format
 from epfuse.weights.config_layers import MOST_LAYERS
@@ -77,10 +79,10 @@ class ExpertModel:
 
 MINIMAX_M3 = ExpertModel(
     name="minimax-m3",
-    hidden=6144,
-    intermediate=3072,
-    experts=128,
-    top_k=4,
+    hidden=MINIMAX_M3_SHAPE.hidden,
+    intermediate=MINIMAX_M3_SHAPE.intermediate,
+    experts=MINIMAX_M3_SHAPE.experts,
+    top_k=MINIMAX_M3_SHAPE.top_k,
     layers=60,
     moe_layers=tuple(range(3, 60)),
     shared_experts=1,
@@ -134,21 +136,34 @@ def _read(content: Fields, folder: Path | None) -> ExpertModel:
     return replace(model, checkpoint=checkpoint, dtype=_dtype(content, config))
 
 
-def read_checkpoint(source: Path) -> Checkpoint:
-    """The experts' numbers alone, of a model of any family; all of its layers are taken to have experts.
+def read_layer(path: Path) -> tuple[str, LayerShape, Checkpoint | None]:
+    """A model's type, its layer of experts as one rank holds it, and their numbers, of a model of any family.
 
     Args:
-        source: as of `read_model`; nothing beside the file is read.
+        path: of the file; nothing beside it is read, and all of the model's layers are taken to have experts.
+
+    Returns:
+        The numbers are None where what says them is not understood or contradicts itself.
 
     Raises:
-        ConfigError: the file can't be read, or what says the numbers is not understood or contradicts itself.
+        ConfigError: the file can't be read, or a size is missing, out of range or contradicts another.
     """
-    path = source / CONFIG if source.is_dir() else source
     content = Fields(load_config(path), f"config {path}")
     kind, config = _innermost(content)
-    layers = config.size("num_hidden_layers", most=MOST_LAYERS, default=1)
-    module = FAMILIES[kind].module if kind in FAMILIES else Family.module
-    return experts_format(_quantization(content, config, None), ExpertModules(tuple(range(layers)), module))
+    family = FAMILIES.get(kind or "")
+    experts = config.size(*EXPERTS)
+    if family is not None:
+        width = config.size(*family.width)
+    else:
+        width = config.size(*(OWN_WIDTH if config.get(OWN_WIDTH[0]) is not None else ONLY_WIDTH))
+    shape = LayerShape(config.size("hidden_size"), width, experts, experts, config.size(*TOP_K))
+    try:
+        layers = config.size("num_hidden_layers", most=MOST_LAYERS, default=1)
+        modules = ExpertModules(tuple(range(layers)), Family.module if family is None else family.module)
+        checkpoint = experts_format(_quantization(content, config, None), modules)
+    except ConfigError:
+        checkpoint = None
+    return content.text("model_type") or path.name, shape.with_distinct_experts(), checkpoint
 
 
 def load_config(source: Path) -> dict[str, Any]:
