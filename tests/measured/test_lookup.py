@@ -123,6 +123,13 @@ def test_another_split_of_the_same_experts_is_foreign_and_compared_by_rows_per_e
     assert "The default of sm_90" in decided(31, shape=wider).tile_source
 
 
+@pytest.mark.parametrize(("local", "used"), [(4, False), (7, False), (8, True), (16, True), (64, True)])
+def test_a_layer_with_many_more_local_experts_says_nothing(tables: FilePath, local: int, used: bool) -> None:
+    write(tables, measurement(row(64)))  # of 16 local experts
+    source = decided(64, shape=replace(M3, local_experts=local)).tile_source
+    assert source.startswith("A foreign row" if used and local != 16 else "A tuned row" if used else "The default")
+
+
 def test_the_own_device_comes_first_then_the_own_shape(tables: FilePath) -> None:
     ep4 = replace(M3, local_experts=32)
     write(

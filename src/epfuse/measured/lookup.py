@@ -29,6 +29,8 @@ CLOSE = 1.5
 """Rows per expert of a call over a row's, or the other way round, up to which any product's row is used."""
 NEAR = 2.0
 """The same, up to which this product's own row is used where none is close."""
+MORE_EXPERTS = 2
+"""Local experts of a row's layer over the call's, up to which the row is used."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def sources(
         measured = gate_up.shape.shape()
         same_layer = (measured.hidden, measured.intermediate) == (shape.hidden, shape.intermediate)
         if (gate_up.path, gate_up.weights) != (path, weights) or not same_layer or gate_up.key not in downs:
+            continue
+        if measured.local_experts > MORE_EXPERTS * shape.local_experts:
             continue
         points = _points(gate_up, downs[gate_up.key], measured)
         if points:
