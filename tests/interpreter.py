@@ -2,10 +2,13 @@
 
 Triton 3.6 to 3.9 interpret bf16 as raw uint16: products, those of `tl.dot` too, multiply the bit patterns, and fp32 ->
 bf16 truncates. Both are done by PyTorch instead, which rounds to nearest even as the GPUs do. And its list of types
-that a pointer can have lacks E4M3FNUZ.
+that a pointer can have lacks E4M3FNUZ. In 3.9 a comparison of two scalars is spread over a block as integers, which its
+masked loads and stores then refuse.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import torch
@@ -77,6 +80,18 @@ def install() -> None:
         scope.set_attr(lang.dtype, "to_ir", to_ir_with_fnuz)
 
     interpreter._patch_lang_core = patch_with_fnuz
+
+    def with_boolean_mask(access, place):
+        @functools.wraps(access)
+        def call(self, *operands, **named):
+            mask = operands[place]
+            boolean = TensorHandle(mask.data.astype(bool), tl.int1)
+            return access(self, *operands[:place], boolean, *operands[place + 1 :], **named)
+
+        return call
+
+    for access, place in (("create_masked_load", 1), ("create_masked_store", 2), ("create_atomic_rmw", 3)):
+        setattr(InterpreterBuilder, access, with_boolean_mask(getattr(InterpreterBuilder, access), place))
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,12 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from epfuse.api import fused_experts
 from epfuse.errors import ConfigError
 from epfuse.integrations.load import LoadedLayer, Parameters, load_layer
+from epfuse.integrations.loading import LoadingLog
 from epfuse.integrations.sglang.facts import NAME
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.weights.restore import restore_checkpoint_order, take_over_memory
+
+loading = LoadingLog(logging.getLogger("sglang.srt.epfuse"))
 
 SCALES = ("w13_weight_scale_inv", "w2_weight_scale_inv")
 
@@ -88,6 +92,7 @@ class EpfuseMoEMethod(FusedMoEMethodBase):
         self._own, self._plan = own, plan
         self._loaded: LoadedLayer | None = None
         self._is_restored = True
+        loading.expect(self)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
         """SGLang's own runner, around `EpfuseRunnerCore`."""
@@ -109,12 +114,12 @@ class EpfuseMoEMethod(FusedMoEMethodBase):
             w2_scale=None if w2_scale is None else w2_scale.data,
             expert_map=_ids_of(layer),
         )
-        activation = self._plan.request.activation
-        loaded = load_layer(self._plan, given, activation)
-        if self._loaded is not None:
-            take_over_memory(self._loaded.weights, loaded.weights)
-        else:
-            self._loaded = loaded
+        with loading.of(self):
+            loaded = load_layer(self._plan, given, self._plan.request.activation)
+            if self._loaded is not None:
+                take_over_memory(self._loaded.weights, loaded.weights)
+            else:
+                self._loaded = loaded
         self._is_restored = not self._rearranges
 
     def restore_weights_before_loading(self, layer: Any) -> None:

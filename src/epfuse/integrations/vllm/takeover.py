@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from epfuse.integrations.choice import Choice
+from epfuse.integrations.loading import LoadingLog
+
+loading = LoadingLog(logging.getLogger("vllm.epfuse"))
 
 
 def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: type, choice: Choice) -> None:
@@ -22,8 +26,10 @@ def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: ty
     def process_weights_after_loading(layer: Any) -> None:
         """Do what vLLM does, which builds the kernel object; then give the weights to our experts."""
         own_processing(layer)
-        method.moe_kernel.fused_experts.load(layer, choice.plan, choice.facts.max_tokens)
+        with loading.of(method):
+            method.moe_kernel.fused_experts.load(layer, choice.plan, choice.facts.max_tokens)
 
     setattr(method, backend_attribute, backend)
     method.experts_cls = experts_cls
     method.process_weights_after_loading = process_weights_after_loading
+    loading.expect(method)
