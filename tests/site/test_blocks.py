@@ -111,7 +111,11 @@ def test_a_wrong_line_is_found(line: str) -> None:
         check_epfuse(line.split())
 
 
-@pytest.mark.parametrize("block", RUNNING, ids=lambda block: f"{block.page}:{block.text.splitlines()[0][:40]}")
+@pytest.mark.parametrize(
+    "block",
+    {block.text: block for block in RUNNING}.values(),
+    ids=lambda block: f"{block.page}:{block.text.splitlines()[0][:40]}",
+)
 def test_what_runs_in_ci(block: Block, tmp_path: Path) -> None:
     programs = Path(sys.executable).parent
     settings = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}

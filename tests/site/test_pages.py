@@ -29,12 +29,16 @@ CUT = """() => [...document.querySelectorAll('article table, article pre, articl
 
 
 class Watched:
-    """A page of the browser, and what went wrong in it since `open`."""
+    """A page of the browser, and what went wrong in it since it was opened.
+
+    What costs is to change the browser's width: the next page begins at the width that the last one ended at.
+    """
 
     def __init__(self, page: Page) -> None:
         self.page = page
         self.found: list[str] = []
         self.host = ""
+        self.widths = list(WIDTHS)
         page.on("console", lambda message: self.note(message.type == "error", f"console: {message.text}"))
         page.on("pageerror", lambda error: self.note(True, f"script: {error}"))
         page.on("requestfailed", lambda request: self.note(True, f"not loaded: {request.url}"))
@@ -48,14 +52,16 @@ class Watched:
     def faults(self, url: str) -> list[str]:
         """What is wrong with the page at ``url``."""
         self.found, self.host = [], urlsplit(url).netloc
-        self.page.set_viewport_size({"width": WIDTHS[0], "height": TALL})
-        self.page.goto(url, wait_until="load")
-        self.found += [f"no picture: {source}" for source in self.page.evaluate(MISSING)]
-        for width in WIDTHS:
-            self.page.set_viewport_size({"width": width, "height": TALL})
+        for visit, width in enumerate(self.widths):
+            if self.page.viewport_size != (size := {"width": width, "height": TALL}):
+                self.page.set_viewport_size(size)
+            if visit == 0:
+                self.page.goto(url, wait_until="load")
+                self.found += [f"no picture: {source}" for source in self.page.evaluate(MISSING)]
             beyond = self.page.evaluate(WIDE)
             self.note(beyond > 0, f"{beyond} px too wide at {width}")
             self.found += [f"cut off at {width}: {part}" for part in self.page.evaluate(CUT)]
+        self.widths.reverse()
         return self.found
 
 
