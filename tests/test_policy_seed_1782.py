@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epfuse import LayerShape, Path, SwiGLUOAI, Target
-from epfuse.config import Policy
+from epfuse.config import Bias, Policy
 from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, Storage, Verdict, plan_layer
 from epfuse.policy.seed_1782 import BRANCHES, GATES
 
@@ -111,6 +111,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "ep_size": {"ep_size": 4, "shape": replace(EP8.shape, local_experts=32)},
     "checkpoint": {"checkpoint": Checkpoint.BF16},
     "activation": {"activation": SwiGLUOAI(alpha=1.0)},
+    "biases": {"bias": Bias.ADDED},
 }
 
 

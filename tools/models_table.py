@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from epfuse.config import Activation, Bias, LayerShape, Path
+from epfuse.config import ACTIVATIONS, Activation, Bias, LayerShape, Path
 from epfuse.errors import EpfuseError
 from epfuse.integrations.transformers.activation import activation_of
 from epfuse.integrations.transformers.layout import check_in_place, layout_of
@@ -45,8 +45,9 @@ Every experts class of transformers that asks its experts interface, and what ep
 `tools/models_table.py` from the rules that `register()`, `replace_experts` and `fused_experts` ask; a test compares.
 
 Layout: how gate and up rows lie, and whether matrices are transposed. Below a target: the path of 64 tokens with BF16
-weights. The plugins of vLLM and SGLang serve layers without biases whose activation is a SwiGLU. In `plan`: whether
-`epfuse plan`, `epfuse vllm explain` and `epfuse checkpoint` read the family's config.json under that name.
+weights at H 2048 and I 768, and the family of kernels that runs it ([DESIGN.md](../DESIGN.md)). The plugins of vLLM and
+SGLang serve layers without biases whose activation is a SwiGLU. In `plan`: whether `epfuse plan`, `epfuse vllm explain`
+and `epfuse checkpoint` read the family's config.json under that name.
 
 """
 
@@ -61,7 +62,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def _row(family: str, module: str, name: str) -> dict[str, str]:
-    row = {"family": family, "class": name, "plan": "yes" if _is_planned(family) else "no"}
+    row = {"family": family, "class": name}
     try:
         experts = _experts(module, name)
     except Exception as reason:  # a model's own code may raise anything
@@ -78,17 +79,24 @@ def _row(family: str, module: str, name: str) -> dict[str, str]:
         activation = activation_of("experts", experts)
     except EpfuseError as reason:
         return row | {"activation": "", "state": "refused", "why": _plain(str(reason))}
-    row |= {"activation": str(activation), "state": "taken"}
-    bias = Bias.ADDED if row["biases"] == "yes" else Bias.NONE
-    for target in Target:
-        row[target.value] = _path(target, activation, bias)
-    return row
+    return row | {"activation": str(activation), "state": "taken"}
 
 
-def _path(target: Target, activation: Activation, bias: Bias) -> str:
-    """The path of a call of 64 tokens, by the policy that `fused_experts` asks."""
+def _decided(row: dict[str, str]) -> dict[str, str]:
+    """A row with what this version's own rules say of it, whichever release of transformers it is from."""
+    found = {"plan": "yes" if _is_planned(row["family"]) else "no"}
+    kinds = {kind.__name__: kind for kind in ACTIVATIONS}
+    if row["state"] == "taken":
+        bias = Bias.ADDED if row["biases"] == "yes" else Bias.NONE
+        found |= {target.value: _path(target, kinds[row["activation"].partition("(")[0]], bias) for target in Target}
+    return row | found
+
+
+def _path(target: Target, activation: type[Activation], bias: Bias) -> str:
+    """The path of a call of 64 tokens and its kernels, by the policy that `fused_experts` asks."""
     shape = LayerShape(hidden=2048, intermediate=768, experts=128, local_experts=16, top_k=8)
-    return decide(Path.AUTO, target, shape, 64, activation=type(activation), bias=bias).path.value
+    decision = decide(Path.AUTO, target, shape, 64, activation=activation, bias=bias)
+    return decision.path.value + ("" if decision.family is None else f", {decision.family.name}")
 
 
 def _is_planned(family: str) -> bool:
@@ -130,20 +138,21 @@ def page(newest: dict[str, Any], pinned: list[dict[str, str]]) -> str:
         newest: the record of the newest release.
         pinned: `rows` of the installed one.
     """
-    taken = sum(row["state"] == "taken" for row in pinned)
+    here, there = [_decided(row) for row in pinned], [_decided(row) for row in newest["rows"]]
+    taken = sum(row["state"] == "taken" for row in here)
     lines = [
         HEAD,
         f"## transformers {transformers.__version__}",
         "",
-        f"{taken} of {len(pinned)} classes are taken.",
+        f"{taken} of {len(here)} classes are taken.",
         "",
     ]
-    lines += _table(pinned)
+    lines += _table(here)
     lines += ["", f"## transformers {newest['transformers']}", ""]
-    before = {row["class"]: row for row in pinned}
-    others = [row for row in newest["rows"] if before.get(row["class"]) != row]
-    gone = sorted(before.keys() - {row["class"] for row in newest["rows"]})
-    lines.append(f"{len(newest['rows'])} classes. " + ("" if others else "None differs. ") + f"Gone: {len(gone)}.")
+    before = {row["class"]: row for row in here}
+    others = [row for row in there if before.get(row["class"]) != row]
+    gone = sorted(before.keys() - {row["class"] for row in there})
+    lines.append(f"{len(there)} classes. " + ("" if others else "None differs. ") + f"Gone: {len(gone)}.")
     if others:
         lines += ["", *_table(others)]
     return "\n".join(line.rstrip() for line in lines) + "\n"

@@ -46,7 +46,7 @@ def test_a_gpu_without_a_machine_has_no_times() -> None:
     assert "No times" in result.stdout
 
 
-@pytest.mark.parametrize(("config", "storage"), [(GPT_OSS, "untouched"), (MIXTRAL, "bf16"), (QWEN_FP8, "block_fp8")])
+@pytest.mark.parametrize(("config", "storage"), [(GPT_OSS, "mxfp8"), (MIXTRAL, "bf16"), (QWEN_FP8, "block_fp8")])
 @pytest.mark.parametrize("named", [".", "config.json"])
 def test_a_config_file_or_its_folder(tmp_path: Path, config: dict[str, object], storage: str, named: str) -> None:
     path = tmp_path / "config.json"
@@ -103,15 +103,16 @@ def test_the_environments_policy(monkeypatch: pytest.MonkeyPatch) -> None:
         environment.cache_clear()
 
 
-def test_plan_promises_nothing_that_the_plugin_refuses(tmp_path: Path) -> None:
-    """gpt-oss in BF16: its experts have biases, whatever the number format."""
+def test_plan_says_what_the_layer_does_and_what_the_plugin_does(tmp_path: Path) -> None:
+    """gpt-oss in BF16: the layer adds its biases; vLLM lays its gate and up rows so that the plugin leaves it."""
     bf16 = {key: value for key, value in GPT_OSS.items() if key != "quantization_config"}
     (tmp_path / "config.json").write_text(json.dumps(bf16))
-    record = json.loads(plan("--config", str(tmp_path), *M3[2:], "--target", "gfx942", "--json").stdout)
-    assert {entry["storage"] for entry in record["layers"]} == {"untouched"}
-    assert {entry["reason"] for entry in record["refused"]} == {
-        "The experts have biases; epfuse adds them in transformers, and does not serve them yet."
-    }
+    asked = ("--config", str(tmp_path), *M3[2:], "--target", "gfx942")
+    record = json.loads(plan(*asked, "--json").stdout)
+    assert {entry["storage"] for entry in record["layers"]} == {"bf16"}
+    assert {(entry["path"], entry["kernels"]) for entry in record["ranges"]} == {("bf16", "portable")}
+    assert record["vllm"]["plugin"].startswith("epfuse's vLLM plugin leaves these layers to vLLM: the activation is")
+    assert record["vllm"]["plugin"] in " ".join(plan(*asked).stdout.split())
     arguments = ["vllm", "explain", "--model", str(tmp_path), "--target", "gfx942", "--json"]
     explained = json.loads(CliRunner().invoke(main, arguments).stdout)
     assert "EpfuseExperts" not in {group["with_epfuse"]["experts"] for group in explained["groups"]}

@@ -10,10 +10,10 @@ import pytest
 from tools import beside_vllm
 
 from epfuse.cli.plan import rival_of
-from epfuse.config import Policy
+from epfuse.config import GELUTanh, Policy
 from epfuse.errors import ConfigError
 from epfuse.hardware.products import PRODUCTS
-from epfuse.planning.layer_times import TOKENS, LayerTime, Rival, layer_times
+from epfuse.planning.layer_times import NOT_FITTED, TOKENS, LayerTime, Rival, layer_times
 from epfuse.planning.model_plan import ModelPlan, Serving, plan_model
 from epfuse.planning.page import page
 from epfuse.planning.record import plan_record, refused_record
@@ -83,6 +83,31 @@ def test_where_nothing_is_known_there_is_no_number() -> None:
     found = at(64, "mi355x")
     assert (found.ours, found.theirs, found.floor) == (None, None, None)
     assert at(64, "h200", 8, "qwen3-235b-a22b-fp8").theirs is None  # vLLM's class is not known
+
+
+def test_gpt_oss_is_predicted_for_the_kernels_that_run_it_and_the_plugin_is_said_to_leave_it() -> None:
+    plan, rival = planned("h200", 2, "gpt-oss-120b")
+    assert rival is not None
+    assert rival.plugin.startswith("epfuse's vLLM plugin leaves these layers to vLLM: ")
+    portable = plan.groups[0].plan.why_portable is not None
+    for found in layer_times(plan, rival):
+        assert found.ours is not None
+        assert found.floor is not None
+        assert (found.path, found.ours.kind) == ("w8a16", "predicted")
+        assert (NOT_FITTED in found.ours.source) == portable
+        assert found.ours.microseconds > found.floor
+    other = planned("h200")[1]
+    assert other is not None
+    assert other.plugin == "epfuse's vLLM plugin takes these layers."
+
+
+def test_what_was_measured_without_biases_is_not_said_of_a_layer_with_them() -> None:
+    product = PRODUCTS["h200"]
+    serving = Serving(product, 8, 9472, product.hbm_bytes)
+    for changes in ({"has_bias": True}, {"activation": GELUTanh()}):
+        plan = plan_model(replace(MINIMAX_M3, **changes), serving, Policy.AUTO)  # type: ignore[arg-type]
+        kinds = {found.ours.kind for found in layer_times(plan, rival_of(MINIMAX_M3, serving)) if found.ours}
+        assert kinds == {"predicted"}
 
 
 def test_the_record_says_what_fits() -> None:

@@ -10,8 +10,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from epfuse import Path
-from epfuse.config import LayerShape, Policy
+from epfuse import ExpertWeights, Path
+from epfuse.config import (
+    Activation,
+    Bias,
+    Combine,
+    GELUTanh,
+    LayerShape,
+    Policy,
+    ReLU2,
+    SoftcappedSwiGLU,
+    SwiGLUOAI,
+    WeightFormat,
+)
 from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
 from epfuse.hardware.gpus import GIB
@@ -72,7 +83,7 @@ def test_json_has_the_documented_keys(policy: Policy) -> None:
     record = plan(policy=policy).to_json()
     assert set(record) == KEYS
     assert all(set(entry) == {"from", "to", "storage", "bytes"} for entry in record["layers"])
-    assert all(set(e) == {"min_tokens", "max_tokens", "path", "tile", "reason"} for e in record["ranges"])
+    assert all(set(e) == {"min_tokens", "max_tokens", "path", "kernels", "tile", "reason"} for e in record["ranges"])
     assert set(record["bytes_per_rank"]) == {"bf16", "mxfp8", "hybrid", "chosen"}
     assert record["refused"]
     assert all(set(entry) == {"path", "reason"} for entry in record["refused"])
@@ -162,17 +173,44 @@ def test_block_fp8_whose_gate_and_up_share_blocks_becomes_bf16() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"has_bias": True}, "The experts have biases; epfuse adds them in transformers, and does not serve them yet."),
         ({"weights_input": True}, "The router weight is applied to the inputs."),
         ({"dtype": "float16"}, "Activations are torch.float16"),
     ],
 )
 @pytest.mark.parametrize("policy", list(Policy))
-def test_what_the_plugin_refuses_is_not_promised(changes: dict[str, Any], reason: str, policy: Policy) -> None:
+def test_what_the_layer_can_not_compute_is_not_promised(changes: dict[str, Any], reason: str, policy: Policy) -> None:
     model = replace(MINIMAX_M3, checkpoint=Checkpoint.BF16, **changes)
     found = plan_model(model, Serving(PRODUCTS["mi300x"], 8, 9472, PRODUCTS["mi300x"].hbm_bytes), policy)
     assert all(kind.is_untouched and kind.reason.startswith(reason) for kind in found.kinds())
     assert found.chosen_bytes is None
+
+
+@pytest.mark.parametrize("bias", list(Bias))
+@pytest.mark.parametrize("activation", [SwiGLUOAI(), GELUTanh(), SoftcappedSwiGLU(4.0, 25.0), ReLU2()])
+@pytest.mark.parametrize("checkpoint", [Checkpoint.BF16, Checkpoint.MXFP8])
+def test_every_activation_and_biases_are_planned_on_kernels_that_take_them(
+    checkpoint: Checkpoint, activation: Activation, bias: Bias
+) -> None:
+    """In the bytes that `ExpertWeights` takes."""
+    model = replace(MINIMAX_M3, checkpoint=checkpoint, activation=activation, has_bias=bias is Bias.ADDED)
+    form = WeightFormat.DENSE if checkpoint is Checkpoint.BF16 else WeightFormat.MXFP8
+    for product in PRODUCTS.values():
+        found = plan_model(model, Serving(product, 16, 9472, product.hbm_bytes), Policy.AUTO)
+        (kind,) = found.kinds()
+        weights = ExpertWeights.without_data(form, found.shape, activation=type(activation), bias=bias)
+        held = sum(weights.nbytes.values()) + sum(tensor.nbytes for _, tensor in weights.biases)
+        assert kind.nbytes == held, product.device_name
+        families = []
+        for entry in kind.ranges:
+            decision = entry.decision
+            assert decision.family is not None
+            assert decision.weights is not None
+            call = product.target, decision.path, decision.weights, found.shape, torch.bfloat16
+            assert decision.family.accepts(*call, Combine.DETERMINISTIC, type(activation), bias) is None
+            families.append(decision.family)
+        portable = product.target is Target.SM90 and any(family.every_gpu for family in families)
+        assert ("The portable kernels run it: " in kind.reason) == portable, kind.reason
+        assert portable or product.target is not Target.SM90 or isinstance(activation, SwiGLUOAI)
 
 
 def test_layers_with_another_activation_are_planned_for_themselves() -> None:

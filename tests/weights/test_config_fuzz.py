@@ -15,9 +15,32 @@ import pytest
 from click.testing import CliRunner
 
 from epfuse.cli.main import main
-from tests.weights.test_model_config import GPT_OSS, M3, M3_TEXT, MIXTRAL, MXFP8_GROUP, QWEN, QWEN_FP8, groups
+from tests.weights.test_model_config import (
+    GEMMA4,
+    GPT_OSS,
+    INKLING2,
+    M3,
+    M3_TEXT,
+    MIXTRAL,
+    MXFP8_GROUP,
+    NEMOTRON_H,
+    QWEN,
+    QWEN_FP8,
+    groups,
+)
 
-VALID = (M3, M3_TEXT, GPT_OSS, MIXTRAL, QWEN, QWEN_FP8, M3_TEXT | {"quantization_config": groups(group_0=MXFP8_GROUP)})
+VALID = (
+    M3,
+    M3_TEXT,
+    GPT_OSS,
+    MIXTRAL,
+    QWEN,
+    QWEN_FP8,
+    NEMOTRON_H,
+    GEMMA4,
+    INKLING2,
+    M3_TEXT | {"quantization_config": groups(group_0=MXFP8_GROUP)},
+)
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 7, 2**31 - 1, 2**31, 2**63, -(2**63), 10**400, 0.0, 8.0, -0.0, 1e308, float("nan"),
     float("inf"), "", "8", "silu", "gelu", "mxfp8", "\ud800", "\x00", "re:(a+)+$", "*" * 200, [], {}, [0],

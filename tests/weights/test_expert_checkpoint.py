@@ -28,7 +28,7 @@ MADE = [(family, form) for family, recipe in RECIPES.items() for form in recipe.
 
 
 def size_of(family: str) -> ModelSize:
-    dense = 0 if family in ("mixtral", "gpt_oss") else 1
+    dense = 0 if family in ("mixtral", "gpt_oss", "aria_text", "gemma4_text") else 1
     return ModelSize(256, 128, 256, dense_layers=dense, moe_layers=1, experts=EXPERTS, top_k=2)
 
 
@@ -70,7 +70,9 @@ def transformers_experts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 def numbers(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """BF16 gate_up_proj ``[E, 2I, H]``, gate rows first, and down_proj ``[E, H, I]``."""
-    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+    gate_up, down = getattr(module, "gate_up_proj", getattr(module, "up_proj", None)), module.down_proj.detach()
+    assert gate_up is not None
+    gate_up = gate_up.detach()
     if gate_up.dtype == torch.float8_e4m3fn:
         gate_up = MXFP8(gate_up, module.gate_up_proj_scale_inv.detach()).dequantize(torch.bfloat16)
         down = MXFP8(down, module.down_proj_scale_inv.detach()).dequantize(torch.bfloat16)
@@ -115,13 +117,17 @@ def test_each_rank_has_the_numbers_that_transformers_has(
         assert sum(read) == checkpoint.bytes_of(expert_map)
 
 
-@pytest.mark.parametrize("form", RECIPES["gpt_oss"].formats)
-def test_gpt_oss_out_of_a_folder_computes_what_transformers_computes(
-    folders: Any, form: Checkpoint, monkeypatch: pytest.MonkeyPatch
+OTHER_LAYERS = ("gpt_oss", "aria_text", "gemma4_text", "nemotron_h")
+"""Families with biases, another activation or another layout."""
+
+
+@pytest.mark.parametrize(("family", "form"), [pair for pair in MADE if pair[0] in OTHER_LAYERS])
+def test_a_layer_out_of_a_folder_computes_what_transformers_computes(
+    folders: Any, family: str, form: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own code in float64 on the same folder. A token with one expert twice, or none here, counts biases as often
     as it has routes."""
-    folder = folders("gpt_oss", form)
+    folder = folders(family, form)
     (module,) = transformers_experts(folder, monkeypatch).values()
     checkpoint = ExpertCheckpoint(folder)
     generator = torch.Generator().manual_seed(1)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from epfuse import SwiGLUOAI
+from epfuse.config import GELUTanh, ReLU2, SoftcappedSwiGLU
 from epfuse.errors import ConfigError
 from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.model_config import MINIMAX_M3, read_model
@@ -35,6 +36,42 @@ GPT_OSS = {
     "experts_per_token": 4,
     "swiglu_limit": 7.0,
     "quantization_config": {"quant_method": "mxfp4"},
+}
+NEMOTRON_H = {
+    "model_type": "nemotron_h",
+    "hidden_size": 4096,
+    "moe_latent_size": 1024,
+    "moe_intermediate_size": 2688,
+    "intermediate_size": 5376,
+    "num_hidden_layers": 6,
+    "hybrid_override_pattern": "ME*E-E",
+    "n_routed_experts": 512,
+    "num_experts_per_tok": 22,
+    "n_shared_experts": 1,
+    "mlp_hidden_act": "relu2",
+}
+GEMMA4: dict[str, Any] = {
+    "model_type": "gemma4",
+    "text_config": {
+        "model_type": "gemma4_text",
+        "hidden_size": 2816,
+        "moe_intermediate_size": 704,
+        "intermediate_size": 2112,
+        "num_hidden_layers": 30,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+}
+INKLING2 = {
+    "model_type": "inkling2_text",
+    "hidden_size": 4608,
+    "moe_intermediate_size": 2304,
+    "num_hidden_layers": 48,
+    "n_routed_experts": 384,
+    "num_experts_per_tok": 8,
+    "mlp_gate_softcap": 3.0,
 }
 MIXTRAL = {
     "model_type": "mixtral",
@@ -121,6 +158,54 @@ def test_gpt_oss(tmp_path: Path) -> None:
     assert (model.hidden, model.intermediate, model.experts, model.top_k) == (2880, 2880, 128, 4)
     assert model.moe_layers == tuple(range(36))
     assert (model.activation, model.checkpoint, model.shared_experts) == (SwiGLUOAI(), Checkpoint.MXFP4, 0)
+
+
+def test_nemotron_h_says_its_layers_in_a_list_or_in_letters(tmp_path: Path) -> None:
+    model = read_model(write(tmp_path, NEMOTRON_H))
+    assert (model.hidden, model.intermediate, model.experts, model.top_k) == (1024, 2688, 512, 22)  # H of the latents
+    assert (model.layers, model.moe_layers, model.activation) == (6, (1, 3, 5), ReLU2())
+    kinds = ["mamba", "moe", "attention", "moe", "mlp", "moe"]
+    listed = {
+        key: value for key, value in NEMOTRON_H.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")
+    }
+    assert read_model(write(tmp_path, listed | {"layers_block_type": kinds})) == model
+    assert read_model(write(tmp_path, NEMOTRON_H | {"layers_block_type": kinds})) == model
+    for changes, words in (
+        ({"hybrid_override_pattern": "MEMEX"}, "hybrid_override_pattern has 'X'"),
+        ({"hybrid_override_pattern": None}, "neither layers_block_type nor"),
+        ({"hybrid_override_pattern": ""}, "0 kinds of layers"),
+        ({"hybrid_override_pattern": "ME" * 300}, "600 kinds of layers"),
+        ({"num_hidden_layers": 7}, "num_hidden_layers is 7, and 6 kinds are listed"),
+        ({"layers_block_type": kinds[::-1]}, "contradict each other"),
+        ({"layers_block_type": [*kinds[:5], "zero"]}, "layers_block_type has 'zero'"),
+        ({"mlp_hidden_act": "silu"}, "it must be 'relu2'"),
+        ({"moe_latent_size": -1}, "moe_latent_size is -1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read_model(write(tmp_path, NEMOTRON_H | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"enable_moe_block": False}, "no layer has experts"),
+        ({"enable_moe_block": 1}, "it must be true or false"),
+        ({"hidden_activation": "gelu"}, "it must be 'gelu_pytorch_tanh'"),
+        ({"top_k_experts": 129}, "129 experts a token"),
+    ],
+)
+def test_gemma4_says_whether_it_has_experts(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    model = read_model(write(tmp_path, GEMMA4))
+    assert (model.hidden, model.intermediate, model.experts, model.top_k) == (2816, 704, 128, 8)
+    assert (model.activation, len(model.moe_layers)) == (GELUTanh(), 30)
+    with pytest.raises(ConfigError, match=words):
+        read_model(write(tmp_path, GEMMA4 | {"text_config": GEMMA4["text_config"] | changes}))
+
+
+def test_soft_caps_are_positive(tmp_path: Path) -> None:
+    assert read_model(write(tmp_path, INKLING2)).activation == SoftcappedSwiGLU(3.0, 25.0)
+    with pytest.raises(ConfigError, match="mlp_gate_softcap or mlp_up_softcap is out of range"):
+        read_model(write(tmp_path, INKLING2 | {"mlp_gate_softcap": 0}))
 
 
 def test_mixtral(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from epfuse.config import Policy
 from epfuse.environment import environment
 from epfuse.errors import ConfigError
 from epfuse.hardware.products import PRODUCTS, Product, product_of
-from epfuse.integrations.vllm.explain import Deployment, own_experts
+from epfuse.integrations.vllm.explain import Deployment, explain, own_experts
 from epfuse.planning import console
 from epfuse.planning.layer_times import Rival
 from epfuse.planning.model_plan import Serving, plan_model
@@ -118,12 +118,21 @@ def plan(
 
 def rival_of(model: ExpertModel, serving: Serving) -> Rival | None:
     """What vLLM would choose for the model's experts by itself; None where that is not known."""
-    ranks = serving.ep_size
+    ranks, product = serving.ep_size, serving.product
+    deployment = Deployment(
+        product.target, VLLM, ranks, ranks > 1, serving.max_model_len, device_name=product.device_name
+    )
     try:
-        own = own_experts(model, Deployment(serving.product.target, VLLM, ranks, ranks > 1, serving.max_model_len))
+        own = own_experts(model, deployment)
+        groups = explain(model, deployment)
     except ConfigError:
         return None
-    return Rival(own.name, own.effect)
+    left = [group for group in groups if group.choice.plan is None]
+    if not left:
+        return Rival(own.name, own.effect, "epfuse's vLLM plugin takes these layers.")
+    which = "these layers" if len(left) == len(groups) else "some of these layers"
+    reasons = " ".join(dict.fromkeys(group.choice.reason for group in left))
+    return Rival(own.name, own.effect, f"epfuse's vLLM plugin leaves {which} to vLLM: {reasons}")
 
 
 def _product(target: str | None, device: str | None) -> Product:

@@ -65,9 +65,10 @@ def layers_of(plan: LayerPlan) -> list[Layer]:
             request.target,
             request.device_name or REFERENCE_DEVICE[request.target],
             path,
-            storage.formats(request.target),
+            storage.formats(request.target, type(request.activation), request.bias),
             request.shape,
             activation=request.activation,
+            bias=request.bias,
         )
         for path in paths
     ]

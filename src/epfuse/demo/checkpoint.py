@@ -105,6 +105,42 @@ def _gpt_oss(size: ModelSize) -> Any:
     )
 
 
+def _aria(size: ModelSize) -> Any:
+    return transformers.AriaTextConfig(
+        **_common(_all_sparse(size)) | {"num_experts_per_tok": None},
+        **_heads(),
+        moe_num_experts=size.experts,
+        moe_topk=size.top_k,
+        moe_num_shared_experts=1,
+        intermediate_size=size.intermediate,
+    )
+
+
+def _gemma4(size: ModelSize) -> Any:
+    return transformers.Gemma4TextConfig(
+        **_common(_all_sparse(size)),
+        **_heads(),
+        enable_moe_block=True,
+        num_experts=size.experts,
+        top_k_experts=size.top_k,
+        moe_intermediate_size=size.intermediate,
+        intermediate_size=size.dense_intermediate,
+        hidden_size_per_layer_input=0,
+    )
+
+
+def _nemotron_h(size: ModelSize) -> Any:
+    return transformers.NemotronHConfig(
+        **_common(size) | {"num_hidden_layers": None},
+        **_heads(),
+        n_routed_experts=size.experts,
+        moe_intermediate_size=size.intermediate,
+        moe_shared_expert_intermediate_size=size.intermediate,
+        intermediate_size=size.dense_intermediate,
+        layers_block_type=["full_attention"] * size.dense_layers + ["moe"] * size.moe_layers,
+    )
+
+
 def _deepseek_v3(size: ModelSize) -> Any:
     return transformers.DeepseekV3Config(
         **_common(size),
@@ -138,6 +174,9 @@ RECIPES = {
     "mixtral": Recipe(_mixtral, (Checkpoint.BF16,)),
     "deepseek_v3": Recipe(_deepseek_v3, (Checkpoint.BLOCK_FP8, Checkpoint.BF16)),
     "gpt_oss": Recipe(_gpt_oss, (Checkpoint.MXFP4, Checkpoint.BF16)),
+    "aria_text": Recipe(_aria, (Checkpoint.BF16,)),
+    "gemma4_text": Recipe(_gemma4, (Checkpoint.BF16,)),
+    "nemotron_h": Recipe(_nemotron_h, (Checkpoint.BF16,)),
 }
 """Model type -> its recipe. minimax_m3_vl has a tensor a matrix, its text model alone transformers' stacks."""
 

@@ -85,6 +85,21 @@ def serving(
 
 
 @checks_enums
+def why_portable(
+    target: Target, path: Path, shape: LayerShape, dtype: torch.dtype, activation: type[Activation], bias: Bias
+) -> str | None:
+    """Why a GPU's own kernels don't run such calls, in a sentence; None if they do, or the path has none there."""
+    call = shape, dtype, Combine.DETERMINISTIC, activation, bias
+    refusals = [
+        family.accepts(target, path, form, *call)
+        for family in FAMILIES
+        if not family.every_gpu
+        for form in family.reads.get(target, {}).get(path, ())
+    ]
+    return None if None in refusals else next(iter(refusals), None)
+
+
+@checks_enums
 def family_of(path: Path, form: WeightFormat, tiles: LayerTiles) -> Family:
     """The family whose kernels take such tiles.
 

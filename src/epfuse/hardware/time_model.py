@@ -165,7 +165,7 @@ class StageTime:
 
 
 def expert_gemms(
-    machine: Machine, kernels: Kernels, shape: LayerShape, tokens: int, routing: Routing = BALANCED
+    machine: Machine, kernels: Kernels, shape: LayerShape, tokens: int, routing: Routing = BALANCED, inputs: int = 2
 ) -> tuple[StageTime, StageTime]:
     """Predicted times of gate_up and down of one layer on one rank.
 
@@ -175,6 +175,7 @@ def expert_gemms(
         shape: the layer's sizes.
         tokens: T, over all ranks: the tokens whose routes this rank sees.
         routing: how uneven the router is.
+        inputs: of the activation: 2, or 1 for experts without a gate.
 
     Returns:
         gate_up, then down; times in seconds.
@@ -189,7 +190,7 @@ def expert_gemms(
     # an expert with rows has one block; one with many has half a block of padding on average
     blocks = max(active, rows / kernels.block_m + active / 2)
     projections = (
-        ("gate_up", 2 * shape.intermediate, shape.hidden, shape.intermediate),
+        ("gate_up", inputs * shape.intermediate, shape.hidden, shape.intermediate),
         ("down", shape.hidden, shape.intermediate, shape.hidden),
     )
     stages = []
@@ -212,14 +213,20 @@ def expert_gemms(
 
 
 def predicted_ms(
-    machine: Machine, kernels: Kernels, shape: LayerShape, tokens: int, routing: Routing = BALANCED, layers: int = 1
+    machine: Machine,
+    kernels: Kernels,
+    shape: LayerShape,
+    tokens: int,
+    routing: Routing = BALANCED,
+    layers: int = 1,
+    inputs: int = 2,
 ) -> float:
-    """Predicted milliseconds of both GEMMs over ``layers`` layers.
+    """Predicted milliseconds of both GEMMs over ``layers`` layers; other arguments as of `expert_gemms`.
 
     Raises:
         ConfigError: tokens is below 1.
     """
-    return 1e3 * layers * sum(stage.seconds for stage in expert_gemms(machine, kernels, shape, tokens, routing))
+    return 1e3 * layers * sum(stage.seconds for stage in expert_gemms(machine, kernels, shape, tokens, routing, inputs))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Policy
+from epfuse.config import Bias, Policy
 from epfuse.environment import environment
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.policy import LayerFacts, LayerPlan, LayerRequest, Storage, plan_layer, refusal
@@ -73,6 +73,7 @@ def ask_policy(facts: LayerFacts, policy: Policy) -> LayerPlan:
         layer=facts.layer,
         moe_layers=(facts.layer,),
         activation=facts.activation,
+        bias=Bias.ADDED if facts.has_bias else Bias.NONE,
         checkpoint=facts.checkpoint,
         shared_experts=facts.shared_experts,
         tp_size=facts.tp_size,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from epfuse.config import Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Path, WeightFormat
 from epfuse.errors import ConfigError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import Checkpoint, LayerPlan, Storage
@@ -47,7 +47,7 @@ class LoadedLayer:
     plan: LayerPlan
     weights: ExpertWeights
     expert_map: ExpertMap
-    activation: SwiGLUOAI
+    activation: Activation
     seen: int | None
 
     def check_map(self, expert_map: torch.Tensor | None) -> None:
@@ -77,7 +77,7 @@ def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def load_layer(plan: LayerPlan, parameters: Parameters, activation: SwiGLUOAI) -> LoadedLayer:
+def load_layer(plan: LayerPlan, parameters: Parameters, activation: Activation) -> LoadedLayer:
     """Bring the weights into the plan's storage; MXFP8 **in its own memory**, expert by expert.
 
     Args:

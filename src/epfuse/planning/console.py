@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column
 
 from epfuse.errors import ConfigError
-from epfuse.planning.layer_times import Rival, Time, layer_times
+from epfuse.planning.layer_times import NOT_FITTED, Rival, Time, layer_times
 from epfuse.planning.model_plan import ModelPlan, plan_model, storages
 from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
 from epfuse.policy.auto import expert_budget
@@ -52,6 +52,10 @@ def show(plan: ModelPlan, rival: Rival | None, console: Console) -> None:
     beside = "vLLM" if rival is None else rival.name
     title = "One layer beside vLLM's choice, microseconds: m measured, p predicted"
     _print(console, title, (figures("T"), "path", *map(figures, ("epfuse", beside, "floor"))), _times(plan, rival))
+    if rival is not None:
+        console.print(f"{rival.plugin}\n", markup=False, highlight=False)
+    if any(kind.why_portable for kind in plan.kinds()) and serving.product.machine is not None:
+        console.print(f"Predicted times are the time model's as it is: {NOT_FITTED}.\n", highlight=False)
     machine = serving.product.machine
     title = "Experts of one rank, and PREDICTED ms of both expert GEMMs in all layers of a decode step"
     _print(console, title, ("stored as", figures("GB a rank"), "fits", *map(figures, CONCURRENCIES)), _stored(plan))
@@ -139,10 +143,7 @@ def fewer_ranks(plan: ModelPlan) -> str:
         return "Half the ranks: there is no half of them."
     half = replace(plan.serving, ep_size=ranks // 2)
     budget = expert_budget(plan.serving.hbm_bytes)
-    sizes = [
-        (storage, storage.bytes_of(half.shape(plan.model)) * len(plan.model.moe_layers))
-        for storage in storages(plan.model.checkpoint)
-    ]
+    sizes = [(storage, half.bytes_of(plan.model, storage)) for storage in storages(plan.model.checkpoint)]
     stored = ", ".join(f"{s.value} {_gigabytes(b)} GB ({_fits(b, budget)})" for s, b in sizes)
     try:
         other = plan_model(plan.model, half, plan.policy)

@@ -124,7 +124,7 @@ def describe(checkpoint: ExpertCheckpoint, ep_size: int, max_model_len: int) -> 
         dtypes={part.value: " ".join(found) for part in Part if (found := layer.dtypes(part))},
         naming=layer.naming.value,
         module=layer.module,
-        order=_order(layer),
+        order=_order(layer, model.activation.inputs == 2),
         bytes=model.experts * total,
         ep_size=ep_size,
         ranks=_ranks(model.experts, ep_size, total),
@@ -132,10 +132,11 @@ def describe(checkpoint: ExpertCheckpoint, ep_size: int, max_model_len: int) -> 
     )
 
 
-def _order(layer: LayerTensors) -> str:
+def _order(layer: LayerTensors, gated: bool) -> str:
     if layer.naming is Naming.MATRICES:
-        return "gate, up and down apart"
+        return "gate, up and down apart" if gated else "up and down apart, no gate"
     rows = "gate and up rows alternate" if layer.layout.gate_up is GateUpRows.ALTERNATING else "gate rows, then up rows"
+    rows = rows if gated else "no gate"
     return rows + (", transposed" if layer.layout.matrices is MatrixOrder.COLUMNS else "")
 
 

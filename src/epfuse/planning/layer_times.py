@@ -13,11 +13,11 @@ from importlib import resources
 from typing import Any
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Path
+from epfuse.config import Bias, Path, SwiGLUOAI
 from epfuse.hardware.time_model import PATHS, PROFILED_BF16, Kernels, predicted_ms
 from epfuse.measured.lookup import sources
 from epfuse.planning.model_plan import ModelPlan
-from epfuse.policy import Decision
+from epfuse.policy import Decision, LayerPlan
 from epfuse.policy.rivals import EVIDENCE
 from epfuse.target import Target
 
@@ -30,6 +30,9 @@ RIVALS = {
 }
 """(target, vLLM's class) -> its kernels in the time model, which was fitted to them."""
 
+NOT_FITTED = "it was fitted to this GPU's own kernels, and the portable ones are slower"
+"""What a prediction says where the portable kernels run instead."""
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -38,10 +41,12 @@ class Rival:
     Attributes:
         name: their class.
         effect: one sentence on what that means.
+        plugin: one sentence: whether epfuse's plugin takes the layer from them, or why it does not.
     """
 
     name: str
     effect: str
+    plugin: str
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,11 @@ def _at(plan: ModelPlan, rival: Rival | None, tokens: int) -> LayerTime:
     layer = plan.groups[0].plan
     decision = None if layer.is_untouched else layer.at(tokens)
     path = None if decision is None else decision.path
-    pair = None if rival is None or path is None else _measured_pair(plan, rival, path, tokens)
+    pair = (
+        None
+        if rival is None or path is None or not _is_as_measured(layer)
+        else _measured_pair(plan, rival, path, tokens)
+    )
     if pair is not None:
         source = f"docs/records/{pair['record']}"
         ours: Time | None = Time(pair["ours_us"], "measured", source)
@@ -146,7 +155,7 @@ def _measured_pair(plan: ModelPlan, rival: Rival, path: Path, tokens: int) -> di
 def _tuned(plan: ModelPlan, decision: Decision, tokens: int) -> Time | None:
     """This product's own row of the tuned tables, for this layer and this T."""
     product = plan.serving.product
-    if decision.weights is None:
+    if decision.weights is None or not _is_as_measured(plan.groups[0].plan):
         return None
     for source in sources(product.target, product.device_name, decision.path, decision.weights, plan.shape):
         for point in source.points:
@@ -158,7 +167,9 @@ def _tuned(plan: ModelPlan, decision: Decision, tokens: int) -> Time | None:
 def _predicted(plan: ModelPlan, decision: Decision, tokens: int) -> Time | None:
     if decision.tiles is None:
         return None
-    return _modelled(plan, replace(PATHS[decision.path.value], block_m=decision.tiles.block_m), tokens)
+    kernels = replace(PATHS[decision.path.value], block_m=decision.tiles.block_m)
+    layer = plan.groups[0].plan
+    return _modelled(plan, kernels, tokens, "" if layer.why_portable is None else f"; {NOT_FITTED}")
 
 
 def _rivals(plan: ModelPlan, rival: Rival, tokens: int) -> Time | None:
@@ -166,12 +177,18 @@ def _rivals(plan: ModelPlan, rival: Rival, tokens: int) -> Time | None:
     return None if kernels is None else _modelled(plan, kernels, tokens)
 
 
-def _modelled(plan: ModelPlan, kernels: Kernels, tokens: int) -> Time | None:
+def _modelled(plan: ModelPlan, kernels: Kernels, tokens: int, but: str = "") -> Time | None:
     product = plan.serving.product
     if product.machine is None:
         return None
-    milliseconds = predicted_ms(product.machine, kernels, plan.shape, tokens, product.routing)
-    return Time(1e3 * milliseconds, "predicted", f"time model of {product.machine.name}, both GEMMs")
+    inputs = plan.model.activation.inputs
+    milliseconds = predicted_ms(product.machine, kernels, plan.shape, tokens, product.routing, inputs=inputs)
+    return Time(1e3 * milliseconds, "predicted", f"time model of {product.machine.name}, both GEMMs{but}")
+
+
+def _is_as_measured(layer: LayerPlan) -> bool:
+    """Whether rows that were measured are of such a layer: with SwiGLU, and without biases."""
+    return isinstance(layer.request.activation, SwiGLUOAI) and layer.request.bias is Bias.NONE
 
 
 def _floor(plan: ModelPlan, path: Path | None, tokens: int, active: float) -> float | None:
@@ -187,7 +204,7 @@ def _floor(plan: ModelPlan, path: Path | None, tokens: int, active: float) -> fl
     if machine is None or path is None or path.value not in PATHS:
         return None
     kernels = PATHS[path.value]
-    weights = 3 * shape.hidden * shape.intermediate
+    weights = (1 + plan.model.activation.inputs) * shape.hidden * shape.intermediate
     reading = active * weights * kernels.weight_bytes / machine.memory_bandwidth
     rows = tokens * shape.top_k * shape.local_experts / shape.experts
     return 1e6 * max(reading, 2 * rows * weights / machine.matrix_flops[kernels.operand])

@@ -12,7 +12,7 @@ from epfuse.config import LayerShape, Path, Policy
 from epfuse.hardware.products import Product
 from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, Storage, TokenRange, Verdict, plan_layer
 from epfuse.policy.facts import LayerFacts, model_facts
-from epfuse.policy.refusals import refusal
+from epfuse.policy.refusals import layer_refusal
 from epfuse.weights.model_config import ExpertModel
 
 
@@ -62,6 +62,16 @@ class Serving:
         found = self.facts(model, model.moe_layers[0]).shape
         assert found is not None  # the first rank always holds one
         return found
+
+    @checks_enums
+    def bytes_of(self, model: ExpertModel, storage: Storage) -> int:
+        """Bytes of the first rank's experts of all layers of ``model``, stored so.
+
+        Raises:
+            ConfigError: there are more ranks than experts.
+        """
+        layer = storage.bytes_of(self.shape(model), type(model.activation), model.bias)
+        return layer * len(model.moe_layers)
 
     def ranks(self, model: ExpertModel) -> tuple[tuple[int, int], ...]:
         """How many ranks hold how many experts, the most first.
@@ -117,7 +127,7 @@ class ModelPlan:
     @checks_enums
     def stored_bytes(self, storage: Storage) -> int:
         """Bytes a rank if every layer were stored so."""
-        return storage.bytes_of(self.shape) * len(self.model.moe_layers)
+        return self.serving.bytes_of(self.model, storage)
 
     @property
     def chosen_bytes(self) -> int | None:
@@ -176,6 +186,7 @@ class ModelPlan:
                     "min_tokens": entry.min_tokens,
                     "max_tokens": entry.max_tokens,
                     "path": entry.decision.path.value,
+                    "kernels": entry.decision.family.name if entry.decision.family else None,
                     "tile": entry.decision.tile_key,
                     "reason": _reason(plan, entry, several),
                 }
@@ -220,7 +231,7 @@ def plan_model(model: ExpertModel, serving: Serving, policy: Policy) -> ModelPla
 
 
 def _plan(model: ExpertModel, serving: Serving, policy: Policy, layer: int) -> LayerPlan:
-    """By the rules that every integration asks too, then by the policy."""
+    """By the rules of what the layer can do, which every integration asks too, then by the policy."""
     facts = serving.facts(model, layer)
     activation = model.activation_at(layer)
     request = LayerRequest(
@@ -231,12 +242,13 @@ def _plan(model: ExpertModel, serving: Serving, policy: Policy, layer: int) -> L
         layer=layer,
         moe_layers=model.moe_layers,
         activation=model.activation if activation is None else activation,
+        bias=model.bias,
         checkpoint=model.checkpoint,
         shared_experts=model.shared_experts,
         hbm_bytes=serving.hbm_bytes,
         device_name=serving.product.device_name,
     )
-    reason = refusal(facts)
+    reason = layer_refusal(facts)
     if reason is not None:
         return LayerPlan(policy, request, Storage.UNTOUCHED, reason[0].upper() + reason[1:])
     return plan_layer(request, policy)

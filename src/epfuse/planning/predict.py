@@ -45,8 +45,18 @@ def chosen_ms(plan: ModelPlan, tokens: int) -> float | None:
 
 def _path_ms(plan: ModelPlan, path: Path, tokens: int) -> float | None:
     product = plan.serving.product
-    formats = Storage.HYBRID.formats(product.target) | Storage.BLOCK_FP8.formats(product.target)
-    decision = decide(path, product.target, plan.shape, tokens, formats, device_name=product.device_name)
+    activation, bias = type(plan.model.activation), plan.model.bias
+    hybrid, blocks = (each.formats(product.target, activation, bias) for each in (Storage.HYBRID, Storage.BLOCK_FP8))
+    decision = decide(
+        path,
+        product.target,
+        plan.shape,
+        tokens,
+        hybrid | blocks,
+        device_name=product.device_name,
+        activation=activation,
+        bias=bias,
+    )
     return _milliseconds(plan, decision, tokens, len(plan.model.moe_layers))
 
 
@@ -57,4 +67,5 @@ def _milliseconds(plan: ModelPlan, decision: Decision, tokens: int, layers: int)
     if decision.tiles is None:
         raise ConfigError(f"path {decision.path.value!r} has no kernels whose time could be predicted")
     kernels = replace(PATHS[decision.path.value], block_m=decision.tiles.block_m)
-    return predicted_ms(machine, kernels, plan.shape, tokens, plan.serving.product.routing, layers)
+    routing, inputs = plan.serving.product.routing, plan.model.activation.inputs
+    return predicted_ms(machine, kernels, plan.shape, tokens, routing, layers, inputs)

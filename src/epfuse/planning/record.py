@@ -40,7 +40,7 @@ def refused_record(model: ExpertModel, serving: Serving, refusal: ConfigError) -
         shape = serving.shape(model)
     except ConfigError:
         return {"refusal": str(refusal)}
-    sizes = {storage.value: storage.bytes_of(shape) * len(model.moe_layers) for storage in storages(model.checkpoint)}
+    sizes = {storage.value: serving.bytes_of(model, storage) for storage in storages(model.checkpoint)}
     return {
         "refusal": str(refusal),
         "shape": asdict(shape),
@@ -51,12 +51,9 @@ def refused_record(model: ExpertModel, serving: Serving, refusal: ConfigError) -
 
 def memory(model: ExpertModel, serving: Serving) -> dict[str, Any]:
     """A GPU's bytes, what experts may take of them, and which storages of all layers fit in that."""
-    budget, shape = expert_budget(serving.hbm_bytes), serving.shape(model)
+    budget = expert_budget(serving.hbm_bytes)
     return {
         "hbm_bytes": serving.hbm_bytes,
         "expert_budget": budget,
-        "fits": {
-            storage.value: storage.bytes_of(shape) * len(model.moe_layers) <= budget
-            for storage in storages(model.checkpoint)
-        },
+        "fits": {storage.value: serving.bytes_of(model, storage) <= budget for storage in storages(model.checkpoint)},
     }

@@ -64,11 +64,13 @@ def plan(request: LayerRequest) -> LayerPlan:
     storage, reason, refused = _storage(request, gains)
     ranges = token_ranges(request, storage, _routes(storage, request, gains))
     found = LayerPlan(Policy.AUTO, request, storage, reason, ranges, refused)
+    if found.why_portable is not None:
+        found = replace(found, reason=f"{reason} The portable kernels run it: {found.why_portable}")
     declined = why_declined(found)
     if declined is not None:
         return LayerPlan(Policy.AUTO, request, Storage.UNTOUCHED, declined)
     evidence = why_taken(found)
-    return found if evidence is None else replace(found, reason=f"{reason} {evidence}")
+    return found if evidence is None else replace(found, reason=f"{found.reason} {evidence}")
 
 
 Refused = tuple[tuple[Storage, str], ...]
@@ -136,7 +138,7 @@ def _require(storage: Storage, request: LayerRequest) -> None:
     """Refuse what does not fit."""
     if request.hbm_bytes is None:
         return
-    needed = storage.bytes_of(request.shape) * len(request.moe_layers)
+    needed = request.bytes_of(storage) * len(request.moe_layers)
     budget = expert_budget(request.hbm_bytes)
     if needed > budget:
         raise ConfigError(
@@ -150,8 +152,8 @@ def _copies_that_fit(request: LayerRequest) -> int:
     layers = len(request.moe_layers)
     if request.hbm_bytes is None:
         return layers
-    free = expert_budget(request.hbm_bytes) - layers * Storage.MXFP8.bytes_of(request.shape)
-    return min(layers, free // Storage.BF16.bytes_of(request.shape))
+    free = expert_budget(request.hbm_bytes) - layers * request.bytes_of(Storage.MXFP8)
+    return min(layers, free // request.bytes_of(Storage.BF16))
 
 
 def _gains(request: LayerRequest) -> tuple[Gain, ...]:
@@ -169,9 +171,9 @@ def _gains(request: LayerRequest) -> tuple[Gain, ...]:
 
 
 def _table(path: Path, request: LayerRequest) -> CallTable:
-    formats = Storage.HYBRID.formats(request.target)
-    way = Combine.DETERMINISTIC
-    return call_table(path, request.target, request.shape, formats, torch.bfloat16, way, request.device)
+    kind, way = (type(request.activation), request.bias), Combine.DETERMINISTIC
+    formats = Storage.HYBRID.formats(request.target, *kind)
+    return call_table(path, request.target, request.shape, formats, torch.bfloat16, way, request.device, *kind)
 
 
 def _routes(storage: Storage, request: LayerRequest, gains: tuple[Gain, ...]) -> list[Route]:

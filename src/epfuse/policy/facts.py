@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from epfuse.arguments import checks_enums
-from epfuse.config import LayerShape, SwiGLUOAI
+from epfuse.config import Activation, LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError
 from epfuse.expert_map import experts_of_rank
 from epfuse.target import Target
@@ -63,7 +63,7 @@ class LayerFacts:
     ep_size: int
     max_model_len: int
     shared_experts: int
-    activation: SwiGLUOAI | None
+    activation: Activation | None
     activation_name: str
     dtype: str = "torch.bfloat16"
     weights_dtype: str = "torch.bfloat16"
@@ -138,7 +138,9 @@ def model_facts(
     )
 
 
-def _activation_name(activation: SwiGLUOAI | None) -> str:
+def _activation_name(activation: Activation | None) -> str:
     if activation is None:
         return "silu with its result clamped"
+    if not isinstance(activation, SwiGLUOAI):
+        return activation.kind
     return "silu" if (activation.alpha, activation.beta) == (1.0, 0.0) else "swigluoai_uninterleave"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+import torch
+
 from epfuse.arguments import checks_enums, integer, shown
-from epfuse.config import LayerShape, Policy, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Bias, Combine, LayerShape, Path, Policy, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.expert_map import experts_of_rank
+from epfuse.families.registry import readable_formats, why_portable
 from epfuse.policy.decision import Decision
 from epfuse.target import REFERENCE_DEVICE, Target
 from epfuse.weights.checkpoint_format import Checkpoint
@@ -27,12 +30,19 @@ class Storage(enum.Enum):
     BLOCK_FP8 = "block_fp8"
     """E4M3 values with a float32 scale per block of 128x128, as the checkpoint has them."""
 
-    def bytes_of(self, shape: LayerShape) -> int:
-        """Bytes of one rank's experts in one layer: 3*H*I weights an expert, and their scales."""
-        hidden, width = shape.hidden, shape.intermediate
-        weights = 3 * hidden * width
-        bf16, mxfp8 = 2 * weights, weights + 2 * width * -(-hidden // 32) + hidden * -(-width // 32)
-        blocks = -(-2 * width // 128) * -(-hidden // 128) + -(-hidden // 128) * -(-width // 128)
+    @checks_enums
+    def bytes_of(self, shape: LayerShape, activation: type[Activation] = SwiGLUOAI, bias: Bias = Bias.NONE) -> int:
+        """Bytes of one rank's experts in one layer: weights, their scales, and biases in float32.
+
+        Args:
+            shape: the sizes.
+            activation: whether there are gate rows: 3*H*I weights an expert, or 2*H*I.
+            bias: of both projections or none.
+        """
+        hidden, width, rows = shape.hidden, shape.intermediate, activation.inputs * shape.intermediate
+        weights = (rows + width) * hidden
+        bf16, mxfp8 = 2 * weights, weights + rows * -(-hidden // 32) + hidden * -(-width // 32)
+        blocks = -(-rows // 128) * -(-hidden // 128) + -(-hidden // 128) * -(-width // 128)
         expert = {
             Storage.UNTOUCHED: 0,
             Storage.BF16: bf16,
@@ -40,14 +50,19 @@ class Storage(enum.Enum):
             Storage.HYBRID: bf16 + mxfp8,
             Storage.BLOCK_FP8: weights + 4 * blocks,
         }[self]
-        return shape.local_experts * expert
+        biases = 0 if bias is Bias.NONE or self is Storage.UNTOUCHED else 4 * (rows + hidden)
+        return shape.local_experts * (expert + biases)
 
     @checks_enums
-    def formats(self, target: Target) -> frozenset[WeightFormat]:
-        """The formats that ``target``'s kernels find."""
+    def formats(
+        self, target: Target, activation: type[Activation] = SwiGLUOAI, bias: Bias = Bias.NONE
+    ) -> frozenset[WeightFormat]:
+        """The formats that ``target``'s kernels find; MXFP8 stays as loaded where none reads its order so."""
         kept: set[WeightFormat] = set()
         if self in (Storage.MXFP8, Storage.HYBRID):
-            kept.add(_PREPARED.get(target, WeightFormat.MXFP8))
+            made = _PREPARED.get(target, WeightFormat.MXFP8)
+            read = readable_formats(target, Path.W8A16, Combine.DETERMINISTIC, activation, bias)
+            kept.add(made if made in read else WeightFormat.MXFP8)
         if self in (Storage.BF16, Storage.HYBRID):
             kept.add(WeightFormat.DENSE)
         if self is Storage.BLOCK_FP8:
@@ -80,6 +95,7 @@ class LayerRequest:
         device_name: the product, as torch names it, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
         rival: class of the experts that run the layer if epfuse does not; `auto` then takes it only where epfuse is
             known to be faster. None where nobody else would.
+        bias: of both projections or none.
 
     Raises:
         ConfigError: the values contradict each other.
@@ -91,7 +107,7 @@ class LayerRequest:
     max_model_len: int
     layer: int
     moe_layers: tuple[int, ...]
-    activation: SwiGLUOAI = field(default_factory=SwiGLUOAI)
+    activation: Activation = field(default_factory=SwiGLUOAI)
     checkpoint: Checkpoint = Checkpoint.MXFP8
     shared_experts: int = 0
     tp_size: int = 1
@@ -99,13 +115,14 @@ class LayerRequest:
     stored: Storage | None = None
     device_name: str | None = None
     rival: str | None = None
+    bias: Bias = Bias.NONE
 
     def __post_init__(self) -> None:
         for name in ("ep_size", "max_model_len", "tp_size"):
             object.__setattr__(self, name, integer(name, getattr(self, name), least=1))
         for name in ("layer", "shared_experts"):
             object.__setattr__(self, name, integer(name, getattr(self, name)))
-        for name, kind in (("shape", LayerShape), ("activation", SwiGLUOAI), ("moe_layers", tuple)):
+        for name, kind in (("shape", LayerShape), ("activation", Activation), ("moe_layers", tuple)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {shown(getattr(self, name))}; it must be a {kind.__name__}")
         held = {len(experts_of_rank(self.shape.experts, self.ep_size, rank)) for rank in (0, self.ep_size - 1)}
@@ -118,6 +135,11 @@ class LayerRequest:
             raise ConfigError(f"layer is {self.layer}; it must be one of the layers with experts, {self.moe_layers}")
         if self.hbm_bytes is not None:
             object.__setattr__(self, "hbm_bytes", integer("hbm_bytes", self.hbm_bytes, least=1, most=2**63 - 1))
+
+    @checks_enums
+    def bytes_of(self, storage: Storage) -> int:
+        """Bytes of this rank's experts in this layer, stored so."""
+        return storage.bytes_of(self.shape, type(self.activation), self.bias)
 
     @property
     def model_intermediate(self) -> int:
@@ -174,7 +196,15 @@ class LayerPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's experts in this layer."""
-        return self.storage.bytes_of(self.request.shape)
+        return self.request.bytes_of(self.storage)
+
+    @property
+    def why_portable(self) -> str | None:
+        """Why a GPU's own kernels don't run some of the calls, in a sentence; None if they do, or it has none."""
+        asked = self.request
+        kind = asked.shape, torch.bfloat16, type(asked.activation), asked.bias
+        paths = dict.fromkeys(part.decision.path for part in self.ranges)
+        return next((why for path in paths if (why := why_portable(asked.target, path, *kind)) is not None), None)
 
     def at(self, tokens: int) -> Decision:
         """What a call with ``tokens`` tokens does.

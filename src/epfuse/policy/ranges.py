@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Combine, LayerShape, Path
+from epfuse.config import Activation, Bias, Combine, LayerShape, Path
 from epfuse.families.registry import READABLE
 from epfuse.policy.call import call_table, considered_paths, path_refusals, why_not
 from epfuse.policy.layer import LayerRequest, Storage, TokenRange
@@ -50,19 +50,27 @@ def token_ranges(request: LayerRequest, storage: Storage, routes: Sequence[Route
     Raises:
         UnsupportedTarget: the target has no kernel for one of the paths on ``storage``.
     """
-    return _ranges(request.target, request.shape, request.device, storage, tuple(routes))
+    kind = type(request.activation), request.bias
+    return _ranges(request.target, request.shape, request.device, storage, tuple(routes), *kind)
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers are alike
 def _ranges(
-    target: Target, shape: LayerShape, device: str, storage: Storage, routes: tuple[Route, ...]
+    target: Target,
+    shape: LayerShape,
+    device: str,
+    storage: Storage,
+    routes: tuple[Route, ...],
+    activation: type[Activation],
+    bias: Bias,
 ) -> tuple[TokenRange, ...]:
-    formats = storage.formats(target)
-    refusals = path_refusals(target, formats, torch.bfloat16, Combine.DETERMINISTIC)
+    formats = storage.formats(target, activation, bias)
+    call = torch.bfloat16, Combine.DETERMINISTIC
+    refusals = path_refusals(target, formats, *call, activation, bias)
     found: list[TokenRange] = []
     first = 1
     for route in routes:
-        table = call_table(route.path, target, shape, formats, torch.bfloat16, Combine.DETERMINISTIC, device)
+        table = call_table(route.path, target, shape, formats, *call, device, activation, bias)
         last = MOST_TOKENS if route.max_tokens is None else route.max_tokens
         starts = [first, *(start for start in table.first_tokens if first < start <= last)]
         for start, after in zip(starts, [*starts[1:], None], strict=True):

@@ -1,13 +1,15 @@
 """Layers that epfuse does not run whatever the policy says, each with its reason.
 
-The one set of rules: the vLLM plugin, `epfuse vllm explain` and `epfuse plan` ask it of the same `LayerFacts`.
+The one set of rules, asked of the same `LayerFacts`: `epfuse plan` asks what the layer can compute (`LAYER`), the
+plugins and `epfuse vllm explain` ask what is served besides (`REFUSALS`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from epfuse.config import SwiGLUOAI, known_activations
 from epfuse.policy.facts import LayerFacts
 from epfuse.weights.checkpoint_format import Checkpoint
 
@@ -25,11 +27,7 @@ class Refusal:
     reason: Callable[[LayerFacts], str]
 
 
-REFUSALS = (
-    Refusal(
-        lambda facts: facts.asked_backend != "auto",
-        lambda facts: f"--moe-backend {facts.asked_backend} was asked for, and the user's choice wins.",
-    ),
+_SIZES_AND_NUMBERS = (
     Refusal(
         lambda facts: facts.target is None,
         lambda facts: "epfuse runs on gfx942, gfx950, sm_90 and the CPU, and this device is none of them.",
@@ -47,11 +45,28 @@ REFUSALS = (
         lambda facts: facts.checkpoint is Checkpoint.BF16 and facts.weights_dtype != facts.dtype,
         lambda facts: f"weights are {facts.weights_dtype} and activations {facts.dtype}; epfuse needs one for both.",
     ),
+    Refusal(lambda facts: facts.weights_input, lambda facts: "the router weight is applied to the inputs."),
+)
+LAYER = (
+    *_SIZES_AND_NUMBERS,
     Refusal(
         lambda facts: facts.activation is None,
+        lambda facts: f"the activation is {facts.activation_name!r}; {known_activations()}.",
+    ),
+)
+"""What the layer itself can't compute, whoever calls it."""
+
+REFUSALS = (
+    Refusal(
+        lambda facts: facts.asked_backend != "auto",
+        lambda facts: f"--moe-backend {facts.asked_backend} was asked for, and the user's choice wins.",
+    ),
+    *_SIZES_AND_NUMBERS,
+    Refusal(
+        lambda facts: not isinstance(facts.activation, SwiGLUOAI),
         lambda facts: (
-            f"the activation is {facts.activation_name!r}; epfuse computes SwiGLU-OAI with gate and up rows in"
-            " two halves, and silu(gate) * up."
+            f"the activation is {facts.activation_name!r}; epfuse serves SwiGLU-OAI with gate and up rows in two"
+            " halves, and silu(gate) * up."
         ),
     ),
     Refusal(
@@ -73,7 +88,6 @@ REFUSALS = (
     Refusal(
         lambda facts: facts.has_fused_shared_experts, lambda facts: "shared experts are fused into the routed ones."
     ),
-    Refusal(lambda facts: facts.weights_input, lambda facts: "the router weight is applied to the inputs."),
     Refusal(
         lambda facts: facts.needs_batch_invariance,
         lambda facts: "VLLM_BATCH_INVARIANT=1 asks for results that don't depend on the batch; epfuse's tiles do.",
@@ -87,9 +101,18 @@ REFUSALS = (
         lambda facts: f"tokens are exchanged by {facts.all2all}, which epfuse does not serve yet.",
     ),
 )
-"""In the order in which they are asked; the first that applies is the reason."""
+"""What servers' plugins leave alone, in the order in which it is asked; the first that applies is the reason."""
+
+
+def layer_refusal(facts: LayerFacts) -> str | None:
+    """Why epfuse can't compute the layer at all; None if it can."""
+    return _first(LAYER, facts)
 
 
 def refusal(facts: LayerFacts) -> str | None:
-    """Why epfuse does not run the layer; None if nothing speaks against it."""
-    return next((entry.reason(facts) for entry in REFUSALS if entry.applies(facts)), None)
+    """Why a server's plugin does not run the layer; None if nothing speaks against it."""
+    return _first(REFUSALS, facts)
+
+
+def _first(rules: Sequence[Refusal], facts: LayerFacts) -> str | None:
+    return next((rule.reason(facts) for rule in rules if rule.applies(facts)), None)

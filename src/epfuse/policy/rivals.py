@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from epfuse.policy.layer import LayerPlan
-from epfuse.stages.tiles import Sm90PersistentTile, Sm90Tile
 from epfuse.target import Target
 
 
@@ -71,11 +70,10 @@ def why_declined(plan: LayerPlan) -> str | None:
     evidence = EVIDENCE.get((target, rival))
     if evidence is None:
         return f"No measurement or prediction says that epfuse is faster than {rival} on {target.value}."
-    if evidence.hopper and not _runs_on_hopper_kernels(plan):
-        shape = plan.request.shape
+    if evidence.hopper and plan.why_portable is not None:
         return (
-            f"H={shape.hidden} and I={shape.intermediate} are no multiples of 128: the Hopper kernels, which are faster"
-            f" than {rival}, don't run, and the portable ones are not known to be."
+            f"The Hopper kernels, which are faster than {rival}, don't run, and the portable ones are not known to be:"
+            f" {plan.why_portable}"
         )
     return None
 
@@ -84,9 +82,3 @@ def why_taken(plan: LayerPlan) -> str | None:
     """The evidence for a plan that was not declined; None if nobody else would run the layer."""
     rival = plan.request.rival
     return None if rival is None else EVIDENCE[plan.request.target, rival].reason
-
-
-def _runs_on_hopper_kernels(plan: LayerPlan) -> bool:
-    hopper = (Sm90Tile, Sm90PersistentTile)
-    tiles = [part.decision.tiles for part in plan.ranges]
-    return all(each is not None and isinstance(each.gate_up, hopper) for each in tiles)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Path, Policy, SwiGLUOAI
+from epfuse.config import Bias, Path, Policy, SwiGLUOAI
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage
 from epfuse.policy.ranges import Route, token_ranges
 from epfuse.target import Target
@@ -60,6 +60,7 @@ GATES = (
     # Not named in the pull request, whose one model fixes both.
     Gate("The checkpoint", lambda request: request.checkpoint, (Checkpoint.MXFP8,)),
     Gate("The activation", lambda request: request.activation, (SwiGLUOAI(),)),
+    Gate("The projections' bias", lambda request: request.bias, (Bias.NONE,)),
 )
 
 

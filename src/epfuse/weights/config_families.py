@@ -11,15 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from epfuse.arguments import checks_enums
-from epfuse.config import SwiGLUOAI, silu_gate
+from epfuse.config import Activation, GELUTanh, ReLU2, SoftcappedSwiGLU, SwiGLUOAI, silu_gate
+from epfuse.errors import ConfigError
 from epfuse.weights.config_fields import Fields
 from epfuse.weights.config_layers import (
     LayerRule,
     after_first,
+    by_block_type,
+    counted_layers,
     ernie,
     every,
+    every_if,
     interleaved,
     listed,
+    listed_blocks,
     periodic,
     stepped,
     trimmed,
@@ -27,14 +32,22 @@ from epfuse.weights.config_layers import (
 from epfuse.weights.layouts import GateUpRows
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
 SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 OWN_WIDTH = ("moe_intermediate_size",)
 """Where experts are narrower than dense layers."""
 ONLY_WIDTH = ("intermediate_size",)
 """Where that is the experts' width."""
 
-Activations = tuple[SwiGLUOAI, dict[int, SwiGLUOAI | None]]
+Activations = tuple[Activation, dict[int, Activation | None]]
 """Of most layers, and of those that have another one; None for one that epfuse does not compute."""
 
 
@@ -76,6 +89,32 @@ def silu_with_step_limits(config: Fields, layers: int) -> Activations:
     return silu(config, layers)[0], dict.fromkeys(clamped)
 
 
+def gelu_tanh(config: Fields, layers: int) -> Activations:
+    """GELU's approximation by tanh; its name must stand in ``hidden_activation``, or nothing."""
+    name = config.get("hidden_activation")
+    if name not in (None, "gelu_pytorch_tanh"):
+        raise config.refuse(f"hidden_activation is {name!r:.40}; it must be 'gelu_pytorch_tanh'")
+    return GELUTanh(), {}
+
+
+def relu2(config: Fields, layers: int) -> Activations:
+    """The square of ReLU, without a gate; its name must stand in ``mlp_hidden_act``, or nothing."""
+    name = config.get("mlp_hidden_act")
+    if name not in (None, "relu2"):
+        raise config.refuse(f"mlp_hidden_act is {name!r:.40}; it must be 'relu2'")
+    return ReLU2(), {}
+
+
+def softcapped(config: Fields, layers: int) -> Activations:
+    """SwiGLU with a soft cap on either factor, 4 and 25 where none is given."""
+    silu(config, layers)
+    gate, up = config.number("mlp_gate_softcap", 4.0), config.number("mlp_up_softcap", 25.0)
+    try:
+        return SoftcappedSwiGLU(gate, up), {}
+    except ConfigError as error:
+        raise config.refuse(f"mlp_gate_softcap or mlp_up_softcap is out of range: {error}") from None
+
+
 def _limit(config: Fields, default: float) -> float:
     limit = config.number("swiglu_limit", default)
     if limit <= 0:
@@ -96,6 +135,16 @@ def _one(config: Fields) -> int:
     return config.size(*SHARED, least=0, default=1)
 
 
+def _model_width(config: Fields) -> int:
+    return config.size("hidden_size")
+
+
+def _latent_width(config: Fields) -> int:
+    """Experts between two projections to a narrower width, where there is one."""
+    hidden = _model_width(config)
+    return config.size("moe_latent_size", default=hidden)
+
+
 @checks_enums
 @dataclass(frozen=True)
 class Family:
@@ -104,6 +153,8 @@ class Family:
     Attributes:
         layers: which layers have experts.
         width: names of I.
+        hidden: H of the experts.
+        count: how many layers there are.
         activation: what stands between the projections.
         shared: how many experts every token visits besides its K.
         module: where in a layer the experts are, in the checkpoint's names.
@@ -114,6 +165,8 @@ class Family:
 
     layers: LayerRule = every
     width: tuple[str, ...] = OWN_WIDTH
+    hidden: Callable[[Fields], int] = _model_width
+    count: Callable[[Fields], int] = counted_layers
     activation: Callable[[Fields, int], Activations] = silu
     shared: Callable[[Fields], int] = _counted
     module: str = "mlp.experts"
@@ -123,7 +176,7 @@ class Family:
 
 
 _SPARSE_BLOCK = "block_sparse_moe.experts"
-_MINIMAX_M3 = Family(listed(every), ONLY_WIDTH, swiglu_oai, _one, _SPARSE_BLOCK)
+_MINIMAX_M3 = Family(listed(every), ONLY_WIDTH, activation=swiglu_oai, shared=_one, module=_SPARSE_BLOCK)
 _DEEPSEEK = Family(after_first(3))
 _QWEN = Family(stepped, shared=shared_if("shared_expert_intermediate_size"))
 _QWEN_EVERY = Family(every, shared=shared_if("shared_expert_intermediate_size"))
@@ -133,6 +186,7 @@ _GRANITE = Family(every, ONLY_WIDTH, shared=shared_if("shared_intermediate_size"
 
 FAMILIES = {
     "afmoe": Family(after_first(1, "num_dense_layers")),
+    "aria_text": Family(every, ONLY_WIDTH),
     "axk1": _FIRST_DENSE,
     "axk2": _FIRST_DENSE,
     "bailing_hybrid": Family(listed(after_first(2))),
@@ -143,6 +197,7 @@ FAMILIES = {
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": Family(listed(after_first(3))),
     "deepseek_v4": Family(listed(every), activation=clamped_silu, module="ffn.experts"),
+    "diffusion_gemma_text": Family(every, activation=gelu_tanh, module="experts"),
     "dots1": Family(after_first(0)),
     "dots3_note_text": _FIRST_DENSE,
     "ernie4_5_moe": Family(ernie),
@@ -151,12 +206,13 @@ FAMILIES = {
     "flint": Family(
         lambda config, layers: stepped(config, layers, (0, 1)), shared=shared_if("shared_expert_intermediate_size")
     ),
+    "gemma4_text": Family(every_if("enable_moe_block"), activation=gelu_tanh, module="experts"),
     "glm4_moe": Family(after_first(1)),
     "glm4_moe_lite": _FIRST_DENSE,
     "glm4v_moe_text": Family(after_first(1)),
     "glm5_next_text": Family(listed(after_first(3)), activation=clamped_silu),
     "glm_moe_dsa": Family(listed(after_first(3))),
-    "gpt_oss": Family(every, ONLY_WIDTH, swiglu_oai, gate_up=GateUpRows.ALTERNATING, has_bias=True),
+    "gpt_oss": Family(every, ONLY_WIDTH, activation=swiglu_oai, gate_up=GateUpRows.ALTERNATING, has_bias=True),
     "granitemoe": _GRANITE,
     "granitemoe_swa": _GRANITE,
     "granitemoehybrid": _GRANITE,
@@ -164,6 +220,7 @@ FAMILIES = {
     "hunyuan_v1_moe": Family(every, (*ONLY_WIDTH, *OWN_WIDTH), shared=_one),
     "hy_v3": _FIRST_DENSE,
     "hy_v4": Family(listed(after_first(1)), activation=clamped_silu),
+    "inkling2_text": Family(every, activation=softcapped),
     "inkling_text": Family(listed(every)),
     "jamba": Family(periodic, ONLY_WIDTH, module="feed_forward.experts"),
     "kimi_k2": _DEEPSEEK,
@@ -182,7 +239,11 @@ FAMILIES = {
     "mistral4": Family(after_first(0)),
     "mistral_large4_text": _FIRST_DENSE,
     "mixtral": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
+    "nemotron_h": Family(
+        by_block_type, hidden=_latent_width, count=listed_blocks, activation=relu2, module="mixer.experts"
+    ),
     "olmoe": Family(every, ONLY_WIDTH),
+    "openai_privacy_filter": Family(every, ONLY_WIDTH, activation=swiglu_oai, has_bias=True),
     "phimoe": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
     "qwen2_moe": _QWEN,
     "qwen3_5_moe_text": _QWEN_EVERY,
@@ -199,10 +260,14 @@ FAMILIES = {
 """Model type of the language model -> how its config.json is read."""
 
 OUTER = {
+    "aria": "aria_text",
     "deepseek_ocr2": "deepseek_ocr2_text",
+    "diffusion_gemma": "diffusion_gemma_text",
     "dots3_note": "dots3_note_text",
+    "gemma4": "gemma4_text",
     "glm4v_moe": "glm4v_moe_text",
     "glm5_next": "glm5_next_text",
+    "inkling2": "inkling2_text",
     "inkling_mm_model": "inkling_text",
     "kimi_k25": "deepseek_v3",
     "llama4": "llama4_text",

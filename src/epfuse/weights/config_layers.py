@@ -18,6 +18,17 @@ LayerRule = Callable[[Fields, int], tuple[int, ...]]
 """Of a config and the number of its layers: the indices of those that have experts, ascending."""
 
 
+BLOCKS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+"""Kinds of Nemotron-H's layers, by the letters of ``hybrid_override_pattern``."""
+OLDER_BLOCKS = frozenset({"mamba", "attention"})
+"""Their names in older files; none of them has experts."""
+
+
+def counted_layers(config: Fields) -> int:
+    """How many layers there are."""
+    return config.size("num_hidden_layers", most=MOST_LAYERS)
+
+
 def every(config: Fields, layers: int) -> tuple[int, ...]:
     """All of them."""
     return tuple(range(layers))
@@ -53,6 +64,53 @@ def listed(otherwise: LayerRule) -> LayerRule:
         return next(iter(said.values()), default)
 
     return rule
+
+
+def every_if(key: str) -> LayerRule:
+    """All of them where ``key`` says that there are experts, else none."""
+    return lambda config, layers: every(config, layers) if config.flag(key) else ()
+
+
+def listed_blocks(config: Fields) -> int:
+    """How many layers the list of their kinds has.
+
+    Raises:
+        ConfigError: there is no list, it is too long, or another number of layers is said.
+    """
+    layers = len(_blocks(config))
+    if config.size("num_hidden_layers", most=MOST_LAYERS, default=layers) != layers:
+        raise config.refuse(f"num_hidden_layers is {config.get('num_hidden_layers')}, and {layers} kinds are listed")
+    return layers
+
+
+def by_block_type(config: Fields, layers: int) -> tuple[int, ...]:
+    """Those whose kind is "moe"."""
+    return tuple(layer for layer, kind in enumerate(_blocks(config)) if kind == "moe")
+
+
+def _blocks(config: Fields) -> list[str]:
+    """The kind of every layer: ``layers_block_type``, or in older files a letter for each."""
+    kinds, letters = config.array("layers_block_type", str, "kinds of layers"), config.text("hybrid_override_pattern")
+    for key, found, known in (
+        ("layers_block_type", kinds, {*BLOCKS.values(), *OLDER_BLOCKS}),
+        ("hybrid_override_pattern", letters, BLOCKS),
+    ):
+        for kind in found or ():
+            if kind not in known:
+                raise config.refuse(f"{key} has {kind!r:.40}; known are {', '.join(sorted(known))}")
+    if kinds is None and letters is None:
+        raise config.refuse("neither layers_block_type nor hybrid_override_pattern is there")
+    spelled = [BLOCKS[letter] for letter in letters or ""]
+    if kinds is not None and letters is not None and _experts_at(kinds) != _experts_at(spelled):
+        raise config.refuse("layers_block_type and hybrid_override_pattern contradict each other")
+    blocks = spelled if kinds is None else kinds
+    if not 1 <= len(blocks) <= MOST_LAYERS:
+        raise config.refuse(f"{len(blocks)} kinds of layers are listed; there must be 1 to {MOST_LAYERS}")
+    return blocks
+
+
+def _experts_at(kinds: list[str]) -> list[bool]:
+    return [kind == "moe" for kind in kinds]
 
 
 def stepped(config: Fields, layers: int, dense: tuple[int, ...] = ()) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from epfuse.weights.config_fields import Fields
 MOST_PATTERNS = 128
 """Globs and regexes of one model, whose alternatives count; plain names don't. Each is tried on every layer."""
 MOST_ALTERNATIVES = 64
-HEADS = ("model.layers", "language_model.model.layers", "model.language_model.layers")
+HEADS = ("model.layers", "language_model.model.layers", "model.language_model.layers", "backbone.layers")
 """What stands before a layer's index."""
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"))
 """The names that an expert's matrices have, and in the last row the names of all experts together."""

@@ -24,7 +24,15 @@ from epfuse.weights.tensor_file import StoredTensor
 from epfuse.weights.tensor_folder import TensorFolder
 from epfuse.weights.weight_names import SECOND_SCALE
 
-HEADS = ("model.", "language_model.model.", "model.language_model.", "thinker.model.", "")
+HEADS = (
+    "model.",
+    "language_model.model.",
+    "model.language_model.",
+    "thinker.model.",
+    "model.decoder.",
+    "backbone.",
+    "",
+)
 """What stands before ``layers`` where the language model is; elsewhere are draft models (``mtp.``)."""
 SAVED_MODULE = "mlp.experts"
 """Where experts are in what transformers saves without the family's own names."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from epfuse.arguments import checks_enums
 from epfuse.config import MINIMAX_M3 as MINIMAX_M3_SHAPE
-from epfuse.config import LayerShape, SwiGLUOAI
+from epfuse.config import Activation, Bias, LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_object
 from epfuse.weights.checkpoint_format import Checkpoint
@@ -41,7 +41,7 @@ class ExpertModel:
 
     Attributes:
         name: the language model's type.
-        hidden: H.
+        hidden: H of the experts.
         intermediate: I.
         experts: E.
         top_k: K.
@@ -65,14 +65,19 @@ class ExpertModel:
     layers: int
     moe_layers: tuple[int, ...]
     shared_experts: int
-    activation: SwiGLUOAI
+    activation: Activation
     checkpoint: Checkpoint
     has_bias: bool = False
     weights_input: bool = False
-    other_activations: tuple[tuple[int, SwiGLUOAI | None], ...] = ()
+    other_activations: tuple[tuple[int, Activation | None], ...] = ()
     dtype: str = "bfloat16"
 
-    def activation_at(self, layer: int) -> SwiGLUOAI | None:
+    @property
+    def bias(self) -> Bias:
+        """Of both projections or none."""
+        return Bias.ADDED if self.has_bias else Bias.NONE
+
+    def activation_at(self, layer: int) -> Activation | None:
         """The activation of the experts in layer ``layer``; None for one that epfuse does not compute."""
         return dict(self.other_activations).get(layer, self.activation)
 
@@ -153,10 +158,11 @@ def read_layer(path: Path) -> tuple[str, LayerShape, Checkpoint | None]:
     family = FAMILIES.get(kind or "")
     experts = config.size(*EXPERTS)
     if family is not None:
-        width = config.size(*family.width)
+        hidden, width = family.hidden(config), config.size(*family.width)
     else:
+        hidden = config.size("hidden_size")
         width = config.size(*(OWN_WIDTH if config.get(OWN_WIDTH[0]) is not None else ONLY_WIDTH))
-    shape = LayerShape(config.size("hidden_size"), width, experts, experts, config.size(*TOP_K))
+    shape = LayerShape(hidden, width, experts, experts, config.size(*TOP_K))
     try:
         layers = config.size("num_hidden_layers", most=MOST_LAYERS, default=1)
         modules = ExpertModules(tuple(range(layers)), Family.module if family is None else family.module)
@@ -216,7 +222,7 @@ def _one_model(content: Fields) -> None:
 
 
 def _sizes(kind: str, config: Fields, family: Family) -> tuple[ExpertModel, ExpertModules]:
-    layers = config.size("num_hidden_layers", most=MOST_LAYERS)
+    layers = family.count(config)
     moe_layers = family.layers(config, layers)
     if not moe_layers:
         raise config.refuse("no layer has experts")
@@ -224,7 +230,7 @@ def _sizes(kind: str, config: Fields, family: Family) -> tuple[ExpertModel, Expe
     input_flags = [config.flag(key) for key in ("apply_router_weight_on_input", "moe_apply_router_weight_on_input")]
     model = ExpertModel(
         name=kind,
-        hidden=config.size("hidden_size"),
+        hidden=family.hidden(config),
         intermediate=config.size(*family.width),
         experts=config.size(*EXPERTS),
         top_k=config.size(*TOP_K),

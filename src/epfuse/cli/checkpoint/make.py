@@ -12,7 +12,10 @@ from epfuse.cli.names import SIZE
 from epfuse.report.late_bar import late_bar
 from epfuse.weights.checkpoint_format import Checkpoint
 
-FAMILIES = ("minimax_m3_vl", "minimax_m3_vl_text", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")
+FAMILIES = (
+    "minimax_m3_vl", "minimax_m3_vl_text", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "aria_text", "gemma4_text",
+    "nemotron_h",
+)  # fmt: skip
 EPILOG = """\b
 Examples:
   epfuse checkpoint make --family minimax_m3_vl --out small-m3

@@ -136,7 +136,7 @@
         "Measured: a call, on this card and layer. Predicted: both expert GEMMs, by the time model. Floor: the active",
         " experts' bytes at the data sheet's bandwidth, or the rows' FLOPs. ",
         [...new Set(sources)].join("; "), sources.length ? "." : "",
-        record.vllm ? ` ${name}: ${record.vllm.effect}` : ""));
+        record.vllm ? ` ${name}: ${record.vllm.effect} ${record.vllm.plugin}` : ""));
   }
 
   /** Time over tokens, both axes logarithmic; a filled mark is measured, a hollow one predicted. */
