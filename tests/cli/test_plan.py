@@ -116,3 +116,16 @@ def test_plan_says_what_the_layer_does_and_what_the_plugin_does(tmp_path: Path) 
     arguments = ["vllm", "explain", "--model", str(tmp_path), "--target", "gfx942", "--json"]
     explained = json.loads(CliRunner().invoke(main, arguments).stdout)
     assert "EpfuseExperts" not in {group["with_epfuse"]["experts"] for group in explained["groups"]}
+
+
+def test_explain_takes_vllms_own_exchange_between_data_parallel_ranks_and_no_other() -> None:
+    def groups(*more: str) -> list[dict]:
+        arguments = ["vllm", "explain", "--target", "sm_90", "--tp", "1", *more, "--json"]
+        return [group["with_epfuse"] for group in json.loads(CliRunner().invoke(main, arguments).stdout)["groups"]]
+
+    (gathered,), (spread,) = groups("--dp", "8"), groups("--tp", "8")
+    assert gathered == spread  # 16 experts a rank, whoever has the tokens
+    (other,) = groups("--dp", "8", "--all2all-backend", "deepep_high_throughput")
+    assert other["reason"] == "tokens are exchanged by deepep_high_throughput, which epfuse does not serve yet."
+    (split,) = groups("--dp", "8", "--no-ep", "--all2all-backend", "deepep_high_throughput")
+    assert split["experts"] == "EpfuseExperts"

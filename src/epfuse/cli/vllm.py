@@ -30,6 +30,7 @@ def vllm() -> None:
 EPILOG = """\b
 Examples:
   epfuse vllm explain --model ./MiniMax-M3 --tp 8 --target sm_90 --device "NVIDIA H200"
+  epfuse vllm explain --tp 1 --dp 8 --target sm_90
   epfuse vllm explain --no-ep --vllm-version 0.25.1 --json
 """
 
@@ -42,6 +43,7 @@ Examples:
     help="A config.json, or the directory that has it.  [default: MiniMax-M3]",
 )
 @click.option("--tp", type=click.IntRange(min=1), default=8, show_default=True, help="--tensor-parallel-size.")
+@click.option("--dp", type=click.IntRange(min=1), default=1, show_default=True, help="--data-parallel-size.")
 @click.option("--ep/--no-ep", default=True, show_default=True, help="--enable-expert-parallel.")
 @click.option(
     "--target",
@@ -55,18 +57,26 @@ Examples:
 @click.option("--max-model-len", type=click.IntRange(1, 2**31 - 1), default=9472, show_default=True)
 @click.option("--moe-backend", default="auto", show_default=True, help="--moe-backend of vllm serve.")
 @click.option(
+    "--all2all-backend",
+    default="allgather_reducescatter",
+    show_default=True,
+    help="--all2all-backend: how --dp ranks with --ep exchange tokens.",
+)
+@click.option(
     "--policy", type=click.Choice([policy.value for policy in Policy]), help="[default: EPFUSE_POLICY, else auto]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def explain(
     model: Path | None,
     tp: int,
+    dp: int,
     ep: bool,
     target: str,
     device: str | None,
     vllm_version: str,
     max_model_len: int,
     moe_backend: str,
+    all2all_backend: str,
     policy: str | None,
     as_json: bool,
 ) -> None:
@@ -79,7 +89,7 @@ def explain(
     experts = MINIMAX_M3 if model is None else read_model(model / "config.json" if model.is_dir() else model)
     gpu = Target(target)
     backend = moe_backend.lower().replace("-", "_")  # as vLLM reads it
-    deployment = Deployment(gpu, vllm_version, tp, ep, max_model_len, backend, device)
+    deployment = Deployment(gpu, vllm_version, tp, ep, max_model_len, backend, device, dp, all2all_backend)
     groups = explain_layers(experts, deployment, None if policy is None else Policy(policy))
     delivery = Delivery()
     with delivery.of("standard output"):
@@ -87,7 +97,8 @@ def explain(
             click.echo(json.dumps({"model": experts.name, "groups": [group.to_json() for group in groups]}, indent=2))
         else:
             product = device or REFERENCE_DEVICE[gpu]
-            title = f"{experts.name}, vLLM {vllm_version}, {product} ({target}), tp {tp}{', ep' if ep else ''}"
+            ranks = f"tp {tp}{f', dp {dp}' if dp > 1 else ''}{', ep' if ep else ''}"
+            title = f"{experts.name}, vLLM {vllm_version}, {product} ({target}), {ranks}"
             Console().print(_table(groups, title))
     delivery.exit(passed=True)
 

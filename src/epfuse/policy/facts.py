@@ -16,6 +16,10 @@ from epfuse.target import Target
 from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.model_config import ExpertModel
 
+GATHERED = "allgather_reducescatter"
+"""The exchange that leaves experts as they are: all ranks' tokens come to each call, and its partial sums are added and
+scattered afterwards."""
+
 
 @checks_enums
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ class LayerFacts:
         has_masked_expert_map: the server hands every experts class an ownership mask in place of a map.
         weights_input: the router weight is applied to the inputs.
         needs_batch_invariance: results must not depend on the batch.
-        all2all: name of the all-to-all backend in use; None where tokens stay where they are.
+        all2all: how tokens are exchanged between ranks, as the server names it; None where they stay.
         is_batched: activations come as ``[E, capacity, H]``.
         device_name: the product, as torch names it, for the tuned tables; None where no device is there to ask.
-        max_tokens: the most tokens of a call; None where nobody knows.
+        max_tokens: the most tokens of a call, those of other ranks among them; None where nobody knows.
     """
 
     name: str

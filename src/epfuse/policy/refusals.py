@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epfuse.config import SwiGLUOAI, known_activations
-from epfuse.policy.facts import LayerFacts
+from epfuse.policy.facts import GATHERED, LayerFacts
 from epfuse.weights.checkpoint_format import Checkpoint
 
 
@@ -97,7 +97,7 @@ REFUSALS = (
         lambda facts: f"{facts.all2all} brings activations as [E, capacity, H], which epfuse does not serve yet.",
     ),
     Refusal(
-        lambda facts: facts.all2all is not None,
+        lambda facts: facts.all2all not in (None, GATHERED),
         lambda facts: f"tokens are exchanged by {facts.all2all}, which epfuse does not serve yet.",
     ),
 )

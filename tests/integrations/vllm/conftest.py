@@ -13,6 +13,7 @@ if not HAVE_VLLM:
     collect_ignore = [
         "patch/test_real_vllm.py",
         "test_apply.py",
+        "test_data_parallel.py",
         "test_explain.py",
         "test_layer.py",
         "test_recipes.py",

@@ -40,7 +40,6 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "fused shared experts": (BF16 | {"fused_shared_experts": 1}, "shared experts are fused"),
     "weighted inputs": (BF16 | {"weights_input": True}, "the router weight is applied to the inputs"),
     "more ranks than experts": (BF16 | {"experts": 4, "ep_rank": 4}, "this rank holds no expert"),
-    "data parallelism": ({"dp_size": 2}, "tokens are exchanged by allgather_reducescatter"),
 }
 
 

@@ -20,6 +20,7 @@ from epfuse.integrations.load import LoadedLayer, Parameters, load_layer
 from epfuse.integrations.vllm import versions
 from epfuse.integrations.warm import warm
 from epfuse.policy import Checkpoint, LayerPlan, Storage
+from epfuse.policy.facts import GATHERED
 from epfuse.scratch import Scratch
 
 log: logging.Logger = logging.getLogger("vllm.epfuse")
@@ -67,7 +68,7 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        return not moe_parallel_config.use_all2all_kernels and not moe_parallel_config.enable_eplb
+        return versions.exchange_of(moe_parallel_config) in (None, GATHERED) and not moe_parallel_config.enable_eplb
 
     def finalize_weight_and_reduce_impl(self) -> Any:
         return TopKWeightAndReduceNoOP()  # apply() has weighted and summed

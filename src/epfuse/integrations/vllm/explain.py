@@ -11,6 +11,7 @@ from epfuse.errors import ConfigError
 from epfuse.integrations.choice import Choice, choose
 from epfuse.integrations.vllm.releases import release_of
 from epfuse.policy import Checkpoint, LayerFacts, LayerPlan, model_facts
+from epfuse.policy.facts import GATHERED
 from epfuse.target import Target
 from epfuse.weights.model_config import ExpertModel
 
@@ -97,6 +98,8 @@ class Deployment:
         max_model_len: ``--max-model-len``.
         backend: ``--moe-backend``.
         device_name: the product, as torch names it, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
+        dp_size: ``--data-parallel-size``; each of them has ``tp_size`` ranks, and all of these share the experts.
+        all2all: ``--all2all-backend``, by which data parallel ranks exchange tokens where experts are whole.
     """
 
     target: Target
@@ -106,6 +109,8 @@ class Deployment:
     max_model_len: int
     backend: str = "auto"
     device_name: str | None = None
+    dp_size: int = 1
+    all2all: str = GATHERED
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: in
     Raises:
         ConfigError: the experts can't be spread, or their width divided, over that many ranks.
     """
-    ranks, spread = deployment.tp_size, deployment.expert_parallel
+    ranks, spread = deployment.tp_size * deployment.dp_size, deployment.expert_parallel
     found = model_facts(
         model,
         layer,
@@ -196,6 +201,7 @@ def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: in
         checkpoint=None if model.checkpoint in _LEFT else model.checkpoint,
         asked_backend=deployment.backend,
         device_name=deployment.device_name,
+        all2all=deployment.all2all if spread and deployment.dp_size > 1 else None,
     )
 
 

@@ -95,7 +95,7 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
         checkpoint=None if method is None else method.checkpoint,
         target=_target(moe_config.device),
         device_name=_product(moe_config.device),
-        max_tokens=_max_tokens(),
+        max_tokens=_max_tokens(parallel),
         shape=None
         if moe_config.num_local_experts == 0
         else LayerShape(
@@ -121,7 +121,7 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
         has_masked_expert_map=moe_config.rocm_aiter_fmoe_enabled and not _has_per_kernel_map(),
         weights_input=layer.apply_router_weight_on_input,
         needs_batch_invariance=_needs_batch_invariance(),
-        all2all=parallel.all2all_backend if parallel.use_all2all_kernels else None,
+        all2all=exchange_of(parallel),
         is_batched=parallel.use_batched_activation_format,
     )
 
@@ -227,14 +227,34 @@ def _model_config() -> Any:
     return None if config is None else config.model_config
 
 
-def _max_tokens() -> int | None:
-    """The most tokens of a call while serving; None outside of a model's construction."""
+def exchange_of(parallel: Any) -> str | None:
+    """How a layer's tokens are exchanged between ranks, in vLLM's words; None where they stay.
+
+    Args:
+        parallel: vLLM's FusedMoEParallelConfig.
+    """
+    name: str = parallel.all2all_backend
+    if name == "passthrough":  # of 0.32: experts exchange them themselves, however few ranks there are
+        return name
+    if not parallel.use_all2all_kernels:
+        return None
+    return name if parallel.pcp_size == 1 else f"{name} between ranks of prefill context parallelism"
+
+
+def _max_tokens(parallel: Any) -> int | None:
+    """The most tokens of a call while serving; None outside of a model's construction.
+
+    Data parallel ranks gather what each of them has; where tensor parallel ranks cut that into parts, in equal ones.
+    """
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
     scheduler = getattr(config, "scheduler_config", None)
     found = None if scheduler is None else scheduler.max_num_batched_tokens
-    return None if found is None else int(found)
+    if found is None:
+        return None
+    parts = max(1, int(parallel.sp_size))
+    return int(parallel.dp_size) * -(-int(found) // parts) * parts
 
 
 def _needs_batch_invariance() -> bool:
