@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from epfuse.cli.main import main
 from epfuse.parallel import exchange
 
 ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "docs" / "records"
 PAGE = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
 
 
@@ -39,7 +41,39 @@ def test_its_modes_are_all_of_them() -> None:
         for name, value in vars(exchange).items()
         if isinstance(value, type) and issubclass(value, exchange.Exchange) and value is not exchange.Exchange
     }
-    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == modes
+    table = PAGE.partition("## Modes")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == modes
+
+
+def test_its_figures_are_the_records() -> None:
+    verified = json.loads((RECORDS / "2026-11-29-h200x2-verify.json").read_text())
+    assert f"{verified['passed']} of {verified['cases']} cases passed" in PAGE
+    alike: dict[tuple[str, ...], list[dict]] = {}
+    for row in verified["rows"]:
+        alike.setdefault((row["path"], row["weights"], row["combine"]), []).append(row)
+        assert row["replays_equal"] is not False
+    for (path, weights, combine), rows in alike.items():
+        passed, whole = (sum(row[key] for row in rows) for key in ("passed", "scenarios"))
+        error, snr = max(row["worst_relative_error"] for row in rows), min(row["worst_snr_db"] for row in rows)
+        assert f"| `{path}` | {weights} | {combine} | {passed} of {whole} | {error:.2e} | {snr:.1f} | equal |" in PAGE
+    for row in json.loads((RECORDS / "2026-11-29-h200x2-bench.json").read_text())["rows"]:
+        times = {name: timing["median_us"] for name, timing in row["sums"].items()}
+        steps = {name: timing["median_us"] for name, timing in row["exchanges"].items()}
+        if row["failure"]:
+            assert not times
+            continue
+        share = max(timing["median_us"] for timing in row["shard"])
+        own = [share, *times.values(), steps["all_reduce float32"], steps["all_reduce partials"]]
+        rest = [steps[name] for name in ("reduce_scatter", "all_gather", "dispatch")]
+        first, last = (" | ".join(shown(value) for value in values) for values in (own, rest))
+        cells = (
+            f"`{row['path']}` | {row['tokens']} | {row['imbalance']:.2f} | {first} | {row['over_parts']:.3f} | {last}"
+        )
+        assert f"| {cells} |" in PAGE
+
+
+def shown(microseconds: float) -> str:
+    return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
 
 
 def test_its_commands_have_the_options_that_it_names() -> None:
