@@ -21,8 +21,7 @@ UNIT = 2.0**-8
 """Of BF16's rounding, which a result has seven times at the most, and a sum over ranks once more."""
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["own memory", "the group's memory"])
-@pytest.mark.parametrize("sizes", [[4, 4], [3, 9], [7, 0]], ids=str)
+@pytest.mark.parametrize(("sizes", "symmetric"), [([4, 4], True), ([3, 9], False), ([7, 0], False)])
 def test_the_sum_is_the_unsharded_layer(sizes: list[int], symmetric: bool, tmp_path: Path) -> None:
     found = launch_ranks(
         data_parallel,
