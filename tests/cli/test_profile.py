@@ -71,7 +71,7 @@ def test_json() -> None:
 
 def test_the_progress_bar_leaves_stdout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = run(MI300X, "--json")
-    monkeypatch.setattr("epfuse.cli.profile.QUIET_SECONDS", -1.0)
+    monkeypatch.setattr("epfuse.report.late_bar.PATIENCE", -1.0)
     result = run(MI300X, "--json")
     assert (result.exit_code, result.stdout) == (0, quiet.stdout)
 

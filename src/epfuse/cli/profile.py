@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json as jsonlib
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,6 @@ from epfuse.report.write import write_atomic
 if TYPE_CHECKING:
     from epfuse.profiling.record import Profile
     from epfuse.profiling.shapes import ExpertShape
-
-QUIET_SECONDS = 2.0
-"""A bar is shown from then on."""
 
 SHAPE_NAMES = ["minimax-m3-ep8", "minimax-m3-tp8", "gpt-oss-20b", "gpt-oss-120b"]
 WEIGHT_FORMATS = ["bf16", "mxfp8", "block_fp8", "mxfp4"]
@@ -149,6 +145,8 @@ def _profiles(
     from epfuse.profiling.read_trace import read_trace
     from epfuse.profiling.rules import RuleSet
     from epfuse.profiling.steps import check_window
+    from epfuse.profiling.text import printable
+    from epfuse.report.late_bar import LateBar
 
     check_window(window)
     classifier = Classifier(RuleSet.load(rules))
@@ -156,7 +154,7 @@ def _profiles(
         check_trace(path)
     found = []
     for path in paths:
-        with _LateBar(path) as bar:
+        with LateBar(f"reading {printable(path.name)}", in_bytes=True) as bar:
             trace = read_trace(path, bar.update)
         found.append(profile_trace(trace, classifier, window=window, shape=experts, weights=weights, tokens=tokens))
     return found
@@ -185,32 +183,3 @@ def _print(profiles: list[Profile], json: bool, compare: bool) -> None:
         if index:
             console.print()
         print_profile(one, console)
-
-
-class _LateBar:
-    """A progress bar on stderr that appears when reading takes longer than two seconds."""
-
-    def __init__(self, path: Path) -> None:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        from epfuse.profiling.text import printable
-        from epfuse.report.terminal import Console
-
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.task = self.progress.add_task(f"reading {printable(path.name)}")
-        self.began = time.monotonic()
-        self.shown = False
-
-    def __enter__(self) -> _LateBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.shown:
-            self.progress.stop()
-
-    def update(self, done: int, total: int) -> None:
-        if not self.shown and time.monotonic() - self.began > QUIET_SECONDS:
-            self.progress.start()
-            self.shown = True
-        self.progress.update(self.task, completed=done, total=total)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from epfuse.report.terminal import Console
 
@@ -14,30 +23,47 @@ PATIENCE = 2.0
 """Seconds without a bar."""
 
 
-@contextmanager
-def late_bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A function to be told of bytes that are done.
+class LateBar:
+    """A bar; to be used as a context manager, and told what is done.
 
     Args:
         title: what is being done.
-        total: bytes; None where nobody knows.
+        total: how much there is; None where nobody knows.
+        in_bytes: whether that is counted in bytes.
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
-    task = progress.add_task(title, total=total)
-    begin = time.monotonic()
-    shows = False
 
-    def advance(nbytes: int) -> None:
-        nonlocal shows
-        progress.update(task, advance=nbytes)
-        if not shows and time.monotonic() - begin > PATIENCE:
-            progress.start()
-            shows = True
+    def __init__(self, title: str, total: int | None = None, *, in_bytes: bool) -> None:
+        text = TextColumn("{task.description}", markup=False)
+        amounts: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
+        if in_bytes:
+            amounts = (DownloadColumn(), TransferSpeedColumn())
+        columns = (text, BarColumn(), *amounts, TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task(title, total=total)
+        self._began = time.monotonic()
+        self._shows = False
 
-    try:
-        yield advance
-    finally:
-        if shows:
-            progress.stop()
+    def __enter__(self) -> LateBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shows:
+            self._progress.stop()
+
+    def advance(self, amount: int) -> None:
+        """So much more is done."""
+        self._progress.advance(self._task, amount)
+        self._show()
+
+    def update(self, done: int, total: int) -> None:
+        """So much is done in all, of so much."""
+        self._progress.update(self._task, completed=done, total=total)
+        self._show()
+
+    def _show(self) -> None:
+        late = time.monotonic() - self._began > PATIENCE
+        if late and not self._shows and self._progress.console.is_terminal:
+            self._progress.start()
+            self._shows = True

@@ -17,7 +17,7 @@ from rich.text import Text
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import SIZE
 from epfuse.errors import ConfigError
-from epfuse.report.late_bar import late_bar
+from epfuse.report.late_bar import LateBar
 from epfuse.report.terminal import Console
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def _load(checkpoint: ExpertCheckpoint, ep_size: int, rank: int) -> dict[str, An
     expert_map = ExpertMap.contiguous(checkpoint.model.experts, ep_size, rank)
     total = checkpoint.bytes_of(expert_map)
     begin = time.perf_counter()
-    with late_bar(f"rank {rank}", total) as on_bytes:
-        for _ in checkpoint.load(expert_map, on_bytes=on_bytes):
+    with LateBar(f"rank {rank}", total, in_bytes=True) as bar:
+        for _ in checkpoint.load(expert_map, on_bytes=bar.advance):
             pass
     return {
         "rank": rank,

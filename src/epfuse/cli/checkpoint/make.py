@@ -9,7 +9,7 @@ import click
 
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import SIZE
-from epfuse.report.late_bar import late_bar
+from epfuse.report.late_bar import LateBar
 from epfuse.weights.checkpoint_format import Checkpoint
 
 FAMILIES = (
@@ -66,8 +66,8 @@ def make(
     delivery = Delivery()
     numbers = RECIPES[family].formats[0] if form is None else Checkpoint(form)
     size = ModelSize(hidden, intermediate, 2 * intermediate, dense_layers, layers, experts, top_k)
-    with late_bar(f"{family} in {numbers.value}", None) as on_bytes:
-        nbytes = make_checkpoint(out, family, numbers, size, seed, shard_mb * 10**6, on_bytes)
+    with LateBar(f"{family} in {numbers.value}", in_bytes=True) as bar:
+        nbytes = make_checkpoint(out, family, numbers, size, seed, shard_mb * 10**6, bar.advance)
     files = sorted(path.name for path in out.iterdir())
     with delivery.of(STDOUT):
         if as_json:
