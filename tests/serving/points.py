@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from epfuse.serving.done import Done
 from epfuse.serving.layout import PointFolder, write_model
-from epfuse.serving.point import Arm, Client, Command, Deadlines, Done, Gate, Point, PointJob, Polls
+from epfuse.serving.point import Arm, Client, Command, Deadlines, Gate, Point, PointJob, Polls
 from epfuse.serving.server import free_port
 
 STUB = Path(__file__).with_name("stub_server.py")

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from epfuse.serving.done import Done, End, GateResult, Leg
 from epfuse.serving.layout import RunFolder, make_key, write_model
 from epfuse.serving.matrix import Selection, expand
 from epfuse.serving.plan import jobs, resolve
-from epfuse.serving.point import Done, End, GateResult, Leg, PointJob
+from epfuse.serving.point import PointJob
 from epfuse.serving.recipe import load_recipe
 from tests.serving.test_results import raw
 

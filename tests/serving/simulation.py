@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from epfuse.serving.claim import Claim, Revoked
+from epfuse.serving.done import Done, End
 from epfuse.serving.launchers.launcher import Accepted, Order, Phase, Rejected, Seen, Sighting, Unreachable, Unsure
 from epfuse.serving.layout import PointFolder
-from epfuse.serving.point import Done, End
 
 
 class Killed(BaseException):

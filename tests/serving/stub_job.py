@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from epfuse.serving.claim import Claim, Revoked
+from epfuse.serving.done import Done, End
 from epfuse.serving.layout import PointFolder
-from epfuse.serving.point import Done, End
 
 
 def say(point: Path, *words: str) -> None:

@@ -14,12 +14,13 @@ import pytest
 from epfuse.serving import journal as journal_module
 from epfuse.serving.claim import Claim, holder_of, revoke
 from epfuse.serving.contact import WallClock
-from epfuse.serving.dispatch import Dispatcher, Rules
+from epfuse.serving.dispatch import Dispatcher
+from epfuse.serving.done import End
 from epfuse.serving.journal import ENDS, Journal, State, read_journal
 from epfuse.serving.launchers.launcher import Phase, Rejected, Unsure
 from epfuse.serving.layout import RunFolder
 from epfuse.serving.lock import RunLock
-from epfuse.serving.point import End
+from epfuse.serving.patience import Rules
 from tests.serving.seeds import seeds
 from tests.serving.simulation import Killed, World
 from tests.serving.small_runs import SIX, make_run

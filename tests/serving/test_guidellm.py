@@ -14,10 +14,11 @@ import pytest
 from pydantic import ValidationError
 
 from epfuse.errors import ConfigError
+from epfuse.serving.done import End
 from epfuse.serving.job import run
 from epfuse.serving.load import LoadFault, load_command
 from epfuse.serving.load import read_result as metrics_of
-from epfuse.serving.point import Client, End
+from epfuse.serving.point import Client
 from epfuse.serving.results import read_result
 from tests.serving.points import KEY, ending, one_arm, write
 

@@ -20,12 +20,13 @@ from epfuse.serving import job as jobs
 from epfuse.serving import leg as legs
 from epfuse.serving.claim import Claim, holder_of, revoke
 from epfuse.serving.client import run_client
+from epfuse.serving.done import End
 from epfuse.serving.environments import Task
 from epfuse.serving.evals import read_evals
 from epfuse.serving.gate import Distance, Reading, Reference
 from epfuse.serving.job import main, run
 from epfuse.serving.leg import MOST_NOISE, own_result
-from epfuse.serving.point import Arm, Client, Deadlines, End, Gate, Point, PutIn, Venv
+from epfuse.serving.point import Arm, Client, Deadlines, Gate, Point, PutIn, Venv
 from epfuse.serving.server import MARK, Server, ServerFault, free_port, marked_processes, port_is_free
 from tests.serving.points import KEY, ending, one_arm, point_job, start, stub, two_arms, write
 

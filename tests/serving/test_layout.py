@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from epfuse.errors import ConfigError
+from epfuse.serving.done import Done, End
 from epfuse.serving.layout import RunFolder, attempt_of, make_key, write_model
-from epfuse.serving.point import Arm, Client, Command, Done, End, Point, PointJob, Run
+from epfuse.serving.point import Arm, Client, Command, Point, PointJob, Run
 
 POINT = Point(
     name="m3_1k1k-c4",

@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from epfuse.cli.main import main
+from epfuse.serving.done import End
 from epfuse.serving.export import aggregates, table
 from epfuse.serving.facts import ABSENT, HIDDEN, UNKNOWN, differences
 from epfuse.serving.layout import RunFolder, write_model
 from epfuse.serving.page import serve_page
-from epfuse.serving.point import End
 from epfuse.serving.record import RunRecord, collect
 from epfuse.serving.verdict import Word
 from tests.serving.runs import LABEL, make_run

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from epfuse.serving.dispatch import Dispatcher, Rules
+from epfuse.serving.dispatch import Dispatcher
 from epfuse.serving.launchers.slurm import SlurmLauncher
 from epfuse.serving.layout import RunFolder
+from epfuse.serving.patience import Rules
 from epfuse.serving.point import Slurm
 from tests.serving import stub_job
 from tests.serving.small_runs import open_run

@@ -102,7 +102,7 @@ FORMS = (
         "Serving results",
         "`done.json` of a point and `journal.jsonl` of a run ([states](../serving.md#what-each-state-means)).",
         {
-            "epfuse.serving.point": ("Done", "Leg", "GateResult"),
+            "epfuse.serving.done": ("Done", "Leg", "GateResult"),
             "epfuse.serving.journal": ("Begin", "Change", "Note"),
         },
     ),

@@ -82,3 +82,13 @@ class Contacts:
         now = self.clock.now()
         silent = (place for place, silence in self._silent.items() if now - silence.since > seconds)
         return next((f"{place} has not answered for {seconds:.0f} s" for place in silent), None)
+
+
+def submitting(place: str) -> str:
+    """The name of submissions to a place, which may be refused while looks are answered."""
+    return f"{place}, asked to take a job,"
+
+
+def cancelling(place: str) -> str:
+    """The name of cancels at a place."""
+    return f"{place}, asked to end a job,"

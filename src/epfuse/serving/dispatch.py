@@ -7,52 +7,19 @@ starts from the same three.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from epfuse.errors import ConfigError
 from epfuse.serving.claim import holder_of, revoke
-from epfuse.serving.contact import Clock, Contacts, WallClock
+from epfuse.serving.contact import Clock, Contacts, WallClock, cancelling, submitting
+from epfuse.serving.done import End
 from epfuse.serving.journal import AT_WORK, ENDS, SENT, Change, Journal, State, one_line
 from epfuse.serving.launchers.launcher import Launcher, Order, Phase, Rejected, Sighting, Unreachable, Unsure
 from epfuse.serving.layout import RunFolder, make_key
-from epfuse.serving.point import End, PointJob, Run
+from epfuse.serving.patience import TAKEN_AWAY, Breaker, Queue, Rules
+from epfuse.serving.point import PointJob, Run
 from epfuse.serving.signs import last_words, phase_of
-
-HOPELESS = re.compile(
-    r"PartitionConfig|PartitionNodeLimit|PartitionTimeLimit|BadConstraints|DependencyNeverSatisfied|InvalidAccount"
-    r"|InvalidQOS|AccountNotAllowed|QOSNotAllowed|JobHeld|held|Max\w*PerJob|MaxWallDurationPerJobLimit"
-)
-"""Slurm's reasons for PENDING that neither another job's end nor a node that comes back changes."""
-
-TAKEN_AWAY = {"CANCELLED", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED"}
-"""Slurm's words for a job that ended by no act of its own."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How patient a dispatcher is.
-
-    Attributes:
-        poll: seconds between two steps.
-        attempts: at a point whose jobs die without an end.
-        losses: how often a point may be taken by the launcher, and then not be there, or end before it began.
-        identical: failures of the same kind, one after the other, after which nothing more is submitted.
-        hopeless: seconds that a job may be PENDING for a reason that never ends.
-        outage: seconds without any answer from a launcher after which the dispatcher leaves; the run can be resumed.
-        longest_pause: seconds between two tries of a launcher that does not answer.
-        ask_again: seconds after which a cancel is repeated that has shown no effect.
-    """
-
-    poll: float = 5.0
-    attempts: int = 2
-    losses: int = 5
-    identical: int = 3
-    hopeless: float = 600.0
-    outage: float = 12 * 3600.0
-    longest_pause: float = 300.0
-    ask_again: float = 30.0
 
 
 @dataclass
@@ -69,7 +36,6 @@ class Dispatcher:
         clock: its time.
         say: takes a line for people.
         submits: False ends what runs, or was asked to end, and starts nothing.
-        broken: why nothing more is submitted, after too many failures of a kind.
     """
 
     folder: RunFolder
@@ -81,15 +47,14 @@ class Dispatcher:
     clock: Clock = field(default_factory=WallClock)
     say: Callable[[str], None] = lambda line: None
     submits: bool = True
-    broken: str = ""
     _absent: dict[str, float] = field(default_factory=dict)
-    _hopeless: dict[str, float] = field(default_factory=dict)
     _doomed: dict[str, str] = field(default_factory=dict)
     _asked: dict[str, float] = field(default_factory=dict)
-    _failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._contacts = Contacts(self.rules.poll, self.rules.longest_pause, self.clock, self._note)
+        self._queue = Queue(self.rules.hopeless, self.clock)
+        self._breaker = Breaker(self.rules.identical)
 
     def dispatch(self, seen: Callable[[], None] = lambda: None) -> None:
         """Go on until every point has ended, or nothing more can be done now (`unfinished` says why).
@@ -194,7 +159,8 @@ class Dispatcher:
         self.journal.change(name, state, why, attempt=attempt, place=place, job=job)
         self.say(f"{name}: {state}{f' ({why})' if why else ''}")
         if state in ENDS | {State.PLANNED}:
-            for memory in (self._absent, self._hopeless, self._asked):
+            self._queue.forget(name)
+            for memory in (self._absent, self._asked):
                 memory.pop(name, None)
 
     def _note(self, text: str) -> None:
@@ -244,7 +210,7 @@ class Dispatcher:
         else:
             self._change(name, State(done.state), done.reason)
             if done.state is End.DONE:
-                self._failures.clear()
+                self._breaker.succeeded()
             else:
                 self._count_failure(done.reason)
         return True
@@ -282,7 +248,8 @@ class Dispatcher:
             self._absent.pop(name, None)
             first = next((job for job in active if job.phase is Phase.RUNNING), active[0])
             self._note_copies(name, active)
-            self._watch_queue(name, first)
+            if (why := self._queue.given_up(name, first)) is not None:
+                self._doomed.setdefault(name, why)
             if state not in AT_WORK:
                 runs = first.phase is Phase.RUNNING
                 why = "" if runs else f"{first.word}: {first.why}" if first.why else first.word
@@ -331,15 +298,6 @@ class Dispatcher:
             numbers = ", ".join(job.job for job in active)
             self._note_once(f"{name} has {len(active)} jobs ({numbers}); the claim lets one of them run")
 
-    def _watch_queue(self, name: str, job: Sighting) -> None:
-        """A job that waits for what never comes is ended after a while."""
-        if job.phase is not Phase.WAITING or not HOPELESS.search(job.why):
-            self._hopeless.pop(name, None)
-            return
-        since = self._hopeless.setdefault(name, self.clock.now())
-        if self.clock.now() - since > self.rules.hopeless and name not in self._doomed:
-            self._doomed[name] = f"it was {job.word} for {self.rules.hopeless:.0f} s because of {job.why}"
-
     def _end_what_must(self, name: str) -> None:
         """Cancels: asked again until a look shows their effect."""
         change = self.journal.history.points[name]
@@ -349,18 +307,18 @@ class Dispatcher:
         if change.state is State.PLANNED:
             self._change(name, State.CANCELLED, "as asked, before it began")
             return
-        now, cancelling = self.clock.now(), _cancelling(change.place)
+        now, cancels = self.clock.now(), cancelling(change.place)
         if now - self._asked.get(name, -1e18) < self.rules.ask_again:
             return
-        if self._contacts.paused(change.place) or self._contacts.paused(cancelling):
+        if self._contacts.paused(change.place) or self._contacts.paused(cancels):
             return
         for key in self._keys(change):
             if (why := self.launcher.cancel(change.place, key)) is not None:
                 # apart from its looks, as a submission is
-                self._contacts.failed(cancelling, why)
+                self._contacts.failed(cancels, why)
                 self._change(name, change.state, f"its cancel could not be asked: {why}")
                 return
-        self._contacts.answered(cancelling)
+        self._contacts.answered(cancels)
         self._asked[name] = now
 
     def _submit(self) -> None:
@@ -396,7 +354,7 @@ class Dispatcher:
         for place, room in self.launcher.places.items():
             if node is not None and node != place and node in self.launcher.places:
                 continue
-            paused = self._contacts.paused(place) or self._contacts.paused(_submitting(place))
+            paused = self._contacts.paused(place) or self._contacts.paused(submitting(place))
             if not paused and (room is None or taken.count(place) < room):
                 return place
         return None
@@ -415,9 +373,9 @@ class Dispatcher:
         if isinstance(answer, Unsure):
             self._change(name, State.UNKNOWN, answer.why)
             # apart from its looks: a place that shows its queue at once may refuse jobs for an hour
-            self._contacts.failed(_submitting(place), answer.why)
+            self._contacts.failed(submitting(place), answer.why)
             return False
-        self._contacts.answered(_submitting(place))
+        self._contacts.answered(submitting(place))
         if isinstance(answer, Rejected):
             self._fail(name, answer.why)
         else:
@@ -429,12 +387,8 @@ class Dispatcher:
         self._count_failure(why)
 
     def _count_failure(self, why: str) -> None:
-        """Open the breaker after failures that are the same but for their numbers, be they hexadecimal."""
-        kind = re.sub(r"\b(0x[0-9a-fA-F]+|[0-9a-f]*[0-9][0-9a-f]*)\b|[0-9]+", "N", why)
-        self._failures = [*(self._failures if self._failures[-1:] == [kind] else []), kind]
-        if len(self._failures) >= self.rules.identical and not self.broken:
-            self.broken = f"{len(self._failures)} times the same failure, so nothing more is submitted: {why}"
-            self._note(self.broken)
+        if self._breaker.failed(why):
+            self._note(self._breaker.open)
 
     def _stop(self) -> str:
         """Why nothing more may be submitted; empty while it may."""
@@ -443,14 +397,4 @@ class Dispatcher:
             state = self.journal.history.points[canary].state
             if state in ENDS - {State.DONE}:
                 return f"the first point, {canary}, is {state}"
-        return self.broken
-
-
-def _submitting(place: str) -> str:
-    """The name of submissions to a place, which may be refused while looks are answered."""
-    return f"{place}, asked to take a job,"
-
-
-def _cancelling(place: str) -> str:
-    """The name of cancels at a place."""
-    return f"{place}, asked to end a job,"
+        return self._breaker.open

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from epfuse.errors import EpfuseError
-from epfuse.serving.point import Gate, GateResult
+from epfuse.serving.done import GateResult
+from epfuse.serving.point import Gate
 from epfuse.serving.server import ask
 
 TAIL = 0.99

@@ -24,10 +24,11 @@ from epfuse.errors import ConfigError
 from epfuse.report.write import write_atomic
 from epfuse.serving import plugin
 from epfuse.serving.claim import Claim, Revoked
+from epfuse.serving.done import Done, End, Leg
 from epfuse.serving.layout import PointFolder, attempt_of, read_model
 from epfuse.serving.leg import GatedOut, LegRunner, Measured
 from epfuse.serving.node import answer, facts
-from epfuse.serving.point import Arm, Done, End, Image, Leg, PointJob, PutIn
+from epfuse.serving.point import Arm, Image, PointJob, PutIn
 from epfuse.serving.watch import Watch
 
 PACKAGES = (

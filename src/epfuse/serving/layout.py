@@ -26,7 +26,8 @@ from pydantic import ValidationError
 from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_object
 from epfuse.report.write import write_atomic
-from epfuse.serving.point import Done, Frozen, PointJob, Run
+from epfuse.serving.done import Done
+from epfuse.serving.point import Frozen, PointJob, Run
 
 Model = TypeVar("Model", bound=Frozen)
 

@@ -14,10 +14,11 @@ from epfuse.errors import EpfuseError
 from epfuse.report.write import write_atomic
 from epfuse.serving import evals, gate, load, trace
 from epfuse.serving.client import run_client
+from epfuse.serving.done import GateResult
 from epfuse.serving.environments import Task, prepare
 from epfuse.serving.layout import AttemptFolder, LegFolder
 from epfuse.serving.node import Gpus, Sampler
-from epfuse.serving.point import Arm, GateResult, Image, PointJob, PutIn, Venv
+from epfuse.serving.point import Arm, Image, PointJob, PutIn, Venv
 from epfuse.serving.server import Server, ServerFault, port_is_free
 from epfuse.serving.watch import Watch
 

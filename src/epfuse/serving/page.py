@@ -10,11 +10,11 @@ from urllib.parse import quote
 
 from epfuse.report.charts import linear_ticks
 from epfuse.report.page import render
+from epfuse.serving.done import End
 from epfuse.serving.export import measurements
 from epfuse.serving.facts import differences
 from epfuse.serving.matrix import short_lengths
 from epfuse.serving.phases import phase_table
-from epfuse.serving.point import End
 from epfuse.serving.record import LegRecord, PointRecord, RunRecord
 from epfuse.serving.results import Measured, Spread
 from epfuse.serving.verdict import Verdict, Word

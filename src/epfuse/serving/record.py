@@ -13,11 +13,12 @@ from pathlib import Path
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_object
 from epfuse.profiling.text import printable
+from epfuse.serving.done import Done, End, Leg
 from epfuse.serving.facts import asked, flat
 from epfuse.serving.journal import one_line, read_journal
 from epfuse.serving.layout import LegFolder, RunFolder
 from epfuse.serving.phases import Phases, read_phases
-from epfuse.serving.point import Done, End, Leg, Point, PointJob, Run
+from epfuse.serving.point import Point, PointJob, Run
 from epfuse.serving.results import Measured, read_result
 from epfuse.serving.verdict import Verdict, judge
 

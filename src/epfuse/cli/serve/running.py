@@ -150,9 +150,10 @@ def opened(folder: RunFolder, patience: Patience, take_over: bool = False) -> It
         ConfigError: another dispatcher has it, or the journal is damaged.
         OSError: the folder can't be written.
     """
-    from epfuse.serving.dispatch import Dispatcher, Rules
+    from epfuse.serving.dispatch import Dispatcher
     from epfuse.serving.journal import Journal
     from epfuse.serving.lock import RunLock
+    from epfuse.serving.patience import Rules
 
     run = folder.read_run()
     rules = Rules(
