@@ -18,7 +18,7 @@ class EpfuseError(ValueError):
 class ShapeError(EpfuseError):
     """A tensor's shape does not fit the layer or the other arguments.
 
-    Fix: compare the sizes that the message names; letters of sizes are those of DESIGN.md.
+    Fix: compare the sizes that the message names; DESIGN.md says what the letters of sizes mean.
     """
 
 

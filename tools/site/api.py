@@ -34,7 +34,7 @@ def _index(names: list[str]) -> str:
         "# API",
         "",
         "What `import epfuse` gives. These names are stable; [Contributing](../../contributing.md#what-stays-stable)"
-        " says what that means. Letters of sizes are those of [the layer](../../design.md#letters).",
+        " says what that means. The letters of sizes are explained with [the layer](../../design.md#letters).",
         "",
         "| name | |",
         "| --- | --- |",

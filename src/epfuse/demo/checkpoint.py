@@ -1,6 +1,6 @@
 """Small checkpoints with seeded weights, in the names, formats and files that real ones have.
 
-transformers builds the model and writes it, so that names and config.json are those of the hub. Experts (and in block
+transformers builds the model and writes it, so that names and config.json are as on the hub. Experts (and in block
 FP8 every linear layer, as DeepSeek-V3 has it) are then quantised and written under the names of quantised checkpoints.
 """
 

@@ -27,7 +27,13 @@ def planned_block_m(
 
 
 def local_rows(topk_ids: torch.Tensor, expert_map: ExpertMap, block_m: int) -> tuple[int, int]:
-    """``(useful, padded)`` rows of one rank: its local routes, and those rounded up to blocks expert by expert."""
+    """``(useful, padded)`` rows of one rank: its local routes, and the slots of the blocks that they fill.
+
+    Args:
+        topk_ids: ``[T, K]`` int32 or int64, global expert ids.
+        expert_map: of the rank.
+        block_m: rows of a block; each expert's routes begin a new one.
+    """
     slots = expert_map.on(topk_ids.device)
     useful = int((local_experts(topk_ids, slots) >= 0).sum())
     if expert_map.num_local == 0:
@@ -36,5 +42,11 @@ def local_rows(topk_ids: torch.Tensor, expert_map: ExpertMap, block_m: int) -> t
 
 
 def globally_aligned_rows(topk_ids: torch.Tensor, experts: int, tile: int = GLOBAL_TILE) -> int:
-    """Rows of one rank when all E experts' routes, the remote ones too, are aligned to ``tile`` rows."""
+    """Rows of one rank when all E experts' routes, the remote ones too, are aligned to ``tile`` rows.
+
+    Args:
+        topk_ids: ``[T, K]`` int32 or int64.
+        experts: E.
+        tile: rows of a block.
+    """
     return local_rows(topk_ids, ExpertMap.all_local(experts), tile)[1]

@@ -151,7 +151,14 @@ class Family(ABC):
     def defaults(
         self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
     ) -> tuple[TileRange, ...]:
-        """Tiles where nothing was measured, by expected rows per expert, ascending."""
+        """Tiles where nothing was measured, by expected rows per expert, ascending; the last range has no end.
+
+        Args:
+            target: a GPU, or the CPU of the family for CPUs.
+            form: the weights' format.
+            shape: the layer's sizes.
+            dtype: of the activations.
+        """
 
     @abstractmethod
     def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
@@ -161,7 +168,15 @@ class Family(ABC):
     def candidates(
         self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
     ) -> Iterator[GemmTile]:
-        """Tiles of either GEMM that are worth trying with ``block_m``."""
+        """Tiles of either GEMM that are worth trying.
+
+        Args:
+            target: a GPU.
+            form: the weights' format.
+            shape: the layer's sizes.
+            block_m: rows of a block, one of `block_ms`.
+            rows: expected rows per expert.
+        """
 
     @abstractmethod
     def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
@@ -169,7 +184,14 @@ class Family(ABC):
 
     @abstractmethod
     def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
-        """Memory of the rows between the stages, in elements of the activations' dtype."""
+        """Memory of the rows between the stages, in elements of the activations' dtype.
+
+        Args:
+            tokens: T.
+            top_k: K.
+            hidden: H.
+            intermediate: I.
+        """
 
     @abstractmethod
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:

@@ -41,7 +41,14 @@ def rows_between(call: LayerCall) -> RowsBetween:
 
 
 def rows_scratch(tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
-    """Scratch of `rows_between`: ``[R, I]`` and ``[R, H]``."""
+    """Scratch of `rows_between`: ``[R, I]`` and ``[R, H]``, in elements of the activations' dtype.
+
+    Args:
+        tokens: T.
+        top_k: K.
+        hidden: H.
+        intermediate: I.
+    """
     return ScratchSize(tokens * top_k * intermediate, tokens * top_k * hidden)
 
 
@@ -51,7 +58,18 @@ def rows_in(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def fp8_rows_in(buffer: torch.Tensor, rows: int, columns: int, group: int, dtype: torch.dtype) -> FP8Rows:
-    """``[rows, columns]`` values at the beginning of a contiguous buffer, their scales behind them."""
+    """FP8 rows at the beginning of a contiguous buffer of any dtype: all values, and behind them all scales.
+
+    Args:
+        buffer: at least ``rows * (columns + scales a row)`` bytes.
+        rows: how many.
+        columns: values of a row.
+        group: values that share a scale.
+        dtype: float8_e4m3fn or float8_e4m3fnuz.
+
+    Returns:
+        ``[rows, columns]`` on the buffer's memory.
+    """
     memory, values = buffer.view(-1).view(torch.uint8), rows * columns
     scales = rows * groups_of(columns, group)
     return FP8Rows(
@@ -62,7 +80,17 @@ def fp8_rows_in(buffer: torch.Tensor, rows: int, columns: int, group: int, dtype
 
 
 def fp8_scratch(tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
-    """Scratch of the families that quantise: FP8 rows in y, BF16 rows before and after each GEMM in routed."""
+    """Scratch of the families that quantise: FP8 rows in y, BF16 rows before and after each GEMM in routed.
+
+    Args:
+        tokens: T.
+        top_k: K.
+        hidden: H.
+        intermediate: I.
+
+    Returns:
+        In elements of BF16.
+    """
     routes = tokens * top_k
     most = max(_fp8_bytes(tokens, hidden), _fp8_bytes(routes, intermediate))
     return ScratchSize(-(-most // 2), routes * max(2 * intermediate, hidden))  # two bytes an element

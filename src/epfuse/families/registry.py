@@ -48,7 +48,10 @@ def readable_formats(
     activation: type[Activation] = SwiGLUOAI,
     bias: Bias = Bias.NONE,
 ) -> tuple[WeightFormat, ...]:
-    """The weights whose kernels on a path activate, add biases and sum routes so, best first; none without a kernel."""
+    """The weights whose kernels on a path activate, add biases and sum routes so, best first; none without a kernel.
+
+    Arguments as of `Family.accepts`.
+    """
     able = [
         family
         for family in FAMILIES
@@ -127,7 +130,10 @@ def default_ranges(
     activation: type[Activation] = SwiGLUOAI,
     bias: Bias = Bias.NONE,
 ) -> tuple[TileRange, ...]:
-    """Default tiles of a path, by expected rows per expert, ascending; the last range has no end."""
+    """Default tiles of a path, by expected rows per expert, ascending; the last range has no end.
+
+    Arguments as of `Family.accepts`.
+    """
     families = serving(target, path, form, shape, dtype, activation=activation, bias=bias)
     found = [entry for family in families for entry in family.defaults(target, form, shape, dtype)]
     return tuple(sorted(found, key=lambda entry: entry.max_rows))

@@ -104,7 +104,7 @@ class Sm90Packed(Family):
 
 
 def two_parts(rows: float, largest: int, most: int) -> list[int]:
-    """Those of TWO_PARTS that hold ``rows`` expected rows in one block and are less than half padding, or the largest.
+    """What of TWO_PARTS holds ``rows`` expected rows in one block and is less than half padding, or the largest.
 
     With a small head padding costs little, so up to two thirds. Rows over the largest take several blocks; below the
     smallest, persistent tiles are not worth trying.

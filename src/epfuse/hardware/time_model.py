@@ -221,7 +221,16 @@ def predicted_ms(
     layers: int = 1,
     inputs: int = 2,
 ) -> float:
-    """Predicted milliseconds of both GEMMs over ``layers`` layers; other arguments as of `expert_gemms`.
+    """Predicted milliseconds of both GEMMs over ``layers`` layers.
+
+    Args:
+        machine: the GPU.
+        kernels: the path's.
+        shape: one rank's layer.
+        tokens: T.
+        routing: how uneven the router is.
+        layers: how many layers.
+        inputs: of the activation: 2, or 1 for experts without a gate.
 
     Raises:
         ConfigError: tokens is below 1.
@@ -269,7 +278,17 @@ class Comparison:
 def compare(
     machine: Machine, shape: LayerShape, measurements: Iterable[Measurement], routing: Routing = BALANCED
 ) -> list[Comparison]:
-    """Every measurement with its prediction."""
+    """Every measurement with its prediction.
+
+    Args:
+        machine: that they are from.
+        shape: one rank's layer.
+        measurements: of it.
+        routing: how uneven the router was.
+
+    Raises:
+        ConfigError: a measurement's tokens are below 1.
+    """
     return [Comparison(m, predicted_ms(machine, m.kernels, shape, m.tokens, routing, m.layers)) for m in measurements]
 
 
@@ -285,6 +304,12 @@ def calibrate(
 
     Least squares of the relative errors of ``t = bytes / (eta * bandwidth) + launches * c``, so the measurements must
     be bound by memory.
+
+    Args:
+        machine: whose other numbers are known.
+        shape: one rank's layer.
+        measurements: of it, at least two.
+        routing: how uneven the router was.
 
     Raises:
         ConfigError: they don't determine both: all have the same ratio of bytes to launches.

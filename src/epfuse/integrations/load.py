@@ -53,6 +53,9 @@ class LoadedLayer:
     def check_map(self, expert_map: torch.Tensor | None) -> None:
         """Refuse a map that is not the one that was checked.
 
+        Args:
+            expert_map: ``[E]``, as the server hands it over; None where every expert is local.
+
         Raises:
             ConfigError: experts have moved since the weights were loaded.
         """

@@ -108,6 +108,9 @@ def normalize_to_fnuz_(values: torch.Tensor, scales: torch.Tensor) -> tuple[torc
 def require_e4m3fn(values: torch.Tensor) -> None:
     """Refuse codes whose bytes don't mean E4M3FN.
 
+    Args:
+        values: any shape.
+
     Raises:
         ConfigError, LayoutError: no plain tensor.
         DtypeError: another dtype.

@@ -118,7 +118,15 @@ class EPGroup:
         return ExpertMap.contiguous(num_experts, self.size, self.rank, device)
 
     def all_reduce(self, partial: torch.Tensor, sum_in: SumIn = SumIn.FLOAT32) -> torch.Tensor:
-        """Sum over the ranks: `start_all_reduce`, and wait."""
+        """Sum over the ranks: `start_all_reduce`, and wait.
+
+        Args:
+            partial: this rank's output, any shape; bf16, fp16 or fp32.
+            sum_in: how it travels.
+
+        Returns:
+            The sum, same shape, dtype and device; the same bits on every rank.
+        """
         member("sum_in", sum_in, SumIn)
         return self.start_all_reduce(partial, sum_in).finish()
 
@@ -194,7 +202,11 @@ class EPGroup:
         return Pending(received, rows, work, self.waiting, wire)
 
     def largest(self, value: torch.Tensor) -> int:
-        """The largest ``value`` that any rank has: one integer in a tensor on the group's device. A host sync."""
+        """The largest number that any rank has. A host sync.
+
+        Args:
+            value: of one element, any integer dtype, on the group's device.
+        """
         if self.size > 1:
             value = value.to(self._wire_device(value), torch.int64, copy=True)
             with self.waiting():

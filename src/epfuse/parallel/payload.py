@@ -28,7 +28,7 @@ class Payload(ABC):
 
     @abstractmethod
     def encode(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[T, H]`` as ``[T, nbytes]`` uint8."""
+        """``[T, H]`` bf16, fp16 or fp32, contiguous, as ``[T, nbytes]`` uint8, which may be a view."""
 
     @abstractmethod
     def decode(self, data: torch.Tensor, hidden: int, dtype: torch.dtype) -> torch.Tensor:
@@ -121,7 +121,17 @@ class Rows:
 
 
 def pack(hidden: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, payload: Payload) -> torch.Tensor:
-    """``[T, 8 K + nbytes]`` uint8: a row for each token. An id that is no int32 becomes -1 and does not wrap."""
+    """A row of bytes for each token: ids and weights, route by route, then the activations.
+
+    Args:
+        hidden: ``[T, H]`` bf16, fp16 or fp32, contiguous.
+        topk_weights: ``[T, K]`` float32.
+        topk_ids: ``[T, K]`` int32 or int64. An id that is no int32 becomes -1 and does not wrap.
+        payload: how the activations travel.
+
+    Returns:
+        ``[T, 8 K + nbytes]`` uint8, new memory.
+    """
     wide = topk_ids.long()  # beside int32, torch wraps the bound
     ids = torch.where((wide >= 0) & (wide < 2**31), wide, -1).int()
     meta = torch.stack([ids, topk_weights.view(torch.int32)], dim=2).flatten(1)
@@ -129,19 +139,41 @@ def pack(hidden: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tenso
 
 
 def unpack(data: torch.Tensor, top_k: int, hidden: int, dtype: torch.dtype, payload: Payload) -> Rows:
-    """What `pack` packed."""
+    """What `pack` packed.
+
+    Args:
+        data: ``[N, 8 K + nbytes]`` uint8.
+        top_k: K.
+        hidden: H.
+        dtype: of the activations.
+        payload: as it was packed.
+    """
     meta = compact(data[:, : META * top_k]).view(torch.int32).view(-1, top_k, 2)
     weights = meta[..., 1].contiguous().view(torch.float32)
     return Rows(payload.decode(data[:, META * top_k :], hidden, dtype), weights, meta[..., 0].contiguous())
 
 
 def compact(data: torch.Tensor) -> torch.Tensor:
-    """A copy with strides that a view as wider numbers takes; contiguous() keeps those of no or one row."""
+    """A copy of any shape and dtype whose strides a view as wider numbers takes.
+
+    contiguous() would not copy a slice of no row or of one row, whatever its strides.
+    """
     return data.clone(memory_format=torch.contiguous_format)
 
 
 def blank(rows: int, top_k: int, hidden: int, like: torch.Tensor, payload: Payload) -> torch.Tensor:
-    """``rows`` packed rows without a route; their activations are zero, so that nothing in them can trap."""
+    """Packed rows without a route; their activations are zero, so that nothing in them can trap.
+
+    Args:
+        rows: N.
+        top_k: K.
+        hidden: H.
+        like: a tensor with the activations' dtype and device.
+        payload: how they travel.
+
+    Returns:
+        ``[N, 8 K + nbytes]`` uint8.
+    """
     ids = torch.full((rows, top_k), -1, dtype=torch.int32, device=like.device)
     weights = torch.zeros(rows, top_k, device=like.device)
     return pack(like.new_zeros(rows, hidden), weights, ids, payload)

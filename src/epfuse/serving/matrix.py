@@ -1,4 +1,4 @@
-"""How a matrix becomes rows; the rules are those of InferenceX' fixed-seq-len configurations."""
+"""How a matrix becomes rows; the rules are from InferenceX' fixed-seq-len configurations."""
 
 from __future__ import annotations
 

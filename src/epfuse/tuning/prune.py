@@ -18,7 +18,7 @@ from epfuse.tuning.search import Plan
 from epfuse.workers import Died, Workers
 
 RESOURCE_GATES = ("no spills", "no scratch", "LDS fits", "no spills in the main loop", "shared memory fits")
-"""Those of `epfuse.aot.gates` that no time can make up for. The others are rules for kernels that ship."""
+"""The gates of `epfuse.aot.gates` that no time can make up for. The others are rules for kernels that ship."""
 
 
 @checks_enums

@@ -70,7 +70,7 @@ def known_candidates(
     stage: Stage,
     block_m: int,
 ) -> list[GemmTile]:
-    """Those of ``known`` that can run with block_m.
+    """The tiles in ``known`` that can run with block_m.
 
     Args:
         known: tiles of any layer and block.

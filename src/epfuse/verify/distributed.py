@@ -315,7 +315,7 @@ def _check_replays(
 
 
 def _other_routings(problem: Problem, tokens: int, count: int) -> list[Scenario]:
-    """Scenarios of all kinds in turn, with a routing each; those of a kind share their activations."""
+    """Scenarios of all kinds in turn, with a routing each; scenarios of one kind share their activations."""
     kinds, narrow = list(KINDS), replace(problem, hidden=LEAST_SIZE)
     wide = {kind: draw_scenario(problem, tokens, kind, problem.seed).hidden for kind in kinds}
     return [

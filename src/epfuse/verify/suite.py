@@ -181,7 +181,15 @@ def _judge_atomics(cases: dict[Subject, list[CaseResult]]) -> None:
 def add_rank(
     total: torch.Tensor, first_expert: int, source: ExpertWeights, scenario: Scenario, activation: Activation
 ) -> None:
-    """Add a rank's experts to the unsharded layer's second oracle."""
+    """Add a rank's experts to the unsharded layer's second oracle.
+
+    Args:
+        total: ``[T, H]`` float64, added to.
+        first_expert: the global id of the rank's first one.
+        source: the rank's weights, dense or MXFP8, with their biases.
+        scenario: of the whole layer: T tokens and their routes to all E experts.
+        activation: between the projections.
+    """
     dense, packed = source.dense_experts, source.mxfp8_experts
     if dense is not None:
         add_experts(total, first_expert, dense.w13, dense.w2, scenario, activation, **dict(source.biases))

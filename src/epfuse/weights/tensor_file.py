@@ -155,7 +155,15 @@ class TensorFile:
                 self._handle = None
 
     def read(self, begin: int, out: torch.Tensor) -> None:
-        """``out.nbytes`` bytes from byte ``begin`` on; see `StoredTensor.read_into`."""
+        """Bytes of the file into a tensor's memory; see `StoredTensor.read_into`.
+
+        Args:
+            begin: the first one.
+            out: contiguous, on the CPU; ``out.nbytes`` bytes are read.
+
+        Raises:
+            CheckpointError: the file can't be read, or ends before.
+        """
         if not out.nbytes:
             return
         memory = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")

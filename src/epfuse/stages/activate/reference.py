@@ -21,5 +21,16 @@ def activate(
     rounding: ScaleRounding = ScaleRounding.CEIL,
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> FP8Rows:
-    """``[N, 2I]`` -> ``[N, I]`` quantised; every row; the kernel takes the rows of local routes only."""
+    """What `launch_activate` computes, for every row; the kernel takes the rows of local routes only.
+
+    Args:
+        gate_up: ``[N, 2I]`` bf16, fp16 or fp32; gate half, then up half, or ``[N, I]`` where there is no gate.
+        activation: between the two GEMMs.
+        group: values that share a scale.
+        rounding: rule of the shared exponent.
+        dtype: float8_e4m3fn or float8_e4m3fnuz.
+
+    Returns:
+        ``[N, I]``.
+    """
     return quantize(activated(gate_up.float(), activation), group, rounding, dtype)

@@ -54,7 +54,15 @@ class FP8Rows:
 
     @classmethod
     def empty(cls, rows: int, columns: int, group: int, dtype: torch.dtype, device: torch.device) -> FP8Rows:
-        """Uninitialised rows ``[rows, columns]`` of ``dtype``."""
+        """Uninitialised rows.
+
+        Args:
+            rows: N.
+            columns: K, values of a row.
+            group: values that share a scale.
+            dtype: float8_e4m3fn or float8_e4m3fnuz.
+            device: where they live.
+        """
         return cls(
             torch.empty(rows, columns, dtype=dtype, device=device),
             torch.empty(rows, groups_of(columns, group), dtype=torch.uint8, device=device),

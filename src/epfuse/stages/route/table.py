@@ -100,7 +100,7 @@ class LoneTokens:
     def of(
         cls, topk_ids: torch.Tensor, expert_map: torch.Tensor, local: int, out: torch.Tensor, stored: bool
     ) -> LoneTokens:
-        """With new memory for ``of_row``."""
+        """With new memory for ``of_row``; arguments as of the class."""
         return cls(topk_ids, expert_map, local, expert_map.new_empty(topk_ids.numel()), out, stored)
 
 
