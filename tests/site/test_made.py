@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 import pytest
-from tools.site import api, command_line, errors, root_pages
+from tools.site import api, command_line, errors, hooks, root_pages
 
 import epfuse
 from epfuse.cli.main import COMMANDS, main
@@ -82,3 +82,8 @@ def test_a_section_of_a_file() -> None:
 )
 def test_links_on_the_site(text: str, page: str, expected: str) -> None:
     assert root_pages.on_site(text, page) == expected
+
+
+def test_a_date_in_a_table_does_not_break() -> None:
+    row = "<tr><td>2026-11-24</td><td>on 2026-11-24</td></tr>"
+    assert hooks.on_post_page(row) == '<tr><td class="date">2026-11-24</td><td>on 2026-11-24</td></tr>'

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (1600, 400)
 TALL = 1000
+PATIENCE = 120_000  # ms: a busy machine is no fault of a page
 MISSING = """async () => {
   for (const image of document.images) image.loading = 'eager';
   await Promise.all([...document.images].map(image => image.decode().catch(() => null)));
@@ -36,6 +37,7 @@ class Watched:
 
     def __init__(self, page: Page) -> None:
         self.page = page
+        page.set_default_timeout(PATIENCE)
         self.found: list[str] = []
         self.host = ""
         self.widths = list(WIDTHS)
