@@ -20,9 +20,9 @@ from epfuse.target import Target
 TARGET = Target.GFX942
 STEPS = {"even": 384, "masked": 320}
 """K of a layer's GEMM: three steps, so that the pipelined loop runs too, without a tail and with one."""
-FEWER = {"even": (256, 128), "masked": (192, 96, 32)}
-"""Smaller K for the same code: the loop ends in its second step and in its first; with a tail, also in the first of the
-groups of columns that FP8 rows are multiplied in."""
+FEWER = {"even": (256, 128), "masked": (256, 192, 96, 32)}
+"""Smaller K for the same code: the loop ends in its second step and in its first. With a tail it also ends without one,
+so that the last products count, and in the first of the groups of columns that FP8 rows are multiplied in."""
 NARROW = 64
 """Outputs of a layer's GEMM: few workgroups."""
 WIDER = 80
