@@ -116,9 +116,12 @@ def _trapped(recorded: Recorded) -> Recorded:
             values = recorded.tensor(name).contiguous()
             # a row that is all the scales of an expert: not of the first expert, which has most of the routes
             first = 0 if values.shape[-2] > 1 else 1
+            # rows of a token that are summed in place: of every second token, or every sum would be NaN
+            together = recorded.arguments["K"] if name.startswith("y") and recorded.arguments.get("ATOMIC") else 1
+            rows = torch.arange(values.shape[:-1].numel()) // together % 2 == first
             if values.dtype in TRAPS:
-                values.view(torch.uint8).view(-1, values.shape[-1])[first::2, 0] = TRAPS[values.dtype]
+                values.view(torch.uint8).view(-1, values.shape[-1])[rows, 0] = TRAPS[values.dtype]
             elif values.dtype != torch.float8_e4m3fn:
-                values.view(-1, values.shape[-1])[first::2, 0] = torch.nan
+                values.view(-1, values.shape[-1])[rows, 0] = torch.nan
             tensors[name] = values, recorded.defined(name)
     return recorded.given(tensors, {}, recorded.grid)
