@@ -26,6 +26,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     native = request.param == "native"
     monkeypatch.setattr(cpu, "multiplies", lambda dtype: native or dtype == torch.float32)
     monkeypatch.setattr(cpu, "RUN", 16)
+    monkeypatch.setattr(cpu, "NATIVE_RUN", 16)
 
 
 def in_format(weights: ExpertWeights, form: WeightFormat) -> ExpertWeights:

@@ -27,6 +27,10 @@ from epfuse.weights.projections import Stack, expert_matrix
 
 RUN = 64
 """Experts are taken together until they have so many rows."""
+NATIVE_RUN = 1024
+"""The same where all products are made in the activations' dtype: there the library takes many experts in one call."""
+FEW_ADDED = 8
+"""Rows that are added one by one: to wake torch's other threads for so few takes longer."""
 WIDENS = 6
 """Rows from which it pays to widen an expert's BF16 or FP16 weights to FP32, where the CPU multiplies those alone."""
 ALIGNED = 16
@@ -60,7 +64,8 @@ class Cpu(Family):
         self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
     ) -> tuple[TileRange, ...]:
         """The library's."""
-        return (TileRange(ANY, LayerTiles.both(RUN, LibraryTile())),)
+        run = NATIVE_RUN if form is WeightFormat.DENSE and multiplies(dtype) else RUN
+        return (TileRange(ANY, LayerTiles.both(run, LibraryTile())),)
 
     def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
         """Nothing to search."""
@@ -140,9 +145,18 @@ def run_experts(call: LayerCall, least: int) -> None:
             begin += run.rows
             gate_up = first(call.hidden.index_select(0, tokens[mine]), run)
             rows = second(activated_(gate_up, call.activation), run)
-            total.index_add_(0, tokens[mine], rows.mul_(factors[mine]))
+            _add(total, tokens[mine], rows.mul_(factors[mine]))
         if total is not call.out:
             call.out.copy_(total)
+
+
+def _add(total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add each row to its token's, in their order."""
+    if len(rows) > FEW_ADDED:
+        total.index_add_(0, tokens, rows)
+        return
+    for token, row in zip(tokens.tolist(), rows.unbind(0), strict=True):
+        total[token].add_(row)
 
 
 class Products:
