@@ -46,8 +46,9 @@ Every experts class of transformers that asks its experts interface, and what ep
 
 Layout: how gate and up rows lie, and whether matrices are transposed. Below a target: the path of 64 tokens with BF16
 weights at H 2048 and I 768, and the family of kernels that runs it ([DESIGN.md](../DESIGN.md)). The plugins of vLLM and
-SGLang serve layers without biases whose activation is a SwiGLU. In `plan`: whether `epfuse plan`, `epfuse vllm explain`
-and `epfuse checkpoint` read the family's config.json under that name.
+SGLang serve layers whose activation is a SwiGLU; of those with biases vLLM's serves BF16 weights, SGLang's none. In
+`plan`: whether `epfuse plan`, `epfuse vllm explain` and `epfuse checkpoint` read the family's config.json under that
+name.
 
 """
 

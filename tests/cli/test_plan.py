@@ -104,18 +104,18 @@ def test_the_environments_policy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plan_says_what_the_layer_does_and_what_the_plugin_does(tmp_path: Path) -> None:
-    """gpt-oss in BF16: the layer adds its biases; vLLM lays its gate and up rows so that the plugin leaves it."""
+    """gpt-oss in BF16: the layer adds its biases, and so does the plugin."""
     bf16 = {key: value for key, value in GPT_OSS.items() if key != "quantization_config"}
     (tmp_path / "config.json").write_text(json.dumps(bf16))
     asked = ("--config", str(tmp_path), *M3[2:], "--target", "gfx942")
     record = json.loads(plan(*asked, "--json").stdout)
     assert {entry["storage"] for entry in record["layers"]} == {"bf16"}
     assert {(entry["path"], entry["kernels"]) for entry in record["ranges"]} == {("bf16", "portable")}
-    assert record["vllm"]["plugin"].startswith("epfuse's vLLM plugin leaves these layers to vLLM: the activation is")
+    assert record["vllm"]["plugin"] == "epfuse's vLLM plugin takes these layers."
     assert record["vllm"]["plugin"] in " ".join(plan(*asked).stdout.split())
     arguments = ["vllm", "explain", "--model", str(tmp_path), "--target", "gfx942", "--json"]
     explained = json.loads(CliRunner().invoke(main, arguments).stdout)
-    assert "EpfuseExperts" not in {group["with_epfuse"]["experts"] for group in explained["groups"]}
+    assert {group["with_epfuse"]["experts"] for group in explained["groups"]} == {"EpfuseExperts"}
 
 
 def test_explain_takes_vllms_own_exchange_between_data_parallel_ranks_and_no_other() -> None:

@@ -11,6 +11,7 @@ from epfuse.errors import ConfigError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.layouts import OURS, WeightLayout
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Parameters:
         w13_scale: ``[L, 2I, H/32]`` E8M0 bytes; None of BF16 weights.
         w2_scale: ``[L, H, I/32]``.
         expert_map: ``[E]``; None where every expert is local.
+        w13_bias: ``[L, 2I]``; None for none, as the next.
+        w2_bias: ``[L, H]``.
+        layout: how w13 and its bias lie, if not as said.
     """
 
     w13: torch.Tensor
@@ -30,6 +34,9 @@ class Parameters:
     w13_scale: torch.Tensor | None
     w2_scale: torch.Tensor | None
     expert_map: torch.Tensor | None
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    layout: WeightLayout = OURS
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ def address(tensor: torch.Tensor | None) -> int | None:
 def load_layer(plan: LayerPlan, parameters: Parameters, activation: Activation) -> LoadedLayer:
     """Bring the weights into the plan's storage; MXFP8 **in its own memory**, expert by expert.
 
+    Dense weights in another layout are copied, and so are biases, which become float32.
+
     Args:
         plan: not untouched.
         parameters: the layer's.
@@ -114,7 +123,8 @@ def _check_sizes(plan: LayerPlan, given: Parameters) -> None:
 def _weights(plan: LayerPlan, given: Parameters) -> ExpertWeights:
     if plan.request.checkpoint is Checkpoint.BF16:
         # contiguous: on ROCm vLLM pads the rows of dense weights (VLLM_ROCM_MOE_PADDING)
-        return ExpertWeights.bf16(given.w13.contiguous(), given.w2.contiguous())
+        dense = (given.w13.contiguous(), given.w2.contiguous())
+        return ExpertWeights.dense(*dense, gate_up_bias=given.w13_bias, down_bias=given.w2_bias, layout=given.layout)
     if given.w13_scale is None or given.w2_scale is None:
         raise ConfigError("the plan is for MXFP8 weights, and the layer has no scales")
     mxfp8 = (given.w13, given.w13_scale, given.w2, given.w2_scale)

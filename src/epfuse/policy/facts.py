@@ -46,12 +46,14 @@ class LayerFacts:
         has_lora: LoRA adapters are enabled.
         has_eplb: experts are rebalanced while serving.
         has_bias: the projections have biases.
+        has_alternating_rows: gate and up rows alternate in w13, as the server keeps it.
         has_fused_shared_experts: shared experts are appended to the routed ones.
         has_masked_expert_map: the server hands every experts class an ownership mask in place of a map.
         weights_input: the router weight is applied to the inputs.
         needs_batch_invariance: results must not depend on the batch.
         all2all: how tokens are exchanged between ranks, as the server names it; None where they stay.
         is_batched: activations come as ``[E, capacity, H]``.
+        why_left: why the server's method is better left to it, a sentence; None for no reason.
         device_name: the product, as torch names it, for the tuned tables; None where no device is there to ask.
         max_tokens: the most tokens of a call, those of other ranks among them; None where nobody knows.
     """
@@ -75,12 +77,14 @@ class LayerFacts:
     has_lora: bool = False
     has_eplb: bool = False
     has_bias: bool = False
+    has_alternating_rows: bool = False
     has_fused_shared_experts: bool = False
     has_masked_expert_map: bool = False
     weights_input: bool = False
     needs_batch_invariance: bool = False
     all2all: str | None = None
     is_batched: bool = False
+    why_left: str | None = None
     device_name: str | None = None
     max_tokens: int | None = None
 

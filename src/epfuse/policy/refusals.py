@@ -61,6 +61,7 @@ REFUSALS = (
         lambda facts: facts.asked_backend != "auto",
         lambda facts: f"--moe-backend {facts.asked_backend} was asked for, and the user's choice wins.",
     ),
+    Refusal(lambda facts: facts.why_left is not None, lambda facts: f"{facts.method} is left alone: {facts.why_left}"),
     *_SIZES_AND_NUMBERS,
     Refusal(
         lambda facts: not isinstance(facts.activation, SwiGLUOAI),
@@ -82,8 +83,11 @@ REFUSALS = (
         lambda facts: "EPLB moves experts between ranks while serving, which epfuse does not serve yet.",
     ),
     Refusal(
-        lambda facts: facts.has_bias,
-        lambda facts: "the experts have biases; epfuse adds them in transformers, and does not serve them yet.",
+        lambda facts: facts.checkpoint is Checkpoint.MXFP8 and (facts.has_bias or facts.has_alternating_rows),
+        lambda facts: (
+            f"{facts.method} keeps {'biases' if facts.has_bias else 'alternating gate and up rows'} beside MXFP8"
+            " weights; of those epfuse serves BF16 weights."
+        ),
     ),
     Refusal(
         lambda facts: facts.has_fused_shared_experts, lambda facts: "shared experts are fused into the routed ones."

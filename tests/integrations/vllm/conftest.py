@@ -15,6 +15,7 @@ if not HAVE_VLLM:
         "test_apply.py",
         "test_data_parallel.py",
         "test_explain.py",
+        "test_gpt_oss.py",
         "test_layer.py",
         "test_recipes.py",
         "test_refusals.py",

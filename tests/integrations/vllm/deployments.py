@@ -41,6 +41,8 @@ class Deployment:
     top_k: int = 4
     ep_size: int = 8
     ep_rank: int = 0
+    tp_size: int = 1
+    tp_rank: int = 0
     activation: str = "swigluoai_uninterleave"
     alpha: float | None = 1.702
     beta: float | None = 1.0
@@ -93,6 +95,8 @@ def parallel_config(deployment: Deployment) -> FusedMoEParallelConfig:
         "ep_size": deployment.ep_size,
         "ep_rank": deployment.ep_rank,
         "use_ep": ep,
+        "tp_size": deployment.tp_size,
+        "tp_rank": deployment.tp_rank,
         "dp_size": deployment.dp_size,
         "enable_eplb": deployment.eplb,
         "all2all_backend": deployment.all2all,

@@ -82,8 +82,10 @@ def test_explain_promises_what_the_plugin_does(name, checkpoint, tmp_path, monke
                     assert own.name == vllms
 
 
-def test_gpt_oss_is_promised_nothing(tmp_path):
+def test_gpt_oss_is_promised_in_bf16_alone(tmp_path):
     model = build_in_transformers(MODELS["gpt_oss"], tmp_path)[2]
-    for target in (Target.GFX942, Target.SM90):
-        assert not any(choice.is_ours for _, _, choice in explained(model, target, True))
+    for checkpoint in (Checkpoint.BF16, Checkpoint.MXFP4):
+        for _, _, choice in explained(replace(model, checkpoint=checkpoint), Target.GFX942, True):
+            assert choice.is_ours == (checkpoint is Checkpoint.BF16)
+            assert choice.is_ours or choice.reason.startswith("GptOssMxfp4MoEMethod is left alone: epfuse would")
     assert set(MODELS) <= set(FAMILIES)

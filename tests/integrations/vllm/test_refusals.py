@@ -27,7 +27,14 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "explicit backend for MXFP8": ({"backend": "marlin", "target": Target.SM90}, "--moe-backend marlin was asked for"),
     "activations in FP16": (BF16 | {"dtype": torch.float16}, "activations are torch.float16"),
     "weights in FP32": (BF16 | {"weights_dtype": torch.float32}, "weights are torch.float32 and activations"),
-    "interleaved gate and up": (BF16 | {"activation": "swigluoai"}, "the activation is 'swigluoai with alpha 1.702"),
+    "interleaved gate and up in MXFP8": (
+        NO_PARAMETERS | {"activation": "swigluoai", "target": Target.SM90},
+        "alternating gate and up rows beside MXFP8 weights",
+    ),
+    "a gain for gpt-oss": (
+        BF16 | {"activation": "swigluoai", "alpha": 1.5},
+        "the activation is 'swigluoai with alpha 1.5, beta 1, limit 7'",
+    ),
     "GELU": (BF16 | NO_PARAMETERS | {"activation": "gelu"}, "the activation is 'gelu'"),
     "a gain for silu": (BF16 | {"activation": "silu"}, "the activation is 'silu with alpha 1.702, beta 1, limit 7'"),
     "no gain for SwiGLU-OAI": (BF16 | {"alpha": None}, "'swigluoai_uninterleave with beta 1, limit 7'"),
@@ -36,7 +43,7 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "two limits": (BF16 | {"moe_limit": 10.0}, "with alpha 1.702, beta 1, limit 7 and 10'"),
     "LoRA": (BF16 | {"lora": True}, "LoRA is enabled"),
     "EPLB": (BF16 | {"eplb": True}, "EPLB moves experts"),
-    "biases": (BF16 | {"bias": True}, "the experts have biases"),
+    "biases beside MXFP8": ({"bias": True}, "keeps biases beside MXFP8 weights"),
     "fused shared experts": (BF16 | {"fused_shared_experts": 1}, "shared experts are fused"),
     "weighted inputs": (BF16 | {"weights_input": True}, "the router weight is applied to the inputs"),
     "more ranks than experts": (BF16 | {"experts": 4, "ep_rank": 4}, "this rank holds no expert"),
@@ -95,6 +102,12 @@ def another_method(monkeypatch) -> Deployment:
     return M3_EP8
 
 
+def better_left(monkeypatch) -> Deployment:
+    """A quantisation method whose weights epfuse could read, but not better."""
+    monkeypatch.setitem(versions.LEFT, "ModelOptMxFp8FusedMoE", "it takes half the bytes.")
+    return M3_EP8
+
+
 def masked(monkeypatch) -> Deployment:
     """AITER in a release that then hands out masks."""
     from vllm._aiter_ops import rocm_aiter_ops
@@ -121,6 +134,7 @@ def deepep_in_rows(monkeypatch) -> Deployment:
 
 ELSEWHERE: dict[Callable[..., Deployment], str] = {
     elsewhere: "this device is none of them",
+    better_left: "ModelOptMxFp8FusedMoE is left alone: it takes half the bytes.",
     another_method: "is not one of the weight formats",
     masked: "0/1 mask as expert map",
     invariant: "VLLM_BATCH_INVARIANT=1",

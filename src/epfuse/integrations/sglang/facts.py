@@ -166,6 +166,7 @@ def _refused(layer: Any, method: Any, config: Any) -> str | None:
             "MoeRunnerConfig.silu_mul_keep_fp32 is SGLang's for DeepGEMM only.",
         ),
         (not config.top_k, "MoeRunnerConfig.top_k is not given."),
+        (layer.with_bias, "the experts have biases, which epfuse does not add in SGLang."),
         *(
             (bool(setting(name)), f"--{name.replace('_', '-')} is on, which epfuse does not serve.")
             for name in switches

@@ -13,7 +13,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from epfuse.api import fused_experts
-from epfuse.config import Path
+from epfuse.config import Bias, Path
 from epfuse.errors import ConfigError
 from epfuse.families.registry import scratch_size
 from epfuse.integrations.load import LoadedLayer, Parameters, load_layer
@@ -22,11 +22,14 @@ from epfuse.integrations.warm import warm
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.policy.facts import GATHERED
 from epfuse.scratch import Scratch
+from epfuse.weights.layouts import OURS, GateUpRows, WeightLayout
 
 log: logging.Logger = logging.getLogger("vllm.epfuse")
 
 _READ = frozenset({"w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"})
 """What `load` takes of a layer."""
+_BIASES = ("w13_bias", "w2_bias")
+"""And of one whose experts have biases."""
 _UNREAD = ("w1_bias", "w2_bias", "w1_zp", "w2_zp", "a1_scale", "a2_scale", "a1_gscale", "a2_gscale", "g1_alphas")
 """What an experts object of vLLM's can be given besides."""
 
@@ -40,6 +43,7 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
     _loaded: LoadedLayer | None = None
     _weight_addresses: tuple[int, int] | None = None
     _activation_name: str | None = None
+    _has_copies: bool = False
 
     @staticmethod
     def activation_format() -> Any:
@@ -95,7 +99,8 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
     def load(self, layer: Any, plan: LayerPlan, max_tokens: int | None = None) -> None:
         """Take over a layer's weights, in their own memory where the plan keeps MXFP8; have its kernels ready.
 
-        Called again for the same tensors, which vLLM may do, it changes nothing.
+        Called again for the same tensors, which vLLM may do, it changes nothing. What is copied (biases, and w13 whose
+        gate and up rows alternate) leaves a parameter that nothing can be loaded into.
 
         Args:
             layer: vLLM's RoutedExperts after loading.
@@ -107,17 +112,23 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
                 epfuse does not compute with.
         """
         if self._loaded is not None:
-            if self._weight_addresses != (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()):
+            if self._weight_addresses != _addresses(layer):
                 raise ConfigError(f"the weights of {layer.layer_name} were replaced; epfuse can't reload them in place")
             return
         activation = versions.Activation.of_experts(self, layer.activation.value).computed
         if activation != plan.request.activation or activation is None:
             raise ConfigError(f"{layer.layer_name} has activation {activation}; its plan has {plan.request.activation}")
+        own = {name: tensor for name, tensor in layer.named_parameters(recurse=False) if name[:2] in ("w1", "w2", "w3")}
+        biases = () if plan.request.bias is Bias.NONE else _BIASES
         unread = [name for name in _UNREAD if getattr(self, name, None) is not None]
-        unread += [name for name, _ in layer.named_parameters(recurse=False) if name[:2] in ("w1", "w2", "w3")]
-        unread = [name for name in unread if name not in _READ]
+        unread = [name for name in unread if not (biases and name in ("w1_bias", "w2_bias"))]  # w13's and w2's
+        unread += [name for name in own if name not in _READ and name not in biases]
         if unread:
             raise ConfigError(f"{layer.layer_name} has {', '.join(unread)}, which epfuse does not compute with")
+        missing = [name for name in biases if name not in own]
+        if missing:
+            raise ConfigError(f"{layer.layer_name} has no {', '.join(missing)}; its plan is for experts with biases")
+        alternates = layer.activation.value == versions.INTERLEAVED
         scales = {name: getattr(layer, f"{name}_weight_scale", None) for name in ("w13", "w2")}
         given = Parameters(
             w13=layer.w13_weight.data,
@@ -125,20 +136,33 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
             w13_scale=None if scales["w13"] is None else scales["w13"].data,
             w2_scale=None if scales["w2"] is None else scales["w2"].data,
             expert_map=layer.expert_map,
+            w13_bias=own["w13_bias"].data if biases else None,
+            w2_bias=own["w2_bias"].data if biases else None,
+            layout=WeightLayout(GateUpRows.ALTERNATING) if alternates else OURS,
         )
         self._loaded = load_layer(plan, given, activation)
-        dense = self._loaded.weights.dense_experts
-        if plan.storage is Storage.BF16 and dense is not None and dense.w13.data_ptr() != given.w13.data_ptr():
-            replace_parameter(layer, "w13_weight", dense.w13)  # frees what was loaded
-            replace_parameter(layer, "w2_weight", dense.w2)
-        self._weight_addresses = (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr())
+        self._has_copies = alternates or bool(biases)
+        dense, kept = self._loaded.weights.dense_experts, {}
+        if plan.storage is Storage.BF16 and dense is not None:
+            kept = {"w13_weight": dense.w13, "w2_weight": dense.w2}
+        for name in (("w13_weight",) if alternates else ()) + biases:
+            kept[name] = own[name].new_empty(()).expand(own[name].shape)  # a load into it raises
+        for name, tensor in kept.items():
+            if tensor.data_ptr() != own[name].data_ptr():
+                replace_parameter(layer, name, tensor)  # frees what was loaded
+        self._weight_addresses = _addresses(layer)
         self._activation_name = layer.activation.value
         warm(self._loaded, max_tokens, log)
+
+    def holds_copies_of(self, layer: Any) -> bool:
+        """Whether some of the layer's parameters have no memory of their own, because these experts hold copies."""
+        return self._has_copies and self._weight_addresses == _addresses(layer)
 
     @property
     def has_rearranged_weights(self) -> bool:
         """Whether the layer's parameters no longer hold what a checkpoint has, so that none can be loaded into them."""
-        return self._loaded is not None and self._loaded.plan.request.checkpoint is not Checkpoint.BF16
+        is_mxfp8 = self._loaded is not None and self._loaded.plan.request.checkpoint is not Checkpoint.BF16
+        return is_mxfp8 or self._has_copies
 
     def apply(
         self,
@@ -191,6 +215,11 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
             out=output,
             scratch=Scratch(workspace13, workspace2),
         )
+
+
+def _addresses(layer: Any) -> tuple[int, int]:
+    """Where both matrices of a layer begin, as vLLM hands them to calls."""
+    return layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()
 
 
 def own_refusal(moe_config: Any, checkpoint: Checkpoint) -> str | None:

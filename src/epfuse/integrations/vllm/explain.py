@@ -10,6 +10,7 @@ from epfuse.config import Policy
 from epfuse.errors import ConfigError
 from epfuse.integrations.choice import Choice, choose
 from epfuse.integrations.vllm.releases import release_of
+from epfuse.integrations.vllm.versions import GPT_OSS, INTERLEAVED, LEFT
 from epfuse.policy import Checkpoint, LayerFacts, LayerPlan, model_facts
 from epfuse.policy.facts import GATHERED
 from epfuse.target import Target
@@ -52,16 +53,16 @@ WITH_HUMMING = {"0.32.0": _HUMMING, "0.33.0": _HUMMING}
 _FP8 = OwnExperts("vLLM's choice for Fp8MoEMethod", "Block FP8 weights; which class multiplies them is not known here.")
 _FP4 = OwnExperts("vLLM's choice for MXFP4", "MXFP4 weights; which class multiplies them is not known here.")
 _LEFT = {Checkpoint.BLOCK_FP8: _FP8, Checkpoint.MXFP4: _FP4}
-"""Weights that epfuse replaces nobody for in vLLM."""
+"""Weights that epfuse replaces nobody for in vLLM -> what is known of its choice."""
 METHODS = {
     Checkpoint.BF16: "UnquantizedFusedMoEMethod",
     Checkpoint.MXFP8: "ModelOptMxFp8FusedMoE",
     Checkpoint.BLOCK_FP8: "Fp8MoEMethod",
-    Checkpoint.MXFP4: "vLLM's MXFP4 method",
+    Checkpoint.MXFP4: "GptOssMxfp4MoEMethod",
 }
 """Numbers of the weights -> vLLM's quantisation method."""
-INTERLEAVED = {"gpt_oss": "swigluoai"}
-"""Models whose gate and up rows alternate in vLLM's w13 -> vLLM's word for their activation."""
+ALTERNATING = frozenset({"gpt_oss"})
+"""Models whose gate and up rows alternate in vLLM's w13."""
 
 
 def own_experts(model: ExpertModel, deployment: Deployment) -> OwnExperts:
@@ -192,13 +193,14 @@ def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: in
         ep_size=ranks if spread else 1,
         tp_size=1 if spread else ranks,
     )
-    if model.name in INTERLEAVED:
-        found = replace(found, activation=None, activation_name=INTERLEAVED[model.name])
+    if model.name in ALTERNATING:
+        found = replace(found, activation=GPT_OSS, activation_name=INTERLEAVED, has_alternating_rows=True)
     return replace(
         found,
         method=METHODS[model.checkpoint],
         own_experts=own.name,
         checkpoint=None if model.checkpoint in _LEFT else model.checkpoint,
+        why_left=LEFT.get(METHODS[model.checkpoint]),
         asked_backend=deployment.backend,
         device_name=deployment.device_name,
         all2all=deployment.all2all if spread and deployment.dp_size > 1 else None,

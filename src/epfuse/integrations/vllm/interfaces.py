@@ -27,7 +27,11 @@ USES = (
         " swiglu_alpha swiglu_beta swiglu_limit",
     ),
     names_in(f"{MOE}expert_map_manager.py", "ExpertMapManager", "num_fused_shared_experts"),
-    names_in(f"{MOE}activation.py", "MoEActivation", "SILU='silu' SWIGLUOAI_UNINTERLEAVE='swigluoai_uninterleave'"),
+    names_in(
+        f"{MOE}activation.py",
+        "MoEActivation",
+        "SILU='silu' SWIGLUOAI='swigluoai' SWIGLUOAI_UNINTERLEAVE='swigluoai_uninterleave'",
+    ),
     Use(What.FIELDS, f"{MOE}config.py", "FusedMoEConfig"),
     Use(What.FIELDS, f"{MOE}config.py", "FusedMoEParallelConfig"),
     names_in(f"{MOE}config.py", "FusedMoEParallelConfig", "use_all2all_kernels use_batched_activation_format"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -22,11 +22,16 @@ log: logging.Logger = logging.getLogger("vllm.epfuse")
 _said: set[str] = set()
 
 
-class EpfuseRoutedExperts(RoutedExperts):
-    """vLLM's layer, whose quantisation method may build epfuse's experts in place of its own choice."""
+class _Offered:
+    """What a stand-in for one of vLLM's RoutedExperts has of its own: its method may build epfuse's experts instead."""
+
+    if TYPE_CHECKING:
+        layer_name: str
+        quant_method: Any
+        _map_global_expert_id_to_local_expert_id: Callable[[int], int]
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
-        method = super()._get_quant_method(prefix, quant_config, moe_config)
+        method = cast("Any", super())._get_quant_method(prefix, quant_config, moe_config)
         try:
             offer(self, method, moe_config, prefix)
         except Exception:
@@ -49,9 +54,19 @@ class EpfuseRoutedExperts(RoutedExperts):
         if is_final and self._map_global_expert_id_to_local_expert_id(expert_id) >= 0:
             raise ConfigError(
                 f"{weight_name} of {self.layer_name} would be loaded over weights that epfuse keeps in its own order;"
-                " it supports no reload of MXFP8 weights: start the server again, or without epfuse"
+                " it supports no reload of these weights: start the server again, or without epfuse"
             )
-        return super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, *rest, **named)
+        return cast("Any", super()).weight_loader(
+            param, loaded_weight, weight_name, shard_id, expert_id, *rest, **named
+        )
+
+
+class EpfuseRoutedExperts(_Offered, RoutedExperts):
+    """vLLM's layer, with epfuse's experts where they are taken."""
+
+
+OWN_LOADERS = frozenset({"GptOssRoutedExperts"})
+"""Names of RoutedExperts that a model brings for the sake of how its checkpoint is loaded; the rest is as in vLLM's."""
 
 
 def offer(layer: Any, method: Any, moe_config: Any, name: str) -> Choice:
@@ -86,7 +101,17 @@ def register_layer() -> bool:
         log.warning("epfuse is not in use: %s replaces vLLM's RoutedExperts already", taken.__qualname__)
         return False
     RoutedExperts.register_oot(EpfuseRoutedExperts)
+    for known in RoutedExperts.__subclasses__():
+        _stand_in(known)
+    # a model's module is imported when the model is built, long after this
+    RoutedExperts.__init_subclass__ = classmethod(_stand_in)
     return True
+
+
+def _stand_in(cls: Any, /, **_: Any) -> None:
+    """Stand in for a model's own RoutedExperts too."""
+    if cls.__name__ in OWN_LOADERS and cls.__name__ not in op_registry_oot:
+        cls.register_oot(type(f"Epfuse{cls.__name__}", (_Offered, cls), {}))
 
 
 def _say_once(text: str) -> None:

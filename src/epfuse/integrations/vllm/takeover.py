@@ -11,7 +11,7 @@ from epfuse.integrations.loading import LoadingLog
 loading = LoadingLog(logging.getLogger("vllm.epfuse"))
 
 
-def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: type, choice: Choice) -> None:
+def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: Any, choice: Choice) -> None:
     """Make ``method`` build our experts and give them their weights after loading.
 
     Args:
@@ -24,8 +24,13 @@ def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: ty
     own_processing = method.process_weights_after_loading
 
     def process_weights_after_loading(layer: Any) -> None:
-        """Do what vLLM does, which builds the kernel object; then give the weights to our experts."""
-        own_processing(layer)
+        """Do what vLLM does, which builds the kernel object; then give the weights to our experts.
+
+        A second time vLLM would copy each parameter onto itself, which one without memory of its own refuses.
+        """
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        if not (isinstance(experts, experts_cls) and experts.holds_copies_of(layer)):
+            own_processing(layer)
         with loading.of(method):
             method.moe_kernel.fused_experts.load(layer, choice.plan, choice.facts.max_tokens)
 

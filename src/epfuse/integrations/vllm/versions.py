@@ -59,6 +59,11 @@ METHODS = {
 """vLLM's class name -> what we know of it; the same in all tested releases."""
 
 
+_MXFP4 = "epfuse would keep MXFP4 as MXFP8, twice the bytes, and no measurement says that it would be faster."
+LEFT = {"GptOssMxfp4MoEMethod": _MXFP4, "Mxfp4MoEMethod": _MXFP4}
+"""Class name of a method whose weights epfuse could read -> why it doesn't take them from vLLM."""
+
+
 def method_of(quant_method: Any) -> Method | None:
     """What we know of a quantisation method that has chosen its experts; None leaves it alone."""
     found = METHODS.get(type(quant_method).__name__)
@@ -117,13 +122,21 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
         has_lora=moe_config.is_lora_enabled,
         has_eplb=parallel.enable_eplb,
         has_bias=moe_config.has_bias,
+        has_alternating_rows=moe_config.activation.value == INTERLEAVED,
         has_fused_shared_experts=layer.expert_map_manager.num_fused_shared_experts > 0,
         has_masked_expert_map=moe_config.rocm_aiter_fmoe_enabled and not _has_per_kernel_map(),
         weights_input=layer.apply_router_weight_on_input,
         needs_batch_invariance=_needs_batch_invariance(),
+        why_left=LEFT.get(type(quant_method).__name__),
         all2all=exchange_of(parallel),
         is_batched=parallel.use_batched_activation_format,
     )
+
+
+INTERLEAVED = "swigluoai"
+"""vLLM's word for the activation whose gate and up rows alternate in w13 and in its bias."""
+GPT_OSS = SwiGLUOAI(alpha=1.702, beta=1.0, limit=7.0)
+"""What vLLM's kernel of it computes."""
 
 
 @dataclass(frozen=True)
@@ -168,11 +181,16 @@ class Activation:
         """In our words; None for one that we don't compute, or of which a part is missing or given twice.
 
         vLLM's own experts don't agree on the gain of ``swigluoai_uninterleave`` where none is given (in 0.25.1 1.702
-        or 1), nor on what a gain means for ``silu``: such a layer is left to vLLM.
+        or 1), nor on what a gain means for ``silu``: such a layer is left to vLLM. ``swigluoai``, gpt-oss's, is one
+        function: vLLM's kernel of it takes no parameters.
         """
         if max(map(len, (self.alpha, self.beta, self.limit))) > 1:
             return None
         alpha, beta, limit = (next(iter(part), None) for part in (self.alpha, self.beta, self.limit))
+        if self.name == INTERLEAVED:
+            given = (alpha, beta, limit)
+            same = all(value in (None, fixed) for value, fixed in zip(given, GPT_OSS.parameters, strict=True))
+            return GPT_OSS if same else None
         if self.name == "silu":
             if alpha not in (None, 1.0) or beta not in (None, 0.0):
                 return None
@@ -192,7 +210,7 @@ class Activation:
 
 def supports_activation(name: str) -> bool:
     """Whether we compute an activation of this name, given the parameters that it needs."""
-    return name in ("silu", "swigluoai_uninterleave")
+    return name in ("silu", "swigluoai_uninterleave", INTERLEAVED)
 
 
 def _given(*values: float | None) -> frozenset[float]:
