@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from epfuse.config import SwiGLUOAI
 from epfuse.integrations.choice import Choice
 from epfuse.integrations.vllm import explain, layer, releases
 from epfuse.policy import Checkpoint
@@ -25,6 +26,7 @@ RANKS = 8
 def deployment_of(model: ExpertModel, index: int, target: Target, spread: bool) -> Deployment:
     """The layer as vLLM's model code asks for it."""
     activation = model.activation_at(index)
+    activation = activation if isinstance(activation, SwiGLUOAI) else None  # of the others the plugin takes none
     name = "swiglustep" if activation is None else "silu" if activation.beta == 0 else "swigluoai_uninterleave"
     limit = None if activation is None or activation.limit == float("inf") else activation.limit
     gain = (None, None) if name.startswith("si") or activation is None else (activation.alpha, activation.beta)
