@@ -22,7 +22,7 @@ from epfuse.integrations.sglang.facts import NAME
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.weights.restore import restore_checkpoint_order, take_over_memory
 
-loading = LoadingLog(logging.getLogger("sglang.srt.epfuse"))
+loading: LoadingLog = LoadingLog(logging.getLogger("sglang.srt.epfuse"))
 
 SCALES = ("w13_weight_scale_inv", "w2_weight_scale_inv")
 

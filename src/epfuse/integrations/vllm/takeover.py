@@ -8,7 +8,7 @@ from typing import Any
 from epfuse.integrations.choice import Choice
 from epfuse.integrations.loading import LoadingLog
 
-loading = LoadingLog(logging.getLogger("vllm.epfuse"))
+loading: LoadingLog = LoadingLog(logging.getLogger("vllm.epfuse"))
 
 
 def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: Any, choice: Choice) -> None:
