@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 from torch._C._autograd import _profiler_enabled
+from torch.autograd import profiler
 from torch.profiler import record_function
 
 from epfuse.arguments import member
@@ -121,7 +122,8 @@ def fused_experts(
         weights.gate_up_bias,
         weights.down_bias,
     )
-    watched = _profiler_enabled()  # a range that nobody reads costs as much as a launch
+    # a range that nobody reads costs as much as a launch; the second asks for profilers of other threads
+    watched = _profiler_enabled() or profiler._is_profiler_enabled
     for name, launch in decision.family.steps(call, decision.tiles).launches:
         with record_function(f"epfuse::{name}") if watched else nullcontext():
             launch()

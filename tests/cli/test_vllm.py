@@ -131,12 +131,14 @@ def config(tmp_path, **content) -> str:
     return str(tmp_path)
 
 
-def test_explain_knows_what_the_plugin_refuses(tmp_path):
+def test_explain_knows_where_the_plugin_takes_gpt_oss(tmp_path):
     sizes = {"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 128, "num_experts_per_tok": 4}
     model = config(tmp_path, model_type="gpt_oss", num_hidden_layers=36, **sizes)
     (group,) = groups("--model", model)
+    assert group["with_epfuse"]["experts"] == "EpfuseExperts"
+    (group,) = groups("--model", model, "--target", "sm_90")
     assert group["with_epfuse"]["experts"] == "TritonExperts"
-    assert group["with_epfuse"]["reason"].startswith("the activation is 'swigluoai'")
+    assert group["with_epfuse"]["reason"].endswith("in multiples of 128, not 2880 and 2880.")
 
 
 def test_explain_spreads_experts_that_do_not_divide(tmp_path):
@@ -149,15 +151,22 @@ def test_explain_spreads_experts_that_do_not_divide(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "quantization", [{"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "mxfp4"}]
+    ("quantization", "words"),
+    [
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            "of the weight formats that epfuse replaces.",
+        ),
+        ({"quant_method": "mxfp4"}, "no measurement says that it would be faster."),
+    ],
 )
 @pytest.mark.parametrize("target", ["gfx942", "gfx950", "sm_90"])
-def test_explain_leaves_formats_that_the_plugin_does_not_replace(target, quantization, tmp_path):
+def test_explain_leaves_formats_that_the_plugin_does_not_replace(target, quantization, words, tmp_path):
     sizes = {"hidden_size": 2048, "moe_intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 4}
     content = {"hidden_act": "silu", "num_hidden_layers": 4, "quantization_config": quantization} | sizes
     (group,) = groups("--model", config(tmp_path, model_type="qwen3_moe", **content), "--target", target)
     assert group["with_epfuse"]["experts"] == group["without_epfuse"]["experts"]
-    assert group["with_epfuse"]["reason"].endswith("is not one of the weight formats that epfuse replaces.")
+    assert group["with_epfuse"]["reason"].endswith(words)
 
 
 @pytest.mark.parametrize(

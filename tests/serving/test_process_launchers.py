@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import signal
@@ -69,6 +70,15 @@ def test_a_local_job_is_started_once_found_and_stopped(order: Order) -> None:
     assert [(job.key, job.job, job.phase) for job in seen.jobs] == [(order.key, first.job, Phase.RUNNING)]
     assert local.cancel(HERE, order.key) is None
     assert local.look(HERE, [order.key]) == Seen(())
+
+
+def test_a_job_that_has_no_command_line_yet_is_not_started_twice(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = itertools.count()
+    listed = processes._processes
+    nameless = lambda: ((pid, session, [""]) for pid, session, _ in listed())  # noqa: E731
+    monkeypatch.setattr(processes, "_processes", lambda: nameless() if next(looks) < 4 else listed())
+    pid = processes.start(order.key, order.folder, order.argv)
+    assert processes.start(order.key, order.folder, order.argv) == pid
 
 
 def test_a_job_that_ignores_sigterm_is_killed_with_its_session(order: Order) -> None:

@@ -168,3 +168,16 @@ def test_biases_that_the_family_does_not_have_are_refused(folder: Path) -> None:
     write(folder, held, BF16 | {"model_type": "mixtral"})
     with pytest.raises(EpfuseError, match="which E=4 experts in bf16 don't have"):
         load(folder)
+
+
+def test_blocks_of_128_rows_that_gate_and_up_share_are_refused(tmp_path: Path) -> None:
+    size = {"hidden_size": 128, "intermediate_size": 128}
+    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    tensors = {f"{MODULE}.gate_up_proj_bias": torch.zeros(EXPERTS, 256).bfloat16()}
+    tensors[f"{MODULE}.down_proj_bias"] = torch.zeros(EXPERTS, 128).bfloat16()
+    for name, rows in (("gate_up_proj", 256), ("down_proj", 128)):
+        tensors[f"{MODULE}.{name}"] = torch.ones(EXPERTS, rows, 128).to(torch.float8_e4m3fn)
+        tensors[f"{MODULE}.{name}_scale_inv"] = torch.ones(EXPERTS, rows // 128, 1)
+    write(tmp_path, tensors, BF16 | size | fp8)
+    with pytest.raises(EpfuseError, match="gate and up rows share it"):
+        load(tmp_path)

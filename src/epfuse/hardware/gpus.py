@@ -44,7 +44,9 @@ GPUS = (MI300X, MI325X, MI355X, H100, H100_PCIE, H200, B200)
 
 
 def named(name: str) -> GPU | None:
-    """The GPU that a driver calls ``name``; None if it is not known."""
+    """The GPU that a driver calls ``name``; None if it is not known, or a slice of one (MIG), which has less of all."""
+    if " MIG " in name:
+        return None
     return next((gpu for gpu in GPUS if re.search(gpu.pattern, name)), None)
 
 

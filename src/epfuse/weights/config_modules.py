@@ -15,8 +15,17 @@ from epfuse.weights.config_fields import Fields
 MOST_PATTERNS = 128
 """Globs and regexes of one model, whose alternatives count; plain names don't. Each is tried on every layer."""
 MOST_ALTERNATIVES = 64
-HEADS = ("model.layers", "language_model.model.layers", "model.language_model.layers", "backbone.layers")
-"""What stands before a layer's index."""
+HEADS = (
+    "model.",
+    "language_model.model.",
+    "model.language_model.",
+    "thinker.model.",
+    "model.decoder.",
+    "backbone.",
+    "",
+)
+"""What stands before ``layers`` where the language model is, in names of modules and of tensors; elsewhere are draft
+models (``mtp.``)."""
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"))
 """The names that an expert's matrices have, and in the last row the names of all experts together."""
 MATRICES = (
@@ -100,7 +109,7 @@ class ExpertModules:
         """Whether all experts of a layer are named by some of the globs; an error if only a part is."""
         part: str | None = None
         for head in HEADS:
-            module = f"{head}.{layer}.{self.module}"
+            module = f"{head}layers.{layer}.{self.module}"
             if any(glob.match(module) for glob, _ in matches):
                 return True
             for group in MATRICES:

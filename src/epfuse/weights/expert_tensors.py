@@ -18,22 +18,13 @@ from epfuse.numerics.mxfp8 import BLOCK as GROUP
 from epfuse.weights.block_fp8 import BLOCK
 from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.config_families import FAMILIES
+from epfuse.weights.config_modules import HEADS
 from epfuse.weights.layouts import GateUpRows, MatrixOrder, WeightLayout
 from epfuse.weights.model_config import ExpertModel
 from epfuse.weights.tensor_file import StoredTensor
 from epfuse.weights.tensor_folder import TensorFolder
 from epfuse.weights.weight_names import SECOND_SCALE
 
-HEADS = (
-    "model.",
-    "language_model.model.",
-    "model.language_model.",
-    "thinker.model.",
-    "model.decoder.",
-    "backbone.",
-    "",
-)
-"""What stands before ``layers`` where the language model is; elsewhere are draft models (``mtp.``)."""
 SAVED_MODULE = "mlp.experts"
 """Where experts are in what transformers saves without the family's own names."""
 
@@ -194,6 +185,11 @@ def _layer(model: ExpertModel, module: str, tensors: Mapping[str, StoredTensor])
         FAMILIES[model.name].gate_up if naming is Naming.STACKS else GateUpRows.HALVES,
         MatrixOrder.COLUMNS if transposed else MatrixOrder.ROWS,
     )
+    if layout.gate_up is GateUpRows.ALTERNATING and model.checkpoint is Checkpoint.BLOCK_FP8:
+        raise CheckpointError(
+            f"{module} has rows of gate and up in turn and a scale for each block of 128x128: gate and up rows share"
+            " it, and in another order of rows they would need other scales"
+        )
     found = LayerTensors(naming, model.checkpoint, module, layout, parts)
     _check_sizes(model, found)
     _check_dtypes(found)

@@ -34,6 +34,9 @@ def take_over(method: Any, backend_attribute: str, backend: Any, experts_cls: An
         with loading.of(method):
             method.moe_kernel.fused_experts.load(layer, choice.plan, choice.facts.max_tokens)
 
+    if choice.facts.has_bias or choice.facts.has_alternating_rows:
+        # vLLM's weight cache would hand parameters on that have no memory of their own, and skip what is done to them
+        method.supports_pre_processed_weights = False
     setattr(method, backend_attribute, backend)
     method.experts_cls = experts_cls
     method.process_weights_after_loading = process_weights_after_loading

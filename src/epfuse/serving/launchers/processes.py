@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+NAMED_SECONDS = 5.0
+"""What a process that has been started may take to have its own command line."""
 STOP_SECONDS = 20.0
 """What a job may take to stop its server after SIGTERM; SIGKILL follows."""
 
@@ -47,7 +49,15 @@ def start(key: str, folder: Path, argv: Sequence[str]) -> int:
                 start_new_session=True,
             )
         _CHILDREN[process.pid] = process
+        _until_named(process, key)
         return process.pid
+
+
+def _until_named(process: subprocess.Popen[bytes], key: str) -> None:
+    """Wait, a moment, for its command line: until the system has written it, the next start would not find the job."""
+    end = time.monotonic() + NAMED_SECONDS
+    while process.poll() is None and process.pid not in running(key) and time.monotonic() < end:
+        time.sleep(0.002)
 
 
 _CHILDREN: dict[int, subprocess.Popen[bytes]] = {}
