@@ -70,8 +70,6 @@ def loaded(deployment: Deployment, monkeypatch: Any, layer_cls: type | None = No
             mine = torch.zeros_like(mine)
         getattr(layer, name).data.copy_(mine)
     layer.quant_method.process_weights_after_loading(layer)
-    # vLLM's weight cache would hand on parameters that have no memory of their own; 0.25.1 has none
-    assert getattr(layer.quant_method, "supports_pre_processed_weights", False) is False
     return layer
 
 
@@ -99,6 +97,8 @@ def experts_of(layer: Any) -> EpfuseExperts:
     experts = layer.quant_method.moe_kernel.fused_experts
     assert type(experts) is EpfuseExperts
     assert experts._loaded.weights.bias is Bias.ADDED
+    # vLLM's weight cache would hand on parameters that have no memory of their own; 0.25.1 has none
+    assert getattr(layer.quant_method, "supports_pre_processed_weights", False) is False
     return experts
 
 
