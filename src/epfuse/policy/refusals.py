@@ -66,8 +66,8 @@ REFUSALS = (
     Refusal(
         lambda facts: not isinstance(facts.activation, SwiGLUOAI),
         lambda facts: (
-            f"the activation is {facts.activation_name!r}; epfuse serves SwiGLU-OAI with gate and up rows in two"
-            " halves, and silu(gate) * up."
+            f"the activation is {facts.activation_name!r}; epfuse serves SwiGLU-OAI, with gate and up rows in turn in"
+            " gpt-oss's numbers alone, and silu(gate) * up."
         ),
     ),
     Refusal(
