@@ -34,11 +34,14 @@ def say_plugin() -> None:
 def serve(port: str, model: str) -> None:
     """The stub of tests/serving, with vLLM's routes of its development mode and its metrics.
 
-    Faults: ``dies``; ``calm`` preempts nothing; ``refuses`` weights in place; ``forgets`` them then; ``drifts``.
+    Faults: ``dies``; ``calm`` preempts nothing; ``refuses`` weights in place; ``forgets`` them then; ``drifts``;
+    ``traceless``.
     """
     faults = os.environ.get("STUB_FAULTS", "").split() + (os.environ.get("STUB_OURS", "").split() if OURS else [])
     if "dies" in faults:
         sys.exit("ValueError: no such model")
+    settings = json.loads(option("--profiler-config")) if "--profiler-config" in sys.argv else {}
+    traces = Path(settings.get("torch_profiler_dir", ""))
     sys.argv = ["stub_server", port, model, *faults]
     stub = importlib.import_module("tests.serving.stub_server")
 
@@ -63,6 +66,9 @@ def serve(port: str, model: str) -> None:
                 print("ERROR epfuse.errors.ConfigError: the weights of layer 1 were replaced", flush=True)
                 self.answer(500, {"error": "EngineCore"})
                 return
+            if self.path == "/start_profile" and "traceless" not in faults:
+                traces.mkdir(parents=True, exist_ok=True)
+                (traces / "rank0.pt.trace.json.gz").touch()
             if self.path == "/collective_rpc" and "forgets" in faults:
                 stub.FAULTS["shifted"] = "0.5"
             self.answer(200, {})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools.serve_on_gpu import answers, checkpoint, endure, sleep
+from tools.serve_on_gpu import answers, checkpoint, endure, sleep, trace
 from tools.serve_on_gpu.arms import Arm, Workplace
 from tools.serve_on_gpu.parts import Budget, Folder, Outcome
 from tools.serve_on_gpu.records import merge
@@ -121,14 +121,27 @@ def test_sleep_and_weights_in_place(place, folder, monkeypatch, fault, passed, w
     assert len(found.failed) == passed.count(False)
 
 
+@pytest.mark.parametrize(("fault", "words"), [("", ""), ("traceless", "left no trace")])
+def test_traces(place, folder, monkeypatch, fault, words) -> None:
+    monkeypatch.setenv("STUB_FAULTS", fault)
+    monkeypatch.setattr(trace, "SETTLE", 0.01)
+    found = trace.run(place, trace.Wanted(2, answer=8), folder, Budget(500), {})
+    assert [record.get("traces") for record in records(folder)] == (
+        [None] * 2 if words else [["rank0.pt.trace.json.gz"]] * 2
+    )
+    assert all(words in line for line in found.failed)
+    assert bool(found.failed) == bool(words)
+
+
 def test_what_there_is_no_time_for(place, folder) -> None:
     parts = [
         answers.logprobs({"mxfp8": place}, stub_reading, folder, Budget(5), {}),
         answers.recite(place, {"a": "b"}, folder, Budget(5), {}),
         endure.run(place, 50, folder, Budget(5), {}),
         sleep.run(place, folder, Budget(5), {}),
+        trace.run(place, trace.Wanted(2), folder, Budget(5), {}),
     ]
-    assert [(len(part.failed), len(part.left)) for part in parts] == [(0, 1)] * 4
+    assert [(len(part.failed), len(part.left)) for part in parts] == [(0, 1)] * 5
     assert not list(folder.path.iterdir())
 
 

@@ -226,6 +226,24 @@ def sleep(**options: Any) -> None:
 
 
 @main.command(
+    "trace", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu trace --out records --concurrency 64"
+)
+@of_a_model
+@click.option("--concurrency", type=click.IntRange(1, 512), default=16, show_default=True, help="Requests in flight.")
+@of_a_part
+def trace(model: str, concurrency: int, **options: Any) -> None:
+    """A few decode steps of a server without epfuse and of one with it, recorded by vLLM's profiler.
+
+    Exit code 1: a server failed, or left no trace; 75: there was no time.
+    """
+    from tools.serve_on_gpu import trace as part
+
+    place = Place(model, options)
+    wanted = part.Wanted(concurrency)
+    part.run(place.work, wanted, place.folder, place.budget, machine_facts()).finish()
+
+
+@main.command(
     "merge", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu merge records --json record.json"
 )
 @click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import re
@@ -27,7 +28,7 @@ LENGTHS = (5, 17, 64, 300, 1000, 3000)
 FIRST, ANSWER = 12, 8
 """How many there are, and tokens of each answer."""
 BENCH = (sys.executable, "-m", "tools.serve_on_gpu.bench")
-READY, STOP = 420.0, 30.0
+READY, STOP, PATIENCE = 420.0, 30.0, 120.0
 COLD_SECONDS, WARM_SECONDS = 190.0, 100.0
 """What a server with its points is taken to need before one has been seen."""
 POINT = re.compile(r"(\d+)/(\d+)@(\d+(?:,\d+)*)")
@@ -216,6 +217,20 @@ def complete(port: int, model: str, prompt: list[int], tokens: int, **more: Any)
         return [(str(token), float(value)) for token, value in found]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ServerFault(f"a request has no answer that can be read: {error!r:.200}") from None
+
+
+def post(port: int, path: str, body: Any) -> None:
+    """A request that a server only has to accept.
+
+    Raises:
+        ServerFault: it does not.
+    """
+    try:
+        status, answer = ask(port, "POST", path, body, PATIENCE)
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerFault(f"{path} is not answered: {error!r:.200}") from None
+    if status != 200:
+        raise ServerFault(f"{path} is answered with {status}: {answer[:300].decode(errors='replace')}")
 
 
 def bench_for(place: Workplace, logs: Path) -> Bench:

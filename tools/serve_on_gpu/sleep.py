@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 from functools import partial
 from typing import Any
 
@@ -10,12 +9,11 @@ from tools.serve_on_gpu.answers import SECONDS, Running, serving
 from tools.serve_on_gpu.arms import Arm, Workplace
 from tools.serve_on_gpu.endure import memory_of
 from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
-from tools.serve_on_gpu.servers import complete
+from tools.serve_on_gpu.servers import complete, post
 
 from epfuse.serving.prompts import PROMPTS
-from epfuse.serving.server import ServerFault, ask
+from epfuse.serving.server import ServerFault
 
-PATIENCE = 120.0
 RELOAD = ("/collective_rpc", {"method": "reload_weights"})
 STEPS: dict[str, tuple[bool, tuple[tuple[str, Any], ...]]] = {
     "sleep level 1": (True, (("/sleep?level=1", None), ("/wake_up", None))),
@@ -63,7 +61,7 @@ def _one(running: Running, must: bool, requests: tuple[tuple[str, Any], ...]) ->
     memory = [memory_of(running.mark)["gpu_mib"]]
     try:
         for path, body in requests:
-            running.during(lambda path=path, body=body: _post(running.port, path, body))
+            running.during(lambda path=path, body=body: post(running.port, path, body))
             memory.append(memory_of(running.mark)["gpu_mib"])
         after = running.during(answers)
     except ServerFault as fault:
@@ -79,12 +77,3 @@ def _one(running: Running, must: bool, requests: tuple[tuple[str, Any], ...]) ->
         "reason": "the same answers as before" if same else "OTHER ANSWERS than before, and no error",
         "gpu_mib": memory,
     }
-
-
-def _post(port: int, path: str, body: Any) -> None:
-    try:
-        status, answer = ask(port, "POST", path, body, PATIENCE)
-    except (OSError, http.client.HTTPException) as error:
-        raise ServerFault(f"{path} is not answered: {error!r:.200}") from None
-    if status != 200:
-        raise ServerFault(f"{path} is answered with {status}: {answer[:300].decode(errors='replace')}")
