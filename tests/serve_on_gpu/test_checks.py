@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tools.serve_on_gpu.records import merge
 
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.serving.gate import Reading
+from epfuse.serving.node import GpuSample
 from tests.integrations.vllm_e2e.checkpoint import RECITING, build, checkpoint_tensors
 
 
@@ -98,6 +100,16 @@ def test_a_long_run(place, folder, monkeypatch, faults, late, words) -> None:
     assert record["passed"] == (not words)
     assert words in record["reason"]
     assert bool(found.failed) == bool(words)
+
+
+def test_memory_of_other_gpus_is_others_business(monkeypatch) -> None:
+    samples = [GpuSample(0, memory=100.0), GpuSample(1, memory=7.0), GpuSample(2)]
+    monkeypatch.setattr(endure, "Gpus", lambda vendor: SimpleNamespace(sample=lambda: samples))
+    found = []
+    for visible in ("", "1", "0,1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found.append(endure.memory_of("no such mark")["gpu_mib"])
+    assert found == [107.0, 7.0, 107.0]
 
 
 def test_memory_that_grows() -> None:

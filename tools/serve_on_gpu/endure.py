@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import random
 import re
 import socket
@@ -163,8 +164,10 @@ def _break_off(port: int, body: dict[str, Any], seconds: float) -> None:
 
 
 def memory_of(mark: str) -> dict[str, float]:
-    """MiB in use on the GPUs, and resident in a server's processes."""
-    gpus = [sample.memory for sample in Gpus("nvidia").sample() if sample.memory is not None]
+    """MiB in use on the GPUs that this process may use, and resident in a server's processes."""
+    visible = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.isdigit()]
+    seen = [sample for sample in Gpus("nvidia").sample() if not visible or str(sample.gpu) in visible]
+    gpus = [sample.memory for sample in seen if sample.memory is not None]
     resident = 0
     for pid in marked_processes(mark):
         with contextlib.suppress(OSError, ValueError, IndexError):

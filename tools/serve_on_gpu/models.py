@@ -113,6 +113,47 @@ def qwen3_30b() -> dict[str, Any]:
     }
 
 
+def gpt_oss_20b() -> dict[str, Any]:
+    """gpt-oss-20b with all its layers in BF16 (the published config.json, no MXFP4), and this vocabulary."""
+    layers = 24
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "dtype": "bfloat16",
+        "vocab_size": VOCAB,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": layers,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "sliding_window": 128,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "attention_bias": True,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "experts_per_token": 4,
+        "hidden_act": "silu",
+        "swiglu_limit": 7.0,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "initial_context_length": 4096,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+        "pad_token_id": 1,
+    }
+
+
 _M3_ARGUMENTS = ("--block-size", "128", "--max-model-len", "4096")
 _M3_PLUGINS = ("serve_on_gpu_m3",)
 _ON_HOPPER = ("--attention-backend", "TRITON_ATTN", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.7")
@@ -124,6 +165,7 @@ MODELS = {
     # For two GPUs of 140 GB or more. Experts: 15 layers of 128 x 3 x 3072 x 6144 numbers of 1 + 1/32 bytes, 112 GB; the
     # rest, in BF16, is 6 GB. So a rank has 59 GB of weights, and of 70 % of an H200's 150 GB 46 GB are left.
     "minimax-m3-16": Model(functools.partial(minimax_m3, dense=1, moe=15), (*_ON_HOPPER, *_M3_ARGUMENTS), _M3_PLUGINS),
+    "gpt-oss-20b-bf16": Model(gpt_oss_20b, (*_ON_HOPPER, *_LONG)),
     "qwen3-30b-bf16": Model(qwen3_30b, (*_ON_HOPPER, *_LONG)),
     "qwen3-30b-mxfp8": Model(qwen3_30b, (*_ON_HOPPER, *_LONG, *_MXFP8_EXPERTS)),
 }
