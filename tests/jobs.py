@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import current_process
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from epfuse.workers import Workers
@@ -27,6 +29,13 @@ def job(number: int, how: str = "") -> int:
 def killed(*job: object) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return 0
+
+
+def squares(answers: Connection) -> None:
+    """Three jobs, and whether this process is a daemon."""
+    with Workers(2, start) as workers:
+        found = workers.map(job, [(number,) for number in range(3)], lambda done: None)
+    answers.send((found, current_process().daemon))
 
 
 def have_children(folder: Path, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -62,3 +63,19 @@ def test_a_killed_parent_leaves_no_process(tmp_path: Path) -> None:
         finally:
             parent.kill()
     assert gone(pids)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_daemon_has_workers_too(method: str) -> None:
+    """vLLM's workers of several GPUs are daemons of multiprocessing."""
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=jobs.squares, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(60)
+        assert ours.recv() == ([0, 1, 4], True)
+    finally:
+        process.kill()
+        process.join()

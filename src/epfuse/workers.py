@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -99,7 +100,8 @@ class _Worker:
                     1, mp_context=get_context("spawn"), initializer=_begin, initargs=(children.id, self._start)
                 )
                 self._alive = children, pool
-            future = self._alive[1].submit(function, *job)
+            with _daemons_may_start_processes():
+                future = self._alive[1].submit(function, *job)
         late = bool(wait([future], timeout=self._seconds).not_done)
         if late:
             self._stop()
@@ -123,6 +125,24 @@ class _Worker:
                 children.end()
                 pool.shutdown()
                 self._alive = None
+
+
+_no_daemon = threading.Lock()
+
+
+@contextmanager
+def _daemons_may_start_processes() -> Iterator[None]:
+    """Let daemons of multiprocessing, as vLLM's workers of several GPUs are, have children: `Children` ends ours."""
+    process = current_process()
+    with _no_daemon:
+        daemon = process.daemon
+        if daemon:
+            process.daemon = False
+        try:
+            yield
+        finally:
+            if daemon:
+                process.daemon = True
 
 
 def _begin(children: int, start: Callable[[], None]) -> None:

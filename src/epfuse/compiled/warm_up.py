@@ -45,6 +45,7 @@ def warm_up(layer: Layer, max_tokens: int, say: Callable[[str], None] = log.info
     """
     if (layer, max_tokens) in _warm:
         return
+    _warm.add((layer, max_tokens))  # now: what fails for this layer is not tried again for each one like it
     say_ready(False)
     begun = time.monotonic()
     wanted = kernels(layer, max_tokens)
@@ -61,7 +62,6 @@ def warm_up(layer: Layer, max_tokens: int, say: Callable[[str], None] = log.info
                         log.warning("%s; it will be compiled when it is needed", one.failure)
     load(layer, max_tokens, wanted)
     say_ready(True)
-    _warm.add((layer, max_tokens))
     say(f"{len(wanted)} kernels for 1 to {max_tokens} tokens are loaded, in {time.monotonic() - begun:.1f} s")
 
 
