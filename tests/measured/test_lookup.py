@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from epfuse import LayerShape, Path, Target
-from epfuse.config import WeightFormat
+from epfuse.config import GPT_OSS_20B, Bias, WeightFormat
 from epfuse.families.family import Stage
-from epfuse.families.registry import default_ranges
+from epfuse.families.registry import FAMILIES, default_ranges
 from epfuse.measured import store
 from epfuse.measured.lookup import Source, find, sources
 from epfuse.policy import Decision, decide
@@ -121,6 +121,37 @@ def test_another_split_of_the_same_experts_is_foreign_and_compared_by_rows_per_e
     assert decided(128, shape=wider).tile_source.startswith("A foreign row, measured at T=64")
     assert "for E=128 L=16 K=4" in decided(128, shape=wider).tile_source
     assert "The default of sm_90" in decided(31, shape=wider).tile_source
+
+
+def test_a_layer_with_biases_takes_the_tiles_and_not_the_time(
+    tables: FilePath, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tables, measurement(row(64, block_n=32)))
+    with caplog.at_level(logging.WARNING, "epfuse"):
+        plain, biased = (
+            decide(Path.BF16, Target.SM90, M3, 64, device_name=H100, bias=bias) for bias in (Bias.NONE, Bias.ADDED)
+        )
+    assert (biased.tiles, biased.family) == (plain.tiles, plain.family)
+    assert (plain.measured_us, biased.measured_us) == (20.0, None)
+    assert biased.tile_source == (
+        "A foreign row, measured at T=64 on NVIDIA H100 80GB HBM3, 2026-11-24, without biases; calls are within a"
+        " factor of 2.00."
+    )
+    assert not caplog.text  # 'epfuse tune' has nothing better to measure
+
+
+def test_every_family_adds_biases() -> None:
+    """Or a row measured without them could choose one that would leave them out."""
+    assert all(Bias.ADDED in family.biases for family in FAMILIES)
+
+
+def test_gpt_oss_runs_in_the_tiles_of_its_layer_that_ship() -> None:
+    shape, formats = GPT_OSS_20B, frozenset({WeightFormat.FRAGMENT})
+    for tokens in (1, 64, 1024):
+        asked = (Path.W8A16, Target.SM90, shape, tokens, formats)
+        biased = decide(*asked, device_name="NVIDIA H200", bias=Bias.ADDED)
+        assert biased.tiles == decide(*asked, device_name="NVIDIA H200").tiles
+        assert "without biases" in biased.tile_source
 
 
 @pytest.mark.parametrize(("local", "used"), [(4, False), (7, False), (8, True), (16, True), (64, True)])

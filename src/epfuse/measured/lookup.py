@@ -3,8 +3,9 @@
 Distance is counted in rows per expert, T*K/E, which is what tiles follow. Up to a factor of 1.5 a row is *close*: any
 row that is close comes before any that is not, so that a gap in one product's rows is filled from another's. Up to two
 it is *near*: used if it is this product's own. A farther one is not used. A row is *foreign* if it was measured on
-another product of the same target, or for a layer with another L, E or K; its tile is used and its time is not. A layer
-with another H or I has nothing to say.
+another product of the same target, or for a layer with another L, E or K; its tile is used and its time is not. So is
+every row for a layer with biases, since all are measured without (`epfuse.policy.tiles`). A layer with another H or I
+has nothing to say.
 
 If n rows an expert are expected, most experts get at most n + sqrt(n). If a row's block had room for so many when it
 was measured, and has none for the call's, many experts would need a second block for a few rows: the row does not serve

@@ -42,10 +42,11 @@ def tile_ranges(
         activation: between the two GEMMs.
         bias: whether the projections have one.
 
-    Tables are measured in bfloat16 with SwiGLU-OAI and without biases, and serve nothing else.
+    Tables are measured in bfloat16 with SwiGLU-OAI, and serve nothing else. They are measured without biases: those are
+    added after the products and move no more memory to speak of, so the tiles serve layers that have them, as foreign.
     """
     defaults = default_ranges(target, path, weights, shape, dtype, activation, bias)
-    as_measured = dtype == torch.bfloat16 and activation is SwiGLUOAI and bias is Bias.NONE
+    as_measured = dtype == torch.bfloat16 and activation is SwiGLUOAI
     measured = sources(target, device_name, path, weights, shape) if as_measured else ()
     starts = sorted({1, *_default_starts(defaults, shape), *change_points(measured, shape)})
     answers = [
@@ -56,7 +57,7 @@ def tile_ranges(
     for group, after in zip(alike, [*alike[1:], None], strict=True):
         start, found, tiles = group[0]
         last = None if after is None else after[0][0] - 1
-        ranges.append((start, _choice(found, tiles, start, last, target, shape, measured)))
+        ranges.append((start, _choice(found, tiles, start, last, target, shape, bias, measured)))
     _log(target, device_name, path, weights, shape, measured, ranges)
     return ranges
 
@@ -84,6 +85,7 @@ def _choice(
     last: int | None,
     target: Target,
     shape: LayerShape,
+    bias: Bias,
     measured: tuple[Source, ...],
 ) -> TileChoice:
     if found is None:
@@ -94,8 +96,11 @@ def _choice(
     where = f"measured at T={point.tokens} on {source.device}, {source.date}"
     if not source.same_shape:
         where += f", for E={source.shape.experts} L={source.shape.local_experts} K={source.shape.top_k}"
-    text = f"A {'foreign' if source.is_foreign else 'tuned'} row, {where}; calls are within a factor of {factor:.2f}."
-    return TileChoice(point.tiles, text, None if source.is_foreign else point.microseconds)
+    if bias is not Bias.NONE:
+        where += ", without biases"
+    foreign = source.is_foreign or bias is not Bias.NONE
+    text = f"A {'foreign' if foreign else 'tuned'} row, {where}; calls are within a factor of {factor:.2f}."
+    return TileChoice(point.tiles, text, None if foreign else point.microseconds)
 
 
 def _why_default(measured: tuple[Source, ...]) -> str:
