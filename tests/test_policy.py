@@ -8,7 +8,7 @@ import torch
 from epfuse import Combine, LayerShape, Path, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import UnsupportedTarget
-from epfuse.policy import FP8_PATHS, READABLE, Verdict, decide
+from epfuse.policy import FP8_PATHS, READABLE, PathVerdict, decide
 
 M3 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)
 GPUS = [target for target in Target if target.is_gpu]
@@ -90,7 +90,7 @@ def test_every_path_is_considered_with_a_sentence(target: Target) -> None:
     for tokens in (1, 64, 4096):
         decision = decide(Path.AUTO, target, M3, tokens, frozenset({M, D}))
         assert {entry.path for entry in decision.considered} == set(Path) - {Path.AUTO}
-        assert [entry.path for entry in decision.considered if entry.verdict is Verdict.TAKEN] == [decision.path]
+        assert [entry.path for entry in decision.considered if entry.verdict is PathVerdict.TAKEN] == [decision.path]
         assert all(entry.reason.endswith(".") for entry in decision.considered)
         assert decision.reason
         assert len(decision.refused) == len(Path) - 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from epfuse import LayerShape, Path, SwiGLUOAI, Target
 from epfuse.config import Bias, Policy
-from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, Storage, Verdict, plan_layer
+from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, PathVerdict, Storage, plan_layer
 from epfuse.policy.seed_1782 import BRANCHES, GATES
 
 MOE_LAYERS = tuple(range(3, 60))
@@ -193,6 +193,6 @@ def test_every_path_is_taken_or_refused_with_a_sentence() -> None:
     for tokens in (1, 64, 1024):
         decision = seed(EP8).at(tokens)
         assert {entry.path for entry in decision.considered} == set(Path) - {Path.AUTO}
-        assert [entry.verdict for entry in decision.considered].count(Verdict.TAKEN) == 1
+        assert [entry.verdict for entry in decision.considered].count(PathVerdict.TAKEN) == 1
         assert all(entry.reason.endswith(".") for entry in decision.considered)
         assert all(entry.path is not decision.path for entry in decision.refused)

@@ -30,7 +30,7 @@ from tools.draw_peers import chart_of, check_rows
 from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.machine import commit, versions
 from epfuse.bench.page import chart_svg
-from epfuse.bench.routing import Kind, Routing
+from epfuse.bench.routing import Routing, RoutingKind
 from epfuse.children import Children
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.exits import PlainCommand
@@ -70,12 +70,12 @@ def harness_for(source: str, layer: Layer, routing: Routing) -> str:
     Raises:
         ConfigError: it has not the lines that say which those are.
     """
-    lines = {Kind.ZIPF: ZIPF_LINES, Kind.ALL_TO: ALL_TO_LINES}
+    lines = {RoutingKind.ZIPF: ZIPF_LINES, RoutingKind.ALL_TO: ALL_TO_LINES}
     changes = {}
     if layer.shape.top_k != 4:
         changes[TOP_K_LINE] = f"TOPK = {layer.shape.top_k}\n"
     if routing.kind in lines:
-        number = int(routing.parameter) if routing.kind is Kind.ALL_TO else routing.parameter
+        number = int(routing.parameter) if routing.kind is RoutingKind.ALL_TO else routing.parameter
         changes[ROUTING_LINE] = lines[routing.kind].format(parameter=number)
     for line, other in changes.items():
         if source.count(line) != 1:

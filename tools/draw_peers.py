@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import click
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from epfuse.bench.charts import Curve, CurveChart, Point, time_axis, tokens_axis
+from epfuse.bench.charts import ChartPoint, Curve, CurveChart, time_axis, tokens_axis
 from epfuse.bench.page import chart_svg
 from epfuse.cli.delivery import Delivery
 from epfuse.cli.exits import PlainCommand
@@ -37,11 +37,11 @@ Rate = Annotated[float, Field(ge=1e-9, le=1e12)]
 """Or a time in microseconds: what a chart can show."""
 
 
-class _Entry(BaseModel):
+class _PeerEntry(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class _Row(_Entry):
+class _PeerRow(_PeerEntry):
     peer: str
     T: Annotated[int, Field(ge=1, le=1 << 30)]
     us: Rate
@@ -50,13 +50,13 @@ class _Row(_Entry):
     best: bool
 
 
-class _Record(_Entry):
+class _Record(_PeerEntry):
     """What the chart reads of a record; there is more in it."""
 
     device: str
     read_tb_s: Rate
     bf16_tflop_s: Rate
-    rows: Annotated[list[_Row], Field(min_length=1)]
+    rows: Annotated[list[_PeerRow], Field(min_length=1)]
 
 
 @click.command(cls=PlainCommand)
@@ -77,7 +77,7 @@ def check_rows(rows: Any) -> list[dict[str, Any]]:
     Raises:
         ConfigError: they are none; the message says where it goes wrong.
     """
-    _checked(TypeAdapter(list[_Row]), rows)
+    _checked(TypeAdapter(list[_PeerRow]), rows)
     return list(rows)
 
 
@@ -111,7 +111,9 @@ def chart_of(record: dict[str, Any]) -> CurveChart:
 
 
 def _curve(name: str, style: str, values: list[tuple[int, float]]) -> Curve:
-    points = [Point(tokens, us, us, us, f"{name}, {tokens} tokens: {us:.1f} µs") for tokens, us in sorted(set(values))]
+    points = [
+        ChartPoint(tokens, us, us, us, f"{name}, {tokens} tokens: {us:.1f} µs") for tokens, us in sorted(set(values))
+    ]
     return Curve(name, style, points)
 
 

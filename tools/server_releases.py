@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epfuse.children import Children
-from epfuse.integrations.interfaces import Server
+from epfuse.integrations.interfaces import ServerProject
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Source:
         is_wanted: whether a file of the wheel is unpacked.
     """
 
-    server: Server
+    server: ServerProject
     package: str
     tested: tuple[str, ...]
     packages: Path

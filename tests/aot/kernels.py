@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from epfuse.aot import amdgcn, sass
-from epfuse.aot.assembly import Counts
-from epfuse.aot.kernels import Kernel, Use
+from epfuse.aot.assembly import InstructionCounts
+from epfuse.aot.kernels import Kernel, KernelUse
 from epfuse.aot.launches import Launch
 from epfuse.target import Target
 
@@ -40,13 +40,13 @@ def amd_gemm(
     whole |= {"scratch_bytes": 0, "lds_bytes": 20480, "waves": 4}
     taken = amdgcn.Resources(**(whole | resources))
     depth = 32 if "x32_" in matrix else 16
-    loop = Counts(
+    loop = InstructionCounts(
         matrix=Counter({matrix: products}),
         matrix_macs=products * 16 * 16 * depth,
         load_widths=Counter({16: 5} if loads is None else loads),
         vector=5,
     )
-    use = Use(("bf16",), ("bf16",), ("minimax-m3",), (1, 256))
+    use = KernelUse(("bf16",), ("bf16",), ("minimax-m3",), (1, 256))
     return Kernel(launch, use, taken, amdgcn.occupancy(taken, target), loop, loop if products else None)
 
 
@@ -62,14 +62,14 @@ def nvidia_gemm(*, loads: dict[int, int] | None = None, private: int = 0, shared
         options=(("num_warps", 4), ("num_stages", 3)),
     )
     taken = sass.Resources(72, 0, 0, shared_bytes, 4)
-    loop = Counts(
+    loop = InstructionCounts(
         matrix=Counter({"HGMMA.64x16x16.F32.BF16": 16}),
         matrix_macs=16 * 64 * 16 * 16,
         matrix_warps=4,
         load_widths=Counter({16: 18} if loads is None else loads),
         private=private,
     )
-    use = Use(("bf16",), ("bf16",), ("minimax-m3",), (65, 256))
+    use = KernelUse(("bf16",), ("bf16",), ("minimax-m3",), (65, 256))
     return Kernel(launch, use, taken, sass.occupancy(taken), loop, loop)
 
 
@@ -85,12 +85,12 @@ def nvidia_specialised(*, products: int = 8, copies: int = 5) -> Kernel:
         options=(("num_warps", 4), ("num_stages", 3)),
     )
     taken = sass.Resources(128, 0, 0, 192632, 16)
-    loop = Counts(
+    loop = InstructionCounts(
         matrix=Counter({"HGMMA.64x128x16.F32.BF16": products, "HGMMA.64x16x16.F32.BF16": products}),
         matrix_macs=products * 64 * 144 * 16,
         matrix_warps=4,
         load_widths=Counter({4: 2}),
         bulk_copies=copies,
     )
-    use = Use(("w8a16",), ("bf16",), ("minimax-m3",), (2290, 4239))
+    use = KernelUse(("w8a16",), ("bf16",), ("minimax-m3",), (2290, 4239))
     return Kernel(launch, use, taken, sass.occupancy(taken), loop, loop)

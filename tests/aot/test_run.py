@@ -12,6 +12,6 @@ from tests import jobs
 
 def test_a_target_whose_kernels_could_not_be_listed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "list_jobs", jobs.killed)
-    request = run.Request((Target.GFX950,), ("route",), (Path.BF16,), ("minimax-m3",), ("bf16",), workers=1)
+    request = run.CompileRequest((Target.GFX950,), ("route",), (Path.BF16,), ("minimax-m3",), ("bf16",), workers=1)
     with pytest.raises(CompilerDied, match="the kernels of gfx950 could not be listed: the process that did it died"):
         run.run(request, lambda done, total: None)

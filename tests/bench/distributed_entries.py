@@ -31,6 +31,6 @@ def bench(context: RankContext, broken: bool) -> list[dict[str, Any]]:
         small, shape=replace(small.shape, hidden=64, intermediate=32, local_experts=16 // context.group.size)
     )
     routings = (Routing.parse("uniform"), Routing.parse("all-to:1"))
-    plan = distributed.Plan(layer, (3,), routings, 0, Sampling(samples=2, seconds=0.001))
+    plan = distributed.DistributedPlan(layer, (3,), routings, 0, Sampling(samples=2, seconds=0.001))
     subjects = subjects_of(problem_of(layer, plan.tokens, context.device, plan.seed), "bf16")
     return [row.to_json() for row in distributed.run(context, plan, subjects)]

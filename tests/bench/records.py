@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from epfuse.bench.contender import Absent, Kind
+from epfuse.bench.contender import Absent, ContenderKind
 from epfuse.bench.layers import LAYERS
 from epfuse.bench.measure import Timing
-from epfuse.bench.record import Record, Row
-from epfuse.bench.roofline import Operand, Roof, Roofs
+from epfuse.bench.record import BenchRecord, BenchRow
+from epfuse.bench.roofline import MatrixOperand, Roof, Roofs
 
 ROOFS = Roofs(
     Roof(3e12, "a kernel that reads 1 GiB", 0.01),
-    {Operand.BF16: Roof(8e14, "torch.matmul"), Operand.FP8: Roof(None, "not here"), Operand.FP32: Roof(5e13, "x")},
+    {
+        MatrixOperand.BF16: Roof(8e14, "torch.matmul"),
+        MatrixOperand.FP8: Roof(None, "not here"),
+        MatrixOperand.FP32: Roof(5e13, "x"),
+    },
 )
 
 
@@ -26,14 +30,14 @@ def row(
     contender: str = "w8a16",
     tokens: int = 64,
     us: float | None = 300.0,
-    kind: Kind = Kind.PATH,
+    kind: ContenderKind = ContenderKind.PATH,
     weights: str = "fragment",
     routing: str = "uniform",
     spread: float = 1.0,
     **changes: object,
-) -> Row:
+) -> BenchRow:
     """One row whose floor is 200 us."""
-    made = Row(
+    made = BenchRow(
         contender=contender,
         weights=weights,
         kind=kind,
@@ -55,9 +59,9 @@ def row(
     return replace(made, **changes)
 
 
-def record(*rows: Row, **changes: object) -> Record:
+def record(*rows: BenchRow, **changes: object) -> BenchRecord:
     """A record of MiniMax-M3 on a GPU of an invented name."""
-    made = Record(
+    made = BenchRecord(
         layer=LAYERS["minimax-m3-ep8"],
         device={"type": "cuda", "name": "GPU 9000", "target": "sm_90", "compute_units": 132},
         roofs=ROOFS,
@@ -69,6 +73,6 @@ def record(*rows: Row, **changes: object) -> Record:
     return replace(made, **changes)
 
 
-def peer(name: str, us: float | None, tokens: int = 64, **changes: object) -> Row:
+def peer(name: str, us: float | None, tokens: int = 64, **changes: object) -> BenchRow:
     """A peer's row."""
-    return row(name, tokens, us, Kind.PEER, "bf16", **changes)
+    return row(name, tokens, us, ContenderKind.PEER, "bf16", **changes)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from epfuse.bench.compare import Verdict, compare_records, judge
+from epfuse.bench.compare import RowVerdict, compare_records, judge
 from epfuse.bench.layers import LAYERS
-from epfuse.bench.record import Row
+from epfuse.bench.record import BenchRow
 from epfuse.errors import ConfigError
 from tests.bench.records import peer, record, row
 
@@ -12,22 +12,22 @@ from tests.bench.records import peer, record, row
 @pytest.mark.parametrize(
     ("before", "after", "verdict"),
     [
-        (row(us=300), row(us=310), Verdict.SLOWER),
-        (row(us=300), row(us=290), Verdict.FASTER),
-        (row(us=300), row(us=305), Verdict.SAME),  # below 2 %
-        (row(us=300, spread=8), row(us=310, spread=8), Verdict.SAME),  # below both spreads together
-        (row(us=300, spread=8), row(us=317, spread=8), Verdict.SLOWER),
-        (row(us=300), row(us=None), Verdict.BROKEN),
-        (row(us=None), row(us=300), Verdict.MENDED),
-        (row(us=None), row(us=None), Verdict.FAILS),
-        (None, row(), Verdict.NEW),
-        (row(), None, Verdict.GONE),
+        (row(us=300), row(us=310), RowVerdict.SLOWER),
+        (row(us=300), row(us=290), RowVerdict.FASTER),
+        (row(us=300), row(us=305), RowVerdict.SAME),  # below 2 %
+        (row(us=300, spread=8), row(us=310, spread=8), RowVerdict.SAME),  # below both spreads together
+        (row(us=300, spread=8), row(us=317, spread=8), RowVerdict.SLOWER),
+        (row(us=300), row(us=None), RowVerdict.BROKEN),
+        (row(us=None), row(us=300), RowVerdict.MENDED),
+        (row(us=None), row(us=None), RowVerdict.FAILS),
+        (None, row(), RowVerdict.NEW),
+        (row(), None, RowVerdict.GONE),
     ],
 )
-def test_verdicts(before: Row | None, after: Row | None, verdict: Verdict) -> None:
+def test_verdicts(before: BenchRow | None, after: BenchRow | None, verdict: RowVerdict) -> None:
     change = judge(before, after)
     assert change.verdict is verdict
-    assert change.changed is (verdict not in (Verdict.SAME, Verdict.FAILS))
+    assert change.changed is (verdict not in (RowVerdict.SAME, RowVerdict.FAILS))
 
 
 def test_noise_and_ratio() -> None:
@@ -42,11 +42,11 @@ def test_rows_are_matched_by_contender_weights_routing_and_tokens() -> None:
     after = record(row(routing="zipf:1.2", us=300), row(us=100), row("bf16"))
     found = {change.row.key: change.verdict for change in compare_records(before, after).changes}
     assert found == {
-        ("w8a16", "fragment", "zipf:1.2", 64): Verdict.SLOWER,
-        ("w8a16", "fragment", "uniform", 64): Verdict.SAME,
-        ("bf16", "fragment", "uniform", 64): Verdict.NEW,
-        ("w8a16", "fragment", "uniform", 1): Verdict.GONE,
-        ("w8a16", "mxfp8", "uniform", 64): Verdict.GONE,
+        ("w8a16", "fragment", "zipf:1.2", 64): RowVerdict.SLOWER,
+        ("w8a16", "fragment", "uniform", 64): RowVerdict.SAME,
+        ("bf16", "fragment", "uniform", 64): RowVerdict.NEW,
+        ("w8a16", "fragment", "uniform", 1): RowVerdict.GONE,
+        ("w8a16", "mxfp8", "uniform", 64): RowVerdict.GONE,
     }
 
 

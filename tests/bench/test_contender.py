@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from epfuse import Path
-from epfuse.bench.contender import Contender, Kind, paths_of, problem_of
+from epfuse.bench.contender import Contender, ContenderKind, paths_of, problem_of
 from epfuse.bench.layers import LAYERS, Layer
-from epfuse.bench.measure import Method
-from epfuse.bench.roofline import Operand
+from epfuse.bench.measure import TimingMethod
+from epfuse.bench.roofline import MatrixOperand
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, UnsupportedTarget
@@ -34,9 +34,9 @@ def names(found: list[Contender]) -> list[tuple[str, str]]:
 def test_a_cpu_has_its_own_family_and_the_reference_where_it_is_asked_for() -> None:
     dense, packed = contenders(LAYERS["small"])
     assert names([dense, packed]) == [("bf16", "dense"), ("w8a16", "mxfp8")]
-    assert (dense.kind, dense.method) == (Kind.PATH, Method.PLAIN)
+    assert (dense.kind, dense.method) == (ContenderKind.PATH, TimingMethod.PLAIN)
     (reference,) = contenders(LAYERS["small"], "reference")
-    assert reference.operand is Operand.FP32
+    assert reference.operand is MatrixOperand.FP32
     assert reference.block_m(64) is None
     with pytest.raises(UnsupportedTarget):
         contenders(LAYERS["small"], "w8a8")
@@ -48,7 +48,7 @@ def test_by_default_each_path_runs_once_on_its_best_weights() -> None:
     expected = [("bf16", "dense"), ("w8a16", "fragment"), ("w8a8", "row_fp8"), ("block_fp8", "block_fp8")]
     assert names(found) == expected
     assert [contender.operand.value for contender in found] == ["bf16", "bf16", "fp8", "fp8"]
-    assert {contender.method for contender in found} == {Method.GRAPH}
+    assert {contender.method for contender in found} == {TimingMethod.GRAPH}
     assert found[1].block_m(1) == 8
     assert found[1].block_m(8192) == 320
     assert found[1].tolerance.relative_error == TRUE_SIZE_LIMITS[Path.W8A16]

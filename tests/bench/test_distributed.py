@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from epfuse.bench.distributed import SUMS, Row
-from epfuse.bench.measure import Method, Timing
+from epfuse.bench.distributed import SUMS, DistributedRow
+from epfuse.bench.measure import Timing, TimingMethod
 from epfuse.cli import bench_distributed
 from epfuse.cli.main import main
 from epfuse.parallel.launch import Placement, launch_ranks
@@ -48,9 +48,9 @@ def test_rows_of_two_ranks(tmp_path: Path, broken: bool) -> None:
 
 def test_what_a_row_derives() -> None:
     def timing(microseconds: float) -> Timing:
-        return Timing.of([microseconds * 1e-6], 1, Method.PLAIN)
+        return Timing.of([microseconds * 1e-6], 1, TimingMethod.PLAIN)
 
-    row = Row("w8a16", "fragment", "uniform", 64, rows=[30.0, 10.0], shard=[timing(70), timing(80)])
+    row = DistributedRow("w8a16", "fragment", "uniform", 64, rows=[30.0, 10.0], shard=[timing(70), timing(80)])
     row.sums = {"all_reduce float32": timing(30), "all_reduce partials": timing(20)}
     row.exchanges = {"all_reduce float32": timing(120), "all_reduce partials": timing(110), "dispatch": timing(90)}
     assert row.imbalance == 1.5
@@ -60,11 +60,13 @@ def test_what_a_row_derives() -> None:
 
 
 def test_the_table_has_every_time(capsys: pytest.CaptureFixture[str]) -> None:
-    timing = Timing.of([1e-6], 1, Method.PLAIN)
-    row = Row("w8a16", "fragment", "zipf:1.2", 64, rows=[3.0, 1.0], shard=[timing] * 2)
+    timing = Timing.of([1e-6], 1, TimingMethod.PLAIN)
+    row = DistributedRow("w8a16", "fragment", "zipf:1.2", 64, rows=[3.0, 1.0], shard=[timing] * 2)
     row.sums = dict.fromkeys(SUMS, timing)
     row.exchanges = dict.fromkeys(sorted(MODES), timing)
-    wrong = Row("bf16", "dense", "uniform", 1, failure="the result is wrong: rank 1: dispatch: relative error 1")
+    wrong = DistributedRow(
+        "bf16", "dense", "uniform", 1, failure="the result is wrong: rank 1: dispatch: relative error 1"
+    )
     about = {
         "layer": {"name": "small", "hidden": 64, "intermediate": 32, "experts": 16, "top_k": 4},
         "ranks": {"size": 2, "backend": "gloo"},

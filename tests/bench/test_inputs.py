@@ -7,7 +7,7 @@ import torch
 
 from epfuse.bench.inputs import MOST_VARIANTS, Inputs, cache_bytes_of, draw_inputs, rotated_bytes
 from epfuse.bench.layers import LAYERS, Layer
-from epfuse.bench.roofline import Operand
+from epfuse.bench.roofline import MatrixOperand
 from epfuse.bench.routing import Routing
 from epfuse.config import LayerShape, SwiGLUOAI, WeightFormat
 
@@ -61,7 +61,7 @@ def test_draws_end_when_there_is_nothing_else_to_read() -> None:
 
 def test_work_counts_active_weights_and_useful_rows() -> None:
     inputs = draw(SMALL, "all-to:2", 10)[0]
-    work = inputs.work(SMALL, WeightFormat.DENSE, Operand.BF16)
+    work = inputs.work(SMALL, WeightFormat.DENSE, MatrixOperand.BF16)
     assert work.weight_bytes == 2 * 2 * 3 * 512 * 256
     assert work.flops == 2 * 20 * 3 * 512 * 256
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from epfuse.bench import measure
-from epfuse.bench.measure import MOST_CALLS, Method, Sampling, Timing, time_calls
+from epfuse.bench.measure import MOST_CALLS, Sampling, Timing, TimingMethod, time_calls
 
 CPU = torch.device("cpu")
 
 
 def test_statistics() -> None:
-    timing = Timing.of([5e-3, 1e-3, 2e-3, 4e-3, 3e-3], 10, Method.GRAPH)
+    timing = Timing.of([5e-3, 1e-3, 2e-3, 4e-3, 3e-3], 10, TimingMethod.GRAPH)
     assert timing.median_us == pytest.approx(300.0)
     assert (timing.q1_us, timing.q3_us) == (pytest.approx(200.0), pytest.approx(400.0))
     assert (timing.min_us, timing.max_us) == (pytest.approx(100.0), pytest.approx(500.0))
@@ -23,7 +23,7 @@ def test_statistics() -> None:
 
 
 def test_one_sample_has_no_spread() -> None:
-    timing = Timing.of([2e-6], 1, Method.PLAIN)
+    timing = Timing.of([2e-6], 1, TimingMethod.PLAIN)
     assert timing.median_us == timing.q1_us == timing.q3_us == timing.max_us == pytest.approx(2.0)
 
 
@@ -47,7 +47,7 @@ class Turns:
 
 def test_calls_are_repeated_until_a_sample_is_long_enough_and_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = Turns(2, monkeypatch)
-    measured = time_calls(turns.calls, CPU, Sampling(samples=4, seconds=0.02), Method.PLAIN)
+    measured = time_calls(turns.calls, CPU, Sampling(samples=4, seconds=0.02), TimingMethod.PLAIN)
     assert measured.timing.median_us == pytest.approx(1000.0)
     assert measured.timing.calls == 20
     assert measured.timing.samples == 4
@@ -57,7 +57,7 @@ def test_calls_are_repeated_until_a_sample_is_long_enough_and_run_in_turn(monkey
 
 def test_a_sample_has_a_limited_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = Turns(3, monkeypatch)
-    measured = time_calls(turns.calls, CPU, Sampling(samples=1, seconds=1e3), Method.PLAIN)
+    measured = time_calls(turns.calls, CPU, Sampling(samples=1, seconds=1e3), TimingMethod.PLAIN)
     assert measured.timing.calls == MOST_CALLS // 3 * 3
 
 
@@ -71,14 +71,14 @@ def test_outputs_are_what_the_timed_calls_write() -> None:
         return out
 
     forgets()
-    measured = time_calls([forgets], CPU, Sampling(samples=2, seconds=1e-6), Method.PLAIN)
+    measured = time_calls([forgets], CPU, Sampling(samples=2, seconds=1e-6), TimingMethod.PLAIN)
     assert measured.outputs[0][0] == 1.0
     assert measured.outputs[0][1].isnan()
 
 
 def test_time_on_a_cpu_is_positive() -> None:
     a = torch.randn(64, 64)
-    measured = time_calls([lambda: a @ a], CPU, Sampling(samples=3, seconds=1e-3), Method.PLAIN)
+    measured = time_calls([lambda: a @ a], CPU, Sampling(samples=3, seconds=1e-3), TimingMethod.PLAIN)
     timing = measured.timing
     assert 0 < timing.min_us <= timing.q1_us <= timing.median_us <= timing.q3_us <= timing.max_us
     assert timing.method == "plain"
@@ -87,6 +87,6 @@ def test_time_on_a_cpu_is_positive() -> None:
 @pytest.mark.gpu
 def test_a_graph_is_timed_and_leaves_its_results(device: torch.device) -> None:
     a = torch.randn(64, 64, device=device)
-    measured = time_calls([lambda: a @ a, lambda: a + a], device, Sampling(samples=3, seconds=1e-3), Method.GRAPH)
+    measured = time_calls([lambda: a @ a, lambda: a + a], device, Sampling(samples=3, seconds=1e-3), TimingMethod.GRAPH)
     assert measured.timing.method == "graph"
     assert torch.equal(measured.outputs[1], a + a)

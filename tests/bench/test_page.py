@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from epfuse.bench.charts import charts_of
-from epfuse.bench.compare import Comparison, compare_records
+from epfuse.bench.compare import RecordComparison, compare_records
 from epfuse.bench.console import print_record
 from epfuse.bench.page import bench_page, chart_svg
 from epfuse.bench.png import chart_png
-from epfuse.bench.record import Record
+from epfuse.bench.record import BenchRecord
 from tests.bench.records import peer, record, row
 
 CLOCKS = {"driver": "580.1", "sm_mhz": 1980.0, "max_sm_mhz": 1980.0, "memory_mhz": 2619.0}
@@ -21,7 +21,7 @@ RUN |= {"commit": {"hash": "0123abc", "changed": True}, "versions": {"torch": "2
 
 
 @pytest.fixture
-def now() -> Record:
+def now() -> BenchRecord:
     return record(
         row(us=250.0),
         row("bf16", us=None, weights="dense", failure="the result is wrong: <b>0.3</b>", wrong=True),
@@ -32,11 +32,11 @@ def now() -> Record:
 
 
 @pytest.fixture
-def comparison(now: Record) -> Comparison:
+def comparison(now: BenchRecord) -> RecordComparison:
     return compare_records(record(row(us=200.0), peer("vLLM Marlin", 501.0), device={"name": "GPU 8000"}), now)
 
 
-def test_page(now: Record, comparison: Comparison) -> None:
+def test_page(now: BenchRecord, comparison: RecordComparison) -> None:
     page = bench_page(now, comparison)
     for words in (
         "a result was wrong or a path failed",
@@ -65,20 +65,20 @@ def test_page_of_an_unfinished_run_without_a_comparison() -> None:
     assert "a result was wrong" not in page
 
 
-def test_pictures(now: Record) -> None:
+def test_pictures(now: BenchRecord) -> None:
     for chart in charts_of(now):
         root = ElementTree.fromstring(chart_svg(chart))
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert "w8a16 fragment" in "".join(root.itertext())
 
 
-def test_png(now: Record) -> None:
+def test_png(now: BenchRecord) -> None:
     pytest.importorskip("matplotlib")
     for chart in charts_of(now):
         assert chart_png(chart).startswith(b"\x89PNG")
 
 
-def test_console(now: Record, comparison: Comparison) -> None:
+def test_console(now: BenchRecord, comparison: RecordComparison) -> None:
     console = Console(file=io.StringIO(), width=120)
     print_record(now, comparison, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from epfuse.bench.contender import Kind
+from epfuse.bench.contender import ContenderKind
 from epfuse.bench.inputs import draw_inputs
 from epfuse.bench.layers import Layer
 from epfuse.bench.peers import find
@@ -40,7 +40,7 @@ def test_peers_compute_the_same_layer(layer: Layer, routing: str) -> None:
             for peer in peers:
                 difference = compare(peer.bind(inputs)(), weights.oracle(inputs))
                 assert difference.within(peer.tolerance), (peer.name, tokens, difference)
-                assert peer.kind is Kind.PEER
+                assert peer.kind is ContenderKind.PEER
 
 
 def test_the_tolerance_of_peers_finds_a_missing_clamp_and_a_missing_route() -> None:

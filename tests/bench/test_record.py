@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from epfuse.bench.contender import Kind
+from epfuse.bench.contender import ContenderKind
 from epfuse.bench.layers import LAYERS
 from epfuse.bench.read_record import read_record
-from epfuse.bench.record import Row, to_text
+from epfuse.bench.record import BenchRow, to_text
 from epfuse.errors import ConfigError
 from tests.bench.records import peer, record, row
 
@@ -81,11 +81,11 @@ def test_ratios() -> None:
         (peer("vLLM Marlin", None, failure="the result is wrong", wrong=True), False),
     ],
 )
-def test_ok(case: Row, ok: bool) -> None:
+def test_ok(case: BenchRow, ok: bool) -> None:
     assert case.ok is ok
     assert record(row(tokens=1), case).ok is ok
 
 
 def test_labels() -> None:
     assert row().label == "w8a16 fragment"
-    assert row("block_fp8", weights="block_fp8", kind=Kind.PATH).label == "block_fp8"
+    assert row("block_fp8", weights="block_fp8", kind=ContenderKind.PATH).label == "block_fp8"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epfuse.bench.routing import Kind, Routing
+from epfuse.bench.routing import Routing, RoutingKind
 from epfuse.config import LayerShape
 from epfuse.errors import ConfigError
 
@@ -78,5 +78,5 @@ def test_all_to_fewer_experts_than_k_without_other_ranks_repeats_them() -> None:
 
 def test_all_to_more_experts_than_are_local() -> None:
     with pytest.raises(ConfigError, match="this rank has 16 experts"):
-        Routing(Kind.ALL_TO, 17).check(EP8)
-    Routing(Kind.ALL_TO, 16).check(EP8)
+        Routing(RoutingKind.ALL_TO, 17).check(EP8)
+    Routing(RoutingKind.ALL_TO, 16).check(EP8)

@@ -6,19 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from epfuse.bench.contender import Contender, Kind, paths_of, problem_of
+from epfuse.bench.contender import Contender, ContenderKind, paths_of, problem_of
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.layers import LAYERS
 from epfuse.bench.measure import Call, Sampling
-from epfuse.bench.record import Row
+from epfuse.bench.record import BenchRow
 from epfuse.bench.routing import Routing
-from epfuse.bench.run import Plan, run_points
+from epfuse.bench.run import BenchPlan, run_points
 from epfuse.bench.weights import LayerWeights
 from tests.bench.records import ROOFS
 
 CPU = torch.device("cpu")
 SMALL = LAYERS["small"]
-PLAN = Plan(SMALL, (3,), (Routing.parse("uniform"),), CPU, 0, Sampling(samples=2, seconds=1e-4))
+PLAN = BenchPlan(SMALL, (3,), (Routing.parse("uniform"),), CPU, 0, Sampling(samples=2, seconds=1e-4))
 Change = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -48,7 +48,7 @@ def spoiled(contender: Contender, change: Change) -> Contender:
     return replace(contender, bind=bind)
 
 
-def run_one(weights: LayerWeights, contender: Contender) -> Row:
+def run_one(weights: LayerWeights, contender: Contender) -> BenchRow:
     ((row,),) = run_points(PLAN, weights, [contender], ROOFS)
     return row
 
@@ -91,8 +91,8 @@ def test_an_output_that_is_not_written_is_poison(weights: LayerWeights, ours: Co
     assert run_one(weights, lazy).wrong
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_a_failure_costs_its_own_row(weights: LayerWeights, ours: Contender, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", list(ContenderKind))
+def test_a_failure_costs_its_own_row(weights: LayerWeights, ours: Contender, kind: ContenderKind) -> None:
     def breaks(result: torch.Tensor, made: int) -> torch.Tensor:
         raise RuntimeError("no kernel image\nand a long trace")
 
@@ -101,7 +101,7 @@ def test_a_failure_costs_its_own_row(weights: LayerWeights, ours: Contender, kin
     assert first.failure == "RuntimeError: no kernel image"
     assert first.time is None
     assert not first.wrong
-    assert first.ok == (kind is Kind.PEER)  # a peer may be unable to run, a path of ours may not
+    assert first.ok == (kind is ContenderKind.PEER)  # a peer may be unable to run, a path of ours may not
     assert second.time is not None
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from epfuse.aot import run as aot_run
 from epfuse.aot.gates import check
-from epfuse.aot.record import Record, TargetRecord
+from epfuse.aot.record import AotRecord, TargetRecord
 from epfuse.cli.main import main
 from epfuse.target import Target
 from tests.aot.kernels import amd_gemm
@@ -60,9 +60,9 @@ def test_compiles_for_sm_90() -> None:
         assert any("HGMMA" in kind for kind in kernel["loop"]["matrix"])
 
 
-def record_of(**kernel: int) -> Record:
+def record_of(**kernel: int) -> AotRecord:
     kernels = [amd_gemm(**kernel)]
-    return Record([TargetRecord(Target.GFX942, kernels, [], check(Target.GFX942, kernels))], [])
+    return AotRecord([TargetRecord(Target.GFX942, kernels, [], check(Target.GFX942, kernels))], [])
 
 
 @pytest.mark.parametrize("form", [[], ["--json"], ["--markdown"]])

@@ -18,7 +18,7 @@ from epfuse.measured import store
 from epfuse.stages.tiles import LayerTiles
 from epfuse.tuning import bench as tuning_bench
 from epfuse.tuning import prune
-from epfuse.tuning.search import Point, Timed
+from epfuse.tuning.search import Timed, TuningPoint
 
 
 def tune(*arguments: str) -> Result:
@@ -50,13 +50,13 @@ class Bench:
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    def stage(self, point: Point, stage: Stage, block_m: int, tile: object) -> Timed:
+    def stage(self, point: TuningPoint, stage: Stage, block_m: int, tile: object) -> Timed:
         return Timed(float(tile.block_n))  # type: ignore[attr-defined]
 
-    def layer(self, point: Point, tiles: LayerTiles) -> Timed:
+    def layer(self, point: TuningPoint, tiles: LayerTiles) -> Timed:
         return Timed(float(tiles.gate_up.block_n + tiles.down.block_n))
 
-    def floor_us(self, point: Point, stage: Stage) -> float:
+    def floor_us(self, point: TuningPoint, stage: Stage) -> float:
         return 8.0
 
 

@@ -10,7 +10,7 @@ import torch
 
 from epfuse.aot.launches import Launch, launches_of
 from epfuse.api import fused_experts
-from epfuse.compiled.layer import Layer, kernels
+from epfuse.compiled.layer import CompiledLayer, kernels
 from epfuse.config import MINIMAX_M3_EP8, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.families.registry import scratch_size
@@ -23,9 +23,9 @@ SHAPE = LayerShape(hidden=256, intermediate=128, experts=16, local_experts=4, to
 MOST = 3000
 
 LAYERS = {
-    f"{target.value}-{path.value}-{combine.value}": Layer.on(target, path, frozenset({form}), SHAPE)
+    f"{target.value}-{path.value}-{combine.value}": CompiledLayer.on(target, path, frozenset({form}), SHAPE)
     if combine is Combine.DETERMINISTIC
-    else replace(Layer.on(target, path, frozenset({form}), SHAPE), combine=combine)
+    else replace(CompiledLayer.on(target, path, frozenset({form}), SHAPE), combine=combine)
     for target, path, form, combine in [
         (Target.SM90, Path.W8A16, WeightFormat.FRAGMENT, Combine.DETERMINISTIC),
         (Target.SM90, Path.BF16, WeightFormat.DENSE, Combine.DETERMINISTIC),
@@ -68,12 +68,12 @@ class Memory:
         return self.memory[begin : self.used].view(dtype).view(size)
 
 
-def calls(layer: Layer, seed: int, count: int) -> list[Launch]:
+def calls(layer: CompiledLayer, seed: int, count: int) -> list[Launch]:
     """What `drawn` calls launch."""
     return launches_of(layer.target, drawn(layer, seed, count, MOST), layer.product, stand_in="cpu")
 
 
-def drawn(layer: Layer, seed: int, count: int, most: int) -> Callable[[], None]:
+def drawn(layer: CompiledLayer, seed: int, count: int, most: int) -> Callable[[], None]:
     """``count`` calls that differ in all that may differ between the calls of a layer."""
     draw = random.Random(seed)
     shape = layer.shape
@@ -163,7 +163,7 @@ def of_large_calls() -> list[dict[str, int]]:
     """Kernels of the largest tile of MiniMax-M3 in checkpoint order, on Hopper and on AMD, for 8k and 128k tokens."""
     found = []
     for target, form in ((Target.SM90, WeightFormat.MXFP8), (Target.GFX942, WeightFormat.MXFP8_FNUZ)):
-        layer = Layer.on(target, Path.W8A16, frozenset({form}), MINIMAX_M3_EP8)
+        layer = CompiledLayer.on(target, Path.W8A16, frozenset({form}), MINIMAX_M3_EP8)
         tile = [
             launch
             for launch in kernels(layer, 131072)

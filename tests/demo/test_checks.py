@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from epfuse.demo.checks import judge
-from epfuse.demo.record import Check, DemoRecord, LayerRecord, LogitsRecord, RankRecord, TrueSizeRecord, Verdict
+from epfuse.demo.record import (
+    CheckVerdict,
+    DemoCheck,
+    DemoRecord,
+    LayerRecord,
+    LogitsRecord,
+    RankRecord,
+    TrueSizeRecord,
+)
 
 LAYER = LayerRecord("model.layers.3.mlp.experts", 8, [5, 3], [16, 16], 128, 1e-6, 1e-6, 1e-6, 0.01)
 LOGITS = LogitsRecord(max_abs=1e-5, rms=1e-6, noise=1e-6, scale=2.0)
@@ -15,7 +23,7 @@ RANKS = [RankRecord(rank, "cpu", {}, 1e-6, 1e-5, [1, 2, 3], 64, 0.5) for rank in
 TRUE_SIZE = TrueSizeRecord("GPU", 16, 8, "bf16", 1e-3, 1.0, 1e-4)
 
 
-def judged(**changes: Any) -> dict[Verdict, list[Check]]:
+def judged(**changes: Any) -> dict[CheckVerdict, list[DemoCheck]]:
     values = {
         "layers": [LAYER],
         "logits": LOGITS,
@@ -24,7 +32,7 @@ def judged(**changes: Any) -> dict[Verdict, list[Check]]:
         "dtype": "float32",
         "true_size": TRUE_SIZE,
     }
-    found: dict[Verdict, list[Check]] = {verdict: [] for verdict in Verdict}
+    found: dict[CheckVerdict, list[DemoCheck]] = {verdict: [] for verdict in CheckVerdict}
     for check in judge(**(values | changes)):
         found[check.verdict].append(check)
     return found
@@ -32,8 +40,8 @@ def judged(**changes: Any) -> dict[Verdict, list[Check]]:
 
 def test_a_good_run_passes() -> None:
     found = judged()
-    assert len(found[Verdict.PASSED]) == 7
-    assert not found[Verdict.FAILED]
+    assert len(found[CheckVerdict.PASSED]) == 7
+    assert not found[CheckVerdict.FAILED]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +58,7 @@ def test_a_good_run_passes() -> None:
     ],
 )
 def test_each_check_fails_alone(changes: dict[str, Any], name: str) -> None:
-    assert [check.name for check in judged(**changes)[Verdict.FAILED]] == [name]
+    assert [check.name for check in judged(**changes)[CheckVerdict.FAILED]] == [name]
 
 
 def test_a_number_that_json_lacks_becomes_null() -> None:
@@ -62,5 +70,5 @@ def test_a_number_that_json_lacks_becomes_null() -> None:
 
 def test_bfloat16_tokens_are_not_required_to_agree() -> None:
     found = judged(expected=[1, 2, 4], dtype="bfloat16")
-    assert not found[Verdict.FAILED]
-    assert [check.measured for check in found[Verdict.INFORMATIVE]] == [1]
+    assert not found[CheckVerdict.FAILED]
+    assert [check.measured for check in found[CheckVerdict.INFORMATIVE]] == [1]

@@ -12,11 +12,11 @@ import torch
 from epfuse.demo.openai_server import AllRanks, Engine, Handler, load_model
 from epfuse.integrations.transformers.layout import is_experts
 from epfuse.serving import gate
-from epfuse.serving.point import Gate
+from epfuse.serving.point import AccuracyGate
 from epfuse.serving.server import ask
 from epfuse.serving.stream_load import request
 
-GATE = Gate(
+GATE = AccuracyGate(
     prompts=(
         "Experts wait in line: half of them here, half of them there.",
         "for i in range(10): print(i * i)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 
-from epfuse.serving.journal import State
+from epfuse.serving.journal import PointState
 from epfuse.serving.matrix import Selection, expand
 from epfuse.serving.recipe import load_recipe, shipped_recipes
 from epfuse.serving.verdict import FLIP_PAIRS, LEAST_PAIRS, Word
@@ -20,7 +20,7 @@ def test_every_state_has_a_row() -> None:
         "planned", "submitting", "unknown", "queued", "starting", "warming", "running", "done", "gated_out", "failed",
         "cancelled",
     ]  # fmt: skip
-    assert {state.value for state in State} == set(re.findall(r"^\| `(\w+)` \|", section, re.M))
+    assert {state.value for state in PointState} == set(re.findall(r"^\| `(\w+)` \|", section, re.M))
 
 
 def test_every_verdict_is_there() -> None:

@@ -18,8 +18,8 @@ from epfuse.hardware.time_model import (
     PATHS,
     PROFILED_BF16,
     Kernels,
-    Measurement,
-    Routing,
+    MeasuredTime,
+    RoutingModel,
     calibrate,
     compare,
     expert_gemms,
@@ -28,7 +28,7 @@ from epfuse.hardware.time_model import (
 )
 
 MEASURED = [
-    Measurement(point.name, PROFILED_BF16, point.tokens, point.expert_gemms_ms, MOE_LAYERS) for point in BF16_POINTS
+    MeasuredTime(point.name, PROFILED_BF16, point.tokens, point.expert_gemms_ms, MOE_LAYERS) for point in BF16_POINTS
 ]
 ENDS = [measurement for measurement in MEASURED if measurement.tokens != 16]
 
@@ -70,7 +70,7 @@ def test_a_balanced_router_can_not_explain_c16() -> None:
 def test_calibration_finds_what_made_the_times() -> None:
     true = replace(MI300X, eta=0.8, launch_seconds=3e-6)
     made = [
-        Measurement(str(t), PATHS["bf16"], t, predicted_ms(true, PATHS["bf16"], MINIMAX_M3_EP8, t)) for t in (1, 8, 64)
+        MeasuredTime(str(t), PATHS["bf16"], t, predicted_ms(true, PATHS["bf16"], MINIMAX_M3_EP8, t)) for t in (1, 8, 64)
     ]
     fitted = calibrate(MI300X, MINIMAX_M3_EP8, made)
     assert fitted.eta == pytest.approx(0.8)
@@ -81,7 +81,7 @@ def test_calibration_finds_what_made_the_times() -> None:
 
 @pytest.mark.parametrize("skew", [0.0, 0.7, 1.2, 3.0])
 def test_inclusion_probabilities_sum_to_top_k(skew: float) -> None:
-    chosen = Routing(skew).inclusion(MINIMAX_M3_EP8)
+    chosen = RoutingModel(skew).inclusion(MINIMAX_M3_EP8)
     assert sum(chosen) == pytest.approx(4)
     assert all(0 < p <= 1 for p in chosen)
     assert chosen == sorted(chosen, reverse=True)

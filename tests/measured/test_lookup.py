@@ -14,7 +14,7 @@ from epfuse.config import GPT_OSS_20B, Bias, WeightFormat
 from epfuse.families.family import Stage
 from epfuse.families.registry import FAMILIES, default_ranges
 from epfuse.measured import store
-from epfuse.measured.lookup import Source, find, sources
+from epfuse.measured.lookup import LayerMeasurements, find, sources
 from epfuse.policy import Decision, decide
 from epfuse.stages.tiles import rows_per_expert
 from tests.tuning.tables import H100, H200, M3, measurement, row, write
@@ -22,7 +22,7 @@ from tests.tuning.tables import H100, H200, M3, measurement, row, write
 DENSE = WeightFormat.DENSE
 
 
-def found(tokens: int, device: str = H100, shape: LayerShape = M3) -> tuple[Source, int, float] | None:
+def found(tokens: int, device: str = H100, shape: LayerShape = M3) -> tuple[LayerMeasurements, int, float] | None:
     answer = find(sources(Target.SM90, device, Path.BF16, DENSE, shape), tokens * shape.top_k / shape.experts)
     return None if answer is None else (answer.source, answer.point.tokens, answer.factor)
 

@@ -13,7 +13,7 @@ from epfuse import Path, Target
 from epfuse.errors import ConfigError
 from epfuse.families.family import Stage
 from epfuse.measured import store
-from epfuse.measured.schema import Table, entry_of
+from epfuse.measured.schema import TileTable, entry_of
 from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
 from tests.tuning.tables import H200, measurement, row, write
 
@@ -97,7 +97,7 @@ def test_what_a_measurement_can_not_be() -> None:
     with pytest.raises(ValidationError, match="has no tiles"):
         measurement(row(1), path=Path.AUTO)
     with pytest.raises(ValidationError, match="must be one"):
-        Table(target=Target.SM90, stage=Stage.DOWN, measurements=(measurement(row(1)), measurement(row(2))))
+        TileTable(target=Target.SM90, stage=Stage.DOWN, measurements=(measurement(row(1)), measurement(row(2))))
     with pytest.raises(ValidationError, match="microseconds"):
         row(1, microseconds=0.0)
 

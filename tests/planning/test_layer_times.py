@@ -13,7 +13,7 @@ from epfuse.cli.plan import rival_of
 from epfuse.config import GELUTanh, Policy
 from epfuse.errors import ConfigError
 from epfuse.hardware.products import PRODUCTS
-from epfuse.planning.layer_times import NOT_FITTED, TOKENS, LayerTime, Rival, layer_times
+from epfuse.planning.layer_times import NOT_FITTED, TOKENS, PlannedLayerTime, Rival, layer_times
 from epfuse.planning.model_plan import ModelPlan, Serving, plan_model
 from epfuse.planning.page import page
 from epfuse.planning.record import plan_record, refused_record
@@ -27,7 +27,7 @@ def planned(device: str, ranks: int = 8, name: str = "minimax-m3") -> tuple[Mode
     return plan_model(model, serving, Policy.AUTO), rival_of(model, serving)
 
 
-def at(tokens: int, device: str, ranks: int = 8, name: str = "minimax-m3") -> LayerTime:
+def at(tokens: int, device: str, ranks: int = 8, name: str = "minimax-m3") -> PlannedLayerTime:
     return layer_times(*planned(device, ranks, name))[TOKENS.index(tokens)]
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epfuse.profiling.events import Kernel, Range
+from epfuse.profiling.events import Range, TracedKernel
 from epfuse.profiling.layers import Layers, find_layers, find_skeleton
 from epfuse.profiling.phases import Phase
 
@@ -15,7 +15,7 @@ def layers_of(
     names: list[str], streams: dict[str, int] | None = None, phases: dict[str, Phase] | None = None
 ) -> Layers:
     kernels = [
-        Kernel(name, 0, (streams or {}).get(name, 7), 10 * i, 5 if name not in (streams or {}) else 1, None)
+        TracedKernel(name, 0, (streams or {}).get(name, 7), 10 * i, 5 if name not in (streams or {}) else 1, None)
         for i, name in enumerate(names)
     ]
     return find_layers(kernels, [()] * len(kernels), [(phases or {}).get(name) for name in names])
@@ -97,7 +97,7 @@ def test_any_sequence_gives_spans_in_order(names: list[str]) -> None:
 
 
 def test_modules_tell_layers_of_different_length() -> None:
-    kernels = [Kernel(f"k{i}", 0, 7, i, 1, None) for i in range(9)]
+    kernels = [TracedKernel(f"k{i}", 0, 7, i, 1, None) for i in range(9)]
     zero, one = (Range(f"nn.Module: MiniMaxM3VLDecoderLayer_{n}", "1", n, 1) for n in range(2))
     inner = Range("nn.Module: Linear_5", "1", 0, 1)
     ranges = [(), (zero,), (zero, inner), (zero,), (one,), (one, inner), (one,), (one,), ()]

@@ -11,7 +11,7 @@ import pytest
 import epfuse
 from epfuse.errors import ConfigError
 from epfuse.profiling.classify import Classifier
-from epfuse.profiling.events import Kernel
+from epfuse.profiling.events import TracedKernel
 from epfuse.profiling.layers import Layers
 from epfuse.profiling.phases import Phase
 from epfuse.profiling.rules import LARGEST_FILE, RuleSet
@@ -92,7 +92,7 @@ LETTERS = {"p": Phase.PREPARE, "g": Phase.GEMM1, "a": Phase.ACTIVATION, "d": Pha
 
 def classify(classifier: Classifier, names: list[str], ranges: list[str] | None = None) -> list[Phase | None]:
     """Phases of one layer's kernels in one stream."""
-    kernels = [Kernel(name, 0, 7, 10 * i, 5, None) for i, name in enumerate(names)]
+    kernels = [TracedKernel(name, 0, 7, 10 * i, 5, None) for i, name in enumerate(names)]
     around = ranges or [""] * len(names)
     verdicts = classifier.by_name(kernels, around)
     classifier.by_context(kernels, around, Layers([range(len(names))], "repetition"), verdicts)
@@ -143,7 +143,7 @@ def test_every_kernel_of_this_package_has_its_stages_phase(classifier: Classifie
     kernels = found_in(folder.rglob("kernel*.py"), r"^def (\w+_kernel)\(")
     assert len(kernels) > 8
     names = [name for _, name in kernels]
-    verdicts = classifier.by_name([Kernel(name, 0, 7, 0, 1, None) for name in names], [""] * len(names))
+    verdicts = classifier.by_name([TracedKernel(name, 0, 7, 0, 1, None) for name in names], [""] * len(names))
     expected = {name: STAGES[file.relative_to(folder).parts[0]] for file, name in kernels}
     assert dict(zip(names, verdicts.phases, strict=True)) == expected
 
@@ -186,7 +186,8 @@ def test_the_rows_and_the_weights_of_an_eager_expert(classifier: Classifier) -> 
 def test_a_token_chosen_before_the_first_layer_is_output(classifier: Classifier) -> None:
     argmax = "void at::native::reduce_kernel<512, 1, at::native::ArgMaxOps<float>>"
     kernels = [
-        Kernel(name, 0, 7, 10 * i, 5, None) for i, name in enumerate([argmax, "embedding", NORM, GEMM, NORM, GEMM])
+        TracedKernel(name, 0, 7, 10 * i, 5, None)
+        for i, name in enumerate([argmax, "embedding", NORM, GEMM, NORM, GEMM])
     ]
     verdicts = classifier.by_name(kernels, [""] * 6)
     classifier.by_context(kernels, [""] * 6, Layers([range(2, 4), range(4, 6)], "repetition"), verdicts)
@@ -227,7 +228,9 @@ def test_a_collective_in_one_of_our_ranges_is_one(classifier: Classifier, stage:
 
 def test_the_weights_that_trtllm_gen_names(classifier: Classifier) -> None:
     names = [TOPK, *BACKENDS["trtllm-gen"][0]]
-    verdicts = classifier.by_name([Kernel(n, 0, 7, 10 * i, 5, None) for i, n in enumerate(names)], [""] * len(names))
+    verdicts = classifier.by_name(
+        [TracedKernel(n, 0, 7, 10 * i, 5, None) for i, n in enumerate(names)], [""] * len(names)
+    )
     assert {classifier.rules.rules[rule].weights for rule in verdicts.rules if rule is not None} == {None, "mxfp4"}
 
 
@@ -240,7 +243,7 @@ def test_a_users_rules_win(tmp_path: Path) -> None:
     path.write_text("schema: 1\nname: mine\nrules:\n- {phase: dense FFN, kernel: fused_moe_kernel}\n")
     rules = RuleSet.load(path)
     assert rules.origins[0] == "mine"
-    kernels = [Kernel("fused_moe_kernel", 0, 7, 0, 1, None)]
+    kernels = [TracedKernel("fused_moe_kernel", 0, 7, 0, 1, None)]
     assert Classifier(rules).by_name(kernels, [""]).phases == [Phase.DENSE_FFN]
 
 

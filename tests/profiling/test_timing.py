@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epfuse.profiling.events import Kernel, Launch
+from epfuse.profiling.events import TracedKernel, TracedLaunch
 from epfuse.profiling.timing import Gaps, busy, length, percentile, streams_of, union
 
 ACTIVITIES = st.lists(
     st.builds(
-        lambda stream, start, duration, correlation: Kernel("k", 0, stream, start, duration, correlation),
+        lambda stream, start, duration, correlation: TracedKernel("k", 0, stream, start, duration, correlation),
         st.integers(0, 2),
         st.integers(0, 300),
         st.integers(0, 50),
@@ -24,12 +24,13 @@ ACTIVITIES = st.lists(
     max_size=30,
 ).map(lambda kernels: sorted(kernels, key=lambda k: (k.start, k.stream)))
 LAUNCHES = st.dictionaries(
-    st.integers(0, 9), st.builds(lambda t, d: Launch("launch", "1", t, d), st.integers(-50, 400), st.integers(0, 40))
+    st.integers(0, 9),
+    st.builds(lambda t, d: TracedLaunch("launch", "1", t, d), st.integers(-50, 400), st.integers(0, 40)),
 )
 
 
 @given(ACTIVITIES)
-def test_union_is_the_set_of_times(kernels: list[Kernel]) -> None:
+def test_union_is_the_set_of_times(kernels: list[TracedKernel]) -> None:
     covered = {t for k in kernels for t in range(k.start, k.end)}
     assert busy(kernels) == len(covered) <= sum(k.duration for k in kernels)
     merged = union((k.start, k.end) for k in kernels)
@@ -38,7 +39,7 @@ def test_union_is_the_set_of_times(kernels: list[Kernel]) -> None:
 
 
 @given(ACTIVITIES, LAUNCHES)
-def test_a_stream_is_busy_or_in_a_gap(kernels: list[Kernel], launches: dict[int, Launch]) -> None:
+def test_a_stream_is_busy_or_in_a_gap(kernels: list[TracedKernel], launches: dict[int, TracedLaunch]) -> None:
     streams = streams_of(kernels, [], launches)
     for time in streams:
         own = [k for k in kernels if k.stream == time.stream]
@@ -60,8 +61,8 @@ def test_a_stream_is_busy_or_in_a_gap(kernels: list[Kernel], launches: dict[int,
     ],
 )
 def test_why_a_stream_waits(launch: tuple[int, int] | None, gaps: Gaps) -> None:
-    kernels = [Kernel("a", 0, 7, 0, 100, None), Kernel("b", 0, 7, 150, 10, 1)]
-    launches = {1: Launch("cudaLaunchKernel", "1", *launch)} if launch else {}
+    kernels = [TracedKernel("a", 0, 7, 0, 100, None), TracedKernel("b", 0, 7, 150, 10, 1)]
+    launches = {1: TracedLaunch("cudaLaunchKernel", "1", *launch)} if launch else {}
     (stream,) = streams_of(kernels, [], launches)
     assert stream.gaps == gaps
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tools.serve_on_gpu import answers, checkpoint, endure, sleep, trace
-from tools.serve_on_gpu.arms import Arm, Workplace
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome
+from tools.serve_on_gpu.arms import ServerArm, Workplace
+from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget
 from tools.serve_on_gpu.records import merge
 
 from epfuse.numerics.mxfp8 import MXFP8
@@ -51,7 +51,7 @@ def stub_reading() -> Reading:
 @pytest.mark.parametrize(("ours", "passed"), [("", True), ("rare=1.5", False)])
 def test_log_probabilities(place, folder, monkeypatch, ours, passed) -> None:
     monkeypatch.setenv("STUB_OURS", ours)
-    found = answers.logprobs({"mxfp8": place}, stub_reading, folder, Budget(500), {})
+    found = answers.logprobs({"mxfp8": place}, stub_reading, folder, TimeBudget(500), {})
     (record,) = records(folder)
     assert (record["complete"], record["passed"], not found.failed) == (True, passed, passed)
     assert record["mean_error"]["none"] == 0
@@ -71,11 +71,11 @@ def test_errors_are_compared_by_their_scatter() -> None:
 )
 def test_recital(place, folder, monkeypatch, faults, words) -> None:
     monkeypatch.setenv("STUB_FAULTS", faults)
-    found = answers.recite(place, {"abc": "def", "abcd": "ef"}, folder, Budget(500), {})
+    found = answers.recite(place, {"abc": "def", "abcd": "ef"}, folder, TimeBudget(500), {})
     assert (not found.failed) == (faults != "silent"), found
     record = records(folder)[0]
     assert words in record.get("reason", record.get("error"))
-    other = answers.recite(place, {"abc": "xyz"}, Folder(folder.path, "b"), Budget(500), {})
+    other = answers.recite(place, {"abc": "xyz"}, Folder(folder.path, "b"), TimeBudget(500), {})
     assert other.failed
 
 
@@ -93,7 +93,7 @@ def test_a_long_run(place, folder, monkeypatch, faults, late, words) -> None:
     if late:
         monkeypatch.setenv("STUB_LATE", late)
     monkeypatch.setattr(endure, "BROKEN", 0.2)
-    found = endure.run(place, 50, folder, Budget(500), {})
+    found = endure.run(place, 50, folder, TimeBudget(500), {})
     (record,) = records(folder)
     assert (record["answered"] + record["broken_off"], record["preempted"]) == (50, 0 if words[:3] == "not" else 3)
     assert record["broken_off"] > 0
@@ -127,7 +127,7 @@ def test_memory_that_grows() -> None:
 )
 def test_sleep_and_weights_in_place(place, folder, monkeypatch, fault, passed, words) -> None:
     monkeypatch.setenv("STUB_FAULTS", fault)
-    found = sleep.run(place, folder, Budget(500), {})
+    found = sleep.run(place, folder, TimeBudget(500), {})
     assert [record["passed"] for record in records(folder)] == passed
     assert words in records(folder)[2]["reason"]
     assert len(found.failed) == passed.count(False)
@@ -137,7 +137,7 @@ def test_sleep_and_weights_in_place(place, folder, monkeypatch, fault, passed, w
 def test_traces(place, folder, monkeypatch, fault, words) -> None:
     monkeypatch.setenv("STUB_FAULTS", fault)
     monkeypatch.setattr(trace, "SETTLE", 0.01)
-    found = trace.run(place, trace.Wanted(2, answer=8), folder, Budget(500), {})
+    found = trace.run(place, trace.Wanted(2, answer=8), folder, TimeBudget(500), {})
     assert [record.get("traces") for record in records(folder)] == (
         [None] * 2 if words else [["rank0.pt.trace.json.gz"]] * 2
     )
@@ -147,11 +147,11 @@ def test_traces(place, folder, monkeypatch, fault, words) -> None:
 
 def test_what_there_is_no_time_for(place, folder) -> None:
     parts = [
-        answers.logprobs({"mxfp8": place}, stub_reading, folder, Budget(5), {}),
-        answers.recite(place, {"a": "b"}, folder, Budget(5), {}),
-        endure.run(place, 50, folder, Budget(5), {}),
-        sleep.run(place, folder, Budget(5), {}),
-        trace.run(place, trace.Wanted(2), folder, Budget(5), {}),
+        answers.logprobs({"mxfp8": place}, stub_reading, folder, TimeBudget(5), {}),
+        answers.recite(place, {"a": "b"}, folder, TimeBudget(5), {}),
+        endure.run(place, 50, folder, TimeBudget(5), {}),
+        sleep.run(place, folder, TimeBudget(5), {}),
+        trace.run(place, trace.Wanted(2), folder, TimeBudget(5), {}),
     ]
     assert [(len(part.failed), len(part.left)) for part in parts] == [(0, 1)] * 5
     assert not list(folder.path.iterdir())
@@ -166,8 +166,8 @@ def test_exit_codes(failed, left, code) -> None:
 
 def test_a_plugin_that_leaves_the_layers_is_no_arm_of_ours(place, folder, monkeypatch) -> None:
     monkeypatch.setattr(answers, "what_the_log_says", lambda log, arm: {"fits": True, "runs": False, "said": []})
-    assert "does not fit" in answers.recite(place, {"abc": "def"}, folder, Budget(500), {}).failed[0]
-    assert Arm.EPFUSE == "epfuse"
+    assert "does not fit" in answers.recite(place, {"abc": "def"}, folder, TimeBudget(500), {}).failed[0]
+    assert ServerArm.EPFUSE == "epfuse"
 
 
 def test_both_formats_of_a_checkpoint_hold_the_same_numbers() -> None:

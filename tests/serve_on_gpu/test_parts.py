@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tools.serve_on_gpu import __main__ as tool
 from tools.serve_on_gpu import arms, servers
-from tools.serve_on_gpu.arms import Arm
+from tools.serve_on_gpu.arms import ServerArm
 from tools.serve_on_gpu.records import merge
 from tools.serve_on_gpu.servers import parse_loads, parse_servers
 from tools.serve_on_gpu.tables import rows_of
@@ -121,7 +121,9 @@ def test_a_server_that_fails_is_said_and_the_next_one_runs(tmp_path, model, monk
 
 
 def test_an_arm_that_is_not_what_it_says(tmp_path, model, monkeypatch) -> None:
-    monkeypatch.setattr(arms.Workplace, "task", lambda self, arm, *rest, **more: TASK(self, Arm.NONE, *rest, **more))
+    monkeypatch.setattr(
+        arms.Workplace, "task", lambda self, arm, *rest, **more: TASK(self, ServerArm.NONE, *rest, **more)
+    )
     done = call(tmp_path, model, "serve", "--servers", "epfuse", "--new", "", "--warm", "")
     assert done.exit_code == 1
     assert "does not fit an arm epfuse" in done.output
@@ -167,7 +169,7 @@ def test_several_gpus_share_the_experts_or_split_them(tmp_path: Path, model: Pat
     options = {"serve_arguments": "--max-num-seqs 8", "tensor_parallel": 2, "work": tmp_path / "work", "label": "a"}
     options |= {"more_plugins": "", "out": tmp_path / "out", "seconds": 5.0, "expert_parallel": shared}
     place = tool.Place(str(model), options)
-    argv = place.work.serve(Arm.EPFUSE, 1234, tmp_path / "compiles").argv
+    argv = place.work.serve(ServerArm.EPFUSE, 1234, tmp_path / "compiles").argv
     assert argv[-4 - len(more) :] == ("--max-num-seqs", "8", "--tensor-parallel-size", "2", *more)
     assert place.work.served == f"{model} --max-num-seqs 8 --tensor-parallel-size 2{''.join(f' {one}' for one in more)}"
 
@@ -195,7 +197,7 @@ def test_servers_of_other_arguments_are_other_rows() -> None:
 def test_every_worker_that_runs_experts_is_named(tmp_path: Path) -> None:
     says = "INFO 11-29 20:57:16 [layer.py:95] epfuse runs experts in place of vLLM's MarlinExperts; on NVIDIA H200: so"
     (tmp_path / "log").write_text("".join(f"(Worker_TP{rank}_EP{rank} pid=1{rank}) {says}\n" for rank in (1, 0)))
-    found = arms.what_the_log_says(tmp_path / "log", Arm.EPFUSE)
+    found = arms.what_the_log_says(tmp_path / "log", ServerArm.EPFUSE)
     assert (found["workers"], len(found["said"])) == (["Worker_TP0_EP0", "Worker_TP1_EP1"], 1)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from epfuse.serving.done import Done
 from epfuse.serving.layout import PointFolder, write_model
-from epfuse.serving.point import Arm, Client, Command, Deadlines, Gate, Point, PointJob, Polls
+from epfuse.serving.point import AccuracyGate, Arm, Client, Command, Deadlines, Point, PointJob, Polls
 from epfuse.serving.server import free_port
 
 STUB = Path(__file__).with_name("stub_server.py")
@@ -35,7 +35,7 @@ def point_job(*arms: Arm, order: tuple[str, ...] = (), **changes: object) -> Poi
         "arms": arms,
         "order": order or tuple(arm.name for arm in arms),
         "client": Client(tool="builtin", prompts=20, concurrency=2, warmups=4, isl=8, osl=4),
-        "gate": Gate(prompts=TEXTS, repeats=1, greedy_tokens=4),
+        "gate": AccuracyGate(prompts=TEXTS, repeats=1, greedy_tokens=4),
         "deadlines": Deadlines(ready=120, gate=120, warmup=120, load=120, evals=120, stop=30, free=1, job=400),
         "polls": Polls(ready=0.05, watch=0.05, gpu=0.1),
         "port": free_port(),

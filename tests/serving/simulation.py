@@ -11,7 +11,16 @@ from pathlib import Path
 
 from epfuse.serving.claim import Claim, Revoked
 from epfuse.serving.done import Done, End
-from epfuse.serving.launchers.launcher import Accepted, Order, Phase, Rejected, Seen, Sighting, Unreachable, Unsure
+from epfuse.serving.launchers.launcher import (
+    Accepted,
+    CleanLook,
+    JobPhase,
+    Order,
+    Rejected,
+    Sighting,
+    Unreachable,
+    Unsure,
+)
 from epfuse.serving.layout import PointFolder
 
 
@@ -25,7 +34,7 @@ class Job:
     number: int
     point: Path
     due: float
-    phase: Phase = Phase.WAITING
+    phase: JobPhase = JobPhase.WAITING
     word: str = "PENDING"
     why: str = ""
     claim: Claim | None = None
@@ -96,24 +105,24 @@ class World:
         if self.chance.random() < self.outages / 100:
             self.down_until = self.time + self.chance.uniform(1, 120)
         for job in self.jobs:
-            if (job.phase is not Phase.ENDED or job.works) and not self.stuck and self.time >= job.due:
+            if (job.phase is not JobPhase.ENDED or job.works) and not self.stuck and self.time >= job.due:
                 self.advance(job)
 
     def advance(self, job: Job) -> None:
-        if job.phase is Phase.WAITING:
-            running = [other for other in self.jobs if other.key == job.key and other.phase is Phase.RUNNING]
+        if job.phase is JobPhase.WAITING:
+            running = [other for other in self.jobs if other.key == job.key and other.phase is JobPhase.RUNNING]
             if running and not self.copies:
                 return  # singleton
-            job.phase, job.word, job.due = Phase.RUNNING, "RUNNING", self.time + self.chance.uniform(1, 60)
+            job.phase, job.word, job.due = JobPhase.RUNNING, "RUNNING", self.time + self.chance.uniform(1, 60)
             self.begin(job)
-        elif job.phase is Phase.ENDED:
+        elif job.phase is JobPhase.ENDED:
             self.end(job)  # a ghost's
         elif self.chance.random() < self.deaths:
-            job.phase, job.word, job.works = Phase.ENDED, "NODE_FAIL", False
+            job.phase, job.word, job.works = JobPhase.ENDED, "NODE_FAIL", False
         elif self.chance.random() < self.ghosts:
-            job.phase, job.word, job.due = Phase.ENDED, "NODE_FAIL", self.time + self.chance.uniform(0, 200)
+            job.phase, job.word, job.due = JobPhase.ENDED, "NODE_FAIL", self.time + self.chance.uniform(0, 200)
         else:
-            job.phase, job.word = Phase.ENDED, "COMPLETED"
+            job.phase, job.word = JobPhase.ENDED, "COMPLETED"
             self.end(job)
 
     def begin(self, job: Job) -> None:
@@ -121,7 +130,7 @@ class World:
         if not PointFolder(job.point).done.exists():
             job.claim = Claim.take(job.point, job.key)
         if job.claim is None:
-            job.phase, job.word = Phase.ENDED, "COMPLETED"
+            job.phase, job.word = JobPhase.ENDED, "COMPLETED"
             return
         for other in self.jobs:
             if other.works and other.point == job.point and other.claim is not None and other.claim.held:
@@ -172,12 +181,12 @@ class World:
         self.maybe_killed()
         return Accepted(str(job.number))
 
-    def look(self, place: str, keys: Sequence[str]) -> Seen | Unreachable:
+    def look(self, place: str, keys: Sequence[str]) -> CleanLook | Unreachable:
         self.maybe_killed()
         if self.time < self.down_until:
             return Unreachable("Unable to contact slurm controller (connect failure)")
         jobs = (job for job in self.jobs if job.key in keys)
-        return Seen(tuple(Sighting(job.key, str(job.number), job.phase, job.word, job.why) for job in jobs))
+        return CleanLook(tuple(Sighting(job.key, str(job.number), job.phase, job.word, job.why) for job in jobs))
 
     def probe(self, place: str) -> str | None:
         return "Slurmctld is DOWN" if self.time < self.down_until else None
@@ -186,6 +195,6 @@ class World:
         if self.time < self.down_until:
             return "Unable to contact slurm controller (connect failure)"
         for job in self.jobs:
-            if job.key == key and job.phase is not Phase.ENDED:
-                job.phase, job.word, job.works = Phase.ENDED, "CANCELLED", False
+            if job.key == key and job.phase is not JobPhase.ENDED:
+                job.phase, job.word, job.works = JobPhase.ENDED, "CANCELLED", False
         return None

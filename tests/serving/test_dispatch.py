@@ -16,8 +16,8 @@ from epfuse.serving.claim import Claim, holder_of, revoke
 from epfuse.serving.contact import WallClock
 from epfuse.serving.dispatch import Dispatcher
 from epfuse.serving.done import End
-from epfuse.serving.journal import ENDS, Journal, State, read_journal
-from epfuse.serving.launchers.launcher import Phase, Rejected, Unsure
+from epfuse.serving.journal import ENDS, Journal, PointState, read_journal
+from epfuse.serving.launchers.launcher import JobPhase, Rejected, Unsure
 from epfuse.serving.layout import RunFolder
 from epfuse.serving.lock import RunLock
 from epfuse.serving.patience import Rules
@@ -63,7 +63,7 @@ def run_to_end(folder: RunFolder, world: World, rules: Rules = RULES) -> int:
     raise AssertionError("it does not come to an end")
 
 
-def states(folder: RunFolder) -> dict[str, State]:
+def states(folder: RunFolder) -> dict[str, PointState]:
     return {name: change.state for name, change in read_journal(folder.journal).points.items()}
 
 
@@ -97,7 +97,7 @@ def test_every_point_ends_exactly_once_whatever_fails(
     run_to_end(folder, world)
     world.kills = 0.0
     world.sleep(250.0)  # what is on its way arrives after the end
-    assert set(states(folder).values()) == {State.DONE}
+    assert set(states(folder).values()) == {PointState.DONE}
     assert world.ends == dict.fromkeys(SIX, 1)
     assert not world.overlaps
     if not world.deaths and not world.ghosts:
@@ -116,7 +116,7 @@ def test_of_copies_that_start_at_the_same_time_one_runs(tmp_path: Path, seed: in
     world.sleep(100.0)
     assert len(world.jobs) >= 12
     assert world.starts == world.ends == dict.fromkeys(SIX, 1)
-    assert set(states(folder).values()) == {State.DONE}
+    assert set(states(folder).values()) == {PointState.DONE}
 
 
 def test_without_a_claim_copies_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_an_order_without_an_answer_is_unknown_until_two_looks_apart(tmp_path: P
     world.refusals = 2.0
     now = dispatcher(folder, world)
     now.step()
-    assert states(folder) == {"a": State.UNKNOWN}
+    assert states(folder) == {"a": PointState.UNKNOWN}
     world.refusals = 0.0
     asked = []
     for _ in range(8):
@@ -177,7 +177,7 @@ def test_an_order_without_an_answer_is_unknown_until_two_looks_apart(tmp_path: P
     kill(now)
     first, again = asked[0][0], next(at for at, _, orders in asked if orders == 2)
     assert again - first > world.patience()
-    assert [state for at, state, _ in asked if at < again] == [State.UNKNOWN] * (
+    assert [state for at, state, _ in asked if at < again] == [PointState.UNKNOWN] * (
         len([a for a in asked if a[0] < again])
     )
 
@@ -192,17 +192,17 @@ def test_a_controller_that_is_away_makes_points_unknown_and_never_absent(tmp_pat
     world = World(0, tmp_path / "points", stuck=True)
     now = dispatcher(folder, world)
     now.step()
-    assert set(states(folder).values()) == {State.QUEUED}
+    assert set(states(folder).values()) == {PointState.QUEUED}
     world.down_until = world.time + 3600
     for _ in range(100):
         world.sleep(5.0)
         now.step()
-    assert set(states(folder).values()) == {State.UNKNOWN}
+    assert set(states(folder).values()) == {PointState.UNKNOWN}
     assert world.orders == {"t-a-1": 1, "t-b-1": 1}
     world.down_until = 0.0
     world.sleep(400)
     now.step()
-    assert set(states(folder).values()) == {State.QUEUED}
+    assert set(states(folder).values()) == {PointState.QUEUED}
     kill(now)
 
 
@@ -214,7 +214,7 @@ def test_nothing_is_submitted_while_the_probe_fails(tmp_path: Path) -> None:
         now.step()
         world.sleep(5.0)
     kill(now)
-    assert states(folder) == {"a": State.PLANNED}
+    assert states(folder) == {"a": PointState.PLANNED}
     assert not world.orders
 
 
@@ -227,7 +227,7 @@ def test_a_long_outage_ends_the_dispatcher_and_a_later_one_goes_on(tmp_path: Pat
     kill(now)
     world.down_until = 0.0
     run_to_end(folder, world)
-    assert set(states(folder).values()) == {State.DONE}
+    assert set(states(folder).values()) == {PointState.DONE}
 
 
 def test_a_job_that_ended_while_the_controller_was_away_is_done(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_job_that_ended_while_the_controller_was_away_is_done(tmp_path: Path) 
     world.sleep(200)
     now.step()
     kill(now)
-    assert states(folder) == {"a": State.DONE}
+    assert states(folder) == {"a": PointState.DONE}
 
 
 def test_a_queue_that_never_ends_has_a_deadline(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_queue_that_never_ends_has_a_deadline(tmp_path: Path) -> None:
     now.dispatch()
     kill(now)
     change = read_journal(folder.journal).points["a"]
-    assert change.state is State.FAILED
+    assert change.state is PointState.FAILED
     assert change.why == "it was PENDING for 300 s because of PartitionConfig"
     assert [job.word for job in world.jobs] == ["CANCELLED"]
 
@@ -263,20 +263,20 @@ def test_a_queue_that_ends_has_none(tmp_path: Path) -> None:
         now.step()
         world.sleep(5.0)
     kill(now)
-    assert states(folder) == {"a": State.QUEUED}
+    assert states(folder) == {"a": PointState.QUEUED}
 
 
 def test_a_canary_ends_well_before_the_others_start(tmp_path: Path) -> None:
     folder = make_run(tmp_path, canary="8k1k-c1")
     world = World(0, tmp_path / "points")
     now = dispatcher(folder, world)
-    while states(folder)["8k1k-c1"] is not State.DONE:
+    while states(folder)["8k1k-c1"] is not PointState.DONE:
         assert set(world.orders) <= {"t-8k1k-c1-1"}
         now.step()
         world.sleep(5.0)
     kill(now)
     run_to_end(folder, world)
-    assert set(states(folder).values()) == {State.DONE}
+    assert set(states(folder).values()) == {PointState.DONE}
 
 
 def test_a_canary_that_fails_keeps_the_others_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ def test_a_canary_that_fails_keeps_the_others_at_home(tmp_path: Path, monkeypatc
     now = dispatcher(folder, world)
     now.dispatch()
     kill(now)
-    assert sorted(states(folder).values()) == [State.FAILED, *[State.PLANNED] * 5]
+    assert sorted(states(folder).values()) == [PointState.FAILED, *[PointState.PLANNED] * 5]
     assert now.unfinished == "5 of 6 points have not ended: the first point, 1k1k-c1, is failed"
 
 
@@ -303,7 +303,7 @@ def test_identical_failures_open_the_breaker(tmp_path: Path, monkeypatch: pytest
     now = dispatcher(folder, world, Rules(identical=3))
     now.dispatch()
     kill(now)
-    assert sorted(states(folder).values()) == [*[State.FAILED] * 3, *[State.PLANNED] * 3]
+    assert sorted(states(folder).values()) == [*[PointState.FAILED] * 3, *[PointState.PLANNED] * 3]
     assert "3 times the same failure, so nothing more is submitted: port 803 is taken" in now.unfinished
 
 
@@ -326,7 +326,7 @@ def test_failures_of_different_kinds_do_not(tmp_path: Path, monkeypatch: pytest.
     now = dispatcher(folder, world, Rules(identical=2))
     now.dispatch()
     kill(now)
-    assert set(states(folder).values()) == {State.FAILED}
+    assert set(states(folder).values()) == {PointState.FAILED}
 
 
 def test_a_final_refusal_fails_the_point_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +337,7 @@ def test_a_final_refusal_fails_the_point_at_once(tmp_path: Path, monkeypatch: py
     now.dispatch()
     kill(now)
     change = read_journal(folder.journal).points["a"]
-    assert (change.state, change.why) == (State.FAILED, "Invalid partition name specified")
+    assert (change.state, change.why) == (PointState.FAILED, "Invalid partition name specified")
 
 
 def test_fast_refusals_burn_no_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +354,7 @@ def test_fast_refusals_burn_no_tries(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(World, "submit", refuse)
     run_to_end(folder, world)
-    assert states(folder) == {"a": State.DONE}
+    assert states(folder) == {"a": PointState.DONE}
     assert world.orders["t-a-1"] <= 30
 
 
@@ -370,12 +370,12 @@ def test_a_cancel_is_asked_until_a_look_shows_its_effect(tmp_path: Path, away: b
         for _ in range(20):
             now.step()
             world.sleep(5.0)
-        assert states(folder)["a"] is State.UNKNOWN
+        assert states(folder)["a"] is PointState.UNKNOWN
     for _ in range(200):
         now.step()
         world.sleep(5.0)
     kill(now)
-    assert states(folder) == {"a": State.CANCELLED, "b": State.QUEUED}
+    assert states(folder) == {"a": PointState.CANCELLED, "b": PointState.QUEUED}
     assert [job.word for job in world.jobs] == ["CANCELLED", "PENDING"]
 
 
@@ -393,7 +393,7 @@ def test_a_cancel_that_failed_is_asked_again(tmp_path: Path, monkeypatch: pytest
     now = dispatcher(folder, world)
     now.step()
     folder.point("a").cancel.touch()
-    while states(folder)["a"] is not State.CANCELLED:
+    while states(folder)["a"] is not PointState.CANCELLED:
         world.sleep(5.0)
         now.step()
         assert world.time < 3000
@@ -421,7 +421,7 @@ def test_a_cancel_without_an_effect_is_asked_again(tmp_path: Path, monkeypatch: 
     now = dispatcher(folder, world)
     now.step()
     folder.point("a").cancel.touch()
-    while states(folder)["a"] is not State.CANCELLED:
+    while states(folder)["a"] is not PointState.CANCELLED:
         world.sleep(5.0)
         now.step()
         assert world.time < 3000
@@ -436,7 +436,7 @@ def test_a_point_that_is_cancelled_before_it_began_is_never_submitted(tmp_path: 
     now = dispatcher(folder, world)
     now.dispatch()
     kill(now)
-    assert states(folder) == {"a": State.CANCELLED}
+    assert states(folder) == {"a": PointState.CANCELLED}
     assert not world.orders
 
 
@@ -450,7 +450,7 @@ def test_a_job_that_dies_gets_another_attempt_after_its_claim_was_revoked(
     now.dispatch()
     kill(now)
     change = read_journal(folder.journal).points["a"]
-    assert change.state is State.FAILED
+    assert change.state is PointState.FAILED
     assert change.attempt == 3
     assert change.why == "attempt 3 ended as NODE_FAIL without a result"
     assert world.starts == {"a": 3}  # each one could claim
@@ -462,15 +462,15 @@ def test_jobs_that_are_taken_away_before_they_begin_are_no_failures(tmp_path: Pa
     world = World(0, tmp_path / "points", stuck=True)
     now = dispatcher(folder, world, Rules(attempts=1, losses=3, identical=2))
     for _ in range(3):
-        while not any(job.phase is Phase.WAITING for job in world.jobs):
+        while not any(job.phase is JobPhase.WAITING for job in world.jobs):
             now.step()
             world.sleep(5.0)
         for job in world.jobs:
-            job.phase, job.word = Phase.ENDED, "CANCELLED"
+            job.phase, job.word = JobPhase.ENDED, "CANCELLED"
     world.stuck = False
     now.dispatch()
     kill(now)
-    assert set(states(folder).values()) == {State.DONE}
+    assert set(states(folder).values()) == {PointState.DONE}
 
 
 def test_a_copy_that_comes_late_is_seen_and_does_not_run(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_a_copy_that_comes_late_is_seen_and_does_not_run(tmp_path: Path) -> None
     kill(now)
     world.sleep(300)
     assert world.starts == world.ends == {"a": 1}
-    assert states(folder) == {"a": State.DONE}
+    assert states(folder) == {"a": PointState.DONE}
 
 
 def test_a_point_whose_end_is_damaged_fails_and_the_others_go_on(tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_a_point_whose_end_is_damaged_fails_and_the_others_go_on(tmp_path: Path)
     now = dispatcher(folder, world)
     now.dispatch()
     kill(now)
-    assert states(folder) == {"a": State.FAILED, "b": State.DONE}
+    assert states(folder) == {"a": PointState.FAILED, "b": PointState.DONE}
 
 
 def test_a_folder_with_spaces_is_told_of_once(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from epfuse.serving.evals import read_evals
 from epfuse.serving.gate import Distance, Reading, Reference
 from epfuse.serving.job import main, run
 from epfuse.serving.leg import MOST_NOISE, own_result
-from epfuse.serving.point import Arm, Client, Deadlines, Gate, Point, PutIn, Venv
+from epfuse.serving.point import AccuracyGate, Arm, Client, Deadlines, Point, PutIn, Venv
 from epfuse.serving.server import MARK, Server, ServerFault, free_port, marked_processes, port_is_free
 from tests.serving.points import KEY, ending, one_arm, point_job, start, stub, two_arms, write
 
@@ -398,7 +398,7 @@ def test_a_patched_environment_is_taken_back(ended, tmp_path, fault):
 
 
 def test_a_metric_that_is_no_number_is_none(tmp_path):
-    gate = Gate(evals=("gsm8k",))
+    gate = AccuracyGate(evals=("gsm8k",))
     for value in ("true", "NaN", "1" + "0" * 400, '"1.0"', "null"):
         (tmp_path / "results_1.json").write_text(f'{{"results": {{"gsm8k": {{"exact_match,strict-match": {value}}}}}}}')
         found, reason = read_evals(gate, tmp_path)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epfuse.errors import ConfigError
-from epfuse.serving.journal import ENDS, NEXT, SENT, Journal, State, read_journal
+from epfuse.serving.journal import ENDS, NEXT, SENT, Journal, PointState, read_journal
 from epfuse.serving.layout import RunFolder
 from tests.serving.small_runs import make_run, open_run
 
@@ -23,18 +23,18 @@ def folder(tmp_path: Path) -> RunFolder:
 def write(folder: RunFolder) -> None:
     lock, journal = open_run(folder)
     with lock, journal:
-        journal.change("a", State.SUBMITTING, attempt=1, place="slurm")
-        journal.change("a", State.QUEUED, job="7")
+        journal.change("a", PointState.SUBMITTING, attempt=1, place="slurm")
+        journal.change("a", PointState.QUEUED, job="7")
         journal.note("slurm does not answer")
-        journal.change("b", State.SUBMITTING, attempt=1, place="slurm")
+        journal.change("b", PointState.SUBMITTING, attempt=1, place="slurm")
 
 
 def test_what_was_written_is_read(folder: RunFolder) -> None:
     write(folder)
     history = read_journal(folder.journal)
     a = history.points["a"]
-    assert (history.run, a.state, a.attempt, a.place, a.job) == ("t", State.QUEUED, 1, "slurm", "7")
-    assert history.points["b"].state is State.SUBMITTING
+    assert (history.run, a.state, a.attempt, a.place, a.job) == ("t", PointState.QUEUED, 1, "slurm", "7")
+    assert history.points["b"].state is PointState.SUBMITTING
     assert [note.text for note in history.notes] == ["slurm does not answer"]
     assert history.accepted == {"a": 1, "b": 0}
     assert history.torn == 0
@@ -65,12 +65,12 @@ def test_a_torn_tail_is_cut_wherever_it_tore_and_said(folder: RunFolder) -> None
     last = whole[:-1].rindex(b"\n") + 1
     for end in range(last + 1, len(whole), 7):
         folder.journal.write_bytes(whole[:end])
-        assert read_journal(folder.journal).points["b"].state is State.PLANNED
+        assert read_journal(folder.journal).points["b"].state is PointState.PLANNED
         assert read_journal(folder.journal).torn == end - last
         lock, journal = open_run(folder)
         with lock, journal:
             assert journal.history.notes[-1].text.startswith(f"{end - last} bytes of a line")
-            journal.change("b", State.SUBMITTING, attempt=1)
+            journal.change("b", PointState.SUBMITTING, attempt=1)
         assert read_journal(folder.journal).torn == 0
 
 
@@ -80,7 +80,7 @@ def test_a_last_line_whose_end_reached_the_disk_first_is_torn_too(folder: RunFol
     last = whole[:-1].rindex(b"\n") + 1
     folder.journal.write_bytes(whole[:last] + b"\0" * 40 + whole[last + 40 :])
     history = read_journal(folder.journal)
-    assert (history.torn, history.points["b"].state) == (len(whole) - last, State.PLANNED)
+    assert (history.torn, history.points["b"].state) == (len(whole) - last, PointState.PLANNED)
 
 
 def test_a_fault_in_the_middle_names_its_line(folder: RunFolder) -> None:
@@ -140,23 +140,23 @@ def test_only_legal_transitions_are_written(folder: RunFolder) -> None:
     with lock, journal:
         size = folder.journal.stat().st_size
         with pytest.raises(ConfigError, match="point a can't go from planned to unknown"):
-            journal.change("a", State.UNKNOWN)
+            journal.change("a", PointState.UNKNOWN)
         assert folder.journal.stat().st_size == size
 
 
 def test_every_state_has_its_transitions() -> None:
-    assert set(NEXT) == set(State) == ENDS | SENT | {State.PLANNED}
-    assert not NEXT[State.DONE]
+    assert set(NEXT) == set(PointState) == ENDS | SENT | {PointState.PLANNED}
+    assert not NEXT[PointState.DONE]
     for state in SENT:
         assert NEXT[state] >= ENDS
     for state, after in NEXT.items():
         # nothing is submitted but what is planned, and planned again is only what is surely nowhere
-        assert (State.SUBMITTING in after) == (state is State.PLANNED)
-        assert (State.PLANNED in after) == (state in ENDS - {State.DONE} | {State.UNKNOWN})
+        assert (PointState.SUBMITTING in after) == (state is PointState.PLANNED)
+        assert (PointState.PLANNED in after) == (state in ENDS - {PointState.DONE} | {PointState.UNKNOWN})
 
 
 def test_the_names_are_those_of_the_issue() -> None:
-    assert [state.value for state in State] == [
+    assert [state.value for state in PointState] == [
         "planned",
         "submitting",
         "unknown",
@@ -174,7 +174,7 @@ def test_the_names_are_those_of_the_issue() -> None:
 def test_a_reason_with_line_ends_stays_one_line(folder: RunFolder) -> None:
     lock, journal = open_run(folder)
     with lock, journal:
-        journal.change("a", State.FAILED, "one\ntwo\x00\u2028\x1b]0;title\x07\u202e" + "x" * 5000)
+        journal.change("a", PointState.FAILED, "one\ntwo\x00\u2028\x1b]0;title\x07\u202e" + "x" * 5000)
     history = read_journal(folder.journal)
     assert history.points["a"].why.startswith("one two")
     assert history.points["a"].why.isprintable()  # it is shown on terminals, and comes from logs
@@ -195,6 +195,6 @@ def test_a_dispatcher_whose_run_was_taken_over_writes_nothing_more(folder: RunFo
         lock.path.write_text('{"host":"other","machine":"m","pid":1,"token":"t"}')
         size = folder.journal.stat().st_size
         with pytest.raises(ConfigError, match="taken over by process 1 on other"):
-            journal.change("a", State.SUBMITTING, attempt=1)
+            journal.change("a", PointState.SUBMITTING, attempt=1)
         assert folder.journal.stat().st_size == size
     assert isinstance(journal, Journal)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from epfuse.errors import ConfigError
 from epfuse.serving.entries import Entry, MultiNodeEntry, Runners
 from epfuse.serving.matrix import (
-    Row,
+    MatrixRow,
     Selection,
     expand,
     mark_evals,
@@ -49,11 +49,11 @@ def read(found: dict[str, Any]) -> Entry | MultiNodeEntry:
     return TypeAdapter(MatrixEntry).validate_python(found)
 
 
-def rows(*searches: dict[str, Any], select: Selection = ALL, **changes: Any) -> list[Row]:
+def rows(*searches: dict[str, Any], select: Selection = ALL, **changes: Any) -> list[MatrixRow]:
     return expand({"m3": read(entry(*searches, **changes))}, RUNNERS, select)
 
 
-def concurrencies(found: list[Row]) -> list[Any]:
+def concurrencies(found: list[MatrixRow]) -> list[Any]:
     return [row.conc for row in found]
 
 

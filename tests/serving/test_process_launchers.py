@@ -17,7 +17,7 @@ import pytest
 
 from epfuse.errors import ConfigError
 from epfuse.serving.launchers import processes
-from epfuse.serving.launchers.launcher import Accepted, Order, Phase, Rejected, Seen, Unreachable, Unsure
+from epfuse.serving.launchers.launcher import Accepted, CleanLook, JobPhase, Order, Rejected, Unreachable, Unsure
 from epfuse.serving.launchers.local import LocalLauncher
 from epfuse.serving.launchers.ssh import SshLauncher
 from tests.processes import gone
@@ -60,16 +60,16 @@ def wait(log: Path) -> None:
 
 def test_a_local_job_is_started_once_found_and_stopped(order: Order) -> None:
     local = LocalLauncher()
-    assert local.look(HERE, [order.key]) == Seen(())
+    assert local.look(HERE, [order.key]) == CleanLook(())
     first = local.submit(order, HERE)
     assert isinstance(first, Accepted)
     assert local.submit(order, HERE) == first
     wait(order.folder / "job.log")
     seen = local.look(HERE, ["other", order.key])
-    assert isinstance(seen, Seen)
-    assert [(job.key, job.job, job.phase) for job in seen.jobs] == [(order.key, first.job, Phase.RUNNING)]
+    assert isinstance(seen, CleanLook)
+    assert [(job.key, job.job, job.phase) for job in seen.jobs] == [(order.key, first.job, JobPhase.RUNNING)]
     assert local.cancel(HERE, order.key) is None
-    assert local.look(HERE, [order.key]) == Seen(())
+    assert local.look(HERE, [order.key]) == CleanLook(())
 
 
 def test_a_job_that_has_no_command_line_yet_is_not_started_twice(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,17 +136,17 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_job_behind_ssh_is_started_once_found_and_stopped(order: Order, ssh: Path) -> None:
     launcher = SshLauncher(("node1", "user@node2"), sys.executable)
     assert launcher.places == {"node1": 1, "user@node2": 1}
-    assert launcher.look("node1", [order.key]) == Seen(())
+    assert launcher.look("node1", [order.key]) == CleanLook(())
     first = launcher.submit(order, "node1")
     assert isinstance(first, Accepted)
     assert launcher.submit(order, "node1") == first
     seen = launcher.look("node1", ["other", order.key])
-    assert isinstance(seen, Seen)
+    assert isinstance(seen, CleanLook)
     assert [(job.key, job.job) for job in seen.jobs] == [(order.key, first.job)]
     words = Path(f"/proc/{first.job}/cmdline").read_bytes().split(b"\0")[:-1]
     assert [word.decode() for word in words] == list(order.argv)
     assert launcher.cancel("node1", order.key) is None
-    assert launcher.look("node1", [order.key]) == Seen(())
+    assert launcher.look("node1", [order.key]) == CleanLook(())
     line = ssh.read_text().splitlines()[0]
     assert line.startswith("node1 ")
     agent = shlex.split(shlex.split(line)[1]) if len(shlex.split(line)) == 2 else shlex.split(line)[1:]

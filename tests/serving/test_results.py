@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from epfuse.errors import ConfigError
-from epfuse.serving.results import Request, percentile, read_result, steady_window
+from epfuse.serving.results import AnsweredRequest, percentile, read_result, steady_window
 
 
 def raw(count: int = 40, concurrency: int = 4, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -83,8 +83,8 @@ def test_failed_requests_count_in_nothing_but_their_number(tmp_path: Path) -> No
 
 
 def test_the_steady_window_leaves_ramps_out() -> None:
-    steady = [Request(0.5 * k, 0.1, (0.1,) * 9, 1.0, 10, 10) for k in range(40)]  # two in flight, at all times
-    lone = [Request(-100.0, 0.1, (0.1,) * 9, 1.0, 10, 10), Request(100.0, 0.1, (0.1,) * 9, 1.0, 10, 10)]
+    steady = [AnsweredRequest(0.5 * k, 0.1, (0.1,) * 9, 1.0, 10, 10) for k in range(40)]  # two in flight, at all times
+    lone = [AnsweredRequest(-100.0, 0.1, (0.1,) * 9, 1.0, 10, 10), AnsweredRequest(100.0, 0.1, (0.1,) * 9, 1.0, 10, 10)]
     found = steady_window([*lone, *steady], 2)
     assert found is not None
     assert (found.start, found.end) == (0.5, 20.0)
@@ -92,7 +92,7 @@ def test_the_steady_window_leaves_ramps_out() -> None:
     assert found.total == pytest.approx(40, rel=0.05)
     assert steady_window(steady[:4], 2) is None
     assert steady_window([], 2) is None
-    assert steady_window([Request(None, 0.1, (), 0.1, 1, 1)], 1) is None
+    assert steady_window([AnsweredRequest(None, 0.1, (), 0.1, 1, 1)], 1) is None
 
 
 @pytest.mark.parametrize(

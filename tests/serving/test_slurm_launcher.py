@@ -12,7 +12,16 @@ import pytest
 
 from epfuse.errors import ConfigError
 from epfuse.serving.launchers import slurm as module
-from epfuse.serving.launchers.launcher import Accepted, Order, Phase, Rejected, Seen, Sighting, Unreachable, Unsure
+from epfuse.serving.launchers.launcher import (
+    Accepted,
+    CleanLook,
+    JobPhase,
+    Order,
+    Rejected,
+    Sighting,
+    Unreachable,
+    Unsure,
+)
 from epfuse.serving.launchers.slurm import SlurmLauncher, batch_script
 from epfuse.serving.point import Slurm
 
@@ -135,11 +144,11 @@ def test_final_texts_reject(stubs: Stubs, order: Order, text: str) -> None:
 
 def test_a_look_names_every_key_and_reads_every_state(stubs: Stubs) -> None:
     stubs.answer("squeue", "7|k-1|PENDING|Resources\n9|k-1|RUNNING|None\n8|k-2|COMPLETED|None\n5|other|RUNNING|None\n")
-    assert launcher().look("slurm", ["k-1", "k-2"]) == Seen(
+    assert launcher().look("slurm", ["k-1", "k-2"]) == CleanLook(
         (
-            Sighting("k-1", "7", Phase.WAITING, "PENDING", "Resources"),
-            Sighting("k-1", "9", Phase.RUNNING, "RUNNING"),
-            Sighting("k-2", "8", Phase.ENDED, "COMPLETED"),
+            Sighting("k-1", "7", JobPhase.WAITING, "PENDING", "Resources"),
+            Sighting("k-1", "9", JobPhase.RUNNING, "RUNNING"),
+            Sighting("k-2", "8", JobPhase.ENDED, "COMPLETED"),
         )
     )
     assert stubs.calls("squeue") == [["-h", "-a", "-t", "all", "--me", "--name=k-1,k-2", "-o", "%i|%j|%T|%r"]]
@@ -149,8 +158,8 @@ def test_accounting_adds_what_has_ended_and_nothing_that_waits(stubs: Stubs) -> 
     """A job that a killed controller lost stays PENDING in the accounting for ever."""
     stubs.answer("squeue", "")
     stubs.answer("sacct", "3|k-1|CANCELLED by 1000|None\n4|k-1|PENDING|None\n5|k-1|NODE_FAIL|None\n")
-    assert launcher().look("slurm", ["k-1"]) == Seen(
-        (Sighting("k-1", "3", Phase.ENDED, "CANCELLED"), Sighting("k-1", "5", Phase.ENDED, "NODE_FAIL"))
+    assert launcher().look("slurm", ["k-1"]) == CleanLook(
+        (Sighting("k-1", "3", JobPhase.ENDED, "CANCELLED"), Sighting("k-1", "5", JobPhase.ENDED, "NODE_FAIL"))
     )
 
 
@@ -224,5 +233,5 @@ def test_a_machine_without_slurm_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_thousands_of_keys_fit_into_arguments(stubs: Stubs) -> None:
     keys = [f"{'k' * 150}-{n}" for n in range(1100)]
     stubs.answer("squeue", f"7|{keys[-1]}|RUNNING|None\n")
-    assert launcher().look("slurm", keys) == Seen((Sighting(keys[-1], "7", Phase.RUNNING, "RUNNING"),))
+    assert launcher().look("slurm", keys) == CleanLook((Sighting(keys[-1], "7", JobPhase.RUNNING, "RUNNING"),))
     assert len(stubs.calls("squeue")) == 3

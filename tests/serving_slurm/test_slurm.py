@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from epfuse.serving.dispatch import Dispatcher
-from epfuse.serving.journal import State, read_journal
+from epfuse.serving.journal import PointState, read_journal
 from epfuse.serving.layout import RunFolder
 from tests.serving.small_runs import SIX, make_run
 from tests.serving.stub_job import events
@@ -45,13 +45,13 @@ def new_run(path: Path, name: str = "t", points: tuple[str, ...] = SIX, **how: o
     return folder
 
 
-def states(folder: RunFolder) -> dict[str, State]:
+def states(folder: RunFolder) -> dict[str, PointState]:
     return {name: change.state for name, change in read_journal(folder.journal).points.items()}
 
 
 def check_ends(folder: RunFolder, attempts: bool = False) -> None:
     """Each point is done, was claimed once (each attempt's claim, where jobs died) and wrote one end."""
-    assert set(states(folder).values()) == {State.DONE}, states(folder)
+    assert set(states(folder).values()) == {PointState.DONE}, states(folder)
     seen = events(folder.path / "points")
     points = folder.read_run().points
     assert Counter(point for event, _, point in seen if event == "end") == dict.fromkeys(points, 1)
@@ -99,7 +99,7 @@ def await_the_one_job(cluster: Cluster, key: str, state: str, seconds: float = 6
         time.sleep(RULES.poll)
 
 
-def all_are(folder: RunFolder, *wanted: State) -> Callable[[], bool]:
+def all_are(folder: RunFolder, *wanted: PointState) -> Callable[[], bool]:
     return lambda: set(states(folder).values()) <= set(wanted)
 
 
@@ -121,7 +121,7 @@ def test_a_controller_that_dies(cluster: Cluster, tmp_path: Path, number: signal
         if when == "before":
             cluster.hurt("slurmctld", number)
             now.step()
-            assert set(states(folder).values()) == {State.PLANNED}
+            assert set(states(folder).values()) == {PointState.PLANNED}
             assert not cluster.calls()  # the probe is cheap, and no key is used up
         elif when == "during":
             probe = now.launcher.probe
@@ -134,14 +134,14 @@ def test_a_controller_that_dies(cluster: Cluster, tmp_path: Path, number: signal
             now.launcher.probe = die_after_the_probe  # type: ignore[method-assign]
             now.step()
             del now.launcher.probe
-            assert Counter(states(folder).values()) == {State.UNKNOWN: 1, State.PLANNED: 5}
+            assert Counter(states(folder).values()) == {PointState.UNKNOWN: 1, PointState.PLANNED: 5}
         else:
             now.step()
-            assert set(states(folder).values()) == {State.QUEUED}
+            assert set(states(folder).values()) == {PointState.QUEUED}
             cluster.hurt("slurmctld", number)
-            step_until(now, lambda: State.QUEUED not in states(folder).values())
-            assert State.PLANNED not in states(folder).values()
-            assert State.FAILED not in states(folder).values()
+            step_until(now, lambda: PointState.QUEUED not in states(folder).values())
+            assert PointState.PLANNED not in states(folder).values()
+            assert PointState.FAILED not in states(folder).values()
         cluster.start("slurmctld")
         with cluster.operator():
             finish(now)
@@ -161,7 +161,7 @@ def test_a_controller_that_freezes(cluster: Cluster, tmp_path: Path, when: str) 
         now.step()
         if when == "during":
             del now.launcher.probe
-            assert sorted(states(folder).values()) == [State.PLANNED, State.UNKNOWN]
+            assert sorted(states(folder).values()) == [PointState.PLANNED, PointState.UNKNOWN]
         now.step()
         cluster.hurt("slurmctld", signal.SIGCONT)
         finish(now)
@@ -176,7 +176,7 @@ def test_munge_that_is_down_is_a_doubt(cluster: Cluster, tmp_path: Path) -> None
         now.launcher.probe = lambda place: None  # type: ignore[method-assign]
         cluster.hurt("munged", signal.SIGTERM)
         now.step()
-        assert sorted(states(folder).values()) == [State.PLANNED, State.UNKNOWN]
+        assert sorted(states(folder).values()) == [PointState.PLANNED, PointState.UNKNOWN]
         assert "authentication" in read_journal(folder.journal).points[SIX[0]].why
         cluster.start("munged")
         del now.launcher.probe
@@ -188,7 +188,7 @@ def test_a_node_whose_slurmd_is_killed(cluster: Cluster, tmp_path: Path) -> None
     """Slurm calls the job NODE_FAIL; its process runs on, and its end is the point's: nothing is measured twice."""
     folder = new_run(tmp_path, points=SIX[:1], seconds=4)
     with opened(folder) as now:
-        step_until(now, all_are(folder, State.RUNNING))
+        step_until(now, all_are(folder, PointState.RUNNING))
         cluster.hurt("slurmd", signal.SIGKILL)
         finish(now)
     check_ends(folder)
@@ -198,7 +198,7 @@ def test_a_node_that_is_lost_with_its_job_gets_another_attempt(cluster: Cluster,
     folder = new_run(tmp_path, points=SIX[:1], die=[SIX[0]])
     with opened(folder) as now:
         finish(now)
-    assert set(states(folder).values()) == {State.DONE}
+    assert set(states(folder).values()) == {PointState.DONE}
     seen = [(event, key) for event, key, _ in events(folder.path / "points")]
     first, second = f"t-{SIX[0]}-1", f"t-{SIX[0]}-2"
     assert seen == [("start", first), ("claim", first), ("start", second), ("claim", second), ("end", second)]
@@ -209,7 +209,7 @@ def test_a_node_that_is_lost_with_its_job_gets_another_attempt(cluster: Cluster,
 def test_a_job_that_ends_while_the_controller_is_away_is_done(cluster: Cluster, tmp_path: Path) -> None:
     folder = new_run(tmp_path, points=SIX[:1], seconds=2)
     with opened(folder) as now:
-        step_until(now, all_are(folder, State.RUNNING))
+        step_until(now, all_are(folder, PointState.RUNNING))
         cluster.hurt("slurmctld", signal.SIGKILL)
         finish(now)
     check_ends(folder)
@@ -254,15 +254,15 @@ def test_a_queue_that_never_ends_is_given_up_and_a_cancel_is_verified(cluster: C
     with opened(folder, partition="small", arguments=("--time=5",)) as now:
         finish(now)
     change = read_journal(folder.journal).points[SIX[0]]
-    assert change.state is State.FAILED
+    assert change.state is PointState.FAILED
     assert "PartitionTimeLimit" in change.why
     await_the_one_job(cluster, f"t-{SIX[0]}-1", "CANCELLED")
     other = new_run(tmp_path, "u", points=SIX[:1], seconds=60)
     with opened(other) as now:
-        step_until(now, all_are(other, State.RUNNING))
+        step_until(now, all_are(other, PointState.RUNNING))
         other.point(SIX[0]).cancel.touch()
         assert now.end_points(SIX[:1]) == ""
-    assert states(other) == {SIX[0]: State.CANCELLED}
+    assert states(other) == {SIX[0]: PointState.CANCELLED}
     await_the_one_job(cluster, f"u-{SIX[0]}-1", "CANCELLED")
 
 
@@ -271,7 +271,7 @@ def test_what_slurm_refuses_for_good_fails_at_once(cluster: Cluster, tmp_path: P
     with opened(folder, partition="nowhere") as now:
         finish(now)
     change = read_journal(folder.journal).points[SIX[0]]
-    assert change.state is State.FAILED
+    assert change.state is PointState.FAILED
     assert "Invalid partition name specified" in change.why
 
 
@@ -281,7 +281,7 @@ def test_with_accounting_a_lost_job_is_not_waited_for(accounting_cluster: Cluste
     folder = new_run(tmp_path)
     with opened(folder) as now:
         now.step()
-        assert set(states(folder).values()) == {State.QUEUED}
+        assert set(states(folder).values()) == {PointState.QUEUED}
         cluster.restart("slurmctld")
         with cluster.operator():
             finish(now)
@@ -295,7 +295,7 @@ def test_with_accounting_a_dead_database_is_no_look(accounting_cluster: Cluster,
     cluster = accounting_cluster
     folder = new_run(tmp_path, points=SIX[:1], seconds=3)
     with opened(folder) as now:
-        step_until(now, all_are(folder, State.QUEUED, State.RUNNING, State.STARTING))
+        step_until(now, all_are(folder, PointState.QUEUED, PointState.RUNNING, PointState.STARTING))
         cluster.hurt("slurmdbd", signal.SIGKILL)
         finish(now)
     check_ends(folder)

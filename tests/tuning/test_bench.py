@@ -18,7 +18,7 @@ from epfuse.stages.tiles import GemmTile, LayerTiles
 from epfuse.target import target_of
 from epfuse.tuning import bench as tuning_bench
 from epfuse.tuning.bench import DeviceBench
-from epfuse.tuning.search import Plan, Point, search
+from epfuse.tuning.search import TuningPlan, TuningPoint, search
 
 LAYER = Layer("tiny", LayerShape(hidden=128, intermediate=128, experts=8, local_experts=4, top_k=2), SwiGLUOAI())
 ONCE = Sampling(samples=1, seconds=0.0)
@@ -49,7 +49,7 @@ def test_calls_and_stages_are_timed_and_right(bench: DeviceBench, path: Path) ->
     target = target_of(bench.device)
     if target.is_gpu and FORMS[path] not in READABLE[target][path]:
         pytest.skip(f"{path.value} reads other weights on {target.value}")
-    point, tiles = Point(path, FORMS[path], 3), tiles_of(path)
+    point, tiles = TuningPoint(path, FORMS[path], 3), tiles_of(path)
     whole = bench.layer(point, tiles)
     assert whole.fault is None
     assert whole.microseconds > 0
@@ -71,7 +71,7 @@ def one_element_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stage_that_computes_something_wrong_is_found(bench: DeviceBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    point = Point(Path.BF16, WeightFormat.DENSE, 3)
+    point = TuningPoint(Path.BF16, WeightFormat.DENSE, 3)
     assert bench.layer(point, tiles_of(Path.BF16)).fault is None
     one_element_off(monkeypatch)
     fault = bench.stage(point, Stage.DOWN, 16, TILE).fault
@@ -81,14 +81,14 @@ def test_a_stage_that_computes_something_wrong_is_found(bench: DeviceBench, monk
 
 def test_a_call_that_computes_something_wrong_is_found(bench: DeviceBench, monkeypatch: pytest.MonkeyPatch) -> None:
     one_element_off(monkeypatch)
-    fault = bench.layer(Point(Path.BF16, WeightFormat.DENSE, 3), tiles_of(Path.BF16)).fault
+    fault = bench.layer(TuningPoint(Path.BF16, WeightFormat.DENSE, 3), tiles_of(Path.BF16)).fault
     assert fault is not None
     assert "from the oracle" in fault
 
 
 def test_a_search_on_the_device(bench: DeviceBench) -> None:
-    point, wider = Point(Path.BF16, WeightFormat.DENSE, 3), replace(TILE, block_n=128)
-    plan = Plan(point, tiles_of(Path.BF16), {16: {stage: [TILE, wider] for stage in Stage}})
+    point, wider = TuningPoint(Path.BF16, WeightFormat.DENSE, 3), replace(TILE, block_n=128)
+    plan = TuningPlan(point, tiles_of(Path.BF16), {16: {stage: [TILE, wider] for stage in Stage}})
     outcome = search(plan, bench, 1e9, lambda: 0.0)
     assert outcome.dropped == {}
     assert outcome.after_us <= outcome.before_us

@@ -12,12 +12,12 @@ from epfuse.config import WeightFormat
 from epfuse.families.family import Stage
 from epfuse.stages.tiles import GemmTile, Sm90PersistentTile
 from epfuse.tuning import prune
-from epfuse.tuning.prune import Candidate, candidates_of, distinct, unfit
-from epfuse.tuning.run import Device, Request, plan_of
+from epfuse.tuning.prune import TileCandidate, candidates_of, distinct, unfit
+from epfuse.tuning.run import Device, TuningRequest, plan_of
 from tests import jobs
 from tests.tuning.tables import M3
 
-GOOD = Candidate(
+GOOD = TileCandidate(
     target=Target.GFX942,
     path=Path.BF16,
     weights=WeightFormat.DENSE,
@@ -58,7 +58,7 @@ def test_persistent_tiles_have_one_launch_for_both_stages_or_one_for_each(path: 
 
 def test_each_tile_is_compiled_once_for_all_token_counts(tmp_path: FilePath) -> None:
     device = Device(Target.GFX942, "AMD Instinct MI300X", "2.11.0", "3.7.1")
-    request = Request(device, M3, (Path.BF16,), (64, 128), tmp_path, "epfuse tune")
+    request = TuningRequest(device, M3, (Path.BF16,), (64, 128), tmp_path, "epfuse tune")
     plans = [plan_of(request, point) for point in request.points()]
     tries = [candidate for plan in plans for candidate in candidates_of(request, plan)]
     found = distinct(tries)

@@ -11,10 +11,10 @@ from epfuse.config import WeightFormat
 from epfuse.errors import TuningError
 from epfuse.families.family import Stage
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
-from epfuse.tuning.search import Plan, Point, Timed, search, without
+from epfuse.tuning.search import Timed, TuningPlan, TuningPoint, search, without
 from tests.tuning.clock import Clock
 
-POINT = Point(Path.BF16, WeightFormat.DENSE, 64)
+POINT = TuningPoint(Path.BF16, WeightFormat.DENSE, 64)
 TODAY = GemmTile(64, 64, 0, 4, 2)
 FAST, SLOW, WRONG, BROKEN = (replace(TODAY, block_n=n) for n in (128, 256, 32, 16))
 SECOND = 1.0
@@ -35,7 +35,7 @@ class FakeBench:
         guess = 1.0 if isinstance(tile, Sm90Tile) and tile.guess_bytes == 512 else 0.0
         return base + (0.0 if block_m == self.best_block_m else 3.0) - guess
 
-    def stage(self, point: Point, stage: Stage, block_m: int, tile: GemmTile) -> Timed:
+    def stage(self, point: TuningPoint, stage: Stage, block_m: int, tile: GemmTile) -> Timed:
         self.clock.now += SECOND
         self.timed.append((stage, block_m, tile))
         if tile.block_n == BROKEN.block_n:
@@ -43,19 +43,19 @@ class FakeBench:
         fault = "wrong: 3 dB" if tile.block_n == WRONG.block_n else None
         return Timed(self._us(tile, block_m), fault)
 
-    def layer(self, point: Point, tiles: LayerTiles) -> Timed:
+    def layer(self, point: TuningPoint, tiles: LayerTiles) -> Timed:
         self.clock.now += SECOND
         self.timed.append(tiles)
         fault = "wrong: 3 dB" if self.wrong_today else None
         return Timed(sum(self._us(tile, tiles.block_m) for tile in (tiles.gate_up, tiles.down)) + 4.0, fault)
 
-    def floor_us(self, point: Point, stage: Stage) -> float:
+    def floor_us(self, point: TuningPoint, stage: Stage) -> float:
         return 2.0
 
 
-def plan(*tiles: GemmTile, block_ms: tuple[int, ...] = (16,), today: GemmTile = TODAY) -> Plan:
+def plan(*tiles: GemmTile, block_ms: tuple[int, ...] = (16,), today: GemmTile = TODAY) -> TuningPlan:
     tries = {block_m: {stage: [today, *tiles] for stage in Stage} for block_m in block_ms}
-    return Plan(POINT, LayerTiles(block_ms[0], today, today), tries)
+    return TuningPlan(POINT, LayerTiles(block_ms[0], today, today), tries)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.families.family import Stage
 from epfuse.measured import store
 from epfuse.stages.tiles import GemmTile, LayerTiles
-from epfuse.tuning.run import Device, Request
-from epfuse.tuning.search import Point, Timed
-from epfuse.tuning.trials import Result, fastest, keep_fastest, plans_of, read_trials, run_trials
+from epfuse.tuning.run import Device, TuningRequest
+from epfuse.tuning.search import Timed, TuningPoint
+from epfuse.tuning.trials import TrialResult, fastest, keep_fastest, plans_of, read_trials, run_trials
 from tests.tuning.tables import M3
 
 SHIPPED = FilePath(__file__).parents[2] / "benchmarks" / "trials" / "minimax-m3-ep8-h100.json"
@@ -44,21 +44,21 @@ class Bench:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def layer(self, point: Point, tiles: LayerTiles) -> Timed:
+    def layer(self, point: TuningPoint, tiles: LayerTiles) -> Timed:
         self.calls.append(f"{point.name} {tiles.key}")
         if tiles.gate_up.block_n == 16:
             raise RuntimeError("out of resource: shared memory\nand more")
         return Timed(float(tiles.gate_up.block_n), "wrong: a call" if tiles.gate_up.block_n == 32 else None)
 
-    def stage(self, point: Point, stage: Stage, block_m: int, tile: GemmTile) -> Timed:
+    def stage(self, point: TuningPoint, stage: Stage, block_m: int, tile: GemmTile) -> Timed:
         self.calls.append(f"{stage.value} {tile.key}")
         return Timed(1.0, "wrong: a stage" if tile.block_n == 256 else None)
 
-    def floor_us(self, point: Point, stage: Stage) -> float:
+    def floor_us(self, point: TuningPoint, stage: Stage) -> float:
         return 0.25
 
 
-def results_of(folder: FilePath, *trials: object) -> list[Result]:
+def results_of(folder: FilePath, *trials: object) -> list[TrialResult]:
     return run_trials(read_trials(write(folder, *trials)), Target.GFX942, Bench())
 
 
@@ -91,7 +91,7 @@ def test_a_tile_that_does_not_run_is_a_fault_and_the_next_is_timed(tmp_path: Fil
 
 def test_the_fastest_right_ones_are_kept(tmp_path: FilePath) -> None:
     device = Device(Target.GFX942, "AMD Instinct MI300X", "2.13.0", "3.7.1")
-    request = Request(device, M3, (), (), tmp_path / "tables", "epfuse tune --trials trials.json --keep")
+    request = TuningRequest(device, M3, (), (), tmp_path / "tables", "epfuse tune --trials trials.json --keep")
     trials = [trial(), trial(gate_up=tile(128)), trial(gate_up=tile(32)), trial(tokens=1, down=tile(256))]
     results = results_of(tmp_path, *trials)
     assert [result.trial.gate_up.block_n for result in fastest(results)] == [64]
@@ -105,7 +105,7 @@ def test_the_fastest_right_ones_are_kept(tmp_path: FilePath) -> None:
 
 def test_trials_of_a_point_run_one_after_another(tmp_path: FilePath) -> None:
     bench = Bench()
-    told: list[Result] = []
+    told: list[TrialResult] = []
     file = write(tmp_path, trial(tokens=1), trial(tokens=64), trial(tokens=1, gate_up=tile(128)))
     results = run_trials(read_trials(file), Target.GFX942, bench, told.append)
     assert [result.trial.tokens for result in results] == [1, 1, 64]

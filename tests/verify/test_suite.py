@@ -45,7 +45,7 @@ PACKED = (Subject(Path.REFERENCE, Stored.MXFP8, WeightFormat.MXFP8),)
 Call = dict[str, Any]
 
 
-def failed(record: suite.Record, path: str = "reference") -> set[str]:
+def failed(record: suite.VerifyRecord, path: str = "reference") -> set[str]:
     return {case.name for case in record.cases if case.path == path and not case.ok}
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 from tools.serve_on_gpu.arms import Workplace
 from tools.serve_on_gpu.models import MODELS
-from tools.serve_on_gpu.parts import Budget, Folder
+from tools.serve_on_gpu.parts import Folder, TimeBudget
 from tools.serve_on_gpu.records import FORMAT, merge
 from tools.serve_on_gpu.servers import bench_for, parse_loads, parse_servers
 from tools.serve_on_gpu.tables import agreement, rows_of, table
@@ -73,7 +73,7 @@ class Place:
         plugins = tuple(filter(None, options["more_plugins"].split(",")))
         self.work = Workplace(path.absolute(), model, arguments, plugins)
         self.folder = Folder(options["out"], options["label"])
-        self.budget = Budget(options["seconds"])
+        self.budget = TimeBudget(options["seconds"])
         self.logs = self.work.path / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.work.prepare()

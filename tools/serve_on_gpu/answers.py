@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tools.serve_on_gpu.arms import Arm, Workplace, what_the_log_says
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
+from tools.serve_on_gpu.arms import ServerArm, Workplace, what_the_log_says
+from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
 from tools.serve_on_gpu.servers import READY, STOP, complete
 
 from epfuse.serving import gate
-from epfuse.serving.point import Gate
+from epfuse.serving.point import AccuracyGate
 from epfuse.serving.prompts import PROMPTS
 from epfuse.serving.server import Server, ServerFault, free_port
 
@@ -51,7 +51,7 @@ class Running:
     mark: str
     log: Path
     compiles: Path
-    budget: Budget
+    budget: TimeBudget
 
     def during(self, work: Callable[[], T]) -> T:
         """Work that talks to the server, which is watched."""
@@ -60,7 +60,7 @@ class Running:
 
 @contextmanager
 def serving(
-    place: Workplace, arm: Arm, name: str, budget: Budget, *arguments: str, **settings: str
+    place: Workplace, arm: ServerArm, name: str, budget: TimeBudget, *arguments: str, **settings: str
 ) -> Iterator[Running]:
     """A server for as long as the block runs.
 
@@ -84,7 +84,7 @@ def serving(
     try:
         server.wait_ready(min(READY, budget.left), str(place.folder), budget)
         said = what_the_log_says(logs / "server.log", arm)
-        if not said["fits"] or (arm is Arm.EPFUSE and not said["runs"]):
+        if not said["fits"] or (arm is ServerArm.EPFUSE and not said["runs"]):
             raise ServerFault(f"the server's log does not fit an arm {arm}: {said['said']}")
         yield Running(server, port, str(place.folder), mark, logs / "server.log", logs / "compiles", budget)
     finally:
@@ -95,7 +95,7 @@ def logprobs(
     places: dict[str, Workplace],
     reference: Callable[[], gate.Reading],
     folder: Folder,
-    budget: Budget,
+    budget: TimeBudget,
     facts: dict[str, Any],
 ) -> Outcome:
     """Each format's servers, without epfuse and with it, read the texts; errors against the reference are compared.
@@ -109,26 +109,26 @@ def logprobs(
     """
     outcome, known = Outcome(), None
     for number, (form, place) in enumerate(places.items(), 1):
-        if folder.has("logprobs", number, Arm.EPFUSE):
+        if folder.has("logprobs", number, ServerArm.EPFUSE):
             continue
         record: dict[str, Any] = {"complete": False, "model": f"seeded minimax-m3, {form}", "facts": facts}
-        keep = partial(folder.keep, "logprobs", number, Arm.EPFUSE, record)
+        keep = partial(folder.keep, "logprobs", number, ServerArm.EPFUSE, record)
         with (
             outcome.attempt(f"log probabilities of {form}", record, keep, " and those after it"),
             budget.work("a pair of servers", 2 * SECONDS),
         ):
             known = known or reference()
-            errors = {arm: _errors(place, arm, f"{form}-{arm}", known, budget) for arm in Arm}
-            record |= compare(errors[Arm.EPFUSE], errors[Arm.NONE]) | {"complete": True}
+            errors = {arm: _errors(place, arm, f"{form}-{arm}", known, budget) for arm in ServerArm}
+            record |= compare(errors[ServerArm.EPFUSE], errors[ServerArm.NONE]) | {"complete": True}
             say(f"{form}: {record['reason']}")
         if outcome.left:
             break
     return outcome
 
 
-def _errors(place: Workplace, arm: Arm, name: str, known: gate.Reading, budget: Budget) -> list[float]:
+def _errors(place: Workplace, arm: ServerArm, name: str, known: gate.Reading, budget: TimeBudget) -> list[float]:
     """Of each token in each way, absolute, nats."""
-    wanted = Gate(prompts=TEXTS, greedy_tokens=0)
+    wanted = AccuracyGate(prompts=TEXTS, greedy_tokens=0)
     with serving(place, arm, f"logprobs-{name}", budget) as running:
         readings = [
             running.during(lambda way=way: gate.read(running.port, running.model, wanted, way, 120.0)) for way in WAYS
@@ -165,7 +165,7 @@ def compare(ours: Sequence[float], own: Sequence[float]) -> dict[str, Any]:
 
 
 def recite(
-    place: Workplace, sentences: dict[str, str], folder: Folder, budget: Budget, facts: dict[str, Any]
+    place: Workplace, sentences: dict[str, str], folder: Folder, budget: TimeBudget, facts: dict[str, Any]
 ) -> Outcome:
     """A server with epfuse finishes sentences that the checkpoint knows by heart.
 
@@ -177,13 +177,13 @@ def recite(
         facts: of the machine.
     """
     outcome = Outcome()
-    if folder.has("recite", 1, Arm.EPFUSE):
+    if folder.has("recite", 1, ServerArm.EPFUSE):
         return outcome
     record: dict[str, Any] = {"complete": False, "model": "reciting minimax-m3", "facts": facts}
     with (
-        outcome.attempt("the recital", record, partial(folder.keep, "recite", 1, Arm.EPFUSE, record)),
+        outcome.attempt("the recital", record, partial(folder.keep, "recite", 1, ServerArm.EPFUSE, record)),
         budget.work("a server", SECONDS),
-        serving(place, Arm.EPFUSE, "recite", budget) as running,
+        serving(place, ServerArm.EPFUSE, "recite", budget) as running,
     ):
 
         def said() -> dict[str, str]:

@@ -41,7 +41,7 @@ WORKER = re.compile(r"\((\w+) pid=\d+\)")
 GPU_NAME = re.compile(r"NVIDIA [A-Z]+\d+[^,;:.()]*|AMD Instinct [A-Z0-9]+")
 
 
-class Arm(StrEnum):
+class ServerArm(StrEnum):
     """Who runs the experts."""
 
     NONE = "none"
@@ -84,19 +84,19 @@ class Workplace:
             write_atomic(metadata / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
             write_atomic(metadata / "entry_points.txt", points)
 
-    def home(self, arm: Arm) -> Path:
+    def home(self, arm: ServerArm) -> Path:
         """The folder that is a server's home, and holds all its caches: each arm has its own."""
         return self.path / f"home-{arm}"
 
-    def empty(self, arm: Arm) -> None:
+    def empty(self, arm: ServerArm) -> None:
         """Forget what servers of this arm have compiled."""
         shutil.rmtree(self.home(arm), ignore_errors=True)
 
-    def has_cache(self, arm: Arm) -> bool:
+    def has_cache(self, arm: ServerArm) -> bool:
         """Whether a server of this arm has compiled something here."""
         return any(any(self.home(arm).rglob(f"*.{kind}")) for kind in ("cubin", "hsaco"))
 
-    def task(self, arm: Arm, argv: tuple[str, ...], compiles: Path, **settings: str) -> Task:
+    def task(self, arm: ServerArm, argv: tuple[str, ...], compiles: Path, **settings: str) -> Task:
         """A command of vLLM's in an arm's environment.
 
         Args:
@@ -109,7 +109,7 @@ class Workplace:
         (home / "tmp").mkdir(parents=True, exist_ok=True)
         compiles.mkdir(parents=True, exist_ok=True)
         known = MODELS[self.model].plugins if self.model in MODELS else ()
-        plugins = ["serve_on_gpu", *known, *self.more_plugins, *(["epfuse"] if arm is Arm.EPFUSE else [])]
+        plugins = ["serve_on_gpu", *known, *self.more_plugins, *(["epfuse"] if arm is ServerArm.EPFUSE else [])]
         paths = [
             str(self.path / "site"),
             str(ROOT / "src"),
@@ -126,7 +126,7 @@ class Workplace:
         environment = kept | SETTINGS | own | caches | settings
         return prepare(Venv(), argv, environment, name="", folders=(), gpus=0, vendor="none")
 
-    def serve(self, arm: Arm, port: int, compiles: Path, *arguments: str, **settings: str) -> Task:
+    def serve(self, arm: ServerArm, port: int, compiles: Path, *arguments: str, **settings: str) -> Task:
         """``vllm serve`` of the model."""
         argv = (*VLLM, "serve", str(self.folder), "--host", "127.0.0.1", "--port", str(port))
         return self.task(arm, (*argv, *self.engine_arguments, *arguments), compiles, **settings)
@@ -155,7 +155,7 @@ def compiled_since(compiles: Path, moment: float) -> dict[str, dict[str, int]]:
     return found
 
 
-def what_the_log_says(log: Path, arm: Arm) -> dict[str, Any]:
+def what_the_log_says(log: Path, arm: ServerArm) -> dict[str, Any]:
     """The plugin's sentences, each once, who said that epfuse runs experts, and the GPUs that they name.
 
     ``fits`` is whether the arm is what it should be. Without epfuse there must be no
@@ -167,7 +167,7 @@ def what_the_log_says(log: Path, arm: Arm) -> dict[str, Any]:
     )
     warm = dict.fromkeys(re.findall(r"epfuse: (.+)", text))
     return {
-        "fits": bool(said) is (arm is Arm.EPFUSE),
+        "fits": bool(said) is (arm is ServerArm.EPFUSE),
         "runs": any(line.startswith(RUNS) for line in said),
         "workers": sorted({match[1] for line in text.splitlines() if RUNS in line and (match := WORKER.match(line))}),
         "said": list(said)[:8],

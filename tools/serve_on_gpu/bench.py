@@ -21,7 +21,7 @@ from epfuse.serving.load import LoadFault, load_command, read_result
 from epfuse.serving.point import Client
 
 
-class Bench:
+class ServingBench:
     """The process; it imports while the first server starts.
 
     Args:
@@ -45,7 +45,7 @@ class Bench:
                 process_group=self._children.id,
             )
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> ServingBench:
         return self
 
     def __exit__(

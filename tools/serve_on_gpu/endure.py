@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.serve_on_gpu.answers import Running, serving
-from tools.serve_on_gpu.arms import Arm, Workplace, compiled_since
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
+from tools.serve_on_gpu.arms import ServerArm, Workplace, compiled_since
+from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
 from tools.serve_on_gpu.servers import STOP, complete
 
 from epfuse.serving.node import Gpus
@@ -52,7 +52,7 @@ class Tally:
     lock: Any = field(default_factory=threading.Lock)
 
 
-def run(place: Workplace, requests: int, folder: Folder, budget: Budget, facts: dict[str, Any]) -> Outcome:
+def run(place: Workplace, requests: int, folder: Folder, budget: TimeBudget, facts: dict[str, Any]) -> Outcome:
     """A server with epfuse, its requests and its checks; as many requests as there is time for count too.
 
     Args:
@@ -63,19 +63,19 @@ def run(place: Workplace, requests: int, folder: Folder, budget: Budget, facts: 
         facts: of the machine.
     """
     outcome = Outcome()
-    if folder.has("endure", 1, Arm.EPFUSE):
+    if folder.has("endure", 1, ServerArm.EPFUSE):
         return outcome
     record: dict[str, Any] = {"complete": False, "model": place.served, "facts": facts}
     with (
-        outcome.attempt("the long run", record, partial(folder.keep, "endure", 1, Arm.EPFUSE, record)),
+        outcome.attempt("the long run", record, partial(folder.keep, "endure", 1, ServerArm.EPFUSE, record)),
         budget.work("a server with its requests", START_SECONDS + 60),
-        serving(place, Arm.EPFUSE, "endure", budget, *ARGUMENTS) as running,
+        serving(place, ServerArm.EPFUSE, "endure", budget, *ARGUMENTS) as running,
     ):
         record |= _one(running, requests, budget)
     return outcome
 
 
-def _one(running: Running, requests: int, budget: Budget) -> dict[str, Any]:
+def _one(running: Running, requests: int, budget: TimeBudget) -> dict[str, Any]:
     ready = time.time()
     before = running.during(lambda: probe(running, "before"))
     tally, memory, begun = Tally(), [], time.monotonic()

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from tools.serve_on_gpu.arms import VLLM, Workplace, compiled_since, what_the_log_says
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
-from tools.serve_on_gpu.servers import Wanted
+from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
+from tools.serve_on_gpu.servers import WantedServer
 
 from epfuse.input_file import read_object
 from epfuse.serving.client import run_client
@@ -21,9 +21,9 @@ COLD_SECONDS, WARM_SECONDS = 170.0, 90.0
 def run(
     place: Workplace,
     folder: Folder,
-    wanted: list[Wanted],
+    wanted: list[WantedServer],
     sizes: tuple[int, int, int],
-    budget: Budget,
+    budget: TimeBudget,
     facts: dict[str, Any],
 ) -> Outcome:
     """All runs of a sequence that are not done yet.
@@ -58,8 +58,8 @@ def run(
     return outcome
 
 
-def _one(place: Workplace, folder: Folder, number: int, one: Wanted, sizes: tuple[int, int, int], budget: Budget
-         ) -> dict[str, Any]:  # fmt: skip
+def _one(place: Workplace, folder: Folder, number: int, one: WantedServer, sizes: tuple[int, int, int],
+         budget: TimeBudget) -> dict[str, Any]:  # fmt: skip
     logs = place.path / "logs" / f"{folder.label}-offline-{number:02d}-{one.arm}"
     logs.mkdir(parents=True, exist_ok=True)
     result, log = logs / "result.json", logs / "run.log"

@@ -24,7 +24,7 @@ class OutOfTime(EpfuseError):
     """The time of this part is over; what was done until then is kept."""
 
 
-class Budget:
+class TimeBudget:
     """The time of a part. Called, it raises `OutOfTime` when that is over: for `epfuse.serving.server.Server`.
 
     Args:

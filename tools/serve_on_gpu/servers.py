@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tools.serve_on_gpu.arms import Arm, Workplace, compiled_since, what_the_log_says
-from tools.serve_on_gpu.bench import Bench
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
+from tools.serve_on_gpu.arms import ServerArm, Workplace, compiled_since, what_the_log_says
+from tools.serve_on_gpu.bench import ServingBench
+from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
 
 from epfuse.errors import ConfigError
 from epfuse.serving.point import Client
@@ -61,7 +61,7 @@ class Load:
 
     @property
     def client(self) -> Client:
-        """For `Bench`; a new server gets no requests beforehand that are not counted."""
+        """For `ServingBench`; a new server gets no requests beforehand that are not counted."""
         return Client(
             prompts=max(4, self.waves * self.concurrency),
             concurrency=self.concurrency,
@@ -90,14 +90,14 @@ def parse_loads(text: str, new: bool, waves: int) -> list[Load]:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedServer:
     """A server of the sequence: which arm, and whether its caches are emptied before."""
 
-    arm: Arm
+    arm: ServerArm
     cold: bool
 
 
-def parse_servers(text: str) -> list[Wanted]:
+def parse_servers(text: str) -> list[WantedServer]:
     """``none,epfuse:cold,...``.
 
     Raises:
@@ -106,19 +106,19 @@ def parse_servers(text: str) -> list[Wanted]:
     found = []
     for word in text.split(","):
         name, colon, how = word.partition(":")
-        if name not in list(Arm) or (colon and how != "cold"):
+        if name not in list(ServerArm) or (colon and how != "cold"):
             raise ConfigError(f"a server is {word!r}; one is none or epfuse, with :cold if it must find no caches")
-        found.append(Wanted(Arm(name), bool(colon)))
+        found.append(WantedServer(ServerArm(name), bool(colon)))
     return found
 
 
 def run(
     place: Workplace,
     folder: Folder,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[WantedServer],
     loads: Sequence[Load],
-    bench: Bench,
-    budget: Budget,
+    bench: ServingBench,
+    budget: TimeBudget,
     facts: dict[str, Any],
 ) -> Outcome:
     """All servers of a sequence that are not done yet.
@@ -153,8 +153,8 @@ def run(
     return outcome
 
 
-def _one(place: Workplace, folder: Folder, number: int, arm: Arm, loads: Sequence[Load], bench: Bench, budget: Budget,
-         record: dict[str, Any]) -> None:  # fmt: skip
+def _one(place: Workplace, folder: Folder, number: int, arm: ServerArm, loads: Sequence[Load], bench: ServingBench,
+         budget: TimeBudget, record: dict[str, Any]) -> None:  # fmt: skip
     logs = place.path / "logs" / f"{folder.label}-{number:02d}-{arm}"
     logs.mkdir(parents=True, exist_ok=True)
     compiles = logs / f"compiles-{secrets.token_hex(4)}"
@@ -233,7 +233,7 @@ def post(port: int, path: str, body: Any) -> None:
         raise ServerFault(f"{path} is answered with {status}: {answer[:300].decode(errors='replace')}")
 
 
-def bench_for(place: Workplace, logs: Path) -> Bench:
+def bench_for(place: Workplace, logs: Path) -> ServingBench:
     """The process that measures: it loads none of the plugins."""
-    task = place.task(Arm.NONE, BENCH, logs / "bench", VLLM_PLUGINS="")
-    return Bench(task, logs / "bench.log")
+    task = place.task(ServerArm.NONE, BENCH, logs / "bench", VLLM_PLUGINS="")
+    return ServingBench(task, logs / "bench.log")

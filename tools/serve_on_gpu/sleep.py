@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from tools.serve_on_gpu.answers import SECONDS, Running, serving
-from tools.serve_on_gpu.arms import Arm, Workplace
+from tools.serve_on_gpu.arms import ServerArm, Workplace
 from tools.serve_on_gpu.endure import memory_of
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
+from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
 from tools.serve_on_gpu.servers import complete, post
 
 from epfuse.serving.prompts import PROMPTS
@@ -24,7 +24,7 @@ STEPS: dict[str, tuple[bool, tuple[tuple[str, Any], ...]]] = {
 """What is done -> whether it must work, else an error will do; and the requests."""
 
 
-def run(place: Workplace, folder: Folder, budget: Budget, facts: dict[str, Any]) -> Outcome:
+def run(place: Workplace, folder: Folder, budget: TimeBudget, facts: dict[str, Any]) -> Outcome:
     """A server of a checkpoint for each of `STEPS`, with epfuse.
 
     Args:
@@ -35,16 +35,19 @@ def run(place: Workplace, folder: Folder, budget: Budget, facts: dict[str, Any])
     """
     outcome = Outcome()
     for number, (what, (must, requests)) in enumerate(STEPS.items(), 1):
-        if folder.has("sleep", number, Arm.EPFUSE):
+        if folder.has("sleep", number, ServerArm.EPFUSE):
             continue
         record: dict[str, Any] = {"complete": False, "model": f"seeded minimax-m3, {what}", "facts": facts}
         settings = {"VLLM_SERVER_DEV_MODE": "1"}
         with (
             outcome.attempt(
-                what, record, partial(folder.keep, "sleep", number, Arm.EPFUSE, record), " and what comes after it"
+                what,
+                record,
+                partial(folder.keep, "sleep", number, ServerArm.EPFUSE, record),
+                " and what comes after it",
             ),
             budget.work("a server", SECONDS),
-            serving(place, Arm.EPFUSE, f"sleep-{number}", budget, "--enable-sleep-mode", **settings) as running,
+            serving(place, ServerArm.EPFUSE, f"sleep-{number}", budget, "--enable-sleep-mode", **settings) as running,
         ):
             record |= _one(running, must, requests) | {"complete": True}
             say(f"{what}: {record['reason']}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.serve_on_gpu.arms import Arm
+from tools.serve_on_gpu.arms import ServerArm
 
 Record = dict[str, Any]
 FIRST_SLOWER = 0.5
@@ -20,7 +20,7 @@ AIMED_MODEL, AIMED_SIZE = "minimax-m3", (128, 256)
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """A figure.
 
     Attributes:
@@ -49,7 +49,7 @@ class Row:
         return statistics.median(self.epfuse) / statistics.median(self.none)
 
 
-def rows_of(records: Sequence[Record]) -> list[Row]:
+def rows_of(records: Sequence[Record]) -> list[FigureRow]:
     """All figures of servers and offline runs that are complete, model by model."""
     found = []
     complete = [record for record in records if record["complete"] and "error" not in record]
@@ -60,7 +60,7 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     return found
 
 
-def _server_rows(model: str, servers: Sequence[Record]) -> list[Row]:
+def _server_rows(model: str, servers: Sequence[Record]) -> list[FigureRow]:
     found = []
     for cold, words in ((True, "caches empty"), (False, "caches filled")):
         of_kind = [record for record in servers if record["cold"] is cold]
@@ -83,7 +83,7 @@ def _server_rows(model: str, servers: Sequence[Record]) -> list[Row]:
     return found
 
 
-def _offline_rows(model: str, runs: Sequence[Record]) -> list[Row]:
+def _offline_rows(model: str, runs: Sequence[Record]) -> list[FigureRow]:
     found = []
     for number in sorted({record["run"] for record in runs}):
         row = _row(
@@ -112,23 +112,23 @@ def _of(at: Callable[[Record], Record], key: str) -> Read:
     return lambda record: at(record).get(key)
 
 
-def _row(what: str, records: Sequence[Record], read: Read, digits: int = 2) -> Row:
+def _row(what: str, records: Sequence[Record], read: Read, digits: int = 2) -> FigureRow:
     values = {arm: tuple(value for record in records if record["arm"] == arm and (value := read(record)) is not None)
-              for arm in Arm}  # fmt: skip
-    return Row(what, values[Arm.NONE], values[Arm.EPFUSE], digits=digits)
+              for arm in ServerArm}  # fmt: skip
+    return FigureRow(what, values[ServerArm.NONE], values[ServerArm.EPFUSE], digits=digits)
 
 
-def _aim(row: Row, aim: str, reached: bool) -> Row:
-    return Row(row.what, row.none, row.epfuse, aim, reached if row.none and row.epfuse else None, row.digits)
+def _aim(row: FigureRow, aim: str, reached: bool) -> FigureRow:
+    return FigureRow(row.what, row.none, row.epfuse, aim, reached if row.none and row.epfuse else None, row.digits)
 
 
-def _first(what: str, records: Sequence[Record]) -> Row:
+def _first(what: str, records: Sequence[Record]) -> FigureRow:
     row = _row(what, records, lambda record: record["first"]["seconds"])
     slower = statistics.median(row.epfuse) - statistics.median(row.none) if row.none and row.epfuse else 0.0
     return _aim(row, f"at most {FIRST_SLOWER} s slower", slower <= FIRST_SLOWER)
 
 
-def _p99(what: str, records: Sequence[Record], at: Callable[[Record], Record]) -> Row:
+def _p99(what: str, records: Sequence[Record], at: Callable[[Record], Record]) -> FigureRow:
     """Not above what servers without epfuse had at worst: their spread, since a wide one of ours is no excuse."""
     row = _row(what, records, _of(at, "p99_ttft_ms"), digits=0)
     if not row.none or not row.epfuse:
@@ -136,19 +136,19 @@ def _p99(what: str, records: Sequence[Record], at: Callable[[Record], Record]) -
     return _aim(row, "not above the other's worst", statistics.median(row.epfuse) <= max(row.none))
 
 
-def _tpot(what: str, records: Sequence[Record], at: Callable[[Record], Record], aimed: float | None) -> Row:
+def _tpot(what: str, records: Sequence[Record], at: Callable[[Record], Record], aimed: float | None) -> FigureRow:
     row = _row(what, records, _of(at, "median_tpot_ms"), digits=3)
     return row if aimed is None or row.ratio is None else _aim(row, f"<= {aimed:g} times", row.ratio <= aimed)
 
 
-def _late(what: str, records: Sequence[Record]) -> Row:
+def _late(what: str, records: Sequence[Record]) -> FigureRow:
     """Counted by the listener over a server's whole life; without one nothing is said."""
     row = _row(what, records, lambda record: float(sum(record["compiles"].get("ours after", {}).values())), digits=0)
-    heard = [record for record in records if record["arm"] == Arm.EPFUSE and "ours before" in record["compiles"]]
-    return Row(row.what, (), row.epfuse, "0", not any(row.epfuse) if heard else None, 0)
+    heard = [record for record in records if record["arm"] == ServerArm.EPFUSE and "ours before" in record["compiles"]]
+    return FigureRow(row.what, (), row.epfuse, "0", not any(row.epfuse) if heard else None, 0)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[FigureRow]) -> str:
     """Markdown: medians, and in brackets the range and the number of servers."""
     lines = ["| | without epfuse | with epfuse | ratio | aim | |", "|---|---|---|---|---|---|"]
     for row in rows:
@@ -172,7 +172,11 @@ def agreement(records: Sequence[Record]) -> list[str]:
     found = []
     for model in dict.fromkeys(record["model"] for record in servers):
         of_model = [record for record in servers if record["model"] == model]
-        for one, other in ((Arm.NONE, Arm.NONE), (Arm.EPFUSE, Arm.EPFUSE), (Arm.NONE, Arm.EPFUSE)):
+        for one, other in (
+            (ServerArm.NONE, ServerArm.NONE),
+            (ServerArm.EPFUSE, ServerArm.EPFUSE),
+            (ServerArm.NONE, ServerArm.EPFUSE),
+        ):
             left = [record for record in of_model if record["arm"] == one]
             right = [record for record in of_model if record["arm"] == other]
             pairs = list(itertools.pairwise(left)) if one == other else list(zip(left, right, strict=False))

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from tools.serve_on_gpu.answers import SECONDS, Running, serving
-from tools.serve_on_gpu.arms import Arm, Workplace
-from tools.serve_on_gpu.parts import Budget, Folder, Outcome, say
+from tools.serve_on_gpu.arms import ServerArm, Workplace
+from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
 from tools.serve_on_gpu.servers import complete, post
 
 from epfuse.serving.server import ServerFault
@@ -37,7 +37,7 @@ class Wanted:
     answer: int = 700
 
 
-def run(place: Workplace, wanted: Wanted, folder: Folder, budget: Budget, facts: dict[str, Any]) -> Outcome:
+def run(place: Workplace, wanted: Wanted, folder: Folder, budget: TimeBudget, facts: dict[str, Any]) -> Outcome:
     """A server of each arm; each rank's trace lies in a folder ``traces`` of the workplace.
 
     Args:
@@ -48,7 +48,7 @@ def run(place: Workplace, wanted: Wanted, folder: Folder, budget: Budget, facts:
         facts: of the machine.
     """
     outcome = Outcome()
-    for number, arm in enumerate(Arm, 1):
+    for number, arm in enumerate(ServerArm, 1):
         if folder.has("trace", number, arm):
             continue
         record: dict[str, Any] = {"complete": False, "model": place.served, "wanted": asdict(wanted), "facts": facts}

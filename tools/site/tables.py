@@ -32,7 +32,7 @@ FORMS = (
             "epfuse.measured.schema": (
                 "Table",
                 "Measurement",
-                "Row",
+                "TileRow",
                 "ShapeEntry",
                 "PortableEntry",
                 "Sm90Entry",

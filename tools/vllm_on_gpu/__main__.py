@@ -16,10 +16,10 @@ import click
 
 if TYPE_CHECKING:
     import torch
-    from tools.vllm_on_gpu.checks import Check
-    from tools.vllm_on_gpu.kernels import Candidate
+    from tools.vllm_on_gpu.checks import OracleCheck
+    from tools.vllm_on_gpu.kernels import ExpertsCandidate
 
-    from epfuse.bench.record import Record
+    from epfuse.bench.record import BenchRecord
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -35,7 +35,7 @@ WIDTH = 120
 
 
 @dataclass
-class Run:
+class RunFindings:
     """What a run has found so far.
 
     Attributes:
@@ -45,8 +45,8 @@ class Run:
         left_out: token counts for which there was no time.
     """
 
-    checks: list[Check] = field(default_factory=list)
-    record: Record | None = None
+    checks: list[OracleCheck] = field(default_factory=list)
+    record: BenchRecord | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     left_out: list[int] = field(default_factory=list)
 
@@ -84,7 +84,7 @@ def main(json_file: Path | None, quick: bool, budget: float) -> None:
     began = time.monotonic()
     tokens = QUICK_TOKENS if quick else TOKENS
     device = _device()
-    run = Run()
+    run = RunFindings()
     measure(run, tokens, device, began + budget, json_file)
     run.seconds["all"] = time.monotonic() - began
     _write(run, json_file)
@@ -92,7 +92,9 @@ def main(json_file: Path | None, quick: bool, budget: float) -> None:
     sys.exit(0 if run.ok else 1)
 
 
-def measure(run: Run, tokens: tuple[int, ...], device: torch.device, end: float, json_file: Path | None) -> None:
+def measure(
+    run: RunFindings, tokens: tuple[int, ...], device: torch.device, end: float, json_file: Path | None
+) -> None:
     """All checks, then all timings, into ``run``; the file is written after every point.
 
     Args:
@@ -108,12 +110,12 @@ def measure(run: Run, tokens: tuple[int, ...], device: torch.device, end: float,
     from epfuse.bench.inputs import cache_bytes_of, draw_inputs
     from epfuse.bench.layers import LAYERS
     from epfuse.bench.measure import Sampling
-    from epfuse.bench.record import Record
+    from epfuse.bench.record import BenchRecord
     from epfuse.bench.roofs import measure_roofs
-    from epfuse.bench.routing import Kind, Routing
-    from epfuse.bench.run import Plan, on_device, run_points
+    from epfuse.bench.routing import Routing, RoutingKind
+    from epfuse.bench.run import BenchPlan, on_device, run_points
 
-    layer, uniform, sampling = LAYERS[LAYER], Routing(Kind.UNIFORM), Sampling(samples=9, seconds=0.01)
+    layer, uniform, sampling = LAYERS[LAYER], Routing(RoutingKind.UNIFORM), Sampling(samples=9, seconds=0.01)
     began = time.monotonic()
     with on_device(device):
         weights, candidates = _candidates(device)
@@ -131,7 +133,7 @@ def measure(run: Run, tokens: tuple[int, ...], device: torch.device, end: float,
         began = time.monotonic()
         roofs = measure_roofs(device, sampling)
         contenders = [candidate.contender() for candidate in candidates]
-        run.record = Record(
+        run.record = BenchRecord(
             layer=layer,
             device=machine.describe_device(device),
             roofs=roofs,
@@ -151,14 +153,16 @@ def measure(run: Run, tokens: tuple[int, ...], device: torch.device, end: float,
                 run.left_out = list(tokens[place:])
                 break
             _say(f"timing T={count}")
-            for rows in run_points(Plan(layer, (count,), (uniform,), device, 0, sampling), weights, contenders, roofs):
+            for rows in run_points(
+                BenchPlan(layer, (count,), (uniform,), device, 0, sampling), weights, contenders, roofs
+            ):
                 run.record.rows.extend(rows)
             _write(run, json_file)
         run.record = replace(run.record, complete=not run.left_out)
         run.seconds["time"] = time.monotonic() - began
 
 
-def report(run: Run) -> None:
+def report(run: RunFindings) -> None:
     """The tables on stdout."""
     from rich import box
     from rich.console import Console
@@ -190,14 +194,14 @@ def report(run: Run) -> None:
     console.print(f"{passed} of {len(run.checks)} checks passed; {parts}", highlight=False)
 
 
-def _cell(check: Check | None) -> str:
+def _cell(check: OracleCheck | None) -> str:
     if check is None:
         return "-"
     error = "?" if check.relative_error is None else f"{check.relative_error:.1e}"
     return error if check.ok else f"[bold red]{error}[/]"
 
 
-def _candidates(device: torch.device) -> tuple[Any, list[Candidate]]:
+def _candidates(device: torch.device) -> tuple[Any, list[ExpertsCandidate]]:
     """The layer's weights, and everyone ready to be called in vLLM's workspaces."""
     from tools.vllm_on_gpu.kernels import Builder
     from vllm.v1.worker import workspace
@@ -229,7 +233,7 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _write(run: Run, json_file: Path | None) -> None:
+def _write(run: RunFindings, json_file: Path | None) -> None:
     from epfuse.report.write import write_atomic
 
     if json_file is not None:

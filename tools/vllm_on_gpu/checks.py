@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from tools.vllm_on_gpu.kernels import Candidate
+from tools.vllm_on_gpu.kernels import ExpertsCandidate
 from vllm.v1.worker import workspace
 
-from epfuse.bench.contender import Kind
+from epfuse.bench.contender import ContenderKind
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.weights import LayerWeights
 from epfuse.verify.budget import compare
@@ -19,7 +19,7 @@ Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Check:
+class OracleCheck:
     """One comparison with the float64 oracle.
 
     Attributes:
@@ -52,7 +52,7 @@ def poison_workspaces() -> None:
             memory.fill_(0xFF)
 
 
-def reserve_workspaces(candidates: Sequence[Candidate], inputs: Inputs) -> None:
+def reserve_workspaces(candidates: Sequence[ExpertsCandidate], inputs: Inputs) -> None:
     """Call everyone with the most tokens, then lock the workspaces, as vLLM does after its warm-up."""
     for candidate in candidates:
         candidate.kernel.call(inputs.hidden, inputs.topk_weights, inputs.topk_ids)
@@ -79,7 +79,7 @@ def captured(call: Callable[[], torch.Tensor]) -> tuple[Run, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Case:
+class OracleCase:
     """A call's inputs and what they should give.
 
     Attributes:
@@ -101,23 +101,23 @@ class Cases:
         padded: as ``other``, the second half of the tokens without experts (id -1), as vLLM 0.33 pads; None for T = 1.
     """
 
-    first: Case
-    other: Case
-    padded: Case | None
+    first: OracleCase
+    other: OracleCase
+    padded: OracleCase | None
 
     @classmethod
     def of(cls, drawn: Sequence[Inputs], weights: LayerWeights) -> Cases:
         """From two inputs of equal T."""
-        first, other = (Case(inputs, weights.oracle(inputs)) for inputs in drawn[:2])
+        first, other = (OracleCase(inputs, weights.oracle(inputs)) for inputs in drawn[:2])
         if other.inputs.tokens == 1:
             return cls(first, other, None)
         ids = other.inputs.topk_ids.clone()
         ids[other.inputs.tokens // 2 :] = -1
         padded = replace(other.inputs, topk_ids=ids)
-        return cls(first, other, Case(padded, weights.oracle(padded)))
+        return cls(first, other, OracleCase(padded, weights.oracle(padded)))
 
 
-def check_candidate(candidate: Candidate, cases: Cases) -> list[Check]:
+def check_candidate(candidate: ExpertsCandidate, cases: Cases) -> list[OracleCheck]:
     """One class at one token count; workspaces and results hold NaN before every call.
 
     Args:
@@ -127,14 +127,14 @@ def check_candidate(candidate: Candidate, cases: Cases) -> list[Check]:
     first = cases.first.inputs
     capture = captured if first.hidden.is_cuda else repeated
     static = [tensor.clone() for tensor in (first.hidden, first.topk_weights, first.topk_ids)]
-    found: list[Check] = []
+    found: list[OracleCheck] = []
 
-    def judge(what: str, case: Case, output: torch.Tensor) -> None:
+    def judge(what: str, case: OracleCase, output: torch.Tensor) -> None:
         difference = compare(output, case.expected)
         ok = difference.within(candidate.tolerance)
         found.append(_check(candidate, first.tokens, what, ok, difference.relative_error))
 
-    def replay(what: str, case: Case, run: Run, output: torch.Tensor) -> None:
+    def replay(what: str, case: OracleCase, run: Run, output: torch.Tensor) -> None:
         given = (case.inputs.hidden, case.inputs.topk_weights, case.inputs.topk_ids)
         for tensor, new in zip(static, given, strict=True):
             tensor.copy_(new)
@@ -149,10 +149,12 @@ def check_candidate(candidate: Candidate, cases: Cases) -> list[Check]:
         judge("eager", cases.first, eager)
         run, output = capture(lambda: candidate.kernel.call(*static))
         replay("replay", cases.first, run, output)
-        if candidate.kind is Kind.PATH and not torch.equal(output, eager):
+        if candidate.kind is ContenderKind.PATH and not torch.equal(output, eager):
             found.append(_check(candidate, first.tokens, "replay", False, None, "other bits than eager"))
         replay("replay, other routing", cases.other, run, output)
-        if candidate.kind is Kind.PATH and cases.padded is not None:  # 0.25.1's own kernels do not take ids of -1
+        if (
+            candidate.kind is ContenderKind.PATH and cases.padded is not None
+        ):  # 0.25.1's own kernels do not take ids of -1
             replay("replay, padding rows", cases.padded, run, output)
     except Exception as error:  # a record of what failed is worth more than a traceback
         text = str(error).splitlines()
@@ -161,7 +163,7 @@ def check_candidate(candidate: Candidate, cases: Cases) -> list[Check]:
 
 
 def _check(
-    candidate: Candidate, tokens: int, what: str, ok: bool, error: float | None, failure: str | None = None
-) -> Check:
+    candidate: ExpertsCandidate, tokens: int, what: str, ok: bool, error: float | None, failure: str | None = None
+) -> OracleCheck:
     finite = error if error is not None and error < float("inf") else None
-    return Check(candidate.label, tokens, what, finite, candidate.tolerance.relative_error, ok, failure)
+    return OracleCheck(candidate.label, tokens, what, finite, candidate.tolerance.relative_error, ok, failure)

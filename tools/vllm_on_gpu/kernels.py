@@ -19,12 +19,12 @@ from vllm.model_executor.layers.fused_moe.experts.mxfp8_emulation_moe import Mxf
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
 
-from epfuse.bench.contender import PEER_TOLERANCE, Contender, Kind
+from epfuse.bench.contender import PEER_TOLERANCE, Contender, ContenderKind
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.layers import Layer
-from epfuse.bench.measure import Call, Method
+from epfuse.bench.measure import Call, TimingMethod
 from epfuse.bench.peers import vllm_experts
-from epfuse.bench.roofline import Operand
+from epfuse.bench.roofline import MatrixOperand
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import Policy, WeightFormat
 from epfuse.expert_map import ExpertMap
@@ -72,7 +72,7 @@ class LayerKernel:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ExpertsCandidate:
     """One experts class on one kind of weights.
 
     Attributes:
@@ -86,7 +86,7 @@ class Candidate:
     """
 
     name: str
-    kind: Kind
+    kind: ContenderKind
     stored: str
     form: WeightFormat
     kernel: LayerKernel
@@ -104,9 +104,9 @@ class Candidate:
         def bind(inputs: Inputs) -> Call:
             return lambda: self.kernel.call(inputs.hidden, inputs.topk_weights, inputs.topk_ids)
 
-        method = Method.GRAPH if self.kernel.w1.is_cuda else Method.PLAIN
+        method = TimingMethod.GRAPH if self.kernel.w1.is_cuda else TimingMethod.PLAIN
         return Contender(
-            self.name, self.kind, self.stored, self.form, Operand.BF16, self.tolerance, method, bind, self.note
+            self.name, self.kind, self.stored, self.form, MatrixOperand.BF16, self.tolerance, method, bind, self.note
         )
 
 
@@ -144,11 +144,11 @@ class Builder:
         self._map = ExpertMap.contiguous(shape.experts, self._layer.ep_size, 0, weights.device).on(weights.device)
         _, self._gate = vllm_experts.activation_of(fused_moe, self._layer, limit_name="gemm1_clamp_limit")
 
-    def all(self) -> list[Candidate]:
+    def all(self) -> list[ExpertsCandidate]:
         """Ours and vLLM's, those that read MXFP8 first."""
         return [self.epfuse_mxfp8(), self.marlin(), self.epfuse_bf16(), self.emulation(), self.triton()]
 
-    def epfuse_mxfp8(self) -> Candidate:
+    def epfuse_mxfp8(self) -> ExpertsCandidate:
         """`EpfuseExperts` on an MXFP8 checkpoint."""
         given = {name: tensor.clone() for name, tensor in self._mxfp8().items()}  # rearranged in their own memory
         quant = FusedMoEQuantConfig.make(
@@ -161,21 +161,21 @@ class Builder:
         kernel = self._epfuse(given, quant, Checkpoint.MXFP8, Storage.MXFP8)
         return self._ours(kernel, "mxfp8", WeightFormat.MXFP8, "w8a16")
 
-    def epfuse_bf16(self) -> Candidate:
+    def epfuse_bf16(self) -> ExpertsCandidate:
         """`EpfuseExperts` on a BF16 checkpoint."""
         w13, w2 = self._dense()
         quant = FusedMoEQuantConfig.make(**self._gate)
         kernel = self._epfuse({"w13_weight": w13, "w2_weight": w2}, quant, Checkpoint.BF16, Storage.BF16)
         return self._ours(kernel, "bf16", WeightFormat.DENSE, "bf16")
 
-    def marlin(self) -> Candidate:
+    def marlin(self) -> ExpertsCandidate:
         """What vLLM 0.25.1 chooses for MXFP8 on Hopper."""
         w1, w2, w1_scale, w2_scale = vllm_experts.marlin_weights(self._weights)
         quant = fp8_w8a16_moe_quant_config(w1_scale, w2_scale, block_shape=MXFP8_BLOCK, **self._gate)
         kernel = self._kernel(marlin_moe.MarlinExperts(self._config, quant), w1, w2)
         return _vllms(kernel, "mxfp8", WeightFormat.MXFP8, "what vLLM 0.25.1 runs for MXFP8 on Hopper")
 
-    def emulation(self) -> Candidate:
+    def emulation(self) -> ExpertsCandidate:
         """What vLLM chooses for MXFP8 on gfx942; the weights become BF16 when they are loaded."""
         scales = self._mxfp8()
         quant = FusedMoEQuantConfig.make(
@@ -188,7 +188,7 @@ class Builder:
         kernel = self._kernel(Mxfp8EmulationTritonExperts(self._config, quant), *self._dense())
         return _vllms(kernel, "bf16", WeightFormat.DENSE, "what vLLM runs for MXFP8 on gfx942: BF16 since loading")
 
-    def triton(self) -> Candidate:
+    def triton(self) -> ExpertsCandidate:
         """What vLLM chooses for BF16 checkpoints."""
         kernel = self._kernel(TritonExperts(self._config, FusedMoEQuantConfig.make(**self._gate)), *self._dense())
         return _vllms(kernel, "bf16", WeightFormat.DENSE, "what vLLM runs for BF16 checkpoints")
@@ -234,12 +234,14 @@ class Builder:
         experts.load(layer, plan_layer(request, Policy.AUTO))
         return self._kernel(experts, layer.w13_weight, layer.w2_weight)
 
-    def _ours(self, kernel: LayerKernel, stored: str, form: WeightFormat, path: str) -> Candidate:
+    def _ours(self, kernel: LayerKernel, stored: str, form: WeightFormat, path: str) -> ExpertsCandidate:
         shape = self._layer.shape
         tolerance = dense_tolerance(torch.bfloat16, shape.hidden, shape.intermediate)
-        return Candidate(EpfuseExperts.__name__, Kind.PATH, stored, form, kernel, tolerance, f"path {path}")
+        return ExpertsCandidate(
+            EpfuseExperts.__name__, ContenderKind.PATH, stored, form, kernel, tolerance, f"path {path}"
+        )
 
 
-def _vllms(kernel: LayerKernel, stored: str, form: WeightFormat, note: str) -> Candidate:
+def _vllms(kernel: LayerKernel, stored: str, form: WeightFormat, note: str) -> ExpertsCandidate:
     name = type(kernel.kernel.fused_experts).__name__
-    return Candidate(name, Kind.PEER, stored, form, kernel, PEER_TOLERANCE, note)
+    return ExpertsCandidate(name, ContenderKind.PEER, stored, form, kernel, PEER_TOLERANCE, note)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from epfuse.aot.assembly import Counts, Dialect
+from epfuse.aot.assembly import Dialect, InstructionCounts
 from epfuse.arguments import checks_enums
 from epfuse.target import Target
 
@@ -143,7 +143,7 @@ _MATRIX = re.compile(r"v_mfma_(?:scale_)?[a-z]+\d+_(\d+)x(\d+)x(\d+)")
 _ATOMIC = re.compile(r"(global|buffer|flat)_atomic_")
 
 
-def _count(counts: Counts, opcode: str, line: str) -> None:
+def _count(counts: InstructionCounts, opcode: str, line: str) -> None:
     if matrix := _MATRIX.match(opcode):
         rows, columns, depth = (int(size) for size in matrix.groups())
         counts.matrix[opcode] += 1

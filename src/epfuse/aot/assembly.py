@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Counts:
+class InstructionCounts:
     """Instructions by what they do.
 
     Attributes:
@@ -66,11 +66,11 @@ class Dialect:
     label: re.Pattern[str]
     branch: re.Pattern[str]
     opcode: re.Pattern[str]
-    count: Callable[[Counts, str, str], None]
+    count: Callable[[InstructionCounts, str, str], None]
 
-    def counts(self, lines: Sequence[str]) -> Counts:
+    def counts(self, lines: Sequence[str]) -> InstructionCounts:
         """Counts over ``lines``."""
-        found = Counts()
+        found = InstructionCounts()
         for line in lines:
             match = self.opcode.match(line)
             if match:

@@ -44,7 +44,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Rule:
+class GateRule:
     """One gate before it is applied.
 
     Attributes:
@@ -171,17 +171,17 @@ def _spills_in_loop(kernel: Kernel) -> str | None:
 
 
 AMD_RULES = (
-    Rule("no spills", _any, _spills),
-    Rule("no scratch", _any, _scratch),
-    Rule("LDS fits", _any, _lds),
-    Rule("MFMA in the main loop", _gemm, _matrix),
-    Rule("16-byte weight loads", _gemm, _wide_loads),
-    Rule("two workgroups a CU at decode", _decode, _two_workgroups),
-    Rule("FP8 MFMA, FNUZ on gfx942", _fp8_rows, _fp8_matrix),
+    GateRule("no spills", _any, _spills),
+    GateRule("no scratch", _any, _scratch),
+    GateRule("LDS fits", _any, _lds),
+    GateRule("MFMA in the main loop", _gemm, _matrix),
+    GateRule("16-byte weight loads", _gemm, _wide_loads),
+    GateRule("two workgroups a CU at decode", _decode, _two_workgroups),
+    GateRule("FP8 MFMA, FNUZ on gfx942", _fp8_rows, _fp8_matrix),
 )
 NVIDIA_RULES = (
-    Rule("no spills in the main loop", _any, _spills_in_loop),
-    Rule("shared memory fits", _any, _shared),
-    Rule("wgmma or mma in the main loop", _tensor_core_gemm, _matrix),
-    Rule("16-byte weight copies", _tensor_core_gemm, _wide_loads),
+    GateRule("no spills in the main loop", _any, _spills_in_loop),
+    GateRule("shared memory fits", _any, _shared),
+    GateRule("wgmma or mma in the main loop", _tensor_core_gemm, _matrix),
+    GateRule("16-byte weight copies", _tensor_core_gemm, _wide_loads),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from epfuse.aot import amdgcn, sass
-from epfuse.aot.assembly import Counts
+from epfuse.aot.assembly import InstructionCounts
 from epfuse.aot.calls import Call
 from epfuse.aot.launches import Launch
 from epfuse.config import SwiGLUOAI
@@ -24,7 +24,7 @@ ITEM_BYTES = {"*bf16": 2, "*fp16": 2, "*fp32": 4, "*fp8e4nv": 1, "*fp8e4b8": 1, 
 
 
 @dataclass(frozen=True)
-class Use:
+class KernelUse:
     """The calls that launch a kernel.
 
     Attributes:
@@ -38,7 +38,7 @@ class Use:
     tokens: tuple[int, int]
 
     @classmethod
-    def of(cls, calls: Iterable[Call]) -> Use:
+    def of(cls, calls: Iterable[Call]) -> KernelUse:
         calls = list(calls)
         return cls(
             paths=tuple(dict.fromkeys(call.path.value for call in calls)),
@@ -77,11 +77,11 @@ class Kernel:
     """
 
     launch: Launch
-    use: Use
+    use: KernelUse
     resources: amdgcn.Resources | sass.Resources
     occupancy: amdgcn.Occupancy | sass.Occupancy
-    counts: Counts
-    loop: Counts | None
+    counts: InstructionCounts
+    loop: InstructionCounts | None
     mca: dict[str, float] | None = None
 
     @property
@@ -203,7 +203,7 @@ class Kernel:
         }
 
 
-def build(launch: Launch, use: Use, folder: Path | None = None, mca: str | None = None) -> Kernel:
+def build(launch: Launch, use: KernelUse, folder: Path | None = None, mca: str | None = None) -> Kernel:
     """Compile one kernel and read what came out.
 
     Args:

@@ -17,7 +17,7 @@ from epfuse.hardware.time_model import (
     PROFILED_BLOCK_FP8,
     Comparison,
     Kernels,
-    Measurement,
+    MeasuredTime,
     compare,
     expert_gemms,
     predicted_ms,
@@ -55,10 +55,11 @@ class Prediction:
 def published() -> list[Comparison]:
     """The published measurements beside what the model says of them."""
     measurements = [
-        Measurement(point.name, PROFILED_BF16, point.tokens, point.expert_gemms_ms, MOE_LAYERS) for point in BF16_POINTS
+        MeasuredTime(point.name, PROFILED_BF16, point.tokens, point.expert_gemms_ms, MOE_LAYERS)
+        for point in BF16_POINTS
     ]
     fp8 = BLOCK_FP8_POINT
-    measurements.append(Measurement(fp8.name, PROFILED_BLOCK_FP8, fp8.tokens, fp8.expert_gemms_ms, MOE_LAYERS))
+    measurements.append(MeasuredTime(fp8.name, PROFILED_BLOCK_FP8, fp8.tokens, fp8.expert_gemms_ms, MOE_LAYERS))
     return compare(MI300X, MINIMAX_M3_EP8, measurements, MI300X_ROUTING)
 
 

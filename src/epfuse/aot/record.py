@@ -49,7 +49,7 @@ class TargetRecord:
 
 
 @dataclass(frozen=True)
-class Record:
+class AotRecord:
     """One run.
 
     Attributes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from epfuse.aot.gates import Gate, check
 from epfuse.aot.kernels import Kernel
 from epfuse.aot.predict import Prediction, predictions
-from epfuse.aot.record import Record, TargetRecord
+from epfuse.aot.record import AotRecord, TargetRecord
 from epfuse.aot.tasks import Broken, Job, compile_job, list_jobs, start
 from epfuse.arguments import checks_enums
 from epfuse.config import Path as LayerPath
@@ -20,7 +20,7 @@ from epfuse.workers import Died, Workers
 
 @checks_enums
 @dataclass(frozen=True)
-class Request:
+class CompileRequest:
     """What to compile.
 
     Attributes:
@@ -43,7 +43,7 @@ class Request:
     mca: str | None = None
 
 
-def run(request: Request, progress: Callable[[int, int], None]) -> Record:
+def run(request: CompileRequest, progress: Callable[[int, int], None]) -> AotRecord:
     """Compile and judge.
 
     Args:
@@ -71,16 +71,16 @@ def run(request: Request, progress: Callable[[int, int], None]) -> Record:
         broken = tuple(f"{result.name}: {result.error}" for _, result in own if isinstance(result, Broken))
         gates = [Gate("compiles", len(own), broken), *check(target, kernels)]
         targets.append(TargetRecord(target, kernels, compared, gates))
-    return Record(targets, _predictions(targets))
+    return AotRecord(targets, _predictions(targets))
 
 
-def _wanted(job: Job, request: Request) -> bool:
+def _wanted(job: Job, request: CompileRequest) -> bool:
     # the kernel to compare with stands beside gate_up
     return ("gate_up" if job.compare else job.launch.stage) in request.stages
 
 
 def _compile(
-    workers: Workers, jobs: list[Job], request: Request, progress: Callable[[int, int], None]
+    workers: Workers, jobs: list[Job], request: CompileRequest, progress: Callable[[int, int], None]
 ) -> list[Kernel | Broken]:
     """One result a job, in their order."""
     progress(0, len(jobs))

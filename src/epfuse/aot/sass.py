@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from epfuse.aot.assembly import Counts, Dialect
+from epfuse.aot.assembly import Dialect, InstructionCounts
 from epfuse.errors import MissingDependency
 
 MOST_WARPS = 64
@@ -106,7 +106,7 @@ _HMMA_SIZES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "16832": 16 * 8 * 32}
 _ACCESS = re.compile(r"(LDGSTS|LDG|STG)(?:\.\w+)*")
 
 
-def _count(counts: Counts, opcode: str, line: str) -> None:
+def _count(counts: InstructionCounts, opcode: str, line: str) -> None:
     if matrix := _MATRIX.match(opcode):
         counts.matrix[opcode] += 1
         if matrix[1].endswith("GMMA"):

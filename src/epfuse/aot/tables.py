@@ -11,7 +11,7 @@ from rich.console import Console
 from epfuse.aot import amdgcn, sass
 from epfuse.aot.kernels import Kernel
 from epfuse.aot.predict import published
-from epfuse.aot.record import Record, TargetRecord
+from epfuse.aot.record import AotRecord, TargetRecord
 from epfuse.hardware.h100 import FITTED_TOKENS, H100, h100
 from epfuse.hardware.published import BF16_POINTS
 from epfuse.hardware.time_model import MI300X, MI300X_ROUTING, mean_error
@@ -20,7 +20,7 @@ from epfuse.verify.record import versions
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A title, names of the columns, and rows of text."""
 
     title: str
@@ -28,7 +28,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def tables_of(record: Record) -> list[Table]:
+def tables_of(record: AotRecord) -> list[TextTable]:
     """Every table of a record."""
     found = []
     for target in record.targets:
@@ -48,7 +48,7 @@ def tables_of(record: Record) -> list[Table]:
     return found
 
 
-def show(tables: Iterable[Table], console: Console) -> None:
+def show(tables: Iterable[TextTable], console: Console) -> None:
     """Print tables."""
     for table in tables:
         shown = make_table(*table.columns, title=table.title)
@@ -57,7 +57,7 @@ def show(tables: Iterable[Table], console: Console) -> None:
         console.print(shown)
 
 
-def markdown(tables: Iterable[Table], command: str) -> str:
+def markdown(tables: Iterable[TextTable], command: str) -> str:
     """Tables as Markdown, and what made them; ``command`` is what was typed."""
     found = versions()
     date = datetime.now(UTC).date().isoformat()
@@ -162,14 +162,14 @@ NVIDIA_COLUMNS: tuple[Column, ...] = (
 FIRST_LOOP_COLUMN = LOOP[0]
 
 
-def _kernels(title: str, columns: Sequence[Column], kernels: Sequence[Kernel]) -> Table:
+def _kernels(title: str, columns: Sequence[Column], kernels: Sequence[Kernel]) -> TextTable:
     """A row a kernel; a column that is empty throughout (no llvm-mca) is left out."""
     rows = [[text(kernel) for _, text in columns] for kernel in kernels]
     used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
-    return Table(title, [columns[index][0] for index in used], [[row[index] for index in used] for row in rows])
+    return TextTable(title, [columns[index][0] for index in used], [[row[index] for index in used] for row in rows])
 
 
-def _beside(target: TargetRecord) -> Table:
+def _beside(target: TargetRecord) -> TextTable:
     """Pull request 1782's GEMM1 and the tile that this package takes in its place."""
     theirs = target.compared[0]
     ours = [
@@ -187,12 +187,12 @@ def _beside(target: TargetRecord) -> Table:
     return _kernels(title, AMD_COLUMNS, [theirs, *ours])
 
 
-def _gates(target: TargetRecord) -> Table:
+def _gates(target: TargetRecord) -> TextTable:
     rows = [[gate.name, "pass" if gate.ok else "FAIL", gate.detail] for gate in target.gates]
-    return Table(f"{target.target.value}: gates", ("gate", "result", "detail"), rows)
+    return TextTable(f"{target.target.value}: gates", ("gate", "result", "detail"), rows)
 
 
-def _published() -> Table:
+def _published() -> TextTable:
     rows = [
         [
             comparison.measurement.name,
@@ -207,10 +207,10 @@ def _published() -> Table:
         f"{MI300X.name}: expert GEMMs of a decode step, measured by others and the model of it"
         f" (eta {MI300X.eta}, {1e6 * MI300X.launch_seconds:.0f} us a launch, routing skew {MI300X_ROUTING.skew})"
     )
-    return Table(title, ("point", "kernels", "measured ms", "model ms", "error"), rows)
+    return TextTable(title, ("point", "kernels", "measured ms", "model ms", "error"), rows)
 
 
-def _h100() -> Table:
+def _h100() -> TextTable:
     comparisons = h100()
     fitted = [c for c in comparisons if c.measurement.tokens <= FITTED_TOKENS]
     rows = [
@@ -228,10 +228,10 @@ def _h100() -> Table:
         f" {1e6 * H100.launch_seconds:.1f} us a launch; mean error {mean_error(fitted):.1%} up to {FITTED_TOKENS}"
         f" tokens, which were fitted, {mean_error(comparisons):.1%} over all)"
     )
-    return Table(title, ("path", "point", "measured us", "model us", "error"), rows)
+    return TextTable(title, ("path", "point", "measured us", "model us", "error"), rows)
 
 
-def _predictions(record: Record) -> Table:
+def _predictions(record: AotRecord) -> TextTable:
     names = [point.name for point in BF16_POINTS]
     rows = [
         [
@@ -241,4 +241,4 @@ def _predictions(record: Record) -> Table:
         for prediction in record.predictions
     ]
     title = f"{MI300X.name}: expert GEMMs of a decode step, PREDICTED, ms (and what GEMM1 waits for)"
-    return Table(title, ("path", *names), rows)
+    return TextTable(title, ("path", *names), rows)

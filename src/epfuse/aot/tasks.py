@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from epfuse.aot.kernels import Kernel, Use
+    from epfuse.aot.kernels import Kernel, KernelUse
     from epfuse.aot.launches import Launch
     from epfuse.config import Path as LayerPath
     from epfuse.target import Target
@@ -28,7 +28,7 @@ class Job:
     """
 
     launch: Launch
-    use: Use
+    use: KernelUse
     compare: bool = False
 
 
@@ -53,7 +53,7 @@ def start() -> None:
 def list_jobs(target: Target, paths: list[LayerPath], shapes: list[str], dtypes: list[str]) -> list[Job]:
     """Every kernel that the calls of ``target`` launch, each once, and the kernel to compare with."""
     from epfuse.aot.calls import SHAPES, Call, calls
-    from epfuse.aot.kernels import Use
+    from epfuse.aot.kernels import KernelUse
     from epfuse.aot.launches import launches_of
     from epfuse.aot.seed.launch import launch_two_tiles
     from epfuse.config import Combine, Path, WeightFormat
@@ -62,11 +62,11 @@ def list_jobs(target: Target, paths: list[LayerPath], shapes: list[str], dtypes:
     for call in calls(target, paths, shapes, dtypes):
         for launch in launches_of(target, call.run):
             found.setdefault(launch, []).append(call)
-    jobs = [Job(launch, Use.of(users)) for launch, users in found.items()]
+    jobs = [Job(launch, KernelUse.of(users)) for launch, users in found.items()]
     if target.is_amd and Path.BF16 in paths and "minimax-m3" in shapes:
         call = Call(target, Path.BF16, WeightFormat.DENSE, "bf16", "minimax-m3", Combine.DETERMINISTIC, 256)
         seed = launches_of(target, lambda: launch_two_tiles(SHAPES[call.shape], call.tokens))
-        jobs += [Job(launch, Use.of([call]), compare=True) for launch in seed]
+        jobs += [Job(launch, KernelUse.of([call]), compare=True) for launch in seed]
     return jobs
 
 

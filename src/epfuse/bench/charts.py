@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from epfuse.bench.contender import Kind
-from epfuse.bench.record import Record, Row
+from epfuse.bench.contender import ContenderKind
+from epfuse.bench.record import BenchRecord, BenchRow
 
 WIDTH, HEIGHT = 900, 380
 LEFT, RIGHT, TOP, BOTTOM = 84, 640, 16, 336
@@ -20,7 +20,7 @@ MOST_STYLES = 6
 
 
 @dataclass(frozen=True)
-class Point:
+class ChartPoint:
     """One measurement.
 
     Attributes:
@@ -48,7 +48,7 @@ class Curve:
 
     name: str
     style: str
-    points: list[Point]
+    points: list[ChartPoint]
 
     @property
     def is_floor(self) -> bool:
@@ -121,7 +121,7 @@ class CurveChart:
         return TOP + 12 + LEGEND_LINE * index
 
 
-def charts_of(record: Record) -> list[CurveChart]:
+def charts_of(record: BenchRecord) -> list[CurveChart]:
     """For each routing with times: time over tokens beside the floors, and how much of its floor each path reaches."""
     charts = []
     for routing in record.routings:
@@ -155,28 +155,28 @@ def charts_of(record: Record) -> list[CurveChart]:
     return charts
 
 
-def _styles(rows: list[Row]) -> dict[str, str]:
+def _styles(rows: list[BenchRow]) -> dict[str, str]:
     """Label -> style; the same contender has the same colour in every chart."""
     styles: dict[str, str] = {}
-    for kind in Kind:
+    for kind in ContenderKind:
         labels = dict.fromkeys(row.label for row in rows if row.kind is kind)
         styles |= {label: f"{kind.value}{index % MOST_STYLES}" for index, label in enumerate(labels)}
     return styles
 
 
-def _time_curves(rows: list[Row]) -> list[Curve]:
+def _time_curves(rows: list[BenchRow]) -> list[Curve]:
     curves = []
     for label, style in _styles(rows).items():
         points = []
         for row in _ascending(rows, label):
             assert row.time is not None
             hint = f"{label}, {row.tokens} tokens: {row.time.median_us:.1f} µs"
-            points.append(Point(row.tokens, row.time.median_us, row.time.q1_us, row.time.q3_us, hint))
+            points.append(ChartPoint(row.tokens, row.time.median_us, row.time.q1_us, row.time.q3_us, hint))
         curves.append(Curve(label, style, points))
     return curves
 
 
-def _fraction_curves(rows: list[Row]) -> list[Curve]:
+def _fraction_curves(rows: list[BenchRow]) -> list[Curve]:
     curves = []
     for label, style in _styles(rows).items():
         points = []
@@ -186,12 +186,12 @@ def _fraction_curves(rows: list[Row]) -> list[Curve]:
                 100 * row.floor_us / us for us in (row.time.median_us, row.time.q3_us, row.time.q1_us)
             )
             hint = f"{label}, {row.tokens} tokens: {reached:.0f} % of its floor of {row.floor_us:.1f} µs"
-            points.append(Point(row.tokens, reached, low, high, hint))
+            points.append(ChartPoint(row.tokens, reached, low, high, hint))
         curves.append(Curve(label, style, points))
     return curves
 
 
-def _floor_curves(rows: list[Row]) -> list[Curve]:
+def _floor_curves(rows: list[BenchRow]) -> list[Curve]:
     """One for each different floor: contenders whose weights are as large and whose operands are the same share one."""
     floors: dict[tuple[float, ...], Curve] = {}
     for label in dict.fromkeys(row.label for row in rows):
@@ -202,12 +202,12 @@ def _floor_curves(rows: list[Row]) -> list[Curve]:
         points = []
         for row in mine:
             hint = f"{row.tokens} tokens: {row.floor_us:.1f} µs, bound by {row.floor_bound}"
-            points.append(Point(row.tokens, row.floor_us, row.floor_us, row.floor_us, hint))
+            points.append(ChartPoint(row.tokens, row.floor_us, row.floor_us, row.floor_us, hint))
         floors[key] = Curve(f"floor of {label}", f"floor{len(floors) % MOST_STYLES}", points)
     return list(floors.values())
 
 
-def _ascending(rows: list[Row], label: str) -> list[Row]:
+def _ascending(rows: list[BenchRow], label: str) -> list[BenchRow]:
     return sorted((row for row in rows if row.label == label), key=lambda row: row.tokens)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from epfuse.arguments import checks_enums
-from epfuse.bench.contender import Kind
+from epfuse.bench.contender import ContenderKind
 from epfuse.bench.layers import Layer
-from epfuse.bench.record import Record, Row
+from epfuse.bench.record import BenchRecord, BenchRow
 from epfuse.errors import ConfigError
 
 LEAST_CHANGE = 0.02
@@ -17,7 +17,7 @@ LEAST_CHANGE = 0.02
 layout, two runs' don't."""
 
 
-class Verdict(enum.Enum):
+class RowVerdict(enum.Enum):
     """What became of a row."""
 
     FASTER = "faster"
@@ -35,7 +35,7 @@ class Verdict(enum.Enum):
 
 @checks_enums
 @dataclass(frozen=True)
-class Change:
+class RowChange:
     """One row, then and now.
 
     Attributes:
@@ -44,18 +44,18 @@ class Change:
         noise_us: by how much the medians may differ without meaning anything; None if one of them is missing.
     """
 
-    before: Row | None
-    after: Row | None
-    verdict: Verdict
+    before: BenchRow | None
+    after: BenchRow | None
+    verdict: RowVerdict
     noise_us: float | None = None
 
     @property
     def changed(self) -> bool:
         """Whether it is worth a line."""
-        return self.verdict not in (Verdict.SAME, Verdict.FAILS)
+        return self.verdict not in (RowVerdict.SAME, RowVerdict.FAILS)
 
     @property
-    def row(self) -> Row:
+    def row(self) -> BenchRow:
         """The newer of the two."""
         row = self.after or self.before
         assert row is not None
@@ -85,7 +85,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RecordComparison:
     """Two records of one layer.
 
     Attributes:
@@ -94,9 +94,9 @@ class Comparison:
         changes: every row of either.
     """
 
-    before: Record
-    after: Record
-    changes: list[Change]
+    before: BenchRecord
+    after: BenchRecord
+    changes: list[RowChange]
 
     @property
     def other_device(self) -> bool:
@@ -104,9 +104,9 @@ class Comparison:
         return bool(self.before.device.get("name") != self.after.device.get("name"))
 
     @property
-    def slower(self) -> list[Change]:
+    def slower(self) -> list[RowChange]:
         """Paths of ours that became slower. A peer that did is shown and no reason to fail."""
-        return [c for c in self.changes if c.verdict is Verdict.SLOWER and c.row.kind is Kind.PATH]
+        return [c for c in self.changes if c.verdict is RowVerdict.SLOWER and c.row.kind is ContenderKind.PATH]
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -130,7 +130,7 @@ def check_comparable(before: Layer, after: Layer) -> None:
         )
 
 
-def compare_records(before: Record, after: Record) -> Comparison:
+def compare_records(before: BenchRecord, after: BenchRecord) -> RecordComparison:
     """Match the rows of two records and judge each.
 
     Raises:
@@ -141,19 +141,19 @@ def compare_records(before: Record, after: Record) -> Comparison:
     new = {row.key: row for row in after.rows}
     changes = [judge(old.get(key), row) for key, row in new.items()]
     changes += [judge(row, None) for key, row in old.items() if key not in new]
-    return Comparison(before, after, changes)
+    return RecordComparison(before, after, changes)
 
 
-def judge(before: Row | None, after: Row | None) -> Change:
+def judge(before: BenchRow | None, after: BenchRow | None) -> RowChange:
     """What became of a row: its median must move by more than both interquartile ranges together, and by 2 %."""
     if before is None or after is None:
-        return Change(before, after, Verdict.NEW if before is None else Verdict.GONE)
+        return RowChange(before, after, RowVerdict.NEW if before is None else RowVerdict.GONE)
     if before.time is None or after.time is None:
         if before.time is None and after.time is None:
-            return Change(before, after, Verdict.FAILS)
-        return Change(before, after, Verdict.MENDED if before.time is None else Verdict.BROKEN)
+            return RowChange(before, after, RowVerdict.FAILS)
+        return RowChange(before, after, RowVerdict.MENDED if before.time is None else RowVerdict.BROKEN)
     then, now = before.time, after.time
     noise = max(then.spread_us + now.spread_us, LEAST_CHANGE * then.median_us)
     moved = now.median_us - then.median_us
-    verdict = Verdict.SAME if abs(moved) <= noise else Verdict.SLOWER if moved > 0 else Verdict.FASTER
-    return Change(before, after, verdict, noise)
+    verdict = RowVerdict.SAME if abs(moved) <= noise else RowVerdict.SLOWER if moved > 0 else RowVerdict.FASTER
+    return RowChange(before, after, verdict, noise)

@@ -6,22 +6,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from epfuse.bench.compare import Comparison, Verdict
+from epfuse.bench.compare import RecordComparison, RowVerdict
 from epfuse.bench.figures import change_figures, describe_roofs, row_figures, unit_of
-from epfuse.bench.record import Record
+from epfuse.bench.record import BenchRecord
 from epfuse.report.terminal import figures, make_table
 
 NARROW = 100
 """Columns of a terminal below which two figures share one."""
 COLOURS = {
-    Verdict.FASTER: "green",
-    Verdict.MENDED: "green",
-    Verdict.SLOWER: "red",
-    Verdict.BROKEN: "bold red",
+    RowVerdict.FASTER: "green",
+    RowVerdict.MENDED: "green",
+    RowVerdict.SLOWER: "red",
+    RowVerdict.BROKEN: "bold red",
 }
 
 
-def print_record(record: Record, comparison: Comparison | None, console: Console) -> None:
+def print_record(record: BenchRecord, comparison: RecordComparison | None, console: Console) -> None:
     """Print what ran where, the roofs, a table for each routing, who was absent, what changed."""
     shape = record.layer.shape
     console.print(
@@ -44,7 +44,7 @@ def print_record(record: Record, comparison: Comparison | None, console: Console
         _print_comparison(comparison, console)
 
 
-def _table(record: Record, routing: str, is_narrow: bool) -> Table:
+def _table(record: BenchRecord, routing: str, is_narrow: bool) -> Table:
     prefix = unit_of(record)[1]
     names = ["us", "quartiles", "/ floor", f"{prefix}B/s", f"{prefix}FLOP/s", "/ best peer", "error"]
     shown = _stacked(names) if is_narrow else names
@@ -72,7 +72,7 @@ def _stacked(cells: list[str]) -> list[str]:
     return [below((us, quartiles)), floor, below((bandwidth, throughput)), peer, error]
 
 
-def _print_comparison(comparison: Comparison, console: Console) -> None:
+def _print_comparison(comparison: RecordComparison, console: Console) -> None:
     changed = [change for change in comparison.changes if change.changed]
     date = comparison.before.run.get("date")
     console.print(f"\ncompared with the record of {date}:", highlight=False)

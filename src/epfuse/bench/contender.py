@@ -13,8 +13,8 @@ from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.layers import Layer
-from epfuse.bench.measure import Call, Method
-from epfuse.bench.roofline import Operand
+from epfuse.bench.measure import Call, TimingMethod
+from epfuse.bench.roofline import MatrixOperand
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import Combine, Path, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
@@ -30,7 +30,7 @@ PEER_TOLERANCE = Tolerance(snr_db=-math.inf, max_error=math.inf, relative_error=
 result that lacks the clamp, or one route of a token, is far beyond 2e-2."""
 
 
-class Kind(enum.Enum):
+class ContenderKind(enum.Enum):
     """Whose code it is."""
 
     PATH = "path"
@@ -56,12 +56,12 @@ class Contender:
     """
 
     name: str
-    kind: Kind
+    kind: ContenderKind
     weights: str
     form: WeightFormat
-    operand: Operand
+    operand: MatrixOperand
     tolerance: Tolerance
-    method: Method
+    method: TimingMethod
     bind: Callable[[Inputs], Call]
     note: str = ""
     block_m: Callable[[int], int | None] = lambda tokens: None
@@ -132,7 +132,9 @@ def each_path_once(problem: Problem) -> list[Subject]:
 
 def _path(subject: Subject, problem: Problem, weights: LayerWeights) -> Contender:
     path, combine = subject.path, subject.combine
-    operand = Operand.FP32 if path is Path.REFERENCE else Operand.FP8 if path in FP8_PATHS else Operand.BF16
+    operand = (
+        MatrixOperand.FP32 if path is Path.REFERENCE else MatrixOperand.FP8 if path in FP8_PATHS else MatrixOperand.BF16
+    )
 
     def bind(inputs: Inputs) -> Call:
         experts = weights.in_format(subject.form)
@@ -161,12 +163,12 @@ def _path(subject: Subject, problem: Problem, weights: LayerWeights) -> Contende
     captured = problem.target.is_gpu and path is not Path.REFERENCE  # which syncs with the device
     return Contender(
         name=path.value if combine is Combine.DETERMINISTIC else f"{path.value} {combine.value}",
-        kind=Kind.PATH,
+        kind=ContenderKind.PATH,
         weights=subject.form.value,
         form=subject.form,
         operand=operand,
         tolerance=_tolerance(path, problem),
-        method=Method.GRAPH if captured else Method.PLAIN,
+        method=TimingMethod.GRAPH if captured else TimingMethod.PLAIN,
         bind=bind,
         block_m=block_m,
     )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from epfuse.bench.contender import problem_of
 from epfuse.bench.inputs import HIDDEN_STD, least_variants
 from epfuse.bench.layers import Layer
-from epfuse.bench.measure import MOST_CALLS, Call, Method, Sampling, Timing, captured, elapsed, looped
+from epfuse.bench.measure import MOST_CALLS, Call, Sampling, Timing, TimingMethod, captured, elapsed, looped
 from epfuse.bench.routing import Routing
 from epfuse.config import Path
 from epfuse.parallel.agreement import agree_on_layer, check_agreement, gather_text
@@ -36,7 +36,7 @@ SUMS = {f"all_reduce {sum_in.value}": sum_in for sum_in in SumIn}
 
 
 @dataclass(frozen=True)
-class Plan:
+class DistributedPlan:
     """What to measure; the same on every rank.
 
     Attributes:
@@ -55,7 +55,7 @@ class Plan:
 
 
 @dataclass
-class Row:
+class DistributedRow:
     """One path at one token count with one routing. It has times only if every exchange mode was right.
 
     Attributes:
@@ -112,8 +112,11 @@ class Row:
 
 
 def run(
-    context: RankContext, plan: Plan, subjects: Sequence[Subject], advance: Callable[[str], None] = lambda what: None
-) -> Iterator[Row]:
+    context: RankContext,
+    plan: DistributedPlan,
+    subjects: Sequence[Subject],
+    advance: Callable[[str], None] = lambda what: None,
+) -> Iterator[DistributedRow]:
     """The rows, one after another, on every rank; every rank must take all of them.
 
     Args:
@@ -136,12 +139,12 @@ def run(
 
 def _run_alike(
     context: RankContext,
-    plan: Plan,
+    plan: DistributedPlan,
     problem: Problem,
     stored: Stored,
     subjects: list[Subject],
     advance: Callable[[str], None],
-) -> Iterator[Row]:
+) -> Iterator[DistributedRow]:
     group = context.group
     draw = dense_weights if stored is Stored.DENSE else mxfp8_weights
     placement = ExpertPlacement.contiguous(problem.experts, group.size)
@@ -164,7 +167,7 @@ def _run_alike(
             advance(f"T={tokens} {routing}, {subject.path.value} {subject.form.value}")
             counts = [tokens // group.size + (rank < tokens % group.size) for rank in range(group.size)]
             modes = ways(group, placement, counts, payload_for(subject.path, weights))
-            row = Row(subject.path.value, subject.form.value, str(routing), tokens)
+            row = DistributedRow(subject.path.value, subject.form.value, str(routing), tokens)
             slots = expert_map.on(context.device)
             own = statistics.mean(int((slots[call.topk_ids.long()] >= 0).sum()) for call in drawn)
             row.rows = [json.loads(text) for text in gather_text(group, json.dumps(own))]
@@ -177,7 +180,7 @@ def _run_alike(
 Share = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _draw_calls(plan: Plan, context: RankContext, routing: Routing, tokens: int) -> list[Scenario]:
+def _draw_calls(plan: DistributedPlan, context: RankContext, routing: Routing, tokens: int) -> list[Scenario]:
     """Inputs that are run in turn, the same on every rank."""
     found = []
     for variant in range(least_variants(plan.layer, tokens)):
@@ -195,7 +198,7 @@ def _draw_calls(plan: Plan, context: RankContext, routing: Routing, tokens: int)
 
 def _check(
     context: RankContext,
-    row: Row,
+    row: DistributedRow,
     problem: Problem,
     subject: Subject,
     modes: list[Way],
@@ -227,7 +230,7 @@ def bound(way: Way, call: Scenario, share: Share) -> Call:
 
 def _measure(
     context: RankContext,
-    row: Row,
+    row: DistributedRow,
     sampling: Sampling,
     subject: Subject,
     modes: list[Way],
@@ -281,7 +284,7 @@ def time_together(context: RankContext, calls: Sequence[Call], sampling: Samplin
     repeats = max(1, min(max(1, MOST_CALLS // len(calls)), round(sampling.seconds / estimate)))
     many = make(repeats) if repeats > 1 else once
     sample(many)
-    method = Method.GRAPH if captures else Method.PLAIN
+    method = TimingMethod.GRAPH if captures else TimingMethod.PLAIN
     own = Timing.of([sample(many) for _ in range(sampling.samples)], repeats * len(calls), method)
     return [Timing(**json.loads(text)) for text in gather_text(group, json.dumps(own.to_json()))]
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from epfuse.bench.compare import Change
-from epfuse.bench.record import Record, Row
+from epfuse.bench.compare import RowChange
+from epfuse.bench.record import BenchRecord, BenchRow
 from epfuse.bench.roofline import Roofs
 
 
-def row_figures(record: Record, routing: str, tokens: int) -> list[dict[str, Any]]:
+def row_figures(record: BenchRecord, routing: str, tokens: int) -> list[dict[str, Any]]:
     """The rows of one point, each figure as text."""
     rows = record.at(routing, tokens)
     times = [row.time.median_us for row in rows if row.time]
     return [_figures(record, row, fastest=bool(row.time and row.time.median_us == min(times))) for row in rows]
 
 
-def _figures(record: Record, row: Row, fastest: bool) -> dict[str, Any]:
+def _figures(record: BenchRecord, row: BenchRow, fastest: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "tokens": row.tokens,
         "label": row.label,
@@ -40,12 +40,12 @@ def _figures(record: Record, row: Row, fastest: bool) -> dict[str, Any]:
     }
 
 
-def unit_of(record: Record) -> tuple[float, str]:
+def unit_of(record: BenchRecord) -> tuple[float, str]:
     """What bandwidths and FLOP rates of this device are shown in: (factor, prefix)."""
     return (1e12, "T") if (record.roofs.read.rate or 0.0) >= 2e11 else (1e9, "G")
 
 
-def change_figures(change: Change) -> dict[str, str]:
+def change_figures(change: RowChange) -> dict[str, str]:
     """One changed row as text."""
     row, before, after = change.row, change.before, change.after
     ratio, then = change.ratio, before.time.median_us if before and before.time else None
@@ -70,7 +70,7 @@ def describe_roofs(roofs: Roofs) -> list[tuple[str, str]]:
     return found
 
 
-def environment_of(record: Record) -> list[tuple[str, str]]:
+def environment_of(record: BenchRecord) -> list[tuple[str, str]]:
     """What the numbers depend on, as (name, text)."""
     run, device = record.run, record.device
     found = [("command", run.get("command")), ("date", run.get("date")), ("seed", run.get("seed"))]

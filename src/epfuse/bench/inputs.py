@@ -10,7 +10,7 @@ import torch
 
 from epfuse.arguments import checks_enums
 from epfuse.bench.layers import Layer
-from epfuse.bench.roofline import Operand, Work
+from epfuse.bench.roofline import CallWork, MatrixOperand
 from epfuse.bench.routing import Routing
 from epfuse.config import WeightFormat
 from epfuse.expert_map import ExpertMap
@@ -56,10 +56,10 @@ class Inputs:
         return self.hidden.shape[0]
 
     @checks_enums
-    def work(self, layer: Layer, form: WeightFormat, operand: Operand) -> Work:
+    def work(self, layer: Layer, form: WeightFormat, operand: MatrixOperand) -> CallWork:
         """What this call has to do with weights in ``form``."""
         weights = len(self.active) * layer.expert_weights
-        return Work(weights * BYTES_PER_WEIGHT[form], 2.0 * self.rows * layer.expert_weights, operand)
+        return CallWork(weights * BYTES_PER_WEIGHT[form], 2.0 * self.rows * layer.expert_weights, operand)
 
 
 def draw_inputs(

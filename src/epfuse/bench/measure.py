@@ -19,7 +19,7 @@ MOST_CALLS = 400
 """Calls in one graph: more make it slow to capture and no more exact."""
 
 
-class Method(enum.Enum):
+class TimingMethod(enum.Enum):
     """How calls were run."""
 
     GRAPH = "graph"
@@ -53,7 +53,7 @@ class Timing:
         median_us, q1_us, q3_us, min_us, max_us: over the samples; q1 and q3 are the quartiles.
         samples: how many.
         calls: in each sample, which is their mean.
-        method: `Method`'s value.
+        method: `TimingMethod`'s value.
     """
 
     median_us: float
@@ -67,7 +67,7 @@ class Timing:
 
     @classmethod
     @checks_enums
-    def of(cls, seconds: Sequence[float], calls: int, method: Method) -> Timing:
+    def of(cls, seconds: Sequence[float], calls: int, method: TimingMethod) -> Timing:
         """Statistics of samples, each the seconds of ``calls`` calls."""
         each = sorted(1e6 * sample / calls for sample in seconds)
         # quantiles() needs two; "inclusive" makes the samples the whole population, so quartiles lie between them
@@ -106,7 +106,7 @@ class Round:
 
 
 @checks_enums
-def time_calls(calls: Sequence[Call], device: torch.device, sampling: Sampling, method: Method) -> Measured:
+def time_calls(calls: Sequence[Call], device: torch.device, sampling: Sampling, method: TimingMethod) -> Measured:
     """Time ``calls``, run in turn: the time of one is the mean over them.
 
     Args:
@@ -119,7 +119,7 @@ def time_calls(calls: Sequence[Call], device: torch.device, sampling: Sampling, 
     Raises:
         RuntimeError: a call can't be captured.
     """
-    make = captured if method is Method.GRAPH else looped
+    make = captured if method is TimingMethod.GRAPH else looped
     once = make(calls, 1, device)
     once.run()
     estimate = statistics.median(elapsed(once.run, device) for _ in range(3))

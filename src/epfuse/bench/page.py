@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from epfuse.bench.charts import BOTTOM, LEFT, RIGHT, CurveChart, charts_of
-from epfuse.bench.compare import Comparison
+from epfuse.bench.compare import RecordComparison
 from epfuse.bench.figures import change_figures, describe_roofs, environment_of, row_figures, unit_of
-from epfuse.bench.record import Record
+from epfuse.bench.record import BenchRecord
 from epfuse.report.page import render
 
 EDGES = {"left": LEFT, "right": RIGHT, "bottom": BOTTOM}
 
 
-def bench_page(record: Record, comparison: Comparison | None = None) -> str:
+def bench_page(record: BenchRecord, comparison: RecordComparison | None = None) -> str:
     """A self-contained page: roofs, curves, every row, what changed, who took part, on which machine."""
     points: list[tuple[str, list[list[dict[str, Any]]]]] = []
     for routing in record.routings:

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from epfuse.bench.contender import Absent, Kind
+from epfuse.bench.contender import Absent, ContenderKind
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Timing
-from epfuse.bench.record import FORMAT, Record, Row
-from epfuse.bench.roofline import Operand, Roof, Roofs
+from epfuse.bench.record import FORMAT, BenchRecord, BenchRow
+from epfuse.bench.roofline import MatrixOperand, Roof, Roofs
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_file
@@ -24,11 +24,11 @@ Amount = Annotated[float, Field(ge=0, le=1e30)]
 Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # ratios of two stay finite
 
 
-class _Entry(BaseModel):
+class _RecordPart(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class _Timing(_Entry):
+class _Timing(_RecordPart):
     median_us: Positive
     q1_us: Amount
     q3_us: Positive
@@ -39,10 +39,10 @@ class _Timing(_Entry):
     method: Text
 
 
-class _Row(_Entry):
+class _BenchRow(_RecordPart):
     contender: Annotated[Text, Field(min_length=1)]
     weights: Text
-    kind: Kind
+    kind: ContenderKind
     routing: Text
     tokens: Size
     rows: Amount
@@ -63,18 +63,18 @@ class _Row(_Entry):
     over_best_peer: Amount | None = None
     ok: bool
 
-    def row(self) -> Row:
+    def row(self) -> BenchRow:
         plain = self.model_dump(exclude={"over_floor", "over_best_peer", "ok", "time"})
-        return Row(**plain, time=Timing(**self.time.model_dump()) if self.time else None)
+        return BenchRow(**plain, time=Timing(**self.time.model_dump()) if self.time else None)
 
 
-class _Activation(_Entry):
+class _Activation(_RecordPart):
     alpha: float
     beta: float
     limit: float | None
 
 
-class _Layer(_Entry):
+class _Layer(_RecordPart):
     name: Text
     hidden: int
     intermediate: int
@@ -90,18 +90,18 @@ class _Layer(_Entry):
         return Layer(self.name, shape, SwiGLUOAI(gate.alpha, gate.beta, limit))
 
 
-class _Roof(_Entry):
+class _Roof(_RecordPart):
     rate: Positive | None
     method: str
     spread: Amount
 
 
-class _Absent(_Entry):
+class _Absent(_RecordPart):
     name: Text
     reason: str
 
 
-class _Commit(_Entry):
+class _Commit(_RecordPart):
     hash: Text
     changed: bool
 
@@ -128,7 +128,7 @@ def _roofs(entries: dict[str, _Roof]) -> Roofs:
         raise ValueError("the roof 'read' is missing")
     roofs = {name: Roof(**entry.model_dump()) for name, entry in entries.items()}
     read = roofs.pop("read")
-    return Roofs(read, {Operand(name.removeprefix("matmul_")): roof for name, roof in roofs.items()})
+    return Roofs(read, {MatrixOperand(name.removeprefix("matmul_")): roof for name, roof in roofs.items()})
 
 
 class _File(BaseModel):
@@ -142,16 +142,16 @@ class _File(BaseModel):
     device: _Device
     layer: _Layer
     roofs: dict[str, _Roof]
-    rows: list[_Row]
+    rows: list[_BenchRow]
     absent: list[_Absent]
     notes: dict[str, str]
 
-    def record(self) -> Record:
+    def record(self) -> BenchRecord:
         """As data; ValueError for what each part may be and the whole may not."""
         rows = [entry.row() for entry in self.rows]
         if len({row.key for row in rows}) != len(rows):
             raise ValueError("two rows are of one contender, weights, routing and token count")
-        return Record(
+        return BenchRecord(
             layer=self.layer.layer(),
             device=self.device.model_dump(),
             roofs=_roofs(self.roofs),
@@ -163,7 +163,7 @@ class _File(BaseModel):
         )
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path) -> BenchRecord:
     """A record from a file, checked in full: what is read can be compared and shown.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from epfuse.arguments import checks_enums
-from epfuse.bench.contender import Absent, Kind
+from epfuse.bench.contender import Absent, ContenderKind
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Timing
 from epfuse.bench.roofline import Roofs
@@ -19,7 +19,7 @@ FORMAT = "epfuse-bench-1"
 
 @checks_enums
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One contender at one token count with one routing. It has a time only if its results were right.
 
     Attributes:
@@ -46,7 +46,7 @@ class Row:
 
     contender: str
     weights: str
-    kind: Kind
+    kind: ContenderKind
     routing: str
     tokens: int
     rows: float
@@ -82,7 +82,7 @@ class Row:
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong: a peer may be unable to run, a path may not."""
-        return not self.wrong and (self.kind is Kind.PEER or self.failure is None)
+        return not self.wrong and (self.kind is ContenderKind.PEER or self.failure is None)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values; an error that is not finite becomes null."""
@@ -93,7 +93,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Record:
+class BenchRecord:
     """One run.
 
     Attributes:
@@ -110,7 +110,7 @@ class Record:
     layer: Layer
     device: dict[str, Any]
     roofs: Roofs
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
     absent: list[Absent] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
@@ -126,19 +126,19 @@ class Record:
         """In the order in which they were measured."""
         return list(dict.fromkeys(row.routing for row in self.rows))
 
-    def best_peer(self, routing: str, tokens: int) -> Row | None:
+    def best_peer(self, routing: str, tokens: int) -> BenchRow | None:
         """The fastest peer with a right result, at one point."""
-        timed = [row for row in self.at(routing, tokens) if row.kind is Kind.PEER and row.time is not None]
+        timed = [row for row in self.at(routing, tokens) if row.kind is ContenderKind.PEER and row.time is not None]
         return min(timed, key=lambda row: row.time.median_us if row.time else math.inf, default=None)
 
-    def at(self, routing: str, tokens: int) -> list[Row]:
+    def at(self, routing: str, tokens: int) -> list[BenchRow]:
         """The rows of one point."""
         return [row for row in self.rows if row.routing == routing and row.tokens == tokens]
 
-    def over_best_peer(self, row: Row) -> float | None:
+    def over_best_peer(self, row: BenchRow) -> float | None:
         """A path's time over the fastest peer's at its point: below 1 is faster. None for peers and without one."""
         best = self.best_peer(row.routing, row.tokens)
-        if row.kind is Kind.PEER or row.time is None or best is None or best.time is None:
+        if row.kind is ContenderKind.PEER or row.time is None or best is None or best.time is None:
             return None
         return row.time.median_us / best.time.median_us
 
@@ -161,6 +161,6 @@ class Record:
         }
 
 
-def to_text(record: Record) -> str:
+def to_text(record: BenchRecord) -> str:
     """The record as a JSON document."""
     return json.dumps(record.to_json(), indent=2, allow_nan=False) + "\n"

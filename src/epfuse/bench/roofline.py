@@ -9,7 +9,7 @@ from typing import Any
 from epfuse.arguments import checks_enums
 
 
-class Operand(enum.Enum):
+class MatrixOperand(enum.Enum):
     """What a path's matrix instructions multiply."""
 
     BF16 = "bf16"
@@ -42,7 +42,7 @@ class Roofs:
     """
 
     read: Roof
-    matmul: dict[Operand, Roof] = field(default_factory=dict)
+    matmul: dict[MatrixOperand, Roof] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values; rates in bytes and FLOPs a second."""
@@ -52,7 +52,7 @@ class Roofs:
 
 @checks_enums
 @dataclass(frozen=True)
-class Work:
+class CallWork:
     """What one call has to do, whoever does it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Work:
 
     weight_bytes: float
     flops: float
-    operand: Operand
+    operand: MatrixOperand
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Floor:
     bound: str
 
 
-def floor_of(work: Work, roofs: Roofs) -> Floor:
+def floor_of(work: CallWork, roofs: Roofs) -> Floor:
     """``max(bytes / read rate, FLOPs / matmul rate)``.
 
     Activations are left out: they are few where weights are streamed, and are hidden where the multiplications bound.

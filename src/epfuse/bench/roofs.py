@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from epfuse.bench.measure import Measured, Method, Sampling, time_calls
-from epfuse.bench.roofline import Operand, Roof, Roofs
+from epfuse.bench.measure import Measured, Sampling, TimingMethod, time_calls
+from epfuse.bench.roofline import MatrixOperand, Roof, Roofs
 from epfuse.target import Target, target_of
 
 GPU_READ_BYTES = 1 << 30
@@ -35,15 +35,15 @@ def _roof(work: float, measured: Measured, method: str) -> Roof:
     return Roof(work / (timing.median_us * 1e-6), method, timing.spread_us / timing.median_us)
 
 
-def _method(device: torch.device) -> Method:
-    return Method.GRAPH if device.type == "cuda" else Method.PLAIN
+def _method(device: torch.device) -> TimingMethod:
+    return TimingMethod.GRAPH if device.type == "cuda" else TimingMethod.PLAIN
 
 
 def _read(device: torch.device, sampling: Sampling) -> Roof:
     if device.type == "cpu":
         source = torch.ones(CPU_COPY_BYTES, dtype=torch.uint8)
         target = torch.zeros_like(source)
-        copied = time_calls([lambda: target.copy_(source)], device, sampling, Method.PLAIN)
+        copied = time_calls([lambda: target.copy_(source)], device, sampling, TimingMethod.PLAIN)
         return _roof(2 * CPU_COPY_BYTES, copied, f"memcpy of {CPU_COPY_BYTES >> 20} MiB, bytes read and written")
     from epfuse.bench.kernel import read_kernel
 
@@ -64,7 +64,7 @@ def _read(device: torch.device, sampling: Sampling) -> Roof:
             return sums
 
         read()
-        measured = time_calls([read], device, sampling, Method.GRAPH)
+        measured = time_calls([read], device, sampling, TimingMethod.GRAPH)
         roofs.append(_roof(GPU_READ_BYTES, measured, f"a kernel that reads {GPU_READ_BYTES >> 30} GiB"))
     return max(roofs, key=lambda roof: roof.rate or 0.0)
 
@@ -105,8 +105,8 @@ def _fp8(device: torch.device, sampling: Sampling) -> Roof:
     return _roof(2.0 * size**3, measured, f"torch._scaled_mm, {size}^3, {str(dtype).removeprefix('torch.')}")
 
 
-MATMULS: dict[Operand, Callable[[torch.device, Sampling], Roof]] = {
-    Operand.BF16: _bf16,
-    Operand.FP8: _fp8,
-    Operand.FP32: _fp32,
+MATMULS: dict[MatrixOperand, Callable[[torch.device, Sampling], Roof]] = {
+    MatrixOperand.BF16: _bf16,
+    MatrixOperand.FP8: _fp8,
+    MatrixOperand.FP32: _fp32,
 }

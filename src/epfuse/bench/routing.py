@@ -15,7 +15,7 @@ STEEPEST = 8.0
 """Largest s of a Zipf routing: n^-s of a thousand experts is still a float32."""
 
 
-class Kind(enum.Enum):
+class RoutingKind(enum.Enum):
     """The distribution that a token's K different experts are drawn from."""
 
     UNIFORM = "uniform"
@@ -37,7 +37,7 @@ class Routing:
         parameter: s of ZIPF, n of ALL_TO, 0 for UNIFORM.
     """
 
-    kind: Kind
+    kind: RoutingKind
     parameter: float = 0.0
 
     @classmethod
@@ -49,19 +49,19 @@ class Routing:
         """
         name, colon, value = text.partition(":")
         refused = ConfigError(f"routing is {text!r}; it must be uniform, zipf:S or all-to:N (zipf:1.2, all-to:2)")
-        if name == Kind.UNIFORM.value and not colon:
-            return cls(Kind.UNIFORM)
+        if name == RoutingKind.UNIFORM.value and not colon:
+            return cls(RoutingKind.UNIFORM)
         try:
-            if name == Kind.ZIPF.value and 0 <= float(value) <= STEEPEST:
-                return cls(Kind.ZIPF, float(value))
-            if name == Kind.ALL_TO.value and int(value) >= 1:
-                return cls(Kind.ALL_TO, float(int(value)))
+            if name == RoutingKind.ZIPF.value and 0 <= float(value) <= STEEPEST:
+                return cls(RoutingKind.ZIPF, float(value))
+            if name == RoutingKind.ALL_TO.value and int(value) >= 1:
+                return cls(RoutingKind.ALL_TO, float(int(value)))
         except ValueError:
             raise refused from None
         raise refused
 
     def __str__(self) -> str:
-        return self.kind.value if self.kind is Kind.UNIFORM else f"{self.kind.value}:{self.parameter:g}"
+        return self.kind.value if self.kind is RoutingKind.UNIFORM else f"{self.kind.value}:{self.parameter:g}"
 
     def check(self, shape: LayerShape) -> None:
         """Whether a layer can be routed so.
@@ -69,7 +69,7 @@ class Routing:
         Raises:
             ConfigError: ALL_TO more experts than are local.
         """
-        if self.kind is Kind.ALL_TO and self.parameter > shape.local_experts:
+        if self.kind is RoutingKind.ALL_TO and self.parameter > shape.local_experts:
             raise ConfigError(f"routing is {self}; this rank has {shape.local_experts} experts")
 
     def draw(self, shape: LayerShape, tokens: int, variant: int, rng: torch.Generator) -> torch.Tensor:
@@ -81,10 +81,10 @@ class Routing:
             variant: which of the draws that are timed in turn; ALL_TO takes other experts in each.
             rng: on the CPU, so that draws don't depend on the device.
         """
-        if self.kind is Kind.ALL_TO:
+        if self.kind is RoutingKind.ALL_TO:
             return self._same_experts(shape, tokens, variant, rng)
         popularity = torch.ones(shape.experts)
-        if self.kind is Kind.ZIPF:
+        if self.kind is RoutingKind.ZIPF:
             popularity = _dealt(shape).pow(-self.parameter)
         return _distinct(popularity.expand(tokens, -1), shape.top_k, rng)
 

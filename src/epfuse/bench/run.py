@@ -14,7 +14,7 @@ from epfuse.bench.inputs import Inputs, cache_bytes_of, draw_inputs, rotated_byt
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Sampling, time_calls
 from epfuse.bench.peers.find import describe
-from epfuse.bench.record import Row
+from epfuse.bench.record import BenchRow
 from epfuse.bench.roofline import Roofs, floor_of
 from epfuse.bench.routing import Routing
 from epfuse.bench.weights import LayerWeights
@@ -23,7 +23,7 @@ from epfuse.verify.suite import poisoned_memory
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What to measure.
 
     Attributes:
@@ -49,12 +49,12 @@ class Plan:
 
 
 def run_points(
-    plan: Plan,
+    plan: BenchPlan,
     weights: LayerWeights,
     contenders: Sequence[Contender],
     roofs: Roofs,
     advance: Callable[[str], None] = lambda what: None,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[BenchRow]]:
     """The rows of one point after the other.
 
     At a point all contenders run on the same inputs, one after another, so that what changes slowly (clocks,
@@ -85,7 +85,9 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _measure(contender: Contender, drawn: list[Inputs], oracles: list[torch.Tensor], plan: Plan, empty: Row) -> Row:
+def _measure(
+    contender: Contender, drawn: list[Inputs], oracles: list[torch.Tensor], plan: BenchPlan, empty: BenchRow
+) -> BenchRow:
     """``empty`` with an error and a time, or with what went wrong."""
     try:
         with poisoned_memory():  # outputs and workspaces too; the first call also compiles
@@ -126,10 +128,12 @@ def _wrong(what: str, found: Difference, contender: Contender) -> str:
     return f"{what} is wrong: {'; '.join(parts)}"
 
 
-def _row_without_time(plan: Plan, contender: Contender, routing: Routing, drawn: list[Inputs], roofs: Roofs) -> Row:
+def _row_without_time(
+    plan: BenchPlan, contender: Contender, routing: Routing, drawn: list[Inputs], roofs: Roofs
+) -> BenchRow:
     works = [inputs.work(plan.layer, contender.form, contender.operand) for inputs in drawn]
     floors = [floor_of(work, roofs) for work in works]
-    return Row(
+    return BenchRow(
         contender=contender.name,
         weights=contender.weights,
         kind=contender.kind,

@@ -108,12 +108,12 @@ def aot(
         raise ConfigError("--cases, --faults, --seed and --keep are for --execute")
     delivery = Delivery(folders={"--out": out})
     from epfuse.aot import mca, tables
-    from epfuse.aot.run import Request, run
+    from epfuse.aot.run import CompileRequest, run
     from epfuse.target import Target
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    request = Request(
+    request = CompileRequest(
         targets=tuple(Target(name) for name in targets),
         stages=stages,
         paths=tuple(LayerPath(name) for name in paths),

@@ -17,9 +17,9 @@ from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import SIZE, comma_names, token_count
 
 if TYPE_CHECKING:
-    from epfuse.bench.compare import Comparison
-    from epfuse.bench.record import Record
-    from epfuse.bench.run import Plan
+    from epfuse.bench.compare import RecordComparison
+    from epfuse.bench.record import BenchRecord
+    from epfuse.bench.run import BenchPlan
 
 SHAPE_NAMES = [
     "minimax-m3-ep8", "minimax-m3-ep4", "minimax-m3-ep16", "minimax-m3-tp8",
@@ -182,7 +182,7 @@ def bench(
     from epfuse.bench.measure import QUICK, THOROUGH
     from epfuse.bench.read_record import read_record
     from epfuse.bench.routing import Routing
-    from epfuse.bench.run import Plan
+    from epfuse.bench.run import BenchPlan
     from epfuse.cli.device import check_memory, choose_device
 
     if html is not None or pictures is not None:
@@ -191,7 +191,7 @@ def bench(
     every = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size}
     layer = make_layer(shape or ("small" if where.type == "cpu" else "minimax-m3-ep8"), every, activation)
     default = QUICK_TOKENS[where.type] if quick else CPU_TOKENS if where.type == "cpu" else GPU_TOKENS
-    plan = Plan(
+    plan = BenchPlan(
         layer=layer,
         tokens=tokens or default,
         routings=tuple(dict.fromkeys(Routing.parse(text) for text in routing.split(","))),
@@ -213,12 +213,12 @@ def bench(
     delivery.exit(passed=record.ok and not slower)
 
 
-def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path | None) -> Record:
+def _run(plan: BenchPlan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path | None) -> BenchRecord:
     """Measure, with a bar on stderr. A record file is written after each point: a run that is cut off leaves one."""
     from epfuse.bench import machine
-    from epfuse.bench.contender import Kind, paths_of, problem_of
+    from epfuse.bench.contender import ContenderKind, paths_of, problem_of
     from epfuse.bench.peers.find import find_peers
-    from epfuse.bench.record import Record, to_text
+    from epfuse.bench.record import BenchRecord, to_text
     from epfuse.bench.roofs import measure_roofs
     from epfuse.bench.run import on_device, run_points
     from epfuse.bench.weights import LayerWeights
@@ -237,12 +237,12 @@ def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path 
         clocks["after the roofs"] = machine.read_clocks(device)
         found, absent = find_peers(peers, weights, lambda name: progress.update(task, description=f"loading {name}"))
         contenders += found
-        record = Record(
+        record = BenchRecord(
             layer=plan.layer,
             device=machine.describe_device(device),
             roofs=roofs,
             absent=absent,
-            notes={contender.name: contender.note for contender in contenders if contender.kind is Kind.PEER},
+            notes={contender.name: contender.note for contender in contenders if contender.kind is ContenderKind.PEER},
             run={
                 "command": shlex.join(["epfuse", *sys.argv[1:]]),
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -272,8 +272,8 @@ def _run(plan: Plan, paths: tuple[str, ...], peers: tuple[str, ...], kept: Path 
 
 def _report(
     delivery: Delivery,
-    record: Record,
-    comparison: Comparison | None,
+    record: BenchRecord,
+    comparison: RecordComparison | None,
     kept: Path | None,
     html: Path | None,
     pictures: Path | None,
@@ -308,7 +308,7 @@ def _report(
             _write_pictures(record, pictures)
 
 
-def _write_pictures(record: Record, folder: Path) -> None:
+def _write_pictures(record: BenchRecord, folder: Path) -> None:
     from epfuse.bench.charts import charts_of
     from epfuse.bench.page import chart_svg
     from epfuse.bench.png import chart_png

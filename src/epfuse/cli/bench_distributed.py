@@ -53,7 +53,7 @@ def bench_distributed(
         on_gpu, first = context.device.type == "cuda", context.group.rank == 0
         named = shape or ("minimax-m3-ep8" if on_gpu else "small")
         layer = make_layer(named, sizes | {"ep_size": context.group.size}, activation)
-        plan = distributed.Plan(
+        plan = distributed.DistributedPlan(
             layer=layer,
             tokens=tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS),
             routings=tuple(dict.fromkeys(Routing.parse(text) for text in routing.split(","))),
@@ -64,7 +64,7 @@ def bench_distributed(
             one.check(layer.shape)
         subjects = _subjects(problem_of(layer, plan.tokens, context.device, seed), paths)
         record = _about(context, plan)
-        rows: list[distributed.Row] = []
+        rows: list[distributed.DistributedRow] = []
         with contextlib.ExitStack() as stack:
             advance = _nothing
             if first:
@@ -103,7 +103,7 @@ def _subjects(problem: Problem, paths: tuple[str, ...] | None) -> list[Subject]:
     return list(dict.fromkeys(found))
 
 
-def _about(context: RankContext, plan: distributed.Plan) -> dict[str, Any]:
+def _about(context: RankContext, plan: distributed.DistributedPlan) -> dict[str, Any]:
     shape = plan.layer.shape
     nccl = context.group.backend == "nccl"
     return {
@@ -131,13 +131,13 @@ def _about(context: RankContext, plan: distributed.Plan) -> dict[str, Any]:
     }
 
 
-def _text(record: dict[str, Any], rows: list[distributed.Row], complete: bool) -> str:
+def _text(record: dict[str, Any], rows: list[distributed.DistributedRow], complete: bool) -> str:
     found = {"ok": all(row.failure is None for row in rows), "complete": complete}
     values = record | found | {"rows": [row.to_json() for row in rows]}
     return jsonlib.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
-def _show(record: dict[str, Any], rows: list[distributed.Row]) -> None:
+def _show(record: dict[str, Any], rows: list[distributed.DistributedRow]) -> None:
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     layer, ranks = record["layer"], record["ranks"]
     console.print(

@@ -26,8 +26,8 @@ from epfuse.measured import store
 from epfuse.report.terminal import bars, stdout
 from epfuse.target import device_name, target_of
 from epfuse.tuning import console, vllm_files
-from epfuse.tuning.run import Device, Request, pending, plan_of, run, write_rows
-from epfuse.tuning.search import Outcome, Plan, without
+from epfuse.tuning.run import Device, TuningRequest, pending, plan_of, run, write_rows
+from epfuse.tuning.search import TuningOutcome, TuningPlan, without
 from epfuse.tuning.space import Space
 from epfuse.tuning.trials import Trial, keep_fastest, plans_of, run_trials
 
@@ -74,9 +74,9 @@ def search_layers(
     jobs = []
     for layer in layers:
         extra = () if from_vllm is None else tuple(vllm_files.read(from_vllm, layer.shape).items())
-        request = Request(found, layer.shape, paths, tokens, folder, _command(), extra, space)
+        request = TuningRequest(found, layer.shape, paths, tokens, folder, _command(), extra, space)
         points = request.points()[part[0] - 1 :: part[1]] if again else pending(request, part)
-        jobs.append(Job(layer, request, [plan_of(request, point) for point in points]))
+        jobs.append(LayerJob(layer, request, [plan_of(request, point) for point in points]))
     _search(jobs, gpu, options, budget, delivery)
     with delivery.of(STDOUT):
         _show(jobs, options.as_json)
@@ -86,7 +86,7 @@ def search_layers(
     delivery.exit(passed=True)
 
 
-def _show(jobs: list[Job], as_json: bool) -> None:
+def _show(jobs: list[LayerJob], as_json: bool) -> None:
     if as_json:
         values = [{"shape": job.layer.name} | console.to_json(outcome) for job in jobs for outcome in job.outcomes]
         click.echo(json.dumps(values, indent=2, allow_nan=False))
@@ -97,16 +97,16 @@ def _show(jobs: list[Job], as_json: bool) -> None:
 
 
 @dataclass
-class Job:
+class LayerJob:
     """One layer's part of a run."""
 
     layer: Layer
-    request: Request
-    plans: list[Plan]
-    outcomes: list[Outcome] = field(default_factory=list)
+    request: TuningRequest
+    plans: list[TuningPlan]
+    outcomes: list[TuningOutcome] = field(default_factory=list)
 
 
-def _search(jobs: list[Job], gpu: torch.device, options: Options, budget: int, delivery: Delivery) -> None:
+def _search(jobs: list[LayerJob], gpu: torch.device, options: Options, budget: int, delivery: Delivery) -> None:
     """Compile what all layers try, then search them one after another; the time goes by how much each has to try."""
     from epfuse.tuning.prune import candidates_of, distinct, unfit
 
@@ -152,7 +152,7 @@ def try_tiles(options: Options, layer: Layer, trials: tuple[Trial, ...], keep: b
     delivery = Delivery(folders={"--out": folder if keep else None})
     if keep:
         store.check_tables(folder, device.target)
-    request = Request(device, layer.shape, (), (), folder, _command())
+    request = TuningRequest(device, layer.shape, (), (), folder, _command())
     with bars(time_left=True) as progress:
         watch = console.ProgressWatch(progress)
         plans = plans_of(trials, device.target)
@@ -207,7 +207,7 @@ def _gpu(name: str) -> torch.device:
     return gpu
 
 
-def _write_vllm(folder: Path, request: Request, outcomes: list[Outcome]) -> None:
+def _write_vllm(folder: Path, request: TuningRequest, outcomes: list[TuningOutcome]) -> None:
     tiles = {outcome.point.tokens: outcome.tiles for outcome in outcomes if outcome.point.path is LayerPath.BF16}
     if not tiles:
         raise ConfigError("--to-vllm writes the BF16 path's tiles, and none was tuned in this run")

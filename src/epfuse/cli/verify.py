@@ -15,7 +15,7 @@ from epfuse.errors import DeviceError
 from epfuse.report.terminal import Console, bars, figures, make_table
 
 if TYPE_CHECKING:
-    from epfuse.verify.record import CaseResult, Record
+    from epfuse.verify.record import CaseResult, VerifyRecord
 
 PATH_CHOICES = ["all", *(path.value for path in Path)]
 SHAPE_NAMES = ["small", "minimax-m3"]
@@ -140,7 +140,7 @@ def verify(
     delivery.exit(passed=record.ok)
 
 
-def _show(record: Record) -> None:
+def _show(record: VerifyRecord) -> None:
     from epfuse.verify.record import ORACLE
 
     console = Console()

@@ -19,7 +19,7 @@ from epfuse.parallel.torchrun import torchrun_ranks
 from epfuse.report.terminal import Console
 from epfuse.verify import distributed
 from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem
-from epfuse.verify.record import Record
+from epfuse.verify.record import VerifyRecord
 from epfuse.verify.subject import subjects_of
 
 SIZES = ("hidden", "intermediate", "experts", "top_k")
@@ -87,7 +87,7 @@ def _nccl() -> str:
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
-def _show(record: Record, ranks: dict[str, object]) -> None:
+def _show(record: VerifyRecord, ranks: dict[str, object]) -> None:
     console, problem = Console(width=None if sys.stdout.isatty() else FILE_WIDTH), record.problem
     console.print(
         f"H={problem.hidden} I={problem.intermediate} E={problem.experts} K={problem.top_k} {problem.dtype},"

@@ -17,7 +17,7 @@ from epfuse.integrations.vllm.patch.site import find_site
 from epfuse.report.terminal import Console, make_table
 
 if TYPE_CHECKING:
-    from epfuse.integrations.vllm.explain import LayerGroup
+    from epfuse.integrations.vllm.explain import ChoiceGroup
 
 GPUS = ("gfx942", "gfx950", "sm_90")
 
@@ -103,12 +103,12 @@ def explain(
     delivery.exit(passed=True)
 
 
-def _table(groups: list[LayerGroup], title: str) -> Table:
+def _table(groups: list[ChoiceGroup], title: str) -> Table:
     from epfuse.integrations.vllm.explain import paths
 
     table = make_table("layers", "without epfuse", "with epfuse", "why", title=title)
 
-    def ours(group: LayerGroup) -> str:
+    def ours(group: ChoiceGroup) -> str:
         plan = group.choice.plan
         if plan is None:
             return f"the same ({group.own.name})"
@@ -164,7 +164,7 @@ def apply(root: Path | None, as_json: bool) -> None:
 def verify(root: Path | None, as_json: bool) -> None:
     """Exit with 1 unless vLLM is patched by this version and otherwise as its wheel installed it."""
     report = run.status(find_site(root))
-    _show(report, as_json, passed=report.state is run.State.APPLIED)
+    _show(report, as_json, passed=report.state is run.PatchState.APPLIED)
 
 
 @patch.command(epilog="Example: epfuse vllm patch revert --site venv/lib/python3.12/site-packages")

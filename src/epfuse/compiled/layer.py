@@ -20,7 +20,7 @@ from epfuse.weights.experts import ExpertWeights
 
 @checks_enums
 @dataclass(frozen=True)
-class Layer:
+class CompiledLayer:
     """What the kernels of a layer depend on, but for the tokens of a call.
 
     Attributes:
@@ -48,12 +48,12 @@ class Layer:
     bias: Bias = Bias.NONE
 
     @classmethod
-    def on(cls, target: Target, path: Path, formats: frozenset[WeightFormat], shape: LayerShape) -> Layer:
+    def on(cls, target: Target, path: Path, formats: frozenset[WeightFormat], shape: LayerShape) -> CompiledLayer:
         """On the target's `REFERENCE_DEVICE`, in BF16."""
         return cls(target, REFERENCE_DEVICE[target], path, formats, shape)
 
 
-def kernels(layer: Layer, max_tokens: int) -> tuple[Launch, ...]:
+def kernels(layer: CompiledLayer, max_tokens: int) -> tuple[Launch, ...]:
     """Every kernel that calls of 1 to ``max_tokens`` tokens launch, each once. Nothing is compiled.
 
     Operands of `fused_experts` may lie anywhere and be views of anything: launchers see to it that the kernels do not
@@ -72,7 +72,7 @@ def kernels(layer: Layer, max_tokens: int) -> tuple[Launch, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def run_calls(layer: Layer, counts: list[int]) -> None:
+def run_calls(layer: CompiledLayer, counts: list[int]) -> None:
     """A call of each T, on the meta device; only where that stands for the layer's GPU (`planning_for`)."""
     experts, local = layer.shape.experts, layer.shape.local_experts
     slots = torch.full((experts,), -1, dtype=torch.int32, device="cpu")
@@ -91,7 +91,7 @@ def run_calls(layer: Layer, counts: list[int]) -> None:
         )
 
 
-def token_counts(layer: Layer, max_tokens: int) -> list[int]:
+def token_counts(layer: CompiledLayer, max_tokens: int) -> list[int]:
     """Values of T that reach every kernel of calls up to ``max_tokens``.
 
     The first and the last T of every choice of tiles, the powers of two, which the sizes of the routing kernels and of
@@ -115,7 +115,7 @@ def token_counts(layer: Layer, max_tokens: int) -> list[int]:
     return sorted(tokens for tokens in chosen if 1 <= tokens <= max_tokens)
 
 
-def _bytes_of_a_token(layer: Layer) -> set[int]:
+def _bytes_of_a_token(layer: CompiledLayer) -> set[int]:
     """Bytes of a token in each tensor that grows with T."""
     shape, item = layer.shape, layer.dtype.itemsize
     rows = {shape.hidden, shape.intermediate, 2 * shape.intermediate}
@@ -124,7 +124,7 @@ def _bytes_of_a_token(layer: Layer) -> set[int]:
     return each | {size * shape.top_k for size in each} | {4 * shape.top_k, 8 * shape.top_k}
 
 
-def _weights(layer: Layer) -> ExpertWeights:
+def _weights(layer: CompiledLayer) -> ExpertWeights:
     """All that is kept, without data."""
     kind = (layer.shape, layer.dtype, type(layer.activation), layer.bias)
     made = [ExpertWeights.without_data(form, *kind) for form in layer.formats]

@@ -42,7 +42,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @checks_enums
 @dataclass(frozen=True)
-class Recipe:
+class CheckpointRecipe:
     """How a family's checkpoint is made.
 
     Attributes:
@@ -168,15 +168,15 @@ def _all_sparse(size: ModelSize) -> ModelSize:
 
 
 RECIPES = {
-    "minimax_m3_vl": Recipe(_minimax_m3, (Checkpoint.MXFP8, Checkpoint.BF16)),
-    "minimax_m3_vl_text": Recipe(model_config, (Checkpoint.BF16, Checkpoint.MXFP8)),
-    "qwen3_moe": Recipe(_qwen3_moe, (Checkpoint.BF16, Checkpoint.BLOCK_FP8)),
-    "mixtral": Recipe(_mixtral, (Checkpoint.BF16,)),
-    "deepseek_v3": Recipe(_deepseek_v3, (Checkpoint.BLOCK_FP8, Checkpoint.BF16)),
-    "gpt_oss": Recipe(_gpt_oss, (Checkpoint.MXFP4, Checkpoint.BF16)),
-    "aria_text": Recipe(_aria, (Checkpoint.BF16,)),
-    "gemma4_text": Recipe(_gemma4, (Checkpoint.BF16,)),
-    "nemotron_h": Recipe(_nemotron_h, (Checkpoint.BF16,)),
+    "minimax_m3_vl": CheckpointRecipe(_minimax_m3, (Checkpoint.MXFP8, Checkpoint.BF16)),
+    "minimax_m3_vl_text": CheckpointRecipe(model_config, (Checkpoint.BF16, Checkpoint.MXFP8)),
+    "qwen3_moe": CheckpointRecipe(_qwen3_moe, (Checkpoint.BF16, Checkpoint.BLOCK_FP8)),
+    "mixtral": CheckpointRecipe(_mixtral, (Checkpoint.BF16,)),
+    "deepseek_v3": CheckpointRecipe(_deepseek_v3, (Checkpoint.BLOCK_FP8, Checkpoint.BF16)),
+    "gpt_oss": CheckpointRecipe(_gpt_oss, (Checkpoint.MXFP4, Checkpoint.BF16)),
+    "aria_text": CheckpointRecipe(_aria, (Checkpoint.BF16,)),
+    "gemma4_text": CheckpointRecipe(_gemma4, (Checkpoint.BF16,)),
+    "nemotron_h": CheckpointRecipe(_nemotron_h, (Checkpoint.BF16,)),
 }
 """Model type -> its recipe. minimax_m3_vl has a tensor a matrix, its text model alone transformers' stacks."""
 

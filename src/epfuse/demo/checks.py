@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from epfuse.demo.record import Check, LayerRecord, LogitsRecord, RankRecord, TrueSizeRecord, Verdict
+from epfuse.demo.record import CheckVerdict, DemoCheck, LayerRecord, LogitsRecord, RankRecord, TrueSizeRecord
 
 # A maximum over 10^4..10^5 elements moves by tens of percent with the order of a sum; a lost or doubled route moves it
 # by orders of magnitude.
@@ -21,7 +21,7 @@ def judge(
     expected: list[int],
     dtype: str,
     true_size: TrueSizeRecord | None,
-) -> list[Check]:
+) -> list[DemoCheck]:
     """All checks of a run.
 
     Args:
@@ -54,12 +54,12 @@ def judge(
     return checks
 
 
-def at_most(name: str, measured: float, allowed: float, why: str) -> Check:
+def at_most(name: str, measured: float, allowed: float, why: str) -> DemoCheck:
     """``measured <= allowed``; NaN fails."""
-    return Check(name, Verdict.PASSED if measured <= allowed else Verdict.FAILED, measured, allowed, why)
+    return DemoCheck(name, CheckVerdict.PASSED if measured <= allowed else CheckVerdict.FAILED, measured, allowed, why)
 
 
-def tokens_agree(ranks: list[RankRecord], expected: list[int], dtype: str) -> Check:
+def tokens_agree(ranks: list[RankRecord], expected: list[int], dtype: str) -> DemoCheck:
     """Greedy tokens equal the untouched model's: required in float32.
 
     In bfloat16 router scores tie within their own rounding, two correct programs pick different experts, and one such
@@ -70,4 +70,4 @@ def tokens_agree(ranks: list[RankRecord], expected: list[int], dtype: str) -> Ch
     if dtype == "float32":
         return at_most("greedy tokens = the untouched model's", wrong, 0, "exact")
     why = "bfloat16 router scores tie; both models may choose differently"
-    return Check("greedy tokens = the untouched model's", Verdict.INFORMATIVE, wrong, None, why)
+    return DemoCheck("greedy tokens = the untouched model's", CheckVerdict.INFORMATIVE, wrong, None, why)

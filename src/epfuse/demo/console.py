@@ -7,10 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from epfuse.demo.padding import GLOBAL_TILE
-from epfuse.demo.record import Check, DemoRecord, Verdict
+from epfuse.demo.record import CheckVerdict, DemoCheck, DemoRecord
 from epfuse.report.terminal import figures, make_table
 
-COLOURS = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.INFORMATIVE: "yellow"}
+COLOURS = {CheckVerdict.PASSED: "green", CheckVerdict.FAILED: "bold red", CheckVerdict.INFORMATIVE: "yellow"}
 
 
 def print_record(record: DemoRecord, console: Console) -> None:
@@ -52,7 +52,7 @@ def layer_table(record: DemoRecord) -> Table:
     return table
 
 
-def check_table(checks: list[Check]) -> Table:
+def check_table(checks: list[DemoCheck]) -> Table:
     """One row a check."""
     table = make_table("check", figures("measured"), figures("allowed"), "verdict", title="Checks")
     for check in checks:

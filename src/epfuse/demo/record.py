@@ -12,7 +12,7 @@ from epfuse.arguments import checks_enums
 SCHEMA = "epfuse.demo/1"
 
 
-class Verdict(enum.StrEnum):
+class CheckVerdict(enum.StrEnum):
     """How one check went."""
 
     PASSED = "passed"
@@ -23,7 +23,7 @@ class Verdict(enum.StrEnum):
 
 @checks_enums
 @dataclass(frozen=True)
-class Check:
+class DemoCheck:
     """One comparison.
 
     Attributes:
@@ -35,7 +35,7 @@ class Check:
     """
 
     name: str
-    verdict: Verdict
+    verdict: CheckVerdict
     measured: float | None
     allowed: float | None
     why: str
@@ -175,13 +175,13 @@ class DemoRecord:
     logits: LogitsRecord
     ranks: list[RankRecord]
     true_size: TrueSizeRecord | None
-    checks: list[Check]
+    checks: list[DemoCheck]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """No check failed."""
-        return all(check.verdict is not Verdict.FAILED for check in self.checks)
+        return all(check.verdict is not CheckVerdict.FAILED for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
         """The record in JSON's types; a number that is not finite, which JSON lacks, becomes null."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epfuse.doctor.finding import Answer, bad, good, warning
-from epfuse.integrations.interfaces import Server
+from epfuse.integrations.interfaces import ServerProject
 from epfuse.integrations.switches import DISABLE, FORCE, is_on
 
 
@@ -30,7 +30,7 @@ class Plugin:
         patched: whether a package loads epfuse without the entry point.
     """
 
-    server: Server
+    server: ServerProject
     package: Path | None
     version: str
     tested: tuple[str, ...]

@@ -90,7 +90,7 @@ class Cpu(Family):
         return Steps(None, (("experts", partial(run_experts, call, tiles.block_m)),))
 
 
-class Run(NamedTuple):
+class ExpertRun(NamedTuple):
     """Experts one after another whose rows are worked on together.
 
     Attributes:
@@ -107,7 +107,7 @@ class Run(NamedTuple):
         return self.ends[-1]
 
 
-def runs_of(counts: list[int], least: int) -> Iterator[Run]:
+def runs_of(counts: list[int], least: int) -> Iterator[ExpertRun]:
     """Experts with ``counts`` rows, taken together until they have ``least``; a run begins with one that has rows."""
     first, ends = 0, [0]
     for expert, count in enumerate(counts):
@@ -115,10 +115,10 @@ def runs_of(counts: list[int], least: int) -> Iterator[Run]:
             first, ends = expert, []
         ends.append((ends[-1] if ends else 0) + count)
         if ends[-1] >= least:
-            yield Run(first, ends)
+            yield ExpertRun(first, ends)
             ends = [0]
     if ends[-1]:
-        yield Run(first, ends)
+        yield ExpertRun(first, ends)
 
 
 def run_experts(call: LayerCall, least: int) -> None:
@@ -182,7 +182,7 @@ class Products:
         elif isinstance(stack, MXFP8) and dtype == torch.bfloat16 and multiplies(dtype):
             self.widens = ALL  # E4M3 x 2^e is a BF16 number; block FP8's scales are any numbers, and FP16 is too narrow
 
-    def __call__(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, run: ExpertRun) -> torch.Tensor:
         """``[n, K]``, the rows of a run, times each expert's matrix, its bias added -> ``[n, N]`` float32."""
         counts = [end - start for start, end in pairwise([0, *run.ends])]
         out = self._products(x, run, counts)
@@ -191,7 +191,7 @@ class Products:
                 out[end - count : end].add_(self.bias[expert])
         return out
 
-    def _products(self, x: torch.Tensor, run: Run, counts: list[int]) -> torch.Tensor:
+    def _products(self, x: torch.Tensor, run: ExpertRun, counts: list[int]) -> torch.Tensor:
         """Of the rows of each expert of a run and its matrix."""
         few = run.rows < self.widens * sum(count > 0 for count in counts)
         if self.grouped and isinstance(self.stack, torch.Tensor) and few:

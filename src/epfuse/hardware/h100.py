@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from epfuse.config import MINIMAX_M3_EP8
-from epfuse.hardware.time_model import PATHS, Comparison, Machine, Measurement, compare
+from epfuse.hardware.time_model import PATHS, Comparison, Machine, MeasuredTime, compare
 
 H100 = Machine(
     name="H100 80GB HBM3",
@@ -44,10 +44,10 @@ MEASURED = (
 )
 
 
-def measured() -> list[Measurement]:
+def measured() -> list[MeasuredTime]:
     """The points, as the model takes them."""
     return [
-        Measurement(f"T={tokens}", replace(PATHS[path], block_m=block_m), tokens, (gate_up + down) / 1e3)
+        MeasuredTime(f"T={tokens}", replace(PATHS[path], block_m=block_m), tokens, (gate_up + down) / 1e3)
         for path, tokens, block_m, gate_up, down in MEASURED
     ]
 

@@ -8,7 +8,7 @@ from epfuse.arguments import checks_enums
 from epfuse.hardware import gpus
 from epfuse.hardware.gpus import GPU
 from epfuse.hardware.h100 import H100
-from epfuse.hardware.time_model import BALANCED, MI300X, MI300X_ROUTING, Machine, Routing
+from epfuse.hardware.time_model import BALANCED, MI300X, MI300X_ROUTING, Machine, RoutingModel
 from epfuse.target import REFERENCE_DEVICE, Target
 
 H200 = replace(
@@ -42,7 +42,7 @@ class Product:
     device_name: str
     target: Target
     machine: Machine | None
-    routing: Routing = BALANCED
+    routing: RoutingModel = BALANCED
 
     @property
     def hbm_bytes(self) -> int:

@@ -14,7 +14,7 @@ MOE_LAYERS = 57
 
 
 @dataclass(frozen=True)
-class Point:
+class ProfilePoint:
     """One point of the profile.
 
     Attributes:
@@ -30,12 +30,12 @@ class Point:
 
 
 BF16_POINTS = (
-    Point("1k/c1", 1, 3.10),
-    Point("1k/c16", 16, 7.32),
-    Point("1k/c256", 216, 30.31),
-    Point("8k/c1", 1, 3.15),
-    Point("8k/c16", 16, 8.06),
-    Point("8k/c256", 216, 28.10),
+    ProfilePoint("1k/c1", 1, 3.10),
+    ProfilePoint("1k/c16", 16, 7.32),
+    ProfilePoint("1k/c256", 216, 30.31),
+    ProfilePoint("8k/c1", 1, 3.15),
+    ProfilePoint("8k/c16", 16, 8.06),
+    ProfilePoint("8k/c256", 216, 28.10),
 )
-BLOCK_FP8_POINT = Point("8k/c256", 216, 17.361)
+BLOCK_FP8_POINT = ProfilePoint("8k/c256", 216, 17.361)
 """128 x 128 block FP8 weights and activations."""

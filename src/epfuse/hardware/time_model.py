@@ -59,7 +59,7 @@ MI300X = Machine(
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingModel:
     """How unevenly the router chooses experts.
 
     Attributes:
@@ -87,8 +87,8 @@ class Routing:
         return chosen * shape.local_experts / shape.experts
 
 
-BALANCED = Routing()
-MI300X_ROUTING = Routing(skew=1.2)
+BALANCED = RoutingModel()
+MI300X_ROUTING = RoutingModel(skew=1.2)
 """Chosen for the c16 points: a balanced router would touch 6.4 of 16 experts at 16 tokens, whose weights could not have
 been read in the time that was measured."""
 
@@ -165,7 +165,12 @@ class StageTime:
 
 
 def expert_gemms(
-    machine: Machine, kernels: Kernels, shape: LayerShape, tokens: int, routing: Routing = BALANCED, inputs: int = 2
+    machine: Machine,
+    kernels: Kernels,
+    shape: LayerShape,
+    tokens: int,
+    routing: RoutingModel = BALANCED,
+    inputs: int = 2,
 ) -> tuple[StageTime, StageTime]:
     """Predicted times of gate_up and down of one layer on one rank.
 
@@ -217,7 +222,7 @@ def predicted_ms(
     kernels: Kernels,
     shape: LayerShape,
     tokens: int,
-    routing: Routing = BALANCED,
+    routing: RoutingModel = BALANCED,
     layers: int = 1,
     inputs: int = 2,
 ) -> float:
@@ -239,7 +244,7 @@ def predicted_ms(
 
 
 @dataclass(frozen=True)
-class Measurement:
+class MeasuredTime:
     """A measured time to hold a prediction against.
 
     Attributes:
@@ -266,7 +271,7 @@ class Comparison:
         predicted_ms: what the model says.
     """
 
-    measurement: Measurement
+    measurement: MeasuredTime
     predicted_ms: float
 
     @property
@@ -276,7 +281,7 @@ class Comparison:
 
 
 def compare(
-    machine: Machine, shape: LayerShape, measurements: Iterable[Measurement], routing: Routing = BALANCED
+    machine: Machine, shape: LayerShape, measurements: Iterable[MeasuredTime], routing: RoutingModel = BALANCED
 ) -> list[Comparison]:
     """Every measurement with its prediction.
 
@@ -298,7 +303,7 @@ def mean_error(comparisons: Sequence[Comparison]) -> float:
 
 
 def calibrate(
-    machine: Machine, shape: LayerShape, measurements: Sequence[Measurement], routing: Routing = BALANCED
+    machine: Machine, shape: LayerShape, measurements: Sequence[MeasuredTime], routing: RoutingModel = BALANCED
 ) -> Machine:
     """``machine`` with the eta and the launch time that fit ``measurements`` best.
 

@@ -37,7 +37,7 @@ class What(enum.Enum):
 
 @checks_enums
 @dataclass(frozen=True)
-class Use:
+class InterfaceUse:
     """One thing of vLLM's that epfuse calls, reads, overrides or replaces.
 
     Attributes:
@@ -56,9 +56,9 @@ class Use:
         return f"{self.what.value} {self.of} ({self.file})" if self.of else f"{self.what.value} {self.file}"
 
 
-def names_in(file: str, of: str, names: str) -> Use:
-    """A `Use` of a module's or class's ``names``, given in one string."""
-    return Use(What.NAMES, file, of, frozenset(names.split()))
+def names_in(file: str, of: str, names: str) -> InterfaceUse:
+    """An `InterfaceUse` of a module's or class's ``names``, given in one string."""
+    return InterfaceUse(What.NAMES, file, of, frozenset(names.split()))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerProject:
     """A server that epfuse plugs into.
 
     Attributes:
@@ -90,7 +90,7 @@ class Server:
 
     name: str
     record: Path
-    uses: tuple[Use, ...]
+    uses: tuple[InterfaceUse, ...]
 
     def read(self, package: Path) -> Interfaces:
         """What an installation has of all that epfuse uses; nothing of it is run.
@@ -146,7 +146,7 @@ def _parsed(file: Path, whose: str) -> ast.Module | None:
         return None
 
 
-def _parts(module: ast.Module, use: Use) -> Parts:
+def _parts(module: ast.Module, use: InterfaceUse) -> Parts:
     scope: ast.AST | None = module
     for name in filter(None, use.of.split(".")):
         scope = None if scope is None else _definition(scope, name)

@@ -15,7 +15,7 @@ from epfuse import __version__
 from epfuse.integrations.switches import DISABLE, STRICT, is_on
 
 if TYPE_CHECKING:
-    from epfuse.integrations.interfaces import Server
+    from epfuse.integrations.interfaces import ServerProject
 
 
 class Releases(Protocol):
@@ -51,7 +51,9 @@ def is_disabled(log: Logger) -> bool:
     return disabled
 
 
-def offer(server: Server, releases: Releases, log: Logger, install: Callable[[], bool], force: str | None) -> None:
+def offer(
+    server: ServerProject, releases: Releases, log: Logger, install: Callable[[], bool], force: str | None
+) -> None:
     """Install epfuse's experts in a server whose package is as a tested release's, and log what was decided.
 
     Args:

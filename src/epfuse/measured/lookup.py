@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families.family import Stage
-from epfuse.measured.schema import Measurement, Row
+from epfuse.measured.schema import Measurement, TileRow
 from epfuse.measured.store import shipped
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
@@ -35,7 +35,7 @@ MORE_EXPERTS = 2
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredTiles:
     """The best tiles that were measured at one token count.
 
     Attributes:
@@ -65,7 +65,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Source:
+class LayerMeasurements:
     """One layer's measurements on one device.
 
     Attributes:
@@ -81,21 +81,21 @@ class Source:
     same_device: bool
     same_shape: bool
     date: str
-    points: tuple[Point, ...]
+    points: tuple[MeasuredTiles, ...]
 
     @property
     def is_foreign(self) -> bool:
         """Whether it is another device's or another layer's."""
         return not (self.same_device and self.same_shape)
 
-    def nearest(self, rows: float) -> Point:
+    def nearest(self, rows: float) -> MeasuredTiles:
         """The point with the smallest factor, of two the smaller one, among those that fit if any does."""
         fitting = [point for point in self.points if point.fits(rows)]
         return min(fitting or self.points, key=lambda point: (point.factor(rows), point.tokens))
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundTiles:
     """A row that a call may use.
 
     Attributes:
@@ -104,15 +104,15 @@ class Found:
         factor: how far away it is.
     """
 
-    source: Source
-    point: Point
+    source: LayerMeasurements
+    point: MeasuredTiles
     factor: float
 
 
 @checks_enums
 def sources(
     target: Target, device_name: str, path: Path, weights: WeightFormat, shape: LayerShape
-) -> tuple[Source, ...]:
+) -> tuple[LayerMeasurements, ...]:
     """All that was measured for layers of this H and I: this device first, then this shape, then the newest.
 
     Args:
@@ -136,24 +136,24 @@ def sources(
         if points:
             same_device, same_shape = gate_up.device == device_name, measured == shape
             date = gate_up.date.isoformat()
-            found.append(Source(gate_up.device, measured, same_device, same_shape, date, points))
+            found.append(LayerMeasurements(gate_up.device, measured, same_device, same_shape, date, points))
     found.sort(key=lambda source: source.date, reverse=True)
     found.sort(key=lambda source: (not source.same_device, not source.same_shape))
     return tuple(found)
 
 
-def find(choices: tuple[Source, ...], rows: float) -> Found | None:
+def find(choices: tuple[LayerMeasurements, ...], rows: float) -> FoundTiles | None:
     """The first source's nearest point that is close, or the next one's; else this product's that is near; or None."""
     for bound, sources_within in ((CLOSE, choices), (NEAR, [source for source in choices if source.same_device])):
         for source in sources_within:
             point = source.nearest(rows)
             factor = point.factor(rows)
             if factor <= bound * (1 + 1e-9):
-                return Found(source, point, factor)
+                return FoundTiles(source, point, factor)
     return None
 
 
-def change_points(choices: tuple[Source, ...], shape: LayerShape) -> set[int]:
+def change_points(choices: tuple[LayerMeasurements, ...], shape: LayerShape) -> set[int]:
     """Every T at which `find`'s answer may change."""
     found: set[int] = set()
     for source in choices:
@@ -167,7 +167,7 @@ def change_points(choices: tuple[Source, ...], shape: LayerShape) -> set[int]:
     return {tokens for tokens in found if tokens >= 1}
 
 
-def _points(gate_up: Measurement, down: Measurement, shape: LayerShape) -> tuple[Point, ...]:
+def _points(gate_up: Measurement, down: Measurement, shape: LayerShape) -> tuple[MeasuredTiles, ...]:
     """At each token count the block_m whose two rows take the least time together."""
     found = []
     for tokens in sorted({row.tokens for row in gate_up.rows}):
@@ -181,11 +181,11 @@ def _points(gate_up: Measurement, down: Measurement, shape: LayerShape) -> tuple
             first, second = min(pairs, key=_time)
             tiles = LayerTiles(first.block_m, first.tile.tile(), second.tile.tile())
             rows = tokens * shape.top_k / shape.experts
-            found.append(Point(tokens, rows, tiles, _time((first, second))))
+            found.append(MeasuredTiles(tokens, rows, tiles, _time((first, second))))
     return tuple(found)
 
 
-def _time(pair: tuple[Row, Row]) -> float:
+def _time(pair: tuple[TileRow, TileRow]) -> float:
     """Microseconds of a call: measured as one if it was, else the sum of its stages."""
     first, second = pair
     if first.layer_microseconds is not None and first.layer_microseconds == second.layer_microseconds:

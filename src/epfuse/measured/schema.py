@@ -17,11 +17,11 @@ LARGEST = 1 << 24
 """No size in a table is as large."""
 
 
-class _Entry(BaseModel):
+class _TableEntry(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class PortableEntry(_Entry):
+class PortableEntry(_TableEntry):
     """A `GemmTile`."""
 
     kind: Literal["portable"] = "portable"
@@ -70,7 +70,7 @@ def entry_of(tile: GemmTile) -> PortableEntry:
     return PortableEntry(**asdict(tile))
 
 
-class ShapeEntry(_Entry):
+class ShapeEntry(_TableEntry):
     """A `LayerShape`."""
 
     hidden: int
@@ -94,7 +94,7 @@ class ShapeEntry(_Entry):
         return LayerShape(**self.model_dump())
 
 
-class Row(_Entry):
+class TileRow(_TableEntry):
     """The best tile of one stage at one token count with one block_m.
 
     Attributes:
@@ -115,7 +115,7 @@ class Row(_Entry):
     layer_microseconds: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> Row:
+    def _check(self) -> TileRow:
         tile = self.tile.tile()
         LayerTiles(self.block_m, tile, tile)  # here, where the file is known, not in the first call that takes it
         return self
@@ -125,7 +125,7 @@ BEFORE = "; before: "
 """Between the commands of a measurement's rows, the newest first."""
 
 
-class Measurement(_Entry):
+class Measurement(_TableEntry):
     """Rows that were measured on one device for one layer.
 
     Attributes:
@@ -147,7 +147,7 @@ class Measurement(_Entry):
     triton: str
     date: datetime.date
     source: Annotated[str, Field(min_length=1)]
-    rows: tuple[Row, ...]
+    rows: tuple[TileRow, ...]
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -164,7 +164,7 @@ class Measurement(_Entry):
         return self
 
 
-class Table(_Entry):
+class TileTable(_TableEntry):
     """One file: all measurements of one stage on one target."""
 
     version: Literal[1] = 1
@@ -173,18 +173,18 @@ class Table(_Entry):
     measurements: tuple[Measurement, ...] = ()
 
     @model_validator(mode="after")
-    def _check(self) -> Table:
+    def _check(self) -> TileTable:
         keys = [measurement.key for measurement in self.measurements]
         if len(set(keys)) != len(keys):
             raise ValueError("two measurements have one device, path, weights and shape; they must be one")
         return self
 
-    def merged(self, new: Measurement) -> Table:
+    def merged(self, new: Measurement) -> TileTable:
         """With ``new``; where it has a row for a token count, the old rows for that count go.
 
         The rest of an older measurement of the same layer is kept only if it was made with the same versions.
         """
-        kept: list[Row] = []
+        kept: list[TileRow] = []
         counts = {row.tokens for row in new.rows}
         commands = [new.source]
         others = []

@@ -19,7 +19,7 @@ from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError, first_fault
 from epfuse.families.family import Stage
 from epfuse.input_file import read_file
-from epfuse.measured.schema import Measurement, Table
+from epfuse.measured.schema import Measurement, TileTable
 from epfuse.report.write import remove_leftovers, write_atomic
 from epfuse.target import Target
 
@@ -33,7 +33,7 @@ PATIENCE = 60.0
 
 
 @functools.cache
-def shipped(target: Target, stage: Stage) -> Table:
+def shipped(target: Target, stage: Stage) -> TileTable:
     """The table that calls read; one without measurements where there is no file. Read once a process."""
     return read_table(TABLES, target, stage)
 
@@ -45,7 +45,7 @@ def table_path(folder: Path, target: Target, stage: Stage) -> Path:
 
 
 @checks_enums
-def read_table(folder: Path, target: Target, stage: Stage) -> Table:
+def read_table(folder: Path, target: Target, stage: Stage) -> TileTable:
     """A table, checked; an empty one where there is no file.
 
     Raises:
@@ -57,8 +57,8 @@ def read_table(folder: Path, target: Target, stage: Stage) -> Table:
         return journal[stage]
     path = table_path(folder, target, stage)
     if not os.path.lexists(path):
-        return Table(target=target, stage=stage)
-    table = _parse(path, Table)
+        return TileTable(target=target, stage=stage)
+    table = _parse(path, TileTable)
     _check(path, table, target, stage)
     return table
 
@@ -110,10 +110,10 @@ class _Journal(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tables: tuple[Table, ...]
+    tables: tuple[TileTable, ...]
 
 
-def _unfinished(folder: Path, target: Target) -> dict[Stage, Table]:
+def _unfinished(folder: Path, target: Target) -> dict[Stage, TileTable]:
     """What a merge that was killed, or is at work now, writes; empty without one."""
     path = folder / target.value / JOURNAL
     if not path.exists():
@@ -141,7 +141,7 @@ def _parse(path: Path, kind: type[T]) -> T:
         raise ConfigError(f"tuned table {path} is wrong at {place}: {fault}") from None
 
 
-def _check(path: Path, table: Table, target: Target, stage: Stage) -> None:
+def _check(path: Path, table: TileTable, target: Target, stage: Stage) -> None:
     if (table.target, table.stage) != (target, stage):
         raise ConfigError(
             f"tuned table {path} is of {table.target.value}, {table.stage.value}; it must be of"
@@ -149,7 +149,7 @@ def _check(path: Path, table: Table, target: Target, stage: Stage) -> None:
         )
 
 
-def _text(table: Table) -> str:
+def _text(table: TileTable) -> str:
     """A row a line, so that a diff shows which tiles changed."""
     values = table.model_dump(mode="json")
     measurements = []

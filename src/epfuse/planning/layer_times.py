@@ -69,7 +69,7 @@ class Time:
 
 
 @dataclass(frozen=True)
-class LayerTime:
+class PlannedLayerTime:
     """One layer at one token count.
 
     Attributes:
@@ -104,7 +104,7 @@ def beside_vllm() -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(text))
 
 
-def layer_times(plan: ModelPlan, rival: Rival | None) -> tuple[LayerTime, ...]:
+def layer_times(plan: ModelPlan, rival: Rival | None) -> tuple[PlannedLayerTime, ...]:
     """The first layer with experts at each of `TOKENS`.
 
     Args:
@@ -120,7 +120,7 @@ def evidence(plan: ModelPlan, rival: Rival | None) -> str | None:
     return None if found is None else found.reason
 
 
-def _at(plan: ModelPlan, rival: Rival | None, tokens: int) -> LayerTime:
+def _at(plan: ModelPlan, rival: Rival | None, tokens: int) -> PlannedLayerTime:
     layer = plan.groups[0].plan
     decision = None if layer.is_untouched else layer.at(tokens)
     path = None if decision is None else decision.path
@@ -138,7 +138,9 @@ def _at(plan: ModelPlan, rival: Rival | None, tokens: int) -> LayerTime:
         theirs = None if rival is None else _rivals(plan, rival, tokens)
     product = plan.serving.product
     active = product.routing.active_experts(plan.shape, tokens) if pair is None else pair["active"]
-    return LayerTime(tokens, None if path is None else path.value, ours, theirs, _floor(plan, path, tokens, active))
+    return PlannedLayerTime(
+        tokens, None if path is None else path.value, ours, theirs, _floor(plan, path, tokens, active)
+    )
 
 
 @checks_enums

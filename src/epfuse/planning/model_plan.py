@@ -10,7 +10,7 @@ from typing import Any
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, Policy
 from epfuse.hardware.products import Product
-from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, Storage, TokenRange, Verdict, plan_layer
+from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, PathVerdict, Storage, TokenRange, plan_layer
 from epfuse.policy.facts import LayerFacts, model_facts
 from epfuse.policy.refusals import layer_refusal
 from epfuse.weights.model_config import ExpertModel
@@ -160,7 +160,7 @@ class ModelPlan:
                 found |= {(path, plan.reason): None for path in Path if path is not Path.AUTO}
             for entry in plan.ranges:
                 for considered in entry.decision.considered:
-                    if considered.verdict is Verdict.REFUSED:
+                    if considered.verdict is PathVerdict.REFUSED:
                         found[considered.path, considered.reason] = None
         return list(found)
 

@@ -6,7 +6,7 @@ Two questions, asked at two times. `plan_layer`, at load: what is stored, and wh
 
 from epfuse.families.registry import FP8_PATHS, READABLE, readable_formats
 from epfuse.policy.call import decide
-from epfuse.policy.decision import Considered, Decision, TileChoice, Verdict
+from epfuse.policy.decision import Considered, Decision, PathVerdict, TileChoice
 from epfuse.policy.facts import LayerFacts, model_facts
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage, TokenRange
 from epfuse.policy.plan import plan_layer
@@ -22,10 +22,10 @@ __all__ = [
     "LayerFacts",
     "LayerPlan",
     "LayerRequest",
+    "PathVerdict",
     "Storage",
     "TileChoice",
     "TokenRange",
-    "Verdict",
     "decide",
     "model_facts",
     "plan_layer",

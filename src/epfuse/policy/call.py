@@ -13,7 +13,7 @@ from epfuse.arguments import checks_enums, integer
 from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.families.registry import FP8_PATHS, READABLE, family_of, readable_formats, takes_beside_fp8
-from epfuse.policy.decision import Considered, Decision, Verdict
+from epfuse.policy.decision import Considered, Decision, PathVerdict
 from epfuse.policy.tiles import tile_ranges
 from epfuse.target import REFERENCE_DEVICE, Target
 
@@ -164,8 +164,8 @@ def considered_paths(
     """
     others = [path for path in refusals if path is not chosen]
     return (
-        Considered(chosen, Verdict.TAKEN, reason),
-        *(Considered(path, Verdict.REFUSED, refusals[path] or passed_over[path]) for path in others),
+        Considered(chosen, PathVerdict.TAKEN, reason),
+        *(Considered(path, PathVerdict.REFUSED, refusals[path] or passed_over[path]) for path in others),
     )
 
 

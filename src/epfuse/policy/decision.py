@@ -11,7 +11,7 @@ from epfuse.families.family import Family
 from epfuse.stages.tiles import LayerTiles
 
 
-class Verdict(enum.Enum):
+class PathVerdict(enum.Enum):
     """What became of a path."""
 
     TAKEN = "taken"
@@ -25,7 +25,7 @@ class Considered:
     """One path and the sentence that speaks for or against it."""
 
     path: Path
-    verdict: Verdict
+    verdict: PathVerdict
     reason: str
 
 
@@ -75,9 +75,9 @@ class Decision:
     @property
     def reason(self) -> str:
         """The sentence of the path that is taken."""
-        return next((entry.reason for entry in self.considered if entry.verdict is Verdict.TAKEN), "")
+        return next((entry.reason for entry in self.considered if entry.verdict is PathVerdict.TAKEN), "")
 
     @property
     def refused(self) -> tuple[Considered, ...]:
         """The paths that are not taken."""
-        return tuple(entry for entry in self.considered if entry.verdict is Verdict.REFUSED)
+        return tuple(entry for entry in self.considered if entry.verdict is PathVerdict.REFUSED)

@@ -28,7 +28,7 @@ BF16_LAYER_STRIDE = 5
 
 
 @dataclass(frozen=True)
-class Gate:
+class Condition:
     """One condition of the profiled configuration.
 
     Attributes:
@@ -50,17 +50,17 @@ class Gate:
 
 
 GATES = (
-    Gate("The target", lambda request: request.target, (Target.GFX942,)),
-    Gate("E", lambda request: request.shape.experts, (128,)),
-    Gate("K", lambda request: request.shape.top_k, (4,)),
-    Gate("H", lambda request: request.shape.hidden, (6144,)),
-    Gate("The model's I", lambda request: request.model_intermediate, (3072,)),
-    Gate("The number of shared experts", lambda request: request.shared_experts, (1,)),
-    Gate("The EP size", lambda request: request.ep_size, (1, 8)),
+    Condition("The target", lambda request: request.target, (Target.GFX942,)),
+    Condition("E", lambda request: request.shape.experts, (128,)),
+    Condition("K", lambda request: request.shape.top_k, (4,)),
+    Condition("H", lambda request: request.shape.hidden, (6144,)),
+    Condition("The model's I", lambda request: request.model_intermediate, (3072,)),
+    Condition("The number of shared experts", lambda request: request.shared_experts, (1,)),
+    Condition("The EP size", lambda request: request.ep_size, (1, 8)),
     # Not named in the pull request, whose one model fixes both.
-    Gate("The checkpoint", lambda request: request.checkpoint, (Checkpoint.MXFP8,)),
-    Gate("The activation", lambda request: request.activation, (SwiGLUOAI(),)),
-    Gate("The projections' bias", lambda request: request.bias, (Bias.NONE,)),
+    Condition("The checkpoint", lambda request: request.checkpoint, (Checkpoint.MXFP8,)),
+    Condition("The activation", lambda request: request.activation, (SwiGLUOAI(),)),
+    Condition("The projections' bias", lambda request: request.bias, (Bias.NONE,)),
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from epfuse.arguments import checks_enums
 from epfuse.config import Activation, Bias, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.families.registry import default_ranges
-from epfuse.measured.lookup import Found, Source, change_points, find, sources
+from epfuse.measured.lookup import FoundTiles, LayerMeasurements, change_points, find, sources
 from epfuse.policy.decision import TileChoice
 from epfuse.stages.tiles import LayerTiles, TileRange, rows_per_expert
 from epfuse.target import Target
@@ -73,20 +73,20 @@ def _default(defaults: tuple[TileRange, ...], tokens: int, shape: LayerShape) ->
     return next(entry.tiles for entry in defaults if rows <= entry.max_rows)
 
 
-def _what(found: Found | None, tiles: LayerTiles) -> object:
+def _what(found: FoundTiles | None, tiles: LayerTiles) -> object:
     """What makes two token counts one range."""
     return tiles if found is None else (found.source, found.point)
 
 
 def _choice(
-    found: Found | None,
+    found: FoundTiles | None,
     tiles: LayerTiles,
     first: int,
     last: int | None,
     target: Target,
     shape: LayerShape,
     bias: Bias,
-    measured: tuple[Source, ...],
+    measured: tuple[LayerMeasurements, ...],
 ) -> TileChoice:
     if found is None:
         return TileChoice(tiles, f"The default of {target.value}: {_why_default(measured)}.")
@@ -103,7 +103,7 @@ def _choice(
     return TileChoice(point.tiles, text, None if foreign else point.microseconds)
 
 
-def _why_default(measured: tuple[Source, ...]) -> str:
+def _why_default(measured: tuple[LayerMeasurements, ...]) -> str:
     if not measured:
         return "nothing was measured for this H and I"
     counts = ", ".join(str(point.tokens) for point in measured[0].points)
@@ -116,7 +116,7 @@ def _log(
     path: Path,
     weights: WeightFormat,
     shape: LayerShape,
-    measured: tuple[Source, ...],
+    measured: tuple[LayerMeasurements, ...],
     ranges: list[tuple[int, TileChoice]],
 ) -> None:
     """Once for each layer: foreign rows as a warning, far ones as information."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epfuse.profiling.cpu_budget import CpuBudget
-from epfuse.profiling.events import Kernel
+from epfuse.profiling.events import TracedKernel
 from epfuse.profiling.layers import Layers
 from epfuse.profiling.phases import Phase
 from epfuse.profiling.rules import Rule, RuleSet
@@ -44,7 +44,7 @@ class Classifier:
         self._tried: re.Pattern[str] | None = None
         self._budget = CpuBudget(MATCHING_SECONDS)
 
-    def by_name(self, kernels: Sequence[Kernel], ranges: Sequence[str]) -> Verdicts:
+    def by_name(self, kernels: Sequence[TracedKernel], ranges: Sequence[str]) -> Verdicts:
         """What names, ranges and neighbours' names tell, whatever the phases of others.
 
         Args:
@@ -66,7 +66,9 @@ class Classifier:
                     break
         return verdicts
 
-    def by_context(self, kernels: Sequence[Kernel], ranges: Sequence[str], layers: Layers, verdicts: Verdicts) -> None:
+    def by_context(
+        self, kernels: Sequence[TracedKernel], ranges: Sequence[str], layers: Layers, verdicts: Verdicts
+    ) -> None:
         """Classify what `by_name` left, rule by rule, until nothing changes. Changes ``verdicts``."""
         previous, following = self._neighbours(kernels)
         in_layers = _PhasesOfLayers(layers, verdicts.phases)
@@ -89,7 +91,7 @@ class Classifier:
     def _sweep(
         self,
         number: int,
-        kernels: Sequence[Kernel],
+        kernels: Sequence[TracedKernel],
         verdicts: Verdicts,
         applies: Callable[[int, int], bool],
         in_layers: _PhasesOfLayers,
@@ -128,7 +130,7 @@ class Classifier:
                 nearest[kernel.stream] = phase
         return changed
 
-    def _neighbours(self, kernels: Sequence[Kernel]) -> tuple[list[str], list[str]]:
+    def _neighbours(self, kernels: Sequence[TracedKernel]) -> tuple[list[str], list[str]]:
         """Names of the nearest kernels before and after each one in its stream that are no glue; empty for none."""
         previous, following = [""] * len(kernels), [""] * len(kernels)
         for names, order in ((previous, range(len(kernels))), (following, range(len(kernels) - 1, -1, -1))):

@@ -12,7 +12,7 @@ UNCLASSIFIED = "unclassified"
 
 
 @dataclass(frozen=True)
-class Row:
+class PhaseChange:
     """One phase of two profiles; calls and ns a step."""
 
     name: str
@@ -30,7 +30,7 @@ class Row:
         return self.ns[1] / self.ns[0] if self.ns[0] else None
 
 
-def compare(a: Profile, b: Profile) -> list[Row]:
+def compare(a: Profile, b: Profile) -> list[PhaseChange]:
     """A row for each phase that one of them has, for what is unclassified, and for the times of the whole step."""
     rows = []
     for phase in Phase:
@@ -71,9 +71,9 @@ def _phase(profile: Profile, phase: Phase) -> tuple[int, int]:
     return next(((total.calls, total.ns) for total in profile.phases if total.phase is phase), (0, 0))
 
 
-def _row(name: str, pair: list[tuple[int, int]], a: Profile, b: Profile) -> Row:
+def _row(name: str, pair: list[tuple[int, int]], a: Profile, b: Profile) -> PhaseChange:
     steps = len(a.window), len(b.window)
-    return Row(
+    return PhaseChange(
         name,
         (pair[0][0] / steps[0], pair[1][0] / steps[1]),
         (pair[0][1] / steps[0], pair[1][1] / steps[1]),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from epfuse.hardware.gpus import GPU, named, seen_by_rocm
 
 
-class Kernel(NamedTuple):
+class TracedKernel(NamedTuple):
     """One kernel, copy or memset on a GPU.
 
     Attributes:
@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
         return self.start + self.duration
 
 
-class Launch(NamedTuple):
+class TracedLaunch(NamedTuple):
     """A runtime or driver call on the host; ns."""
 
     name: str
@@ -115,9 +115,9 @@ class Trace:
     """
 
     path: str
-    kernels: list[Kernel] = field(default_factory=list)
-    copies: list[Kernel] = field(default_factory=list)
-    launches: dict[Hashable, Launch] = field(default_factory=dict)
+    kernels: list[TracedKernel] = field(default_factory=list)
+    copies: list[TracedKernel] = field(default_factory=list)
+    launches: dict[Hashable, TracedLaunch] = field(default_factory=dict)
     ranges: list[Range] = field(default_factory=list)
     gpu_ranges: list[Range] = field(default_factory=list)
     devices: dict[int, TracedDevice] = field(default_factory=dict)

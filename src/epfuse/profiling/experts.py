@@ -49,7 +49,7 @@ class GemmRate:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PathPrediction:
     """The expert phases' time on another path, by the time model: never measured.
 
     Attributes:
@@ -86,7 +86,7 @@ class ExpertView:
     active_experts: float
     ns: int
     gemms: list[GemmRate]
-    predictions: list[Prediction]
+    predictions: list[PathPrediction]
     machine: Machine | None
 
 
@@ -129,7 +129,7 @@ def view_experts(
                 for step in steps
                 if step.tokens
             )
-            predictions.append(Prediction(name, seconds * 1e9, total - seconds * 1e9))
+            predictions.append(PathPrediction(name, seconds * 1e9, total - seconds * 1e9))
     return ExpertView(
         shape=shape,
         weights=weights,

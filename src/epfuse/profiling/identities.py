@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from epfuse.profiling.events import Kernel, Launch, TracedDevice
+from epfuse.profiling.events import TracedDevice, TracedKernel, TracedLaunch
 from epfuse.profiling.text import printable
 
 LONGEST_ID = 200
@@ -119,10 +119,10 @@ class Calls:
     """Launching calls by process and correlation id, and which kernel belongs to which."""
 
     def __init__(self) -> None:
-        self._calls: dict[Process, dict[Id, Launch]] = defaultdict(dict)
-        self._repeated: dict[tuple[Process, Id], list[Launch]] = {}
+        self._calls: dict[Process, dict[Id, TracedLaunch]] = defaultdict(dict)
+        self._repeated: dict[tuple[Process, Id], list[TracedLaunch]] = {}
 
-    def add(self, process: Process, correlation: Id, launch: Launch) -> None:
+    def add(self, process: Process, correlation: Id, launch: TracedLaunch) -> None:
         """One call."""
         first = self._calls[process].setdefault(correlation, launch)
         if first is not launch:
@@ -144,7 +144,9 @@ class Calls:
         self._repeated.clear()
         return lost
 
-    def link(self, activities: list[Kernel], origins: Mapping[int, str]) -> tuple[dict[Hashable, Launch], int]:
+    def link(
+        self, activities: list[TracedKernel], origins: Mapping[int, str]
+    ) -> tuple[dict[Hashable, TracedLaunch], int]:
         """Replace each activity's correlation id by the key of its call, or None; in place.
 
         Args:
@@ -179,7 +181,7 @@ class Calls:
         return {(process, c): launch for process, calls in self._calls.items() for c, launch in calls.items()}, unknown
 
     def _candidates(
-        self, activity: Kernel, callers: Mapping[Id, list[Process]], origins: Mapping[int, str]
+        self, activity: TracedKernel, callers: Mapping[Id, list[Process]], origins: Mapping[int, str]
     ) -> list[Process]:
         """The processes with a call of that id that the activity can come from."""
         correlation = activity.correlation

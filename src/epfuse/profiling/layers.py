@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from epfuse.profiling.events import Kernel, Range
+from epfuse.profiling.events import Range, TracedKernel
 from epfuse.profiling.phases import Phase
 
 MOST_ANCHORS = 8
@@ -69,7 +69,7 @@ class Skeleton:
 
 
 def find_layers(
-    kernels: Sequence[Kernel], ranges: Sequence[tuple[Range, ...]], phases: Sequence[Phase | None]
+    kernels: Sequence[TracedKernel], ranges: Sequence[tuple[Range, ...]], phases: Sequence[Phase | None]
 ) -> Layers:
     """The layers of one step on one device.
 
@@ -94,7 +94,7 @@ def find_layers(
     return Layers([range(a, b) for a, b in pairwise(edges)], "repetition")
 
 
-def busiest_stream(kernels: Sequence[Kernel]) -> int:
+def busiest_stream(kernels: Sequence[TracedKernel]) -> int:
     """The stream with the most kernel time: layers are sought in it, other streams follow by time."""
     busy: dict[int, int] = defaultdict(int)
     for kernel in kernels:

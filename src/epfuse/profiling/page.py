@@ -30,7 +30,7 @@ BAR_WIDTH = 1000
 
 
 @dataclass(frozen=True)
-class Part:
+class PhasePart:
     """A phase in a horizontal bar: pixels from the left, and what the pointer shows."""
 
     css: str
@@ -40,11 +40,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Bar:
+class PhaseBar:
     """One profile's phases side by side, as long as its kernel time a step."""
 
     label: str
-    parts: list[Part]
+    parts: list[PhasePart]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _has(profiles: Sequence[Profile], phase: Phase) -> bool:
     return any(total.phase is phase for profile in profiles for total in profile.phases)
 
 
-def _bars(profiles: Sequence[Profile]) -> list[Bar]:
+def _bars(profiles: Sequence[Profile]) -> list[PhaseBar]:
     longest = max(profile.time.kernel_sum / len(profile.window) for profile in profiles) or 1
     bars = []
     for profile in profiles:
@@ -116,10 +116,10 @@ def _bars(profiles: Sequence[Profile]) -> list[Bar]:
         for css, name, ns in totals:
             width = BAR_WIDTH * ns / steps / longest
             share = 100 * ns / profile.time.kernel_sum if profile.time.kernel_sum else 0.0
-            parts.append(Part(css, x, width, f"{name}: {ms(ns / steps)} ms a step, {share:.1f} %"))
+            parts.append(PhasePart(css, x, width, f"{name}: {ms(ns / steps)} ms a step, {share:.1f} %"))
             x += width
         label = f"{profile.path}, device {profile.device.index}: {ms(profile.time.kernel_sum / steps)} ms a step"
-        bars.append(Bar(label, parts))
+        bars.append(PhaseBar(label, parts))
     return bars
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import pairwise
 
-from epfuse.profiling.events import Kernel, Trace
+from epfuse.profiling.events import Trace, TracedKernel
 
 LONGEST_PAUSE = 3600 * 10**9
 """ns in which no GPU does anything, in one recording: an hour."""
@@ -18,7 +18,7 @@ LONGEST_KERNEL = 10 * 10**9
 
 
 @dataclass(frozen=True)
-class Clock:
+class TraceClock:
     """What is known of a trace's times.
 
     Attributes:
@@ -33,7 +33,7 @@ class Clock:
     negative: int
 
 
-def implausible_times(trace: Trace, clock: Clock) -> Iterator[str]:
+def implausible_times(trace: Trace, clock: TraceClock) -> Iterator[str]:
     """A sentence for each kind of impossible time in the trace.
 
     Args:
@@ -51,7 +51,7 @@ def implausible_times(trace: Trace, clock: Clock) -> Iterator[str]:
     yield from _beside_themselves(activities, trace, clock.grain)
 
 
-def _stray(activities: list[Kernel]) -> Iterator[str]:
+def _stray(activities: list[TracedKernel]) -> Iterator[str]:
     """Activities apart from all others, as one with ts 0 among times since boot."""
     pauses = [(after.start - before.start, at) for at, (before, after) in enumerate(pairwise(activities), 1)]
     pause, at = max(pauses, default=(0, 0))
@@ -63,7 +63,7 @@ def _stray(activities: list[Kernel]) -> Iterator[str]:
         )
 
 
-def _longer_than_the_trace(activities: list[Kernel], trace: Trace, clock: Clock) -> Iterator[str]:
+def _longer_than_the_trace(activities: list[TracedKernel], trace: Trace, clock: TraceClock) -> Iterator[str]:
     limit = max(clock.last - clock.first, 0 if trace.events >= FEW_EVENTS else LONGEST_KERNEL)
     long = [one for one in activities if one.duration > limit]
     if long:
@@ -73,7 +73,7 @@ def _longer_than_the_trace(activities: list[Kernel], trace: Trace, clock: Clock)
         )
 
 
-def _before_their_call(activities: list[Kernel], trace: Trace, grain: int) -> Iterator[str]:
+def _before_their_call(activities: list[TracedKernel], trace: Trace, grain: int) -> Iterator[str]:
     early = []
     most = 0
     for one in activities:
@@ -88,7 +88,7 @@ def _before_their_call(activities: list[Kernel], trace: Trace, grain: int) -> It
         )
 
 
-def _beside_themselves(activities: list[Kernel], trace: Trace, grain: int) -> Iterator[str]:
+def _beside_themselves(activities: list[TracedKernel], trace: Trace, grain: int) -> Iterator[str]:
     until: dict[tuple[int, int], int] = {}
     overlap: dict[tuple[int, int], tuple[int, int]] = {}
     for one in activities:
@@ -110,5 +110,5 @@ def _beside_themselves(activities: list[Kernel], trace: Trace, grain: int) -> It
         )
 
 
-def _of(activities: list[Kernel], verb: str = "start") -> str:
+def _of(activities: list[TracedKernel], verb: str = "start") -> str:
     return f"{len(activities)} activities {verb}" if len(activities) > 1 else f"1 activity {verb}s"

@@ -10,14 +10,14 @@ from epfuse.errors import ConfigError, TraceError
 from epfuse.hardware import gpus, time_model
 from epfuse.profiling.annotations import parse_label
 from epfuse.profiling.classify import JOINED_BY, Classifier, Verdicts
-from epfuse.profiling.events import Kernel, Range, Trace
+from epfuse.profiling.events import Range, Trace, TracedKernel
 from epfuse.profiling.experts import ExpertStep, view_experts
 from epfuse.profiling.layers import Layers, find_layers
 from epfuse.profiling.phases import EXPERT_PHASES, Phase
 from epfuse.profiling.read_trace import MODULE_PREFIX
 from epfuse.profiling.record import KernelTotal, LayerTime, PhaseTotal, Profile, TimelineKernel, WindowTime
 from epfuse.profiling.shapes import ExpertShape
-from epfuse.profiling.steps import AUTO, DeviceSteps, Step, choose_steps, find_steps
+from epfuse.profiling.steps import AUTO, DeviceSteps, TracedStep, choose_steps, find_steps
 from epfuse.profiling.timing import busy, length, merge_steps, streams_of, union
 
 LONGEST_TEXT = 4096
@@ -26,7 +26,7 @@ LONGEST_TEXT = 4096
 
 @dataclass(frozen=True)
 class _Classified:
-    step: Step
+    step: TracedStep
     verdicts: Verdicts
     layers: Layers
 
@@ -119,7 +119,7 @@ Sequences = tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]
 
 
 def _classify(
-    step: Step, classifier: Classifier, trace: Trace, known: dict[Sequences, tuple[Verdicts, Layers]]
+    step: TracedStep, classifier: Classifier, trace: Trace, known: dict[Sequences, tuple[Verdicts, Layers]]
 ) -> _Classified:
     joined: dict[int, str] = {}  # by identity of the tuple: what encloses neighbours is one object
     texts = tuple(
@@ -148,7 +148,7 @@ def _joined(around: tuple[Range, ...]) -> str:
     return JOINED_BY.join(reversed(names))
 
 
-def _in_graph(kernel: Kernel, trace: Trace) -> bool:
+def _in_graph(kernel: TracedKernel, trace: Trace) -> bool:
     launch = trace.launches.get(kernel.correlation) if kernel.correlation is not None else None
     return launch is not None and launch.is_graph
 
@@ -178,7 +178,7 @@ def _totals(parts: Sequence[_Classified], classifier: Classifier) -> tuple[list[
     return phases, by_phase.get(None, [])
 
 
-def _range_totals(steps: Iterable[Step]) -> dict[str, tuple[int, int]]:
+def _range_totals(steps: Iterable[TracedStep]) -> dict[str, tuple[int, int]]:
     """Named pieces of host code (record_function) and the kernels that they launched; step labels are none of them."""
     calls: Counter[str] = Counter()
     times: Counter[str] = Counter()

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
 from epfuse.errors import TraceError
-from epfuse.profiling.events import Kernel, Range, Trace
+from epfuse.profiling.events import Range, Trace, TracedKernel
 
 MOST_OPEN = 128
 """Ranges that may be open at once in one thread: modules and record_function lie some twenty deep."""
@@ -74,7 +74,7 @@ class _Open:
         return self._tuple
 
 
-def host_ranges(trace: Trace, kernels: Sequence[Kernel]) -> list[tuple[Range, ...]]:
+def host_ranges(trace: Trace, kernels: Sequence[TracedKernel]) -> list[tuple[Range, ...]]:
     """For each kernel, of any device, the ranges on the host that enclose its launch, outermost first.
 
     A kernel without a known launch has those on the GPU's own timeline.

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from epfuse.errors import TraceError
-from epfuse.profiling.events import Kernel, Launch, Range, Trace, TracedDevice
+from epfuse.profiling.events import Range, Trace, TracedDevice, TracedKernel, TracedLaunch
 from epfuse.profiling.identities import Calls, DeviceKey, Devices, describe_devices, identity, process_of
 from epfuse.profiling.json_stream import Progress, stream_events
-from epfuse.profiling.plausibility import Clock, implausible_times
+from epfuse.profiling.plausibility import TraceClock, implausible_times
 from epfuse.profiling.text import printable
 
 LONGEST_NAME = 4096
@@ -139,11 +139,11 @@ class _Builder:
     def _copy(self, event: dict[str, Any]) -> None:
         self.trace.copies.append(self._activity(event))
 
-    def _activity(self, event: dict[str, Any]) -> Kernel:
+    def _activity(self, event: dict[str, Any]) -> TracedKernel:
         arguments = _arguments(event)
         start, duration = self._times(event)
         device, stream = self._device_and_stream(event, arguments)
-        return Kernel(self._name(event), device, stream, start, duration, self._correlation(arguments))
+        return TracedKernel(self._name(event), device, stream, start, duration, self._correlation(arguments))
 
     def _device_and_stream(self, event: dict[str, Any], arguments: dict[str, Any]) -> tuple[int, int]:
         origin, pid = process_of(event.get("pid"))
@@ -166,7 +166,7 @@ class _Builder:
         correlation = self._correlation(_arguments(event))
         if correlation is not None:
             thread = self._thread(event)
-            launch = Launch(self._name(event), thread, *self._times(event))
+            launch = TracedLaunch(self._name(event), thread, *self._times(event))
             self.calls.add(process_of(event.get("pid")), correlation, launch)
 
     def _range(self, event: dict[str, Any]) -> None:
@@ -238,7 +238,7 @@ class _Builder:
 
 
 class _ClockReader:
-    """Collects what `Clock` says while events come in."""
+    """Collects what `TraceClock` says while events come in."""
 
     def __init__(self) -> None:
         self.first = self.last = self.latest = self.negative = 0
@@ -260,10 +260,10 @@ class _ClockReader:
         elif ns > self.latest:
             self.latest = ns
 
-    def read(self) -> Clock:
+    def read(self) -> TraceClock:
         """Times are as fine as a double so large can be, or whole microseconds, each of them rounded."""
         grain = 2 + math.ceil(math.ulp(self.latest / 1000) * 1000) if self.fractions else 1000
-        return Clock(self.first, self.last, grain, self.negative)
+        return TraceClock(self.first, self.last, grain, self.negative)
 
 
 def _arguments(event: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def _integer(*candidates: Any) -> int | None:
     return next((value for value in ids if isinstance(value, int)), None)
 
 
-def _place(one: Kernel) -> tuple[int, int, int, int, str, str]:
+def _place(one: TracedKernel) -> tuple[int, int, int, int, str, str]:
     """Where an activity stands, whatever the file's order."""
     return one.start, one.device, one.stream, one.duration, one.name, str(one.correlation)
 

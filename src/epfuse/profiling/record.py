@@ -8,7 +8,7 @@ from typing import Any
 from epfuse.profiling.events import TracedDevice
 from epfuse.profiling.experts import ExpertView
 from epfuse.profiling.phases import Phase
-from epfuse.profiling.steps import DeviceSteps, Step
+from epfuse.profiling.steps import DeviceSteps, TracedStep
 from epfuse.profiling.timing import Gaps, StreamTime, percentile
 
 
@@ -116,7 +116,7 @@ class Profile:
     device: TracedDevice
     product: str | None
     steps: DeviceSteps
-    window: list[Step]
+    window: list[TracedStep]
     phases: list[PhaseTotal]
     unclassified: list[KernelTotal]
     ranges: dict[str, tuple[int, int]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from epfuse.profiling.experts import ExpertView, Prediction
+from epfuse.profiling.experts import ExpertView, PathPrediction
 from epfuse.profiling.record import Profile
 
 PATH_TEXT = {
@@ -103,7 +103,7 @@ def describe_experts(view: ExpertView) -> list[str]:
     return lines
 
 
-def describe_prediction(view: ExpertView, prediction: Prediction) -> str:
+def describe_prediction(view: ExpertView, prediction: PathPrediction) -> str:
     """If these experts were on another path."""
     change = -prediction.saved / 1e6
     return (

@@ -11,13 +11,13 @@ from itertools import pairwise
 
 from epfuse.errors import ConfigError
 from epfuse.profiling.annotations import PROFILER_STEP, StepKind, StepLabel, parse_label
-from epfuse.profiling.events import Kernel, Range, Trace
+from epfuse.profiling.events import Range, Trace, TracedKernel
 from epfuse.profiling.layers import busiest_stream, find_skeleton
 from epfuse.profiling.ranges import host_ranges
 
 
 @dataclass(frozen=True)
-class Step:
+class TracedStep:
     """One run of the model on one device.
 
     Attributes:
@@ -30,9 +30,9 @@ class Step:
 
     index: int
     label: StepLabel
-    kernels: list[Kernel]
+    kernels: list[TracedKernel]
     ranges: list[tuple[Range, ...]]
-    copies: list[Kernel]
+    copies: list[TracedKernel]
 
     @property
     def span(self) -> int:
@@ -53,9 +53,9 @@ class DeviceSteps:
     """
 
     device: int
-    steps: list[Step]
+    steps: list[TracedStep]
     found_by: str
-    outside: list[Kernel]
+    outside: list[TracedKernel]
 
 
 def find_steps(trace: Trace) -> dict[int, DeviceSteps]:
@@ -69,11 +69,11 @@ def find_steps(trace: Trace) -> dict[int, DeviceSteps]:
     return {device: _steps_of(device, kernels[device], copies.get(device, ([], []))) for device in sorted(kernels)}
 
 
-_Activities = tuple[list[Kernel], list[tuple[Range, ...]]]
+_Activities = tuple[list[TracedKernel], list[tuple[Range, ...]]]
 """Of one device, in order of start, and the ranges around each one's launch."""
 
 
-def _by_device(activities: Sequence[Kernel], ranges: Sequence[tuple[Range, ...]]) -> dict[int, _Activities]:
+def _by_device(activities: Sequence[TracedKernel], ranges: Sequence[tuple[Range, ...]]) -> dict[int, _Activities]:
     found: dict[int, _Activities] = {}
     for activity, around in zip(activities, ranges, strict=True):
         own, own_ranges = found.setdefault(activity.device, ([], []))
@@ -97,16 +97,16 @@ def _steps_of(device: int, activities: _Activities, copied: _Activities) -> Devi
     for index, (first, stop) in enumerate(pairwise(bounds)):
         since = bisect_left(begins, kernels[first].start) if index else 0
         until = bisect_left(begins, kernels[stop].start) if stop < len(kernels) else len(copies)
-        steps.append(Step(index, unnamed, kernels[first:stop], ranges[first:stop], copies[since:until]))
+        steps.append(TracedStep(index, unnamed, kernels[first:stop], ranges[first:stop], copies[since:until]))
     return DeviceSteps(device, steps, "repetition" if cuts else "nothing", [])
 
 
 def _by_annotations(
-    kernels: Sequence[Kernel],
+    kernels: Sequence[TracedKernel],
     ranges: Sequence[tuple[Range, ...]],
-    copies: Sequence[Kernel],
+    copies: Sequence[TracedKernel],
     copy_ranges: Sequence[tuple[Range, ...]],
-) -> tuple[list[Step], list[Kernel]] | None:
+) -> tuple[list[TracedStep], list[TracedKernel]] | None:
     label_of = _step_of_ranges(ranges)
     members: dict[Range, list[int]] = defaultdict(list)
     outside = []
@@ -118,14 +118,16 @@ def _by_annotations(
             members[found].append(index)
     if not members:
         return None
-    copied: dict[Range, list[Kernel]] = defaultdict(list)
+    copied: dict[Range, list[TracedKernel]] = defaultdict(list)
     for copy, around in zip(copies, copy_ranges, strict=True):
         if (found := label_of(around)) is not None:
             copied[found].append(copy)
     steps = []
     for index, (step, indices) in enumerate(sorted(members.items(), key=lambda item: kernels[item[1][0]].start)):
         label = parse_label(step.name) or StepLabel(step.name, StepKind.UNKNOWN)
-        steps.append(Step(index, label, [kernels[i] for i in indices], [ranges[i] for i in indices], copied[step]))
+        steps.append(
+            TracedStep(index, label, [kernels[i] for i in indices], [ranges[i] for i in indices], copied[step])
+        )
     return steps, outside
 
 
@@ -141,7 +143,7 @@ def _step_of_ranges(ranges: Sequence[tuple[Range, ...]]) -> Callable[[tuple[Rang
     return lambda around: next((item for item in around if item.name in labels), None)
 
 
-def _repeated_cuts(kernels: Sequence[Kernel]) -> list[int]:
+def _repeated_cuts(kernels: Sequence[TracedKernel]) -> list[int]:
     """Indices of the kernels that begin the second, third, ... step.
 
     Between two layers of one step stands what stands between most layers. Where more does (logits, sampling, the
@@ -189,7 +191,7 @@ def check_window(window: str) -> tuple[int, int] | None:
     raise ConfigError(f"window is {window!r:.80}; it must be 'auto', an index or first..last, first not after last")
 
 
-def choose_steps(found: DeviceSteps, window: str) -> list[Step]:
+def choose_steps(found: DeviceSteps, window: str) -> list[TracedStep]:
     """The steps that a window names.
 
     Args:

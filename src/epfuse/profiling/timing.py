@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from epfuse.profiling.events import Kernel, Launch
+from epfuse.profiling.events import TracedKernel, TracedLaunch
 
 Interval = tuple[int, int]
 
@@ -28,7 +28,7 @@ def length(intervals: Iterable[Interval]) -> int:
     return sum(end - start for start, end in intervals)
 
 
-def busy(activities: Iterable[Kernel]) -> int:
+def busy(activities: Iterable[TracedKernel]) -> int:
     """Time in which at least one of them runs, on any stream."""
     return length(union((a.start, a.end) for a in activities))
 
@@ -82,7 +82,7 @@ class StreamTime:
 
 
 def stream_time(
-    stream: int, activities: Sequence[Kernel], launches: Mapping[Hashable, Launch], kernels: int
+    stream: int, activities: Sequence[TracedKernel], launches: Mapping[Hashable, TracedLaunch], kernels: int
 ) -> StreamTime:
     """Busy time and gaps of one stream.
 
@@ -102,7 +102,7 @@ def stream_time(
     return StreamTime(stream, kernels, busy(activities), gaps)
 
 
-def _split(gap: Interval, launch: Launch | None) -> Gaps:
+def _split(gap: Interval, launch: TracedLaunch | None) -> Gaps:
     begin, end = gap
     if launch is None:
         return Gaps(unknown=end - begin)
@@ -112,10 +112,10 @@ def _split(gap: Interval, launch: Launch | None) -> Gaps:
 
 
 def streams_of(
-    kernels: Sequence[Kernel], copies: Sequence[Kernel], launches: Mapping[Hashable, Launch]
+    kernels: Sequence[TracedKernel], copies: Sequence[TracedKernel], launches: Mapping[Hashable, TracedLaunch]
 ) -> list[StreamTime]:
     """Every stream's time, by stream id."""
-    activities: dict[int, list[Kernel]] = defaultdict(list)
+    activities: dict[int, list[TracedKernel]] = defaultdict(list)
     for activity in sorted([*kernels, *copies], key=lambda a: a.start):
         activities[activity.stream].append(activity)
     counts: dict[int, int] = defaultdict(int)

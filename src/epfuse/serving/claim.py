@@ -105,7 +105,7 @@ class Claim:
         return holder_of(self.point) == self.holder
 
     def note(self, phase: str) -> None:
-        """Say in the claim what is being done, for who looks from outside: a word of `journal.State`."""
+        """Say in the claim what is being done, for who looks from outside: a word of `journal.PointState`."""
         if self.held:  # lost in this moment, the next attempt's word is wrong until its next one
             (self.point / RUNNING / PHASE).write_text(phase)
 

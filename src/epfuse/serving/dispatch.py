@@ -14,8 +14,8 @@ from epfuse.errors import ConfigError
 from epfuse.serving.claim import holder_of, revoke
 from epfuse.serving.contact import Clock, Contacts, WallClock, cancelling, submitting
 from epfuse.serving.done import End
-from epfuse.serving.journal import AT_WORK, ENDS, SENT, Change, Journal, State, one_line
-from epfuse.serving.launchers.launcher import Launcher, Order, Phase, Rejected, Sighting, Unreachable, Unsure
+from epfuse.serving.journal import AT_WORK, ENDS, SENT, Change, Journal, PointState, one_line
+from epfuse.serving.launchers.launcher import JobPhase, Launcher, Order, Rejected, Sighting, Unreachable, Unsure
 from epfuse.serving.layout import RunFolder, make_key
 from epfuse.serving.patience import TAKEN_AWAY, Breaker, Queue, Rules
 from epfuse.serving.point import PointJob, Run
@@ -102,7 +102,7 @@ class Dispatcher:
                 old.mkdir(parents=True, exist_ok=True)
                 folder.done.rename(old / folder.done.name)
             folder.cancel.unlink(missing_ok=True)
-            self._change(name, State.PLANNED, "again, as asked", attempt=change.attempt + 1, job="")
+            self._change(name, PointState.PLANNED, "again, as asked", attempt=change.attempt + 1, job="")
 
     def _done_well(self, name: str) -> bool:
         try:
@@ -115,7 +115,7 @@ class Dispatcher:
     def finished(self) -> bool:
         """Whether nothing is left to wait for."""
         states = {change.state for change in self.journal.history.points.values()}
-        return states <= ENDS or (states <= ENDS | {State.PLANNED} and bool(self._stop()))
+        return states <= ENDS or (states <= ENDS | {PointState.PLANNED} and bool(self._stop()))
 
     @property
     def unfinished(self) -> str:
@@ -142,7 +142,7 @@ class Dispatcher:
     def _change(
         self,
         name: str,
-        state: State,
+        state: PointState,
         why: str = "",
         *,
         attempt: int | None = None,
@@ -158,7 +158,7 @@ class Dispatcher:
             return
         self.journal.change(name, state, why, attempt=attempt, place=place, job=job)
         self.say(f"{name}: {state}{f' ({why})' if why else ''}")
-        if state in ENDS | {State.PLANNED}:
+        if state in ENDS | {PointState.PLANNED}:
             self._queue.forget(name)
             for memory in (self._absent, self._asked):
                 memory.pop(name, None)
@@ -176,8 +176,8 @@ class Dispatcher:
     def _read_folder(self, name: str) -> None:
         """What the point's own files say: its end, or its phase."""
         state = self.journal.history.points[name].state
-        if state in (State.FAILED, State.CANCELLED) and self._done_well(name):
-            self._change(name, State.DONE, "after it had been given up")
+        if state in (PointState.FAILED, PointState.CANCELLED) and self._done_well(name):
+            self._change(name, PointState.DONE, "after it had been given up")
         if state in ENDS or self._ended(name):
             return
         folder = self.folder.point(name)
@@ -204,11 +204,11 @@ class Dispatcher:
         if done is None:
             return False
         if done.state is End.FAILED and self.folder.point(name).cancel.exists():
-            self._change(name, State.CANCELLED, done.reason)
+            self._change(name, PointState.CANCELLED, done.reason)
         elif done.state is End.FAILED:
             self._fail(name, self._doomed.pop(name, done.reason))
         else:
-            self._change(name, State(done.state), done.reason)
+            self._change(name, PointState(done.state), done.reason)
             if done.state is End.DONE:
                 self._breaker.succeeded()
             else:
@@ -228,8 +228,8 @@ class Dispatcher:
             self._contacts.failed(place, seen.why)
             for change in there:
                 self._absent.pop(change.point, None)  # what waits at its door may still come
-                if change.state in (State.SUBMITTING, State.QUEUED):
-                    self._change(change.point, State.UNKNOWN, seen.why)
+                if change.state in (PointState.SUBMITTING, PointState.QUEUED):
+                    self._change(change.point, PointState.UNKNOWN, seen.why)
             return
         self._contacts.answered(place)
         for change in there:
@@ -243,25 +243,25 @@ class Dispatcher:
     def _judge(self, name: str, jobs: list[Sighting], patience: float) -> None:
         """What a clean look at a point's jobs means."""
         state = self.journal.history.points[name].state
-        active = [job for job in jobs if job.phase is not Phase.ENDED]
+        active = [job for job in jobs if job.phase is not JobPhase.ENDED]
         if active:
             self._absent.pop(name, None)
-            first = next((job for job in active if job.phase is Phase.RUNNING), active[0])
+            first = next((job for job in active if job.phase is JobPhase.RUNNING), active[0])
             self._note_copies(name, active)
             if (why := self._queue.given_up(name, first)) is not None:
                 self._doomed.setdefault(name, why)
             if state not in AT_WORK:
-                runs = first.phase is Phase.RUNNING
+                runs = first.phase is JobPhase.RUNNING
                 why = "" if runs else f"{first.word}: {first.why}" if first.why else first.word
                 phase = phase_of(self.folder.point(name))
-                self._change(name, phase if runs else State.QUEUED, why, job=first.job)
+                self._change(name, phase if runs else PointState.QUEUED, why, job=first.job)
             return
-        if state is State.PLANNED:
+        if state is PointState.PLANNED:
             return
         if name not in self._absent:
             self._absent[name] = self.clock.now()
             ended = f"ended as {jobs[-1].word}, and left no end" if jobs else "the launcher does not show it"
-            self._change(name, State.UNKNOWN, ended)
+            self._change(name, PointState.UNKNOWN, ended)
         elif self.clock.now() - self._absent[name] > patience and not self._ended(name):
             self._gone(name, jobs)
 
@@ -275,7 +275,7 @@ class Dispatcher:
         if name in self._doomed:
             self._fail(name, self._doomed.pop(name))
         elif folder.cancel.exists():
-            self._change(name, State.CANCELLED, "as asked")
+            self._change(name, PointState.CANCELLED, "as asked")
         elif holder is not None or jobs:
             how = f"ended as {jobs[-1].word}" if jobs else "is gone"
             words = last_words(folder, self._keys(change)[-1])
@@ -285,11 +285,11 @@ class Dispatcher:
             if change.attempt < self.rules.attempts + (self.rules.losses if taken_away else 0):
                 if not taken_away:
                     self._count_failure(why)
-                self._change(name, State.PLANNED, why, attempt=change.attempt + 1, job="")
+                self._change(name, PointState.PLANNED, why, attempt=change.attempt + 1, job="")
             else:
                 self._fail(name, why)
         elif self.journal.history.accepted.get(name, 0) < self.rules.losses:
-            self._change(name, State.PLANNED, "it was never there: two looks have shown nothing", job="")
+            self._change(name, PointState.PLANNED, "it was never there: two looks have shown nothing", job="")
         else:
             self._fail(name, f"it was taken {self.rules.losses} times, and each time two looks have shown nothing")
 
@@ -304,8 +304,8 @@ class Dispatcher:
         asked = self.folder.point(name).cancel.exists()
         if change.state in ENDS or not (asked or name in self._doomed):
             return
-        if change.state is State.PLANNED:
-            self._change(name, State.CANCELLED, "as asked, before it began")
+        if change.state is PointState.PLANNED:
+            self._change(name, PointState.CANCELLED, "as asked, before it began")
             return
         now, cancels = self.clock.now(), cancelling(change.place)
         if now - self._asked.get(name, -1e18) < self.rules.ask_again:
@@ -344,9 +344,11 @@ class Dispatcher:
             return []
         points = self.journal.history.points
         canary = self.run.canary
-        alone = canary is not None and points[canary].state is not State.DONE
+        alone = canary is not None and points[canary].state is not PointState.DONE
         return [
-            name for name in self.run.points if points[name].state is State.PLANNED and (not alone or name == canary)
+            name
+            for name in self.run.points
+            if points[name].state is PointState.PLANNED and (not alone or name == canary)
         ]
 
     def _free_place(self, node: str | None) -> str | None:
@@ -367,11 +369,11 @@ class Dispatcher:
         attempt_folder = point.attempt(key).path
         attempt_folder.mkdir(parents=True, exist_ok=True)
         argv = (*self.job, str(point.path), "--key", key)
-        self._change(name, State.SUBMITTING, attempt=attempt, place=place, job="")
+        self._change(name, PointState.SUBMITTING, attempt=attempt, place=place, job="")
         order = Order(key, argv, attempt_folder, node=job.node, seconds=job.deadlines.job)
         answer = self.launcher.submit(order, place)
         if isinstance(answer, Unsure):
-            self._change(name, State.UNKNOWN, answer.why)
+            self._change(name, PointState.UNKNOWN, answer.why)
             # apart from its looks: a place that shows its queue at once may refuse jobs for an hour
             self._contacts.failed(submitting(place), answer.why)
             return False
@@ -379,11 +381,11 @@ class Dispatcher:
         if isinstance(answer, Rejected):
             self._fail(name, answer.why)
         else:
-            self._change(name, State.QUEUED, job=answer.job)
+            self._change(name, PointState.QUEUED, job=answer.job)
         return True
 
     def _fail(self, name: str, why: str) -> None:
-        self._change(name, State.FAILED, why)
+        self._change(name, PointState.FAILED, why)
         self._count_failure(why)
 
     def _count_failure(self, why: str) -> None:
@@ -395,6 +397,6 @@ class Dispatcher:
         canary = self.run.canary
         if canary is not None:
             state = self.journal.history.points[canary].state
-            if state in ENDS - {State.DONE}:
+            if state in ENDS - {PointState.DONE}:
                 return f"the first point, {canary}, is {state}"
         return self._breaker.open

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from epfuse.errors import EpfuseError
 from epfuse.input_file import read_json
-from epfuse.serving.point import Gate
+from epfuse.serving.point import AccuracyGate
 
 METRIC = "exact_match"
 MOST_IN_FLIGHT = 64
 
 
-def eval_command(gate: Gate, model: str, host: str, port: int, concurrency: int, folder: Path) -> tuple[str, ...]:
+def eval_command(
+    gate: AccuracyGate, model: str, host: str, port: int, concurrency: int, folder: Path
+) -> tuple[str, ...]:
     """lm-eval's command: chat completions, temperature 0, the tasks of the gate.
 
     Args:
@@ -34,7 +36,7 @@ def eval_command(gate: Gate, model: str, host: str, port: int, concurrency: int,
     return tuple(argv)
 
 
-def read_evals(gate: Gate, folder: Path) -> tuple[dict[str, float], str]:
+def read_evals(gate: AccuracyGate, folder: Path) -> tuple[dict[str, float], str]:
     """The metrics that lm-eval left, and why they do not pass; empty if they do.
 
     Args:

@@ -10,17 +10,17 @@ from typing import Any
 
 from epfuse.serving.point import Image, PointJob
 from epfuse.serving.record import PointRecord, RunRecord
-from epfuse.serving.results import Measured, Spread
+from epfuse.serving.results import MeasuredLoad, Spread
 
 NAMES: dict[str, float | None] = {"mean": None, "median": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
 
 
-def measurements(record: RunRecord) -> Iterator[tuple[PointRecord, PointJob, str, list[Measured]]]:
+def measurements(record: RunRecord) -> Iterator[tuple[PointRecord, PointJob, str, list[MeasuredLoad]]]:
     """Each point and arm that has a speed, with its legs."""
     for point in record.points:
         if point.job is None or point.job.point.eval_only:
             continue
-        arms: dict[str, list[Measured]] = {}
+        arms: dict[str, list[MeasuredLoad]] = {}
         for leg, measured in point.measured:
             arms.setdefault(leg.leg.arm, []).append(measured)
         for arm, legs in arms.items():
@@ -40,7 +40,7 @@ def aggregates(record: RunRecord) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _aggregate(record: RunRecord, job: PointJob, arm: str, legs: list[Measured]) -> dict[str, Any]:
+def _aggregate(record: RunRecord, job: PointJob, arm: str, legs: list[MeasuredLoad]) -> dict[str, Any]:
     point, environment = job.point, job.arm(arm).environment
     ranks = max(point.tp, 1)  # tp x pp x pcp; the latter two are 1 here
     label = {"label": job.label} if job.label else {}
@@ -79,7 +79,7 @@ def _ep(job: PointJob, arm: str) -> int:
     return job.point.tp if "--enable-expert-parallel" in job.arm(arm).server.argv else job.point.ep
 
 
-def _times(legs: list[Measured]) -> dict[str, float]:
+def _times(legs: list[MeasuredLoad]) -> dict[str, float]:
     found = {}
     for short in ("ttft", "tpot", "itl", "e2el"):
         spreads = [spread for leg in legs if (spread := leg.spreads[short]) is not None]
@@ -158,7 +158,7 @@ def _verdict(record: RunRecord, name: str) -> dict[str, object]:
             "effect_high": verdict.high, "p_adjusted": verdict.adjusted}  # fmt: skip
 
 
-def _numbers(measured: Measured, job: PointJob) -> dict[str, object]:
+def _numbers(measured: MeasuredLoad, job: PointJob) -> dict[str, object]:
     gpus = max(job.point.tp, 1)
     row: dict[str, object] = {
         "gpus": job.gpus,

@@ -19,7 +19,7 @@ from typing import Any
 
 from epfuse.errors import EpfuseError
 from epfuse.serving.done import GateResult
-from epfuse.serving.point import Gate
+from epfuse.serving.point import AccuracyGate
 from epfuse.serving.server import ask
 
 TAIL = 0.99
@@ -70,7 +70,7 @@ class Reference:
     noise: Distance
 
 
-def read(port: int, model: str, gate: Gate, at_once: int, timeout: float) -> Reading:
+def read(port: int, model: str, gate: AccuracyGate, at_once: int, timeout: float) -> Reading:
     """Let a server read the gate's texts.
 
     Args:
@@ -117,7 +117,7 @@ def reference_of(readings: Sequence[Reading]) -> Reference:
     )
 
 
-def judge(reading: Reading, reference: Reference, gate: Gate) -> GateResult:
+def judge(reading: Reading, reference: Reference, gate: AccuracyGate) -> GateResult:
     """Whether a server may be timed."""
     try:
         found = distance(reading, reference.reading)

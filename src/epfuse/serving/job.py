@@ -26,10 +26,10 @@ from epfuse.serving import plugin
 from epfuse.serving.claim import Claim, Revoked
 from epfuse.serving.done import Done, End, Leg
 from epfuse.serving.layout import PointFolder, attempt_of, read_model
-from epfuse.serving.leg import GatedOut, LegRunner, Measured
+from epfuse.serving.leg import GatedOut, LegFindings, LegRunner
 from epfuse.serving.node import answer, facts
 from epfuse.serving.point import Arm, Image, PointJob, PutIn
-from epfuse.serving.watch import Watch
+from epfuse.serving.watch import ServerWatch
 
 PACKAGES = (
     "import importlib.metadata as m, json, sys;"
@@ -60,7 +60,7 @@ def run(folder: PointFolder, key: str) -> int:
         return _say(f"{job.point.name} is somebody else's", 0)
     if folder.done.exists():  # it ended between the two looks
         return _say(f"{job.point.name} has ended already", 0)
-    watch = Watch(claim, job.deadlines.job)
+    watch = ServerWatch(claim, job.deadlines.job)
     with watch.signals():
         try:
             done = _Attempt(folder, job, key, watch).run()
@@ -74,7 +74,7 @@ def run(folder: PointFolder, key: str) -> int:
 class _Attempt:
     """One attempt at a point, from its first file to its end."""
 
-    def __init__(self, folder: PointFolder, job: PointJob, key: str, watch: Watch) -> None:
+    def __init__(self, folder: PointFolder, job: PointJob, key: str, watch: ServerWatch) -> None:
         self._folder = folder
         self._job = job
         self._key = key
@@ -123,7 +123,7 @@ class _Attempt:
             self._run_leg(runner, number, job.arm(name))
 
     def _run_leg(self, runner: LegRunner, number: int, arm: Arm) -> None:
-        started, found = time.time(), Measured()
+        started, found = time.time(), LegFindings()
         state, reason = End.DONE, ""
         _say(f"leg {number} of {len(self._job.order)}: {arm.name}", 0)
         try:

@@ -30,7 +30,7 @@ LARGEST_JOURNAL = 256 << 20
 LONGEST_WHY = 1000
 
 
-class State(enum.StrEnum):
+class PointState(enum.StrEnum):
     """Where a point is."""
 
     PLANNED = "planned"
@@ -57,26 +57,26 @@ class State(enum.StrEnum):
     """Somebody asked for its end."""
 
 
-ENDS = frozenset({State.DONE, State.GATED_OUT, State.FAILED, State.CANCELLED})
-AT_WORK = frozenset({State.STARTING, State.WARMING, State.RUNNING})
-SENT = frozenset({State.SUBMITTING, State.UNKNOWN, State.QUEUED}) | AT_WORK
+ENDS = frozenset({PointState.DONE, PointState.GATED_OUT, PointState.FAILED, PointState.CANCELLED})
+AT_WORK = frozenset({PointState.STARTING, PointState.WARMING, PointState.RUNNING})
+SENT = frozenset({PointState.SUBMITTING, PointState.UNKNOWN, PointState.QUEUED}) | AT_WORK
 """A launcher has it, or may have it."""
 
-NEXT: Mapping[State, frozenset[State]] = {
+NEXT: Mapping[PointState, frozenset[PointState]] = {
     # a job that no look showed may come late
-    State.PLANNED: ENDS | AT_WORK | {State.SUBMITTING, State.QUEUED},
-    State.SUBMITTING: ENDS | AT_WORK | {State.UNKNOWN, State.QUEUED},
-    State.UNKNOWN: ENDS | AT_WORK | {State.PLANNED, State.QUEUED},
-    State.QUEUED: ENDS | AT_WORK | {State.UNKNOWN},
+    PointState.PLANNED: ENDS | AT_WORK | {PointState.SUBMITTING, PointState.QUEUED},
+    PointState.SUBMITTING: ENDS | AT_WORK | {PointState.UNKNOWN, PointState.QUEUED},
+    PointState.UNKNOWN: ENDS | AT_WORK | {PointState.PLANNED, PointState.QUEUED},
+    PointState.QUEUED: ENDS | AT_WORK | {PointState.UNKNOWN},
     # an A/B starts several servers one after the other
-    State.STARTING: ENDS | AT_WORK | {State.UNKNOWN},
-    State.WARMING: ENDS | AT_WORK | {State.UNKNOWN},
-    State.RUNNING: ENDS | AT_WORK | {State.UNKNOWN},
+    PointState.STARTING: ENDS | AT_WORK | {PointState.UNKNOWN},
+    PointState.WARMING: ENDS | AT_WORK | {PointState.UNKNOWN},
+    PointState.RUNNING: ENDS | AT_WORK | {PointState.UNKNOWN},
     # only `resume --again` plans what has ended; a job that ended well while it was being given up has ended well
-    State.DONE: frozenset(),
-    State.GATED_OUT: frozenset({State.PLANNED}),
-    State.FAILED: frozenset({State.PLANNED, State.DONE, State.GATED_OUT}),
-    State.CANCELLED: frozenset({State.PLANNED, State.DONE, State.GATED_OUT, State.FAILED}),
+    PointState.DONE: frozenset(),
+    PointState.GATED_OUT: frozenset({PointState.PLANNED}),
+    PointState.FAILED: frozenset({PointState.PLANNED, PointState.DONE, PointState.GATED_OUT}),
+    PointState.CANCELLED: frozenset({PointState.PLANNED, PointState.DONE, PointState.GATED_OUT, PointState.FAILED}),
 }
 """The legal transitions; a state may also be written again, with other words."""
 
@@ -107,7 +107,7 @@ class Change(Frozen):
     n: int
     at: FiniteFloat
     point: Name
-    state: State
+    state: PointState
     attempt: Annotated[int, Field(ge=0)] = 0
     place: str = ""
     job: str = ""
@@ -169,7 +169,7 @@ class History:
                 raise ConfigError(f"point {entry.point} can't go back from attempt {before.attempt} to {entry.attempt}")
             if entry.attempt > before.attempt:
                 self.accepted[entry.point] = 0
-            if before.state is State.SUBMITTING and entry.state is State.QUEUED:
+            if before.state is PointState.SUBMITTING and entry.state is PointState.QUEUED:
                 self.accepted[entry.point] = self.accepted.get(entry.point, 0) + 1
             self.points[entry.point] = entry
         self.lines += 1
@@ -200,7 +200,7 @@ def read_journal(path: Path) -> History:
         raise ConfigError(f"journal {path} has no whole line; its run has not begun: remove it")
     first = entries[0]
     assert isinstance(first, Begin)  # `_parse` of line 0
-    planned = {name: Change(n=0, at=first.at, point=name, state=State.PLANNED) for name in first.points}
+    planned = {name: Change(n=0, at=first.at, point=name, state=PointState.PLANNED) for name in first.points}
     history = History(first.run, planned, size=size, torn=len(data) - size)
     for number, entry in enumerate(entries[1:], 2):
         try:
@@ -255,7 +255,7 @@ class Journal:
     def change(
         self,
         point: str,
-        state: State,
+        state: PointState,
         why: str = "",
         *,
         attempt: int | None = None,

@@ -20,7 +20,7 @@ from epfuse.serving.layout import AttemptFolder, LegFolder
 from epfuse.serving.node import Gpus, Sampler
 from epfuse.serving.point import Arm, Image, PointJob, PutIn, Venv
 from epfuse.serving.server import Server, ServerFault, port_is_free
-from epfuse.serving.watch import Watch
+from epfuse.serving.watch import ServerWatch
 
 MOST_NOISE = 0.2
 """Nats a token. A baseline that differs from itself by more in the mean would let any candidate pass."""
@@ -44,7 +44,7 @@ class GatedOut(EpfuseError):
 
 
 @dataclass
-class Measured:
+class LegFindings:
     """What a leg has found so far."""
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class LegRunner:
         plugins: arm -> the folder that its PYTHONPATH gets; arms that need none are not in it.
     """
 
-    def __init__(self, job: PointJob, attempt: AttemptFolder, watch: Watch, plugins: dict[str, Path]) -> None:
+    def __init__(self, job: PointJob, attempt: AttemptFolder, watch: ServerWatch, plugins: dict[str, Path]) -> None:
         self._job = job
         self._attempt = attempt
         self._watch = watch
@@ -75,7 +75,7 @@ class LegRunner:
         """The node's, as the vendor's tool shows them."""
         return self._gpus
 
-    def run(self, number: int, arm: Arm, found: Measured) -> None:
+    def run(self, number: int, arm: Arm, found: LegFindings) -> None:
         """One leg, from a free port to a stopped server.
 
         Args:
@@ -185,7 +185,7 @@ class LegRunner:
 
         run_client(task, log, what, look, self._job.polls.watch)
 
-    def _check_plugin(self, arm: Arm, leg: LegFolder, found: Measured) -> None:
+    def _check_plugin(self, arm: Arm, leg: LegFolder, found: LegFindings) -> None:
         """Whether the arm runs what it says: or a comparison would compare a thing with itself."""
         text = leg.server_log.read_text(errors="replace")
         runs = RUNS in text
@@ -196,7 +196,7 @@ class LegRunner:
                 raise ServerFault(f"arm {arm.name} is with epfuse, but no worker's log says that it runs experts")
             found.notes.append("epfuse left the experts to vLLM")
 
-    def _gate(self, arm: Arm, server: Server, leg: LegFolder, found: Measured) -> None:
+    def _gate(self, arm: Arm, server: Server, leg: LegFolder, found: LegFindings) -> None:
         wanted = self._job.gate
         if not wanted.prompts:
             return
@@ -227,7 +227,7 @@ class LegRunner:
         if not result.passed:
             raise GatedOut(result)
 
-    def _evals(self, arm: Arm, server: Server, leg: LegFolder, found: Measured) -> None:
+    def _evals(self, arm: Arm, server: Server, leg: LegFolder, found: LegFindings) -> None:
         job = self._job
         if not (job.point.is_eval and job.gate.evals):
             return
@@ -249,7 +249,7 @@ class LegRunner:
         if reason:
             raise GatedOut(found.gate)
 
-    def _load(self, arm: Arm, server: Server, leg: LegFolder, found: Measured) -> None:
+    def _load(self, arm: Arm, server: Server, leg: LegFolder, found: LegFindings) -> None:
         job = self._job
         argv = load.load_command(job.client, job.point.model, job.host, job.port, leg.result.absolute())
         task = self.task(arm, argv, f"epfuse-{secrets.token_hex(8)}")

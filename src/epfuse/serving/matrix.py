@@ -18,7 +18,7 @@ MOST_ROWS = 10_000
 
 
 @dataclass(frozen=True)
-class Row:
+class MatrixRow:
     """A row of the expanded matrix.
 
     Attributes:
@@ -160,7 +160,7 @@ def _check_runners(runners: Runners, wanted: Iterable[str]) -> None:
         raise ConfigError(f"runner is {unknown[0]!r}; the recipe has {', '.join(sorted(runners)) or 'none'}")
 
 
-def expand(matrix: Mapping[str, AnyEntry], runners: Runners, selection: Selection = Selection()) -> list[Row]:
+def expand(matrix: Mapping[str, AnyEntry], runners: Runners, selection: Selection = Selection()) -> list[MatrixRow]:
     """The rows of a matrix, in its order, with the points for lm-eval marked.
 
     Raises:
@@ -169,7 +169,7 @@ def expand(matrix: Mapping[str, AnyEntry], runners: Runners, selection: Selectio
     _check_runners(runners, selection.runners)
     if selection.nothing_fits:
         return []
-    rows: list[Row] = []
+    rows: list[MatrixRow] = []
     for key, entry in _entries(matrix, selection).items():
         for node in _nodes(entry, runners, selection.node):
             rows += _rows(key, entry, node, selection)
@@ -178,14 +178,14 @@ def expand(matrix: Mapping[str, AnyEntry], runners: Runners, selection: Selectio
     return mark_evals(rows)
 
 
-def _rows(key: str, entry: AnyEntry, node: str, selection: Selection) -> list[Row]:
-    found: list[Row] = []
+def _rows(key: str, entry: AnyEntry, node: str, selection: Selection) -> list[MatrixRow]:
+    found: list[MatrixRow] = []
     for lengths in entry.seq_len_configs:
         if selection.lengths and short_lengths(lengths.isl, lengths.osl) not in selection.lengths:
             continue
         for search in lengths.search_space:
             values = selection.limited(search.concurrencies(selection.step))
-            row = Row(key, entry, node, lengths.isl, lengths.osl, tuple(values), search.spec_decoding)
+            row = MatrixRow(key, entry, node, lengths.isl, lengths.osl, tuple(values), search.spec_decoding)
             if isinstance(search, MultiNodeSearch):
                 found += [replace(row, prefill=search.prefill, decode=search.decode)] if values else []
                 continue
@@ -204,7 +204,7 @@ def _rows(key: str, entry: AnyEntry, node: str, selection: Selection) -> list[Ro
 
 def sweep_runners(
     matrix: Mapping[str, AnyEntry], runners: Runners, runner: str, selection: Selection = Selection()
-) -> list[Row]:
+) -> list[MatrixRow]:
     """One row for each node of a runner and each entry: highest tp, lowest concurrency, at the shortest lengths.
 
     Args:
@@ -232,18 +232,18 @@ def sweep_runners(
     return [replace(row, conc=row.conc if isinstance(row.conc, int) else (min(row.conc),)) for row in found]
 
 
-def _ranks(row: Row) -> int:
+def _ranks(row: MatrixRow) -> int:
     if row.tp is not None:
         return row.tp
     assert row.decode is not None
     return row.decode.tp
 
 
-def _lowest(row: Row) -> int:
+def _lowest(row: MatrixRow) -> int:
     return row.conc if isinstance(row.conc, int) else min(row.conc)
 
 
-def mark_evals(rows: Sequence[Row]) -> list[Row]:
+def mark_evals(rows: Sequence[MatrixRow]) -> list[MatrixRow]:
     """The rows, those for lm-eval marked: on one node, 8k1k, highest and median of concurrencies from 16.
 
     The median of n sorted concurrencies is number n // 2 from 0. Each model, node, precision, kind of attention and of
@@ -268,16 +268,16 @@ def mark_evals(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _eval_group(row: Row) -> tuple[object, ...]:
+def _eval_group(row: MatrixRow) -> tuple[object, ...]:
     entry = row.entry
     return (entry.model, row.node, entry.framework, entry.precision, row.spec_decoding, row.dp_attn)
 
 
-def only_evals(rows: Iterable[Row]) -> list[Row]:
+def only_evals(rows: Iterable[MatrixRow]) -> list[MatrixRow]:
     """The rows for lm-eval, which then run for nothing else."""
     return [replace(row, eval_only=True) for row in rows if row.is_eval]
 
 
-def without_evals(rows: Iterable[Row]) -> list[Row]:
+def without_evals(rows: Iterable[MatrixRow]) -> list[MatrixRow]:
     """All rows, for their speed alone."""
     return [replace(row, is_eval=False) for row in rows]

@@ -16,8 +16,8 @@ from epfuse.serving.facts import differences
 from epfuse.serving.matrix import short_lengths
 from epfuse.serving.phases import phase_table
 from epfuse.serving.record import LegRecord, PointRecord, RunRecord
-from epfuse.serving.results import Measured, Spread
-from epfuse.serving.verdict import Verdict, Word
+from epfuse.serving.results import MeasuredLoad, Spread
+from epfuse.serving.verdict import PointVerdict, Word
 
 WIDTH, HEIGHT = 520, 320
 LEFT, RIGHT, TOP, BOTTOM = 62, 508, 12, 268
@@ -147,7 +147,7 @@ def _verdicts(record: RunRecord) -> list[dict[str, Any]]:
     return rows
 
 
-def _edges(verdict: Verdict) -> list[float]:
+def _edges(verdict: PointVerdict) -> list[float]:
     return [edge for edge in (verdict.low, verdict.effect, verdict.high) if edge is not None]
 
 
@@ -158,7 +158,7 @@ def _place(value: float, scale: float) -> float:
 
 def _point_row(point: PointRecord) -> dict[str, Any]:
     found = point.point
-    arms: dict[str, list[Measured]] = {}
+    arms: dict[str, list[MeasuredLoad]] = {}
     for leg, measured in point.measured:
         arms.setdefault(leg.leg.arm, []).append(measured)
     ranks = 1 if found is None else max(found.tp, 1)
@@ -172,7 +172,7 @@ def _point_row(point: PointRecord) -> dict[str, Any]:
     }
 
 
-def _arm_figures(legs: list[Measured], ranks: int) -> list[str]:
+def _arm_figures(legs: list[MeasuredLoad], ranks: int) -> list[str]:
     steady = [leg.steady.total for leg in legs if leg.steady is not None]
     users = [user for leg in legs if (user := leg.per_user) is not None]
     return [

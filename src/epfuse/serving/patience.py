@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from epfuse.serving.contact import Clock
-from epfuse.serving.launchers.launcher import Phase, Sighting
+from epfuse.serving.launchers.launcher import JobPhase, Sighting
 
 HOPELESS = re.compile(
     r"PartitionConfig|PartitionNodeLimit|PartitionTimeLimit|BadConstraints|DependencyNeverSatisfied|InvalidAccount"
@@ -87,7 +87,7 @@ class Queue:
 
     def given_up(self, name: str, job: Sighting) -> str | None:
         """Why point ``name``, whose job was just seen, should be ended; None while it may go on."""
-        if job.phase is not Phase.WAITING or not HOPELESS.search(job.why):
+        if job.phase is not JobPhase.WAITING or not HOPELESS.search(job.why):
             self.forget(name)
             return None
         if self.clock.now() - self._since.setdefault(name, self.clock.now()) <= self.hopeless:

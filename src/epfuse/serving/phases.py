@@ -41,7 +41,7 @@ class _Profile(_Part):
 
 
 @dataclass(frozen=True)
-class Phase:
+class StepPhase:
     """Kernels of a kind, in one step of the window; means over its steps.
 
     Attributes:
@@ -63,7 +63,7 @@ class Phases:
     """
 
     steps: int
-    phases: tuple[Phase, ...]
+    phases: tuple[StepPhase, ...]
 
     @property
     def ms(self) -> float:
@@ -72,11 +72,11 @@ class Phases:
 
 
 @dataclass(frozen=True)
-class Row:
+class PhaseRow:
     """A phase, and what it is in each column; None: it isn't there."""
 
     name: str
-    cells: list[Phase | None]
+    cells: list[StepPhase | None]
 
 
 def read_phases(path: Path) -> Phases:
@@ -98,10 +98,10 @@ def read_phases(path: Path) -> Phases:
     if found.unclassified:
         unknown = found.unclassified
         kinds.append((UNCLASSIFIED, sum(each.calls for each in unknown), sum(each.us for each in unknown)))
-    return Phases(steps, tuple(Phase(name, calls / steps, us / steps / 1e3) for name, calls, us in kinds))
+    return Phases(steps, tuple(StepPhase(name, calls / steps, us / steps / 1e3) for name, calls, us in kinds))
 
 
-def phase_table(columns: Sequence[Phases]) -> list[Row]:
+def phase_table(columns: Sequence[Phases]) -> list[PhaseRow]:
     """Phases over points: a row for each phase that any of them has.
 
     Args:
@@ -111,4 +111,4 @@ def phase_table(columns: Sequence[Phases]) -> list[Row]:
     names = dict.fromkeys(name for column in known for name in column if name != UNCLASSIFIED)
     if any(UNCLASSIFIED in column for column in known):
         names[UNCLASSIFIED] = None
-    return [Row(name, [column.get(name) for column in known]) for name in names]
+    return [PhaseRow(name, [column.get(name) for column in known]) for name in names]

@@ -15,15 +15,15 @@ from pydantic import ValidationError
 from epfuse import __version__
 from epfuse.errors import ConfigError, first_fault
 from epfuse.serving.entries import Entry
-from epfuse.serving.matrix import Row
-from epfuse.serving.point import Arm, Client, Command, Compare, Gate, Point, PointJob, PutIn, Run
+from epfuse.serving.matrix import MatrixRow
+from epfuse.serving.point import AccuracyGate, Arm, Client, Command, Compare, Point, PointJob, PutIn, Run
 from epfuse.serving.prompts import PROMPTS
 from epfuse.serving.recipe import ArmSettings, LoadedRecipe, Recipe, environment_of, joined
 
 LONGEST_NAME = 80
 
 
-def point_names(rows: Sequence[Row]) -> list[str]:
+def point_names(rows: Sequence[MatrixRow]) -> list[str]:
     """A name for each row that no other row has: model, lengths, concurrency and ranks; key and node where needed."""
     short = [_point_name(row.name, row) for row in rows]
     long = [_point_name(f"{row.key.lower()}_{row.node.lower()}_{row.isl}_{row.osl}", row) for row in rows]
@@ -38,7 +38,7 @@ def point_names(rows: Sequence[Row]) -> list[str]:
     return names
 
 
-def _point_name(what: str, row: Row) -> str:
+def _point_name(what: str, row: MatrixRow) -> str:
     what = re.sub(r"[^a-z0-9._-]+", "-", what).lstrip("._-")  # a node's name may have anything in it
     ranks = f"tp{row.tp}" + (f"-ep{row.ep}" if row.ep != 1 else "") + ("-dp" if row.dp_attn else "")
     draft = "" if row.spec_decoding == "none" else f"-{row.spec_decoding}"
@@ -46,7 +46,7 @@ def _point_name(what: str, row: Row) -> str:
 
 
 @contextmanager
-def _of(row: Row) -> Iterator[None]:
+def _of(row: MatrixRow) -> Iterator[None]:
     """What is too large or no name only when it is put together is the row's fault."""
     try:
         yield
@@ -55,7 +55,7 @@ def _of(row: Row) -> Iterator[None]:
         raise ConfigError(f"key {row.key!r}, {row.isl}/{row.osl} c{row.conc}: {where}: {fault}") from None
 
 
-def points(recipe: Recipe, rows: Sequence[Row]) -> list[Point]:
+def points(recipe: Recipe, rows: Sequence[MatrixRow]) -> list[Point]:
     """The points of rows.
 
     Raises:
@@ -175,7 +175,13 @@ def abba(baseline: str, candidate: str, pairs: int) -> tuple[str, ...]:
 
 
 def jobs(
-    recipe: Recipe, rows: Sequence[Row], run: str, *, arms: Sequence[str] = (), pairs: int = 0, profile: bool = False
+    recipe: Recipe,
+    rows: Sequence[MatrixRow],
+    run: str,
+    *,
+    arms: Sequence[str] = (),
+    pairs: int = 0,
+    profile: bool = False,
 ) -> list[PointJob]:
     """The jobs of rows.
 
@@ -235,7 +241,7 @@ def jobs(
     return found
 
 
-def _with_prompts(gate: Gate) -> Gate:
+def _with_prompts(gate: AccuracyGate) -> AccuracyGate:
     return gate.model_copy(update={"prompts": PROMPTS})
 
 

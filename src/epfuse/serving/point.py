@@ -202,7 +202,7 @@ class Client(Frozen):
         return int(longest * (1 + share) / 2), math.floor((1 - share) / (1 + share) * 1e4 + 1e-6) / 1e4
 
 
-class Gate(Frozen):
+class AccuracyGate(Frozen):
     """What must be true of an arm's answers before its speed counts.
 
     Attributes:
@@ -275,7 +275,7 @@ class PointJob(Frozen):
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=8)]
     order: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
     client: Client
-    gate: Gate = Gate()
+    gate: AccuracyGate = AccuracyGate()
     deadlines: Deadlines = Deadlines()
     polls: Polls = Polls()
     host: Text = "127.0.0.1"

@@ -33,12 +33,12 @@ except ImportError as _missing:
 
 from epfuse.serving.entries import Entry, EntryKey, MultiNodeEntry, Runners, entry_kind
 from epfuse.serving.point import (
+    AccuracyGate,
     Compare,
     Count,
     Deadlines,
     EnvName,
     Frozen,
-    Gate,
     Image,
     Name,
     Operand,
@@ -160,7 +160,7 @@ class Recipe(Frozen):
     server: ServerSettings = ServerSettings()
     arms: Annotated[tuple[ArmSettings, ...], Field(min_length=1, max_length=8)]
     client: ClientSettings = ClientSettings()
-    gate: Gate = Gate()
+    gate: AccuracyGate = AccuracyGate()
     deadlines: Deadlines = Deadlines()
     polls: Polls = Polls()
     host: Text = "127.0.0.1"

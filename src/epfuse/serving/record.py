@@ -19,8 +19,8 @@ from epfuse.serving.journal import one_line, read_journal
 from epfuse.serving.layout import LegFolder, RunFolder
 from epfuse.serving.phases import Phases, read_phases
 from epfuse.serving.point import Point, PointJob, Run
-from epfuse.serving.results import Measured, read_result
-from epfuse.serving.verdict import Verdict, judge
+from epfuse.serving.results import MeasuredLoad, read_result
+from epfuse.serving.verdict import PointVerdict, judge
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LegRecord:
     """
 
     leg: Leg
-    measured: Measured | None
+    measured: MeasuredLoad | None
     fault: str
     files: dict[str, str]
     phases: Phases | None = None
@@ -71,7 +71,7 @@ class PointRecord:
         return [] if self.job is None else [arm.name for arm in self.job.arms]
 
     @property
-    def measured(self) -> Iterator[tuple[LegRecord, Measured]]:
+    def measured(self) -> Iterator[tuple[LegRecord, MeasuredLoad]]:
         """Legs that ended well and have numbers."""
         for record in self.legs:
             if record.leg.state is End.DONE and record.measured is not None:
@@ -108,7 +108,7 @@ class RunRecord:
 
     run: Run
     points: list[PointRecord]
-    verdicts: dict[str, Verdict]
+    verdicts: dict[str, PointVerdict]
     faults: list[str]
 
     @property
@@ -142,7 +142,7 @@ def collect(folder: RunFolder, progress: Callable[[int, int], None] = lambda don
         progress(number, len(run.points))
         points.append(_point(folder, run, name, *states.get(name, ("planned", ""))))
     progress(len(run.points), len(run.points))
-    verdicts: dict[str, Verdict] = {}
+    verdicts: dict[str, PointVerdict] = {}
     if run.compare is not None:
         compare = run.compare
         compared = [point for point in points if point.job is not None and _pairs_of(point.job) > 1]

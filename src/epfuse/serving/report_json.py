@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from epfuse.serving.record import LegRecord, PointRecord, RunRecord
-from epfuse.serving.results import Measured
+from epfuse.serving.results import MeasuredLoad
 
 
 def report_json(record: RunRecord) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _leg(record: LegRecord) -> dict[str, Any]:
     }
 
 
-def _measured(found: Measured) -> dict[str, Any]:
+def _measured(found: MeasuredLoad) -> dict[str, Any]:
     return {
         "duration": found.duration,
         "completed": found.completed,

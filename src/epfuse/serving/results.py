@@ -28,7 +28,7 @@ LEAST_STEADY = 3.0
 
 
 @dataclass(frozen=True)
-class Request:
+class AnsweredRequest:
     """A request that was answered; seconds.
 
     Attributes:
@@ -96,7 +96,7 @@ class Steady:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredLoad:
     """A load.
 
     Attributes:
@@ -157,7 +157,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def read_result(path: Path, concurrency: int) -> Measured:
+def read_result(path: Path, concurrency: int) -> MeasuredLoad:
     """A load's result.
 
     Args:
@@ -180,7 +180,7 @@ def read_result(path: Path, concurrency: int) -> Measured:
         raise ConfigError(f"{where}: duration is {duration}; it must be above 0")
     if not requests:
         raise ConfigError(f"{where} has no request that was answered")
-    return Measured(
+    return MeasuredLoad(
         duration=duration,
         completed=len(requests),
         failed=failed,
@@ -194,7 +194,7 @@ def read_result(path: Path, concurrency: int) -> Measured:
     )
 
 
-def _requests(content: dict[str, Any], where: str) -> tuple[list[Request], int]:
+def _requests(content: dict[str, Any], where: str) -> tuple[list[AnsweredRequest], int]:
     """The answered ones, and how many were not."""
     ttfts = _list(content, "ttfts", where)
     count = len(ttfts)
@@ -219,7 +219,7 @@ def _requests(content: dict[str, Any], where: str) -> tuple[list[Request], int]:
             raise ConfigError(f"{where}: latencies[{n}] is {latency}, less than its ttft, {ttft}")
         start = None if starts is None else _number(starts[n], f"{where}: start_times[{n}]")
         inputs = _count(lists["input_lens"][n], f"{where}: input_lens[{n}]")
-        found.append(Request(start, ttft, itls, max(latency, ttft), inputs, outputs))
+        found.append(AnsweredRequest(start, ttft, itls, max(latency, ttft), inputs, outputs))
     return found, count - len(found)
 
 
@@ -251,7 +251,7 @@ def _count(value: object, where: str) -> int:
     return value
 
 
-def steady_window(requests: Sequence[Request], concurrency: int) -> Steady | None:
+def steady_window(requests: Sequence[AnsweredRequest], concurrency: int) -> Steady | None:
     """From when as many requests are in flight as ever were, of those asked for, until when they last are.
 
     A token counts when it came; of what came in one piece, each piece counts the same share of the request's tokens.

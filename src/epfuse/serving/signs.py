@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from epfuse.serving.journal import AT_WORK, State
+from epfuse.serving.journal import AT_WORK, PointState
 from epfuse.serving.layout import PointFolder
 
 LONGEST_PHASE = 64
@@ -10,14 +10,14 @@ LAST_BYTES = 2000
 LAST_CHARACTERS = 200
 
 
-def phase_of(point: PointFolder) -> State:
+def phase_of(point: PointFolder) -> PointState:
     """Where the job that holds the point is; a claim without a phase has just begun."""
     try:
         with (point.running / "phase").open("rb") as file:
-            phase = State(file.read(LONGEST_PHASE).decode().strip())
+            phase = PointState(file.read(LONGEST_PHASE).decode().strip())
     except (OSError, ValueError):
-        return State.STARTING
-    return phase if phase in AT_WORK else State.STARTING
+        return PointState.STARTING
+    return phase if phase in AT_WORK else PointState.STARTING
 
 
 def last_words(point: PointFolder, key: str) -> str:

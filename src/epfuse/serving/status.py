@@ -11,17 +11,17 @@ from rich.text import Text
 
 from epfuse.errors import ConfigError
 from epfuse.report.terminal import figures, make_table
-from epfuse.serving.journal import ENDS, History, State, one_line, read_journal
+from epfuse.serving.journal import ENDS, History, PointState, one_line, read_journal
 from epfuse.serving.layout import RunFolder, make_key
 from epfuse.serving.lock import Owner, read_owner
 
 COLOURS = {
-    State.DONE: "green",
-    State.FAILED: "red",
-    State.GATED_OUT: "red",
-    State.CANCELLED: "yellow",
-    State.UNKNOWN: "yellow",
-    State.RUNNING: "cyan",
+    PointState.DONE: "green",
+    PointState.FAILED: "red",
+    PointState.GATED_OUT: "red",
+    PointState.CANCELLED: "yellow",
+    PointState.UNKNOWN: "yellow",
+    PointState.RUNNING: "cyan",
 }
 LAST_NOTES = 5
 
@@ -37,7 +37,7 @@ class PointStatus:
     """
 
     name: str
-    state: State
+    state: PointState
     attempt: int
     key: str
     place: str
@@ -74,7 +74,7 @@ class RunStatus:
 
     @property
     def all_done(self) -> bool:
-        return all(point.state is State.DONE for point in self.points)
+        return all(point.state is PointState.DONE for point in self.points)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -122,7 +122,7 @@ def status_of(folder: RunFolder, label: str, launcher: str, history: History) ->
             except ConfigError as error:
                 done, why = None, one_line(str(error))
             if done is not None:  # it ended, and no dispatcher has looked since
-                state, why = State(done.state), one_line(done.reason)
+                state, why = PointState(done.state), one_line(done.reason)
         key = make_key(history.run, name, change.attempt) if change.attempt else ""
         points.append(PointStatus(name, state, change.attempt, key, change.place, change.job, change.at, why))
     notes = tuple(

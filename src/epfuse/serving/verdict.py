@@ -39,7 +39,7 @@ class Word(StrEnum):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PointVerdict:
     """The comparison of one point.
 
     Attributes:
@@ -62,7 +62,7 @@ class Verdict:
     sentence: str
 
 
-def judge(ratios: Mapping[str, Sequence[float]], compare: Compare) -> dict[str, Verdict]:
+def judge(ratios: Mapping[str, Sequence[float]], compare: Compare) -> dict[str, PointVerdict]:
     """The verdicts of a run.
 
     Args:
@@ -79,7 +79,7 @@ def judge(ratios: Mapping[str, Sequence[float]], compare: Compare) -> dict[str, 
         if name not in tested:
             words = f"{len(values)} pairs; {LEAST_PAIRS} are the least, {FLIP_PAIRS} are better."
             few = f"{Word.FEW.capitalize()}: {words}"
-            found[name] = Verdict(Word.FEW, len(values), None, None, None, None, None, None, few)
+            found[name] = PointVerdict(Word.FEW, len(values), None, None, None, None, None, None, few)
             continue
         low, high = t_interval(values, compare.level)
         effect = math.expm1(statistics.fmean(values))
@@ -89,7 +89,7 @@ def judge(ratios: Mapping[str, Sequence[float]], compare: Compare) -> dict[str, 
             f"{word.capitalize()}: {effect:+.1%}, {1 - compare.level:.0%} interval {low:+.1%} to {high:+.1%}, "
             f"p = {adjusted[name]:.2g} over {len(tested)} points ({method}, {len(values)} pairs)."
         )
-        found[name] = Verdict(word, len(values), effect, low, high, p[name], adjusted[name], method, sentence)
+        found[name] = PointVerdict(word, len(values), effect, low, high, p[name], adjusted[name], method, sentence)
     return found
 
 

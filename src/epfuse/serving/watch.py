@@ -25,7 +25,7 @@ class Ended(EpfuseError):
     """
 
 
-class Watch:
+class ServerWatch:
     """Looks at all of it, whenever it is called.
 
     Args:

@@ -20,7 +20,7 @@ LINE = 128
 """Bytes of a line of weights: the tensor copy engine's widest swizzle."""
 
 
-class Operand(NamedTuple):
+class WeightOperand(NamedTuple):
     """Weights as the kernels take them.
 
     Attributes:
@@ -36,14 +36,14 @@ class Operand(NamedTuple):
     panels: int
 
 
-def operand_of(stack: torch.Tensor | FragmentMXFP8, rows: int) -> Operand:
+def operand_of(stack: torch.Tensor | FragmentMXFP8, rows: int) -> WeightOperand:
     """``stack`` as the kernels take it; ``rows`` of an expert's matrix."""
     if isinstance(stack, FragmentMXFP8):
-        return Operand(stack.codes, stack.scales, stack.padded_columns, stack.panels)
-    return Operand(stack, None, stack.shape[2], pieces(rows, PANEL_ROWS))
+        return WeightOperand(stack.codes, stack.scales, stack.padded_columns, stack.panels)
+    return WeightOperand(stack, None, stack.shape[2], pieces(rows, PANEL_ROWS))
 
 
-def row_tiles(operand: Operand, routes: RouteTable, tile: Sm90Tile) -> int:
+def row_tiles(operand: WeightOperand, routes: RouteTable, tile: Sm90Tile) -> int:
     """The most tiles that a call can have."""
     return routes.max_blocks * pieces(operand.panels * PANEL_ROWS, tile.block_n)
 

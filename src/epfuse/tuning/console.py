@@ -10,13 +10,13 @@ from rich.table import Table
 
 from epfuse.families.family import Stage
 from epfuse.report.terminal import Console, figures, in_parts, make_table
-from epfuse.tuning.run import Device, Request
-from epfuse.tuning.search import Outcome, Plan
-from epfuse.tuning.trials import Result, fastest
+from epfuse.tuning.run import Device, TuningRequest
+from epfuse.tuning.search import TuningOutcome, TuningPlan
+from epfuse.tuning.trials import TrialResult, fastest
 
 
 class ProgressWatch:
-    """A `run.Watch` that moves bars.
+    """A `run.TuningWatch` that moves bars.
 
     Args:
         progress: the bars.
@@ -37,7 +37,7 @@ class ProgressWatch:
             f"{dropped} of {candidates} tiles dropped by their compiled resources", highlight=False
         )
 
-    def begin(self, plan: Plan, index: int, points: int) -> None:
+    def begin(self, plan: TuningPlan, index: int, points: int) -> None:
         """Start a point's bar."""
         self._progress.reset(
             self._point,
@@ -50,7 +50,7 @@ class ProgressWatch:
         """Move it."""
         self._progress.advance(self._point, steps)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: TuningOutcome) -> None:
         """Print what came out, above the bars."""
         self._progress.console.print(
             f"{outcome.point.name}: {outcome.before_us:.1f} -> {outcome.after_us:.1f} us  {outcome.tiles.key}"
@@ -59,7 +59,7 @@ class ProgressWatch:
         )
 
 
-def show(request: Request, outcomes: Sequence[Outcome], planned: int, console: Console) -> None:
+def show(request: TuningRequest, outcomes: Sequence[TuningOutcome], planned: int, console: Console) -> None:
     """Print before and after."""
     device, shape = request.device, request.shape
     console.print(
@@ -93,7 +93,7 @@ def show(request: Request, outcomes: Sequence[Outcome], planned: int, console: C
         console.print("The tables have all of it from this device and these versions; --again measures anew.")
 
 
-def to_json(outcome: Outcome) -> dict[str, Any]:
+def to_json(outcome: TuningOutcome) -> dict[str, Any]:
     """JSON-ready values."""
     return {
         "path": outcome.point.path.value,
@@ -108,7 +108,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def show_results(results: Sequence[Result], device: Device, console: Console) -> None:
+def show_results(results: Sequence[TrialResult], device: Device, console: Console) -> None:
     """Print what came of the trials; the fastest right one of a path and token count is marked."""
     console.print(
         f"{device.name} ({device.target.value}), torch {device.torch}, triton {device.triton}", highlight=False

@@ -13,8 +13,8 @@ from epfuse.families.family import Stage
 from epfuse.families.registry import family_of
 from epfuse.stages.tiles import GemmTile, LayerTiles
 from epfuse.target import Target
-from epfuse.tuning.run import Request
-from epfuse.tuning.search import Plan
+from epfuse.tuning.run import TuningRequest
+from epfuse.tuning.search import TuningPlan
 from epfuse.workers import Died, Workers
 
 RESOURCE_GATES = ("no spills", "no scratch", "LDS fits", "no spills in the main loop", "shared memory fits")
@@ -23,7 +23,7 @@ RESOURCE_GATES = ("no spills", "no scratch", "LDS fits", "no spills in the main 
 
 @checks_enums
 @dataclass(frozen=True)
-class Candidate:
+class TileCandidate:
     """A tile to compile.
 
     Attributes:
@@ -60,23 +60,27 @@ class Candidate:
         return family_of(self.path, self.weights, tiles).step_of(self.stage)
 
 
-def candidates_of(request: Request, plan: Plan) -> list[Candidate]:
+def candidates_of(request: TuningRequest, plan: TuningPlan) -> list[TileCandidate]:
     """What a plan tries."""
     point = plan.point
     return [
-        Candidate(request.device.target, point.path, point.weights, request.shape, point.tokens, stage, block_m, tile)
+        TileCandidate(
+            request.device.target, point.path, point.weights, request.shape, point.tokens, stage, block_m, tile
+        )
         for block_m, stages in plan.tries.items()
         for stage, tiles in stages.items()
         for tile in tiles
     ]
 
 
-def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+def distinct(candidates: Iterable[TileCandidate]) -> list[TileCandidate]:
     """One candidate for each code."""
     return list({candidate.code: candidate for candidate in candidates}.values())
 
 
-def unfit(candidates: Sequence[Candidate], workers: int, progress: Callable[[int, int], None]) -> dict[Candidate, str]:
+def unfit(
+    candidates: Sequence[TileCandidate], workers: int, progress: Callable[[int, int], None]
+) -> dict[TileCandidate, str]:
     """Compile every candidate; those that don't do, and why: one whose compiler dies or doesn't end is among them.
 
     Processes of their own compile, so this one's driver stays as it is; Triton's cache keeps what they made.
@@ -97,12 +101,12 @@ def unfit(candidates: Sequence[Candidate], workers: int, progress: Callable[[int
     }
 
 
-def shortfall(candidate: Candidate) -> str | None:
+def shortfall(candidate: TileCandidate) -> str | None:
     """Why the compiled tile won't do; None if it may."""
     import torch
 
     from epfuse.aot.gates import check
-    from epfuse.aot.kernels import Use, build
+    from epfuse.aot.kernels import KernelUse, build
     from epfuse.aot.launches import launches_of
     from epfuse.expert_map import ExpertMap
     from epfuse.tuning.calls import bind_layer, layer_call
@@ -122,7 +126,7 @@ def shortfall(candidate: Candidate) -> str | None:
         )
         bind_layer(candidate.path, candidate.weights, tiles, operands)()
 
-    use = Use((candidate.path.value,), ("bf16",), ("tuned",), (tokens, tokens))
+    use = KernelUse((candidate.path.value,), ("bf16",), ("tuned",), (tokens, tokens))
     try:
         launches = [launch for launch in launches_of(candidate.target, call) if launch.stage == candidate.kernel]
         assert launches, f"no launch of {candidate.kernel}"

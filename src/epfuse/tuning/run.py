@@ -16,14 +16,14 @@ from epfuse.errors import UnsupportedTarget
 from epfuse.families.family import Stage
 from epfuse.families.registry import READABLE, default_ranges, serving
 from epfuse.measured import store
-from epfuse.measured.schema import Measurement, Row, ShapeEntry
+from epfuse.measured.schema import Measurement, ShapeEntry, TileRow
 from epfuse.policy.call import decide
 from epfuse.stages.tiles import GemmTile, LayerTiles, rows_per_expert
 from epfuse.target import Target
-from epfuse.tuning.search import Bench, Outcome, Plan, Point, search
+from epfuse.tuning.search import TileBench, TuningOutcome, TuningPlan, TuningPoint, search
 from epfuse.tuning.space import Space, block_ms, candidates, known_candidates
 
-Write = Callable[["Request", Path, WeightFormat, Mapping[Stage, Iterable[Row]]], None]
+Write = Callable[["TuningRequest", Path, WeightFormat, Mapping[Stage, Iterable[TileRow]]], None]
 
 
 @checks_enums
@@ -45,7 +45,7 @@ class Device:
 
 @checks_enums
 @dataclass(frozen=True)
-class Request:
+class TuningRequest:
     """What to tune.
 
     Attributes:
@@ -68,7 +68,7 @@ class Request:
     extra: tuple[tuple[int, LayerTiles], ...] = ()
     space: Space = Space.FULL
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[TuningPoint]:
         """Every path at every token count.
 
         Raises:
@@ -78,7 +78,7 @@ class Request:
 
 
 @checks_enums
-def point_of(target: Target, path: Path, tokens: int) -> Point:
+def point_of(target: Target, path: Path, tokens: int) -> TuningPoint:
     """T on a path, with the weights that it reads best.
 
     Raises:
@@ -87,13 +87,13 @@ def point_of(target: Target, path: Path, tokens: int) -> Point:
     forms = READABLE.get(target, {}).get(path, ())
     if not forms or not target.is_gpu:  # a library's products have no tiles to search
         raise UnsupportedTarget(f"path {path.value!r} has no kernel for {target.value} with tiles to search")
-    return Point(path, forms[0], tokens)
+    return TuningPoint(path, forms[0], tokens)
 
 
-class Watch(Protocol):
+class TuningWatch(Protocol):
     """Who follows a run."""
 
-    def begin(self, plan: Plan, index: int, points: int) -> None:
+    def begin(self, plan: TuningPlan, index: int, points: int) -> None:
         """A point is next."""
         ...
 
@@ -101,12 +101,12 @@ class Watch(Protocol):
         """Stage timings of the point that are done or skipped."""
         ...
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: TuningOutcome) -> None:
         """The point is done and written."""
         ...
 
 
-def pending(request: Request, part: tuple[int, int] = (1, 1)) -> list[Point]:
+def pending(request: TuningRequest, part: tuple[int, int] = (1, 1)) -> list[TuningPoint]:
     """The points that are not in the tables yet; of N parts the I-th.
 
     A point is done if the tables have it from the same device with the same versions.
@@ -139,7 +139,7 @@ def known_tiles(target: Target, path: Path, weights: WeightFormat, shape: LayerS
     return list(dict.fromkeys(found))
 
 
-def plan_of(request: Request, point: Point) -> Plan:
+def plan_of(request: TuningRequest, point: TuningPoint) -> TuningPlan:
     """What to try at a point: today's tiles, the extra ones, and the search space."""
     target, shape = request.device.target, request.shape
     formats = frozenset({point.weights})
@@ -160,18 +160,18 @@ def plan_of(request: Request, point: Point) -> Plan:
             else:
                 space = candidates(target, families, point.weights, shape, stage, block_m, rows)
             tries[block_m][stage] = list(dict.fromkeys([*first, *space]))
-    return Plan(point, before, tries)
+    return TuningPlan(point, before, tries)
 
 
 def run(
-    request: Request,
-    plans: Sequence[Plan],
-    bench: Bench,
-    watch: Watch,
+    request: TuningRequest,
+    plans: Sequence[TuningPlan],
+    bench: TileBench,
+    watch: TuningWatch,
     seconds: float,
     clock: Callable[[], float],
     write: Write | None = None,
-) -> list[Outcome]:
+) -> list[TuningOutcome]:
     """Search every point; each is written as soon as it is done, so a run that ends early can be taken up again.
 
     Args:
@@ -200,13 +200,15 @@ def run(
 
 
 @checks_enums
-def write_rows(request: Request, path: Path, weights: WeightFormat, rows: Mapping[Stage, Iterable[Row]]) -> None:
+def write_rows(
+    request: TuningRequest, path: Path, weights: WeightFormat, rows: Mapping[Stage, Iterable[TileRow]]
+) -> None:
     """Merge rows of both stages into the tables of the request's folder."""
     found = {stage: _measurement(request, path, weights, rows[stage]) for stage in Stage}
     store.merge(request.folder, request.device.target, found)
 
 
-def _measurement(request: Request, path: Path, weights: WeightFormat, rows: Iterable[Row]) -> Measurement:
+def _measurement(request: TuningRequest, path: Path, weights: WeightFormat, rows: Iterable[TileRow]) -> Measurement:
     return Measurement(
         device=request.device.name,
         path=path,

@@ -1,6 +1,6 @@
 """The search: time tiles stage by stage, then the best of them as whole calls; what is wrong can't win.
 
-It knows neither GPUs nor clocks: a `Bench` times and judges, a clock tells the time, and tests give it others.
+It knows neither GPUs nor clocks: a `TileBench` times and judges, a clock tells the time, and tests give it others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import TuningError
 from epfuse.families.family import Stage
-from epfuse.measured.schema import Row, entry_of
+from epfuse.measured.schema import TileRow, entry_of
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.tuning.space import GUESSES, guessing
 
@@ -29,7 +29,7 @@ STAGE_SHARE = 0.75
 
 @checks_enums
 @dataclass(frozen=True)
-class Point:
+class TuningPoint:
     """One token count of one path.
 
     Attributes:
@@ -61,24 +61,24 @@ class Timed:
     fault: str | None = None
 
 
-class Bench(Protocol):
+class TileBench(Protocol):
     """Whatever times tiles and judges what they compute. A tile that can't run raises or has a fault."""
 
-    def stage(self, point: Point, stage: Stage, block_m: int, tile: GemmTile) -> Timed:
+    def stage(self, point: TuningPoint, stage: Stage, block_m: int, tile: GemmTile) -> Timed:
         """One stage alone."""
         ...
 
-    def layer(self, point: Point, tiles: LayerTiles) -> Timed:
+    def layer(self, point: TuningPoint, tiles: LayerTiles) -> Timed:
         """A whole call."""
         ...
 
-    def floor_us(self, point: Point, stage: Stage) -> float:
+    def floor_us(self, point: TuningPoint, stage: Stage) -> float:
         """The least microseconds that the device's rates allow a stage."""
         ...
 
 
 @dataclass(frozen=True)
-class Plan:
+class TuningPlan:
     """What is to be tried at a point.
 
     Attributes:
@@ -87,7 +87,7 @@ class Plan:
         tries: block_m -> stage -> tiles, in order.
     """
 
-    point: Point
+    point: TuningPoint
     before: LayerTiles
     tries: dict[int, dict[Stage, list[GemmTile]]]
 
@@ -98,7 +98,7 @@ class Plan:
 
 
 @dataclass
-class Outcome:
+class TuningOutcome:
     """What came out of a point.
 
     Attributes:
@@ -111,11 +111,11 @@ class Outcome:
         untried: stage timings that there was no time for.
     """
 
-    point: Point
+    point: TuningPoint
     before_us: float
     after_us: float
     tiles: LayerTiles
-    rows: dict[Stage, list[Row]]
+    rows: dict[Stage, list[TileRow]]
     dropped: dict[str, str] = field(default_factory=dict)
     untried: int = 0
 
@@ -127,12 +127,12 @@ class _Best:
 
 
 def search(
-    plan: Plan,
-    bench: Bench,
+    plan: TuningPlan,
+    bench: TileBench,
     deadline: float,
     clock: Callable[[], float],
     advance: Callable[[int], None] = lambda steps: None,
-) -> Outcome:
+) -> TuningOutcome:
     """Find the best tiles of one point.
 
     Args:
@@ -151,7 +151,9 @@ def search(
         raise TuningError(f"{point.name}: the tiles that calls take today are wrong: {before.fault}")
     begun = clock()
     stages_until = begun + STAGE_SHARE * (deadline - begun)
-    outcome = Outcome(point, before.microseconds, before.microseconds, plan.before, {stage: [] for stage in Stage})
+    outcome = TuningOutcome(
+        point, before.microseconds, before.microseconds, plan.before, {stage: [] for stage in Stage}
+    )
     lists = [(stage, block_m) for block_m, stages in plan.tries.items() for stage in stages]
     best: dict[tuple[Stage, int], list[_Best]] = {}
     left = plan.steps
@@ -178,9 +180,9 @@ def search(
     return outcome
 
 
-def row_of(tokens: int, block_m: int, tile: GemmTile, stage_us: float, floor_us: float, layer_us: float) -> Row:
+def row_of(tokens: int, block_m: int, tile: GemmTile, stage_us: float, floor_us: float, layer_us: float) -> TileRow:
     """A row of a table, in microseconds: of the stage alone, of its floor, and of the whole call."""
-    return Row(
+    return TileRow(
         tokens=tokens,
         block_m=block_m,
         tile=entry_of(tile),
@@ -196,9 +198,9 @@ def _rounded(value: float) -> float:
 
 
 def _stage(
-    outcome: Outcome,
-    plan: Plan,
-    bench: Bench,
+    outcome: TuningOutcome,
+    plan: TuningPlan,
+    bench: TileBench,
     where: tuple[Stage, int],
     until: float,
     clock: Callable[[], float],
@@ -221,7 +223,9 @@ def _stage(
     return sorted(found, key=lambda entry: entry.microseconds)
 
 
-def _keep_faster(calls: dict[int, tuple[float, LayerTiles]], outcome: Outcome, bench: Bench, tiles: LayerTiles) -> None:
+def _keep_faster(
+    calls: dict[int, tuple[float, LayerTiles]], outcome: TuningOutcome, bench: TileBench, tiles: LayerTiles
+) -> None:
     """Time a whole call, and keep it if it is the fastest with its block_m."""
     timed = _dropping(outcome, tiles.key, partial(bench.layer, outcome.point, tiles))
     known = calls.get(tiles.block_m)
@@ -229,7 +233,7 @@ def _keep_faster(calls: dict[int, tuple[float, LayerTiles]], outcome: Outcome, b
         calls[tiles.block_m] = (timed.microseconds, tiles)
 
 
-def _dropping(outcome: Outcome, name: str, time: Callable[[], Timed]) -> Timed | None:
+def _dropping(outcome: TuningOutcome, name: str, time: Callable[[], Timed]) -> Timed | None:
     """A timing that counts; None where the tile does not run or is wrong, which is noted."""
     timed = attempt(time)
     fault = timed if isinstance(timed, str) else timed.fault
@@ -248,7 +252,7 @@ def attempt(time: Callable[[], Timed]) -> Timed | str:
         return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _calls(plan: Plan, best: dict[tuple[Stage, int], list[_Best]]) -> list[tuple[float, LayerTiles]]:
+def _calls(plan: TuningPlan, best: dict[tuple[Stage, int], list[_Best]]) -> list[tuple[float, LayerTiles]]:
     """Whole calls to time, each with the sum of its stages' microseconds.
 
     Of every block_m the pairs with the smallest sums, and the first of them with guesses. A pair is of the best tiles
@@ -278,7 +282,7 @@ def _apart(entries: list[_Best]) -> list[_Best]:
     return [entry for entry in entries if not isinstance(entry.tile, Sm90PersistentTile)][:BEST_OF_STAGE]
 
 
-def without(plan: Plan, unfit: Collection[tuple[Stage, int, GemmTile]]) -> Plan:
+def without(plan: TuningPlan, unfit: Collection[tuple[Stage, int, GemmTile]]) -> TuningPlan:
     """The plan less the tiles whose resources are known not to do."""
     tries = {
         block_m: {

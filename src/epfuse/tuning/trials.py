@@ -18,8 +18,8 @@ from epfuse.input_file import read_file
 from epfuse.measured.schema import TileEntry
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import Target
-from epfuse.tuning.run import Request, point_of, write_rows
-from epfuse.tuning.search import Bench, Plan, Point, Timed, attempt, row_of
+from epfuse.tuning.run import TuningRequest, point_of, write_rows
+from epfuse.tuning.search import TileBench, Timed, TuningPlan, TuningPoint, attempt, row_of
 
 LARGEST_FILE = 1 << 20
 """Bytes: some 4,000 trials."""
@@ -50,7 +50,7 @@ class Trial(BaseModel):
 
 @checks_enums
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """What came of a trial.
 
     Attributes:
@@ -110,20 +110,20 @@ def read_trials(file: File) -> tuple[Trial, ...]:
 
 
 @checks_enums
-def plans_of(trials: Iterable[Trial], target: Target) -> list[Plan]:
+def plans_of(trials: Iterable[Trial], target: Target) -> list[TuningPlan]:
     """The trials as plans, for the compiler."""
     plans = []
     for trial in trials:
         tiles = trial.tiles()
         tries = {tiles.block_m: {Stage.GATE_UP: [tiles.gate_up], Stage.DOWN: [tiles.down]}}
-        plans.append(Plan(point_of(target, trial.path, trial.tokens), tiles, tries))
+        plans.append(TuningPlan(point_of(target, trial.path, trial.tokens), tiles, tries))
     return plans
 
 
 @checks_enums
 def run_trials(
-    trials: Sequence[Trial], target: Target, bench: Bench, done: Callable[[Result], None] = lambda result: None
-) -> list[Result]:
+    trials: Sequence[Trial], target: Target, bench: TileBench, done: Callable[[TrialResult], None] = lambda result: None
+) -> list[TrialResult]:
     """Time every trial: the whole call, and if that is right each stage alone.
 
     Trials of one path and token count run one after another, wherever they stand in the list; the first of them whose
@@ -137,11 +137,11 @@ def run_trials(
     return results
 
 
-def _run(trial: Trial, point: Point, bench: Bench) -> Result:
+def _run(trial: Trial, point: TuningPoint, bench: TileBench) -> TrialResult:
     tiles = trial.tiles()
     whole = attempt(partial(bench.layer, point, tiles))
     if isinstance(whole, str):
-        return Result(trial, point.weights, None, {}, {}, whole)
+        return TrialResult(trial, point.weights, None, {}, {}, whole)
     alone: dict[Stage, float] = {}
     fault = whole.fault
     for stage, tile in ((Stage.GATE_UP, tiles.gate_up), (Stage.DOWN, tiles.down)):
@@ -151,12 +151,12 @@ def _run(trial: Trial, point: Point, bench: Bench) -> Result:
             if isinstance(timed, Timed):
                 alone[stage] = timed.microseconds
     floors = {stage: bench.floor_us(point, stage) for stage in Stage} if fault is None else {}
-    return Result(trial, point.weights, whole.microseconds, alone, floors, fault)
+    return TrialResult(trial, point.weights, whole.microseconds, alone, floors, fault)
 
 
-def fastest(results: Iterable[Result]) -> list[Result]:
+def fastest(results: Iterable[TrialResult]) -> list[TrialResult]:
     """Of each path and token count the right trial whose call is the fastest."""
-    best: dict[tuple[Path, int], Result] = {}
+    best: dict[tuple[Path, int], TrialResult] = {}
     for result in results:
         key = (result.trial.path, result.trial.tokens)
         if result.fault is None and (key not in best or result.microseconds < best[key].microseconds):
@@ -164,7 +164,7 @@ def fastest(results: Iterable[Result]) -> list[Result]:
     return list(best.values())
 
 
-def keep_fastest(request: Request, results: Iterable[Result]) -> int:
+def keep_fastest(request: TuningRequest, results: Iterable[TrialResult]) -> int:
     """Write the fastest trials to the tables; how many there were.
 
     Args:

@@ -34,7 +34,7 @@ from epfuse.parallel.placement import ExpertPlacement
 from epfuse.verify.budget import LEAST_SIZE, compare
 from epfuse.verify.experts import dense_weights, in_format, mxfp8_weights
 from epfuse.verify.problem import Problem
-from epfuse.verify.record import CaseResult, Record
+from epfuse.verify.record import CaseResult, VerifyRecord
 from epfuse.verify.scenarios import KINDS, Scenario, draw_scenario, make_scenarios
 from epfuse.verify.subject import Stored, Subject
 from epfuse.verify.suite import add_rank, poisoned_memory, repeats, tolerance_of
@@ -99,7 +99,7 @@ def run(
     subjects: tuple[Subject, ...],
     advance: Callable[[], None] = lambda: None,
     replays: int = REPLAYS,
-) -> Record:
+) -> VerifyRecord:
     """Verify ``subjects`` over the ranks of ``context``; every rank calls it, and every rank gets the whole record.
 
     Args:
@@ -120,7 +120,7 @@ def run(
         alike = [subject for subject in subjects if subject.stored is stored]
         if alike:
             cases += _run_alike(context, problem, stored, alike, advance, replays)
-    return Record(problem, list(_merged(context.group, cases)))
+    return VerifyRecord(problem, list(_merged(context.group, cases)))
 
 
 def _run_alike(

@@ -81,7 +81,7 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class Record:
+class VerifyRecord:
     """One run of the suite."""
 
     problem: Problem

@@ -18,7 +18,7 @@ from epfuse.verify.budget import Tolerance, after_sums, compare, dense_tolerance
 from epfuse.verify.experts import in_format, rank_mxfp8, rank_weights
 from epfuse.verify.oracle import add_experts, plain_numbers
 from epfuse.verify.problem import Problem
-from epfuse.verify.record import ORACLE, CaseResult, Record
+from epfuse.verify.record import ORACLE, CaseResult, VerifyRecord
 from epfuse.verify.scenarios import KINDS, OUTLIER, Scenario, make_scenarios
 from epfuse.verify.subject import Stored, Subject
 from epfuse.weights.experts import ExpertWeights
@@ -52,7 +52,7 @@ def run(
     advance: Callable[[], None] = lambda: None,
     scenarios: list[Scenario] | None = None,
     say: Callable[[str], None] = lambda what: None,
-) -> Record:
+) -> VerifyRecord:
     """Verify ``subjects``: on each rank, each scenario against the float64 oracle; then the sum over the ranks.
 
     Holds one rank's weights at a time, in the formats of the subjects that share an oracle, and per scenario its
@@ -70,7 +70,7 @@ def run(
     for stored in _kinds_stored(subjects):
         alike = [subject for subject in subjects if subject.stored is stored]
         cases += _run_alike(problem, stored, alike, scenarios, advance, say)
-    return Record(problem, cases)
+    return VerifyRecord(problem, cases)
 
 
 def _kinds_stored(subjects: tuple[Subject, ...]) -> list[Stored]:

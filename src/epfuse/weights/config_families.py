@@ -147,7 +147,7 @@ def _latent_width(config: Fields) -> int:
 
 @checks_enums
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """How a family's config.json is read.
 
     Attributes:
@@ -176,75 +176,75 @@ class Family:
 
 
 _SPARSE_BLOCK = "block_sparse_moe.experts"
-_MINIMAX_M3 = Family(listed(every), ONLY_WIDTH, activation=swiglu_oai, shared=_one, module=_SPARSE_BLOCK)
-_DEEPSEEK = Family(after_first(3))
-_QWEN = Family(stepped, shared=shared_if("shared_expert_intermediate_size"))
-_QWEN_EVERY = Family(every, shared=shared_if("shared_expert_intermediate_size"))
-_QWEN_VL = Family(stepped)
-_FIRST_DENSE = Family(listed(after_first(1)))
-_GRANITE = Family(every, ONLY_WIDTH, shared=shared_if("shared_intermediate_size"), module=_SPARSE_BLOCK)
+_MINIMAX_M3 = ModelFamily(listed(every), ONLY_WIDTH, activation=swiglu_oai, shared=_one, module=_SPARSE_BLOCK)
+_DEEPSEEK = ModelFamily(after_first(3))
+_QWEN = ModelFamily(stepped, shared=shared_if("shared_expert_intermediate_size"))
+_QWEN_EVERY = ModelFamily(every, shared=shared_if("shared_expert_intermediate_size"))
+_QWEN_VL = ModelFamily(stepped)
+_FIRST_DENSE = ModelFamily(listed(after_first(1)))
+_GRANITE = ModelFamily(every, ONLY_WIDTH, shared=shared_if("shared_intermediate_size"), module=_SPARSE_BLOCK)
 
 FAMILIES = {
-    "afmoe": Family(after_first(1, "num_dense_layers")),
-    "aria_text": Family(every, ONLY_WIDTH),
+    "afmoe": ModelFamily(after_first(1, "num_dense_layers")),
+    "aria_text": ModelFamily(every, ONLY_WIDTH),
     "axk1": _FIRST_DENSE,
     "axk2": _FIRST_DENSE,
-    "bailing_hybrid": Family(listed(after_first(2))),
-    "beam": Family(listed(after_first(3))),
-    "cohere2_moe": Family(listed(after_first(0)), ONLY_WIDTH),
-    "deepseek_ocr2_text": Family(listed(after_first(1))),
-    "deepseek_v2": Family(after_first(0)),
+    "bailing_hybrid": ModelFamily(listed(after_first(2))),
+    "beam": ModelFamily(listed(after_first(3))),
+    "cohere2_moe": ModelFamily(listed(after_first(0)), ONLY_WIDTH),
+    "deepseek_ocr2_text": ModelFamily(listed(after_first(1))),
+    "deepseek_v2": ModelFamily(after_first(0)),
     "deepseek_v3": _DEEPSEEK,
-    "deepseek_v32": Family(listed(after_first(3))),
-    "deepseek_v4": Family(listed(every), activation=clamped_silu, module="ffn.experts"),
-    "diffusion_gemma_text": Family(every, activation=gelu_tanh, module="experts"),
-    "dots1": Family(after_first(0)),
+    "deepseek_v32": ModelFamily(listed(after_first(3))),
+    "deepseek_v4": ModelFamily(listed(every), activation=clamped_silu, module="ffn.experts"),
+    "diffusion_gemma_text": ModelFamily(every, activation=gelu_tanh, module="experts"),
+    "dots1": ModelFamily(after_first(0)),
     "dots3_note_text": _FIRST_DENSE,
-    "ernie4_5_moe": Family(ernie),
+    "ernie4_5_moe": ModelFamily(ernie),
     "exaone_moe": _FIRST_DENSE,
-    "flex_olmo": Family(every, ONLY_WIDTH),
-    "flint": Family(
+    "flex_olmo": ModelFamily(every, ONLY_WIDTH),
+    "flint": ModelFamily(
         lambda config, layers: stepped(config, layers, (0, 1)), shared=shared_if("shared_expert_intermediate_size")
     ),
-    "gemma4_text": Family(every_if("enable_moe_block"), activation=gelu_tanh, module="experts"),
-    "glm4_moe": Family(after_first(1)),
+    "gemma4_text": ModelFamily(every_if("enable_moe_block"), activation=gelu_tanh, module="experts"),
+    "glm4_moe": ModelFamily(after_first(1)),
     "glm4_moe_lite": _FIRST_DENSE,
-    "glm4v_moe_text": Family(after_first(1)),
-    "glm5_next_text": Family(listed(after_first(3)), activation=clamped_silu),
-    "glm_moe_dsa": Family(listed(after_first(3))),
-    "gpt_oss": Family(every, ONLY_WIDTH, activation=swiglu_oai, gate_up=GateUpRows.ALTERNATING, has_bias=True),
+    "glm4v_moe_text": ModelFamily(after_first(1)),
+    "glm5_next_text": ModelFamily(listed(after_first(3)), activation=clamped_silu),
+    "glm_moe_dsa": ModelFamily(listed(after_first(3))),
+    "gpt_oss": ModelFamily(every, ONLY_WIDTH, activation=swiglu_oai, gate_up=GateUpRows.ALTERNATING, has_bias=True),
     "granitemoe": _GRANITE,
     "granitemoe_swa": _GRANITE,
     "granitemoehybrid": _GRANITE,
     "granitemoeshared": _GRANITE,
-    "hunyuan_v1_moe": Family(every, (*ONLY_WIDTH, *OWN_WIDTH), shared=_one),
+    "hunyuan_v1_moe": ModelFamily(every, (*ONLY_WIDTH, *OWN_WIDTH), shared=_one),
     "hy_v3": _FIRST_DENSE,
-    "hy_v4": Family(listed(after_first(1)), activation=clamped_silu),
-    "inkling2_text": Family(every, activation=softcapped),
-    "inkling_text": Family(listed(every)),
-    "jamba": Family(periodic, ONLY_WIDTH, module="feed_forward.experts"),
+    "hy_v4": ModelFamily(listed(after_first(1)), activation=clamped_silu),
+    "inkling2_text": ModelFamily(every, activation=softcapped),
+    "inkling_text": ModelFamily(listed(every)),
+    "jamba": ModelFamily(periodic, ONLY_WIDTH, module="feed_forward.experts"),
     "kimi_k2": _DEEPSEEK,
-    "kimi_linear": Family(listed(after_first(1)), module=_SPARSE_BLOCK),
+    "kimi_linear": ModelFamily(listed(after_first(1)), module=_SPARSE_BLOCK),
     "kolibri1": _QWEN_EVERY,
-    "laguna": Family(listed(after_first(1)), shared=shared_if("shared_expert_intermediate_size")),
-    "lfm2_moe": Family(after_first(2, "num_dense_layers"), module="feed_forward.experts"),
-    "llama4_text": Family(interleaved, ONLY_WIDTH, shared=_one, module="feed_forward.experts", weights_input=True),
-    "mellum": Family(listed(every)),
+    "laguna": ModelFamily(listed(after_first(1)), shared=shared_if("shared_expert_intermediate_size")),
+    "lfm2_moe": ModelFamily(after_first(2, "num_dense_layers"), module="feed_forward.experts"),
+    "llama4_text": ModelFamily(interleaved, ONLY_WIDTH, shared=_one, module="feed_forward.experts", weights_input=True),
+    "mellum": ModelFamily(listed(every)),
     "mimo_v2_flash": _FIRST_DENSE,
-    "minimax": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
-    "minimax_m2": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
+    "minimax": ModelFamily(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
+    "minimax_m2": ModelFamily(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
     "minimax_m3": _MINIMAX_M3,
     "minimax_m3_text": _MINIMAX_M3,
     "minimax_m3_vl_text": _MINIMAX_M3,
-    "mistral4": Family(after_first(0)),
+    "mistral4": ModelFamily(after_first(0)),
     "mistral_large4_text": _FIRST_DENSE,
-    "mixtral": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
-    "nemotron_h": Family(
+    "mixtral": ModelFamily(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
+    "nemotron_h": ModelFamily(
         by_block_type, hidden=_latent_width, count=listed_blocks, activation=relu2, module="mixer.experts"
     ),
-    "olmoe": Family(every, ONLY_WIDTH),
-    "openai_privacy_filter": Family(every, ONLY_WIDTH, activation=swiglu_oai, has_bias=True),
-    "phimoe": Family(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
+    "olmoe": ModelFamily(every, ONLY_WIDTH),
+    "openai_privacy_filter": ModelFamily(every, ONLY_WIDTH, activation=swiglu_oai, has_bias=True),
+    "phimoe": ModelFamily(every, ONLY_WIDTH, module=_SPARSE_BLOCK),
     "qwen2_moe": _QWEN,
     "qwen3_5_moe_text": _QWEN_EVERY,
     "qwen3_moe": _QWEN,
@@ -252,10 +252,10 @@ FAMILIES = {
     "qwen3_omni_moe_text": _QWEN_VL,
     "qwen3_vl_moe_text": _QWEN_VL,
     "qwen4_exp_text": _QWEN_EVERY,
-    "solar_open": Family(every),
-    "step3p5": Family(listed(after_first(3)), activation=silu_with_step_limits, shared=_one, module="moe"),
+    "solar_open": ModelFamily(every),
+    "step3p5": ModelFamily(listed(after_first(3)), activation=silu_with_step_limits, shared=_one, module="moe"),
     "unlimited_ocr_text": _FIRST_DENSE,
-    "zaya": Family(every),
+    "zaya": ModelFamily(every),
 }
 """Model type of the language model -> how its config.json is read."""
 

@@ -16,7 +16,7 @@ from epfuse.config import Activation, Bias, LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_object
 from epfuse.weights.checkpoint_format import Checkpoint
-from epfuse.weights.config_families import EXPERTS, FAMILIES, NESTED, ONLY_WIDTH, OUTER, OWN_WIDTH, TOP_K, Family
+from epfuse.weights.config_families import EXPERTS, FAMILIES, NESTED, ONLY_WIDTH, OUTER, OWN_WIDTH, TOP_K, ModelFamily
 from epfuse.weights.config_fields import Fields
 from epfuse.weights.config_format import experts_format
 from epfuse.weights.config_layers import MOST_LAYERS
@@ -165,7 +165,7 @@ def read_layer(path: Path) -> tuple[str, LayerShape, Checkpoint | None]:
     shape = LayerShape(hidden, width, experts, experts, config.size(*TOP_K))
     try:
         layers = config.size("num_hidden_layers", most=MOST_LAYERS, default=1)
-        modules = ExpertModules(tuple(range(layers)), Family.module if family is None else family.module)
+        modules = ExpertModules(tuple(range(layers)), ModelFamily.module if family is None else family.module)
         checkpoint = experts_format(_quantization(content, config, None), modules)
     except ConfigError:
         checkpoint = None
@@ -221,7 +221,7 @@ def _one_model(content: Fields) -> None:
         parts = [(f"{key}.{name}", part) for key, value in inner for name, part in value.items()]
 
 
-def _sizes(kind: str, config: Fields, family: Family) -> tuple[ExpertModel, ExpertModules]:
+def _sizes(kind: str, config: Fields, family: ModelFamily) -> tuple[ExpertModel, ExpertModules]:
     layers = family.count(config)
     moe_layers = family.layers(config, layers)
     if not moe_layers:

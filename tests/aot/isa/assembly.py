@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from epfuse.aot.isa.counts import Counts
+from epfuse.aot.isa.counts import LaunchCounts
 from epfuse.aot.isa.hazards import Outstanding, Recent
 from epfuse.aot.isa.memory import Memory
 from epfuse.aot.isa.program import Program, parse
@@ -97,7 +97,7 @@ def execute(
         memory: of the device.
         lds: what LDS holds.
     """
-    group = Workgroup(0, len(lds), memory or Memory(), Counts())
+    group = Workgroup(0, len(lds), memory or Memory(), LaunchCounts())
     group.data[: len(lds)] = np.frombuffer(lds, np.uint8)
     group.undefined[:] = 0
     group.memory.begin()

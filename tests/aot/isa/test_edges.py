@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from epfuse.aot.isa.counts import Counts
+from epfuse.aot.isa.counts import LaunchCounts
 from epfuse.aot.isa.definedness import Definedness
 from epfuse.aot.isa.edges import _sized, _trapped
 from epfuse.aot.isa.expected import compare, expected
@@ -56,7 +56,7 @@ def finished(recorded: Recorded, values: torch.Tensor) -> Launched:
     after = tuple(
         replace(region, data=data, defined=defined) if region.name == "out" else region for region in recorded.before
     )
-    return Launched(recorded, after, Counts())
+    return Launched(recorded, after, LaunchCounts())
 
 
 @pytest.mark.parametrize("columns", [96, 32, 0])

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from epfuse.aot.isa.cases import CaseRecord, Found, Layer, run_case
+from epfuse.aot.isa.cases import CaseRecord, Found, LayerCase, run_case
 from epfuse.aot.isa.inject import Fault, FaultRecord, Injected
 from epfuse.aot.isa.kept import Kept
 from epfuse.aot.isa.layers import EXACT, Exact
@@ -43,7 +43,7 @@ def executed() -> tuple[Found, list[str]]:
             outcomes.append("mismatch" if wrong else "")
         except IsaError as error:
             outcomes.append(type(error).__name__)
-    return run_case(Layer(SMALL), 1, Kept(None, "")), outcomes
+    return run_case(LayerCase(SMALL), 1, Kept(None, "")), outcomes
 
 
 def test_a_layer_executes_without_a_mismatch_and_a_broken_one_does_not() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from epfuse.aot.isa import gate
-from epfuse.aot.isa.cases import Budget, Combining, Layer, Routing
+from epfuse.aot.isa.cases import BudgetCase, Combining, LayerCase, RoutingCase
 from epfuse.aot.isa.inject import KINDS, kinds_of, share, subjects
 from epfuse.aot.isa.program import parse
 from epfuse.aot.launches import Launch
@@ -30,7 +30,7 @@ def launched() -> tuple[set[Launch], set[Launch]]:
 
     meta, found = torch.device("meta"), set()
     cases = gate.every_case(0)
-    for layer in (case for case in cases if isinstance(case, Layer)):
+    for layer in (case for case in cases if isinstance(case, LayerCase)):
         exact = layer.exact
 
         def call(exact=exact) -> None:  # type: ignore[no-untyped-def]
@@ -57,7 +57,7 @@ def launched() -> tuple[set[Launch], set[Launch]]:
             launch_combine(rows, ids, slots, exact.shape.local_experts, out)
 
         found |= set(launches_of(Target.GFX942, combine))
-    for case in (case for case in cases if isinstance(case, Routing)):
+    for case in (case for case in cases if isinstance(case, RoutingCase)):
 
         def route(case=case) -> None:  # type: ignore[no-untyped-def]
             ids = torch.empty(case.tokens, case.shape.top_k, dtype=torch.int32, device=meta)
@@ -84,15 +84,15 @@ def test_the_gate_executes_every_machine_code_that_a_call_can_launch() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_every_share_has_every_way_and_every_kernel(seed: int) -> None:
     cases = gate.share(seed)
-    exact = [case.exact for case in cases if isinstance(case, Layer)]
+    exact = [case.exact for case in cases if isinstance(case, LayerCase)]
     assert {(each.path, each.form, each.combine) for each in exact} == {
         (subject.path, subject.form, subject.combine) for subject in gate.SUBJECTS
     }
     assert {each.dtype for each in exact} == {torch.bfloat16, torch.float16, torch.float32}
     assert any(each.combine is Combine.ATOMIC for each in exact)
-    others = [case.problem for case in cases if isinstance(case, Budget)] + exact
+    others = [case.problem for case in cases if isinstance(case, BudgetCase)] + exact
     assert sum(type(each.activation) is not SwiGLUOAI or each.bias is Bias.ADDED for each in others) == 2
-    routes = [case.tokens * case.shape.top_k for case in cases if isinstance(case, Routing)]
+    routes = [case.tokens * case.shape.top_k for case in cases if isinstance(case, RoutingCase)]
     assert min(routes) <= 4096 < max(routes)  # route_kernel; count_kernel and place_kernel
     assert any(each.tokens != gate.FEW for each in exact)
     names = [case.name for case in gate.every_case(seed)]

@@ -10,7 +10,7 @@ import pytest
 from epfuse.aot.isa.cases import Found, run_case
 from epfuse.aot.isa.inject import Fault, Injected
 from epfuse.aot.isa.kept import Kept, run_of
-from epfuse.aot.isa.work import Work
+from epfuse.aot.isa.work import GemmWork
 from epfuse.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ class Counted:
         self.times += 1
         found.failures.append("one element differs")
         found.hashes["00ff"] = "down_kernel"
-        found.work.append(Work("down_kernel", 4, {"matrix": 2}, 1, 128, 1, 3, 0))
+        found.work.append(GemmWork("down_kernel", 4, {"matrix": 2}, 1, 128, 1, 3, 0))
 
 
 def test_a_case_is_executed_once(tmp_path: Path) -> None:

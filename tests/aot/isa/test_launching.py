@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from epfuse.aot.isa.counts import Counts
+from epfuse.aot.isa.counts import LaunchCounts
 from epfuse.aot.isa.definedness import Definedness
 from epfuse.aot.isa.errors import ExecutionError
 from epfuse.aot.isa.expected import compare, expected
@@ -111,7 +111,7 @@ def finished(recorded: Recorded, values: torch.Tensor) -> Launched:
         replace(region, data=data, defined=np.ones(data.size, np.bool_)) if region.name == "out" else region
         for region in recorded.before
     ]
-    return Launched(recorded, tuple(after), Counts())
+    return Launched(recorded, tuple(after), LaunchCounts())
 
 
 def test_a_launch_is_held_against_its_stages_reference() -> None:
@@ -125,7 +125,7 @@ def test_a_launch_is_held_against_its_stages_reference() -> None:
     [found] = compare(finished(recorded, wrong), wanted)
     assert (found.argument, found.wrong, found.missing, found.stray) == ("out", 1, 0, 0)
     assert "[1, 3]" in str(found)
-    [lost] = compare(Launched(recorded, recorded.before, Counts()), wanted)
+    [lost] = compare(Launched(recorded, recorded.before, LaunchCounts()), wanted)
     assert lost.missing == 16
 
 

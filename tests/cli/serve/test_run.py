@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from epfuse.cli.main import main
-from epfuse.serving.journal import State, read_journal
+from epfuse.serving.journal import PointState, read_journal
 from epfuse.serving.layout import RunFolder
 from tests.serving import stub_job
 from tests.serving.small_runs import make_run, open_run
@@ -47,7 +47,7 @@ def serve(*words: object) -> Result:
     return CliRunner().invoke(main, ["serve", *map(str, words)])
 
 
-def states(folder: RunFolder) -> list[State]:
+def states(folder: RunFolder) -> list[PointState]:
     return [change.state for change in read_journal(folder.journal).points.values()]
 
 
@@ -56,7 +56,7 @@ def background(folder: RunFolder, python: str, command: str = "resume") -> subpr
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait(folder: RunFolder, state: State) -> None:
+def wait(folder: RunFolder, state: PointState) -> None:
     end = time.monotonic() + 120
     while state not in states(folder):
         assert time.monotonic() < end
@@ -87,7 +87,7 @@ def test_resume_runs_what_is_left_and_status_says_so(tmp_path: Path, python: str
     assert before.exit_code == 75
     assert not json.loads(before.stdout)["finished"]
     assert serve("resume", folder.path, "--python", python, "--poll", "0.1").exit_code == 0
-    assert states(folder) == [State.DONE, State.DONE]
+    assert states(folder) == [PointState.DONE, PointState.DONE]
     assert Counter(event for event, _, _ in events(folder.path / "points")) == {"start": 2, "claim": 2, "end": 2}
 
 
@@ -96,7 +96,7 @@ def test_a_failed_point_is_exit_code_1_and_runs_again_only_when_asked(tmp_path: 
     result = serve("resume", folder.path, "--python", python, "--poll", "0.1")
     assert result.exit_code == 1, result.output
     assert "wrong answers" in result.stdout
-    assert states(folder) == [State.DONE, State.GATED_OUT]
+    assert states(folder) == [PointState.DONE, PointState.GATED_OUT]
     assert serve("resume", folder.path, "--python", python, "--poll", "0.1").exit_code == 1
     (folder.path / "points" / "stub.json").write_text("{}")
     assert serve("resume", folder.path, "--again", "--python", python, "--poll", "0.1").exit_code == 0
@@ -111,7 +111,7 @@ def test_a_failed_point_is_exit_code_1_and_runs_again_only_when_asked(tmp_path: 
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, python: str) -> None:
     folder = new_run(tmp_path, seconds=2.0)
     with background(folder, python) as process:
-        wait(folder, State.RUNNING)
+        wait(folder, PointState.RUNNING)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -124,7 +124,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, python: str) ->
 def test_a_killed_dispatcher_is_said_and_its_job_is_found(tmp_path: Path, python: str) -> None:
     folder = new_run(tmp_path, seconds=2.0)
     with background(folder, python) as process:
-        wait(folder, State.RUNNING)
+        wait(folder, PointState.RUNNING)
         process.kill()
         process.communicate()
     assert serve("resume", folder.path, "--python", python, "--poll", "0.1").exit_code == 0
@@ -136,7 +136,7 @@ def test_a_killed_dispatcher_is_said_and_its_job_is_found(tmp_path: Path, python
 def test_a_cancel_beside_a_dispatcher_is_done_by_it(tmp_path: Path, python: str) -> None:
     folder = new_run(tmp_path, seconds=60)
     with background(folder, python) as process:
-        wait(folder, State.RUNNING)
+        wait(folder, PointState.RUNNING)
         refused = serve("resume", folder.path)
         assert refused.exit_code == 2
         assert f"is being run by process {process.pid}" in refused.stderr
@@ -144,18 +144,18 @@ def test_a_cancel_beside_a_dispatcher_is_done_by_it(tmp_path: Path, python: str)
         process.communicate(timeout=120)
     assert process.returncode == 1
     assert result.exit_code == 1
-    assert states(folder) == [State.CANCELLED, State.CANCELLED]
+    assert states(folder) == [PointState.CANCELLED, PointState.CANCELLED]
 
 
 def test_a_cancel_without_a_dispatcher_ends_the_job_itself(tmp_path: Path, python: str) -> None:
     folder = new_run(tmp_path, seconds=60)
     with background(folder, python) as process:
-        wait(folder, State.RUNNING)
+        wait(folder, PointState.RUNNING)
         process.kill()
         process.communicate()
     result = serve("cancel", folder.path, "a", "--poll", "0.1", "--python", python)
     assert result.exit_code == 75, result.output  # b is still planned
-    assert states(folder) == [State.CANCELLED, State.PLANNED]
+    assert states(folder) == [PointState.CANCELLED, PointState.PLANNED]
     assert serve("cancel", folder.path, "c").exit_code == 2
 
 
@@ -212,7 +212,7 @@ def test_a_launcher_that_does_not_answer_is_exit_code_75(
     assert "is DOWN" in result.stdout
     lock, journal = open_run(folder)
     with lock, journal:
-        assert journal.history.points["a"].state is State.PLANNED
+        assert journal.history.points["a"].state is PointState.PLANNED
 
 
 def test_the_demonstration_brings_its_own_points(tmp_path):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from epfuse.integrations.interfaces import Use, What
+from epfuse.integrations.interfaces import InterfaceUse, What
 from epfuse.integrations.vllm.interfaces import USES, VLLM
 
 
-def use_of(of: str, what: What) -> Use:
+def use_of(of: str, what: What) -> InterfaceUse:
     """The one use of that name."""
     (found,) = (use for use in USES if use.of == of and use.what is what)
     return found
 
 
-def write_package(package: Path, release: str, changed: dict[Use, tuple[str, ...]] | None = None) -> None:
+def write_package(package: Path, release: str, changed: dict[InterfaceUse, tuple[str, ...]] | None = None) -> None:
     """A ``vllm`` directory with the interfaces of ``release``, but for those that are ``changed``."""
     known = VLLM.known[release]
     sources: dict[str, dict[str, list[str]]] = {}

@@ -12,7 +12,7 @@ import vllm.platforms
 from click.testing import CliRunner
 from tools.vllm_on_gpu import __main__ as script
 from tools.vllm_on_gpu.checks import Cases, check_candidate, poison_workspaces, reserve_workspaces
-from tools.vllm_on_gpu.kernels import Builder, Candidate
+from tools.vllm_on_gpu.kernels import Builder, ExpertsCandidate
 from vllm.model_executor.layers.fused_moe.experts import marlin_moe
 from vllm.model_executor.layers.quantization.utils import marlin_utils_fp8
 from vllm.v1.worker import workspace
@@ -20,12 +20,11 @@ from vllm.v1.worker import workspace
 import epfuse.api
 import epfuse.bench.run
 from epfuse import ExpertMap, ExpertWeights, Path, fused_experts
-from epfuse.bench.contender import Kind
+from epfuse.bench.contender import ContenderKind
 from epfuse.bench.inputs import draw_inputs
 from epfuse.bench.layers import LAYERS, Layer
-from epfuse.bench.measure import Measured, Method, Timing
-from epfuse.bench.routing import Kind as Spread
-from epfuse.bench.routing import Routing
+from epfuse.bench.measure import Measured, Timing, TimingMethod
+from epfuse.bench.routing import Routing, RoutingKind
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.integrations.vllm import releases
@@ -51,7 +50,7 @@ def weights(monkeypatch) -> LayerWeights:
 
 
 @pytest.fixture
-def candidates(weights, monkeypatch) -> list[Candidate]:
+def candidates(weights, monkeypatch) -> list[ExpertsCandidate]:
     """All five, called through vLLM's modular kernel, with PyTorch in place of compiled operators."""
     plain = ExpertWeights.bf16(*Builder(weights, TARGET)._dense())
     real = inspect.signature(marlin_moe.fused_marlin_moe)
@@ -82,7 +81,7 @@ def candidates(weights, monkeypatch) -> list[Candidate]:
 
 
 def inputs_for(tokens: int) -> list:
-    return draw_inputs(LAYER, Routing(Spread.UNIFORM), tokens, 0, CPU, 0)
+    return draw_inputs(LAYER, Routing(RoutingKind.UNIFORM), tokens, 0, CPU, 0)
 
 
 def test_everyone_is_right_in_poisoned_locked_workspaces(candidates, weights):
@@ -102,7 +101,7 @@ def test_everyone_is_right_in_poisoned_locked_workspaces(candidates, weights):
         assert all(check.ok for check in checks), checks
         names = [check.what for check in checks]
         assert names[:3] == ["eager", "replay", "replay, other routing"]
-        assert ("replay, padding rows" in names) == (candidate.kind is Kind.PATH)
+        assert ("replay, padding rows" in names) == (candidate.kind is ContenderKind.PATH)
 
 
 def test_poison_reaches_what_apply_is_given(candidates):
@@ -155,7 +154,7 @@ def quick_times(monkeypatch):
     """Every timing is one call of each of two inputs."""
 
     def time_calls(calls, device, sampling, method):
-        assert method is Method.PLAIN
+        assert method is TimingMethod.PLAIN
         return Measured(Timing.of([1e-3, 2e-3], len(calls), method), [call() for call in calls])
 
     monkeypatch.setattr(epfuse.bench.run, "time_calls", time_calls)
@@ -167,7 +166,7 @@ def test_a_whole_run(candidates, weights, quick_times, monkeypatch, tmp_path, ca
     monkeypatch.setitem(LAYERS, "tiny", LAYER)
     monkeypatch.setattr(script, "ODD_TOKENS", 3)
     monkeypatch.setattr(script, "_candidates", lambda device: (weights, candidates))
-    run, file = script.Run(), tmp_path / "record.json"
+    run, file = script.RunFindings(), tmp_path / "record.json"
     script.measure(run, (5,), CPU, float("inf"), file)
     assert run.ok
     record = json.loads(file.read_text())
@@ -188,11 +187,11 @@ def test_no_time_is_begun_after_the_budget_and_nothing_wrong_is_timed(
     monkeypatch.setitem(LAYERS, "tiny", LAYER)
     monkeypatch.setattr(script, "ODD_TOKENS", 3)
     monkeypatch.setattr(script, "_candidates", lambda device: (weights, [wrong]))
-    run = script.Run()
+    run = script.RunFindings()
     script.measure(run, (3,), CPU, float("inf"), None)
     assert run.record.rows[0].time is None
     assert not run.ok
-    late = script.Run()
+    late = script.RunFindings()
     script.measure(late, (3,), CPU, 0.0, None)
     assert late.left_out == [3]
     assert not late.record.complete

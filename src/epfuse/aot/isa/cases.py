@@ -15,7 +15,7 @@ from epfuse.aot.isa.expected import mismatches, same
 from epfuse.aot.isa.kept import Kept
 from epfuse.aot.isa.layers import EXACT, Exact
 from epfuse.aot.isa.recorded import Launched
-from epfuse.aot.isa.work import Work, work_of
+from epfuse.aot.isa.work import GemmWork, work_of
 from epfuse.api import fused_experts
 from epfuse.config import Bias, Combine, LayerShape, SwiGLUOAI
 from epfuse.expert_map import ExpertMap
@@ -49,7 +49,7 @@ class Found:
     hashes: dict[str, str] = field(default_factory=dict)
     launches: int = 0
     instructions: int = 0
-    work: list[Work] = field(default_factory=list)
+    work: list[GemmWork] = field(default_factory=list)
     seconds: float = 0.0
 
     def judge(self, launches: list[Launched]) -> None:
@@ -118,7 +118,7 @@ def run_case(case: Case, seed: int, kept: Kept) -> Found:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerCase:
     """A layer call on exactly summable numbers: every launch, and the result, without one mismatch.
 
     Attributes:
@@ -174,7 +174,7 @@ class Edges:
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingCase:
     """The routing kernels alone: every size of their tiles.
 
     Attributes:
@@ -282,7 +282,7 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetCase:
     """General numbers: `epfuse verify`'s scenarios, rank by rank and summed, within its budgets.
 
     Attributes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Counts:
+class LaunchCounts:
     """Work of one launch, all waves together.
 
     Attributes:

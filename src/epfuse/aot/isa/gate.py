@@ -11,7 +11,18 @@ import torch
 
 from epfuse.aot.calls import KINDS as LAYER_KINDS
 from epfuse.aot.calls import Call, other_kinds
-from epfuse.aot.isa.cases import Budget, Case, CaseRecord, Combining, Edges, Found, Layer, Routing, Shards, run_case
+from epfuse.aot.isa.cases import (
+    BudgetCase,
+    Case,
+    CaseRecord,
+    Combining,
+    Edges,
+    Found,
+    LayerCase,
+    RoutingCase,
+    Shards,
+    run_case,
+)
 from epfuse.aot.isa.edges import FEWER, NARROW, STEPS, TARGET, Gemm
 from epfuse.aot.isa.kept import Kept
 from epfuse.aot.isa.layers import GAINS, Exact
@@ -80,7 +91,7 @@ ROUTES: list[tuple[int, int]] = [
 DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def layers(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iterator[Layer]:
+def layers(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iterator[LayerCase]:
     """A layer for every machine code of a GEMM: way, sizes, dtype, tile."""
     for subject, sizes, (tokens, block_m) in product(SUBJECTS, all_sizes.values(), TILES.items()):
         for dtype in DTYPES if subject.form is WeightFormat.DENSE else DTYPES[:1]:
@@ -90,21 +101,21 @@ def layers(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iter
             yield _layer(subject, dtype, sizes[subject.path], tokens, live, seed)
 
 
-def tails(seed: int) -> Iterator[Layer]:
+def tails(seed: int) -> Iterator[LayerCase]:
     """Layers whose H and I are under one step of the loops."""
     for subject in SUBJECTS:
         if subject.path is not Path.BLOCK_FP8:
             yield _layer(subject, torch.bfloat16, (TAIL, TAIL), FEW, LIVE, seed)
 
 
-def kinds(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iterator[Layer]:
+def kinds(seed: int, all_sizes: dict[str, dict[Path, tuple[int, int]]]) -> Iterator[LayerCase]:
     """A layer for each kind of machine code with biases or another activation than SwiGLU-OAI, in the smallest tile."""
     for call in other_calls():
         activation, bias = LAYER_KINDS[call.kind]
         [exactly] = [each for each in GAINS if type(each) is type(activation)]
         subject = Subject(call.path, Stored.MXFP8, call.form)
         layer = _layer(subject, torch.bfloat16, all_sizes["masked"][call.path], FEW, LIVE, seed)
-        yield Layer(replace(layer.exact, activation=exactly, bias=bias))
+        yield LayerCase(replace(layer.exact, activation=exactly, bias=bias))
 
 
 def other_calls() -> list[Call]:
@@ -123,9 +134,11 @@ def gemms(seed: int) -> list[Gemm]:
     return found
 
 
-def _layer(subject: Subject, dtype: torch.dtype, sizes: tuple[int, int], tokens: int, live: int, seed: int) -> Layer:
+def _layer(
+    subject: Subject, dtype: torch.dtype, sizes: tuple[int, int], tokens: int, live: int, seed: int
+) -> LayerCase:
     shape = LayerShape(*sizes, EXPERTS, LOCAL, TOP_K)
-    return Layer(Exact(subject.path, subject.form, dtype, subject.combine, shape, tokens, live, seed))
+    return LayerCase(Exact(subject.path, subject.form, dtype, subject.combine, shape, tokens, live, seed))
 
 
 def combines(seed: int) -> Iterator[Combining]:
@@ -134,11 +147,11 @@ def combines(seed: int) -> Iterator[Combining]:
         yield Combining(_layer(SUBJECTS[0], dtype, (WIDE, TAIL), MANY, LIVE, seed).exact)
 
 
-def routings(seed: int) -> Iterator[Routing]:
+def routings(seed: int) -> Iterator[RoutingCase]:
     """Every size of the routing kernels."""
     shape = LayerShape(32, 32, EXPERTS, LOCAL, TOP_K)
     for tokens, block_m in ROUTES:
-        yield Routing(tokens, block_m, shape, seed)
+        yield RoutingCase(tokens, block_m, shape, seed)
 
 
 def shards(seed: int) -> Shards:
@@ -147,21 +160,21 @@ def shards(seed: int) -> Shards:
     return Shards(Exact(Path.BF16, WeightFormat.DENSE, torch.float32, Combine.DETERMINISTIC, shape, 3, 0, seed))
 
 
-def budgets(seed: int) -> Iterator[Budget]:
+def budgets(seed: int) -> Iterator[BudgetCase]:
     """Every way, every scenario of `epfuse verify`, on two ranks."""
     problem = Problem(160, 96, 4, 2, 2, (3,), torch.bfloat16, torch.device("cpu"), seed)
     for subject, scenario in product(SUBJECTS, KINDS):
-        yield Budget(problem, subject, (scenario,))
+        yield BudgetCase(problem, subject, (scenario,))
 
 
-def other_budgets(seed: int) -> Iterator[Budget]:
+def other_budgets(seed: int) -> Iterator[BudgetCase]:
     """Each other kind of layer, in a scenario that the seed draws."""
     draw = random.Random(seed)
     for call in other_calls():
         activation, bias = LAYER_KINDS[call.kind]
         problem = Problem(160, 96, 4, 2, 2, (3,), torch.bfloat16, torch.device("cpu"), seed, activation, bias)
         stored = Stored.DENSE if call.form is WeightFormat.DENSE else Stored.MXFP8
-        yield Budget(problem, Subject(call.path, stored, call.form), (draw.choice(list(KINDS)),))
+        yield BudgetCase(problem, Subject(call.path, stored, call.form), (draw.choice(list(KINDS)),))
 
 
 def every_case(seed: int) -> list[Case]:
@@ -182,7 +195,7 @@ def share(seed: int) -> list[Case]:
     """
     draw = random.Random(seed)
     found: list[Case] = []
-    by_way: dict[object, list[Layer]] = {}
+    by_way: dict[object, list[LayerCase]] = {}
     larger = []
     for layer in layers(seed, SHORT):
         exact = layer.exact

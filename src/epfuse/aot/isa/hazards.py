@@ -25,7 +25,7 @@ SCALAR_REGISTERS = (1 << 128) - 1 & ~(3 << EXEC)
 
 
 @dataclass(slots=True)
-class Request:
+class PendingAccess:
     """A memory instruction that has not been waited for.
 
     Attributes:
@@ -50,12 +50,12 @@ class Outstanding:
     __slots__ = ("lds", "pending", "vector", "waited")
 
     def __init__(self) -> None:
-        self.vector: list[Request] = []
-        self.lds: list[Request] = []
+        self.vector: list[PendingAccess] = []
+        self.lds: list[PendingAccess] = []
         self.pending: int = 0
         self.waited: dict[str, int] = {"vmcnt": 0, "lgkmcnt": 0}
 
-    def ask(self, request: Request, *, vector: bool) -> None:
+    def ask(self, request: PendingAccess, *, vector: bool) -> None:
         """Note a request."""
         (self.vector if vector else self.lds).append(request)
         self.pending |= request.targets
@@ -67,7 +67,7 @@ class Outstanding:
         if "lgkmcnt" in counts:
             self._finish("lgkmcnt", self._returned(counts["lgkmcnt"]))
 
-    def _returned(self, left: int) -> list[Request]:
+    def _returned(self, left: int) -> list[PendingAccess]:
         """What LGKMCNT at ``left`` is sure to have covered."""
         if not left:
             return list(self.lds)
@@ -75,7 +75,7 @@ class Outstanding:
         shared = [each for each in self.lds if not each.scalar]
         return shared[: max(0, len(shared) - left)]
 
-    def _finish(self, counter: str, done: list[Request]) -> None:
+    def _finish(self, counter: str, done: list[PendingAccess]) -> None:
         if not done:
             return
         self.waited[counter] += 1

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epfuse.aot.isa.errors import AccessError
-from epfuse.aot.isa.hazards import Request
+from epfuse.aot.isa.hazards import PendingAccess
 from epfuse.aot.isa.operands import expect, register, unknown
 from epfuse.aot.isa.program import Instruction
 from epfuse.aot.isa.registers import EXEC, LANES, VECTORS, Register
@@ -84,7 +84,7 @@ def _access(name: str, instruction: Instruction, way: str, two: str | None, widt
             for ticket in tickets:
                 group.done(ticket)
 
-        wave.waits.ask(Request(registers if reads else 0, instruction.line, settle=settle), vector=False)
+        wave.waits.ask(PendingAccess(registers if reads else 0, instruction.line, settle=settle), vector=False)
 
     refuse = refuse_undefined(address.mask, instruction, "an LDS address")
     pointer_reads = address.mask | 3 << EXEC
@@ -225,7 +225,7 @@ def _add(name: str, instruction: Instruction) -> Step:
         data, shadow = take(wave, value.row)
         np.add.at(group.words, places >> 2, data)
         np.bitwise_or.at(group.undefined_words, places >> 2, np.where(shadow != 0, np.uint32(0xFFFFFFFF), np.uint32(0)))
-        wave.waits.ask(Request(0, instruction.line, settle=lambda: group.done(ticket)), vector=False)
+        wave.waits.ask(PendingAccess(0, instruction.line, settle=lambda: group.done(ticket)), vector=False)
 
     refuse = refuse_undefined(address.mask, instruction, "an LDS address")
     return Step(instruction, name, "lds", run, address.mask | value.mask | 3 << EXEC, 0, refuse)
@@ -286,6 +286,6 @@ def _moved(
         shadow = np.where(there, wave.shadows[row][places], np.uint32(0))
         wave.write(target.row, value)
         wave.shade(target.row, shadow)
-        wave.waits.ask(Request(target.mask, instruction.line), vector=False)
+        wave.waits.ask(PendingAccess(target.mask, instruction.line), vector=False)
 
     return Step(instruction, name, "lds", run, reads | 3 << EXEC, target.mask, lambda wave: None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from epfuse.aot.isa.cases import CaseRecord
 from epfuse.aot.isa.inject import KINDS, FaultRecord
-from epfuse.aot.tables import Table
+from epfuse.aot.tables import TextTable
 from epfuse.verify.record import versions
 
 EVIDENCE = "gfx942: executed under an ISA model"
@@ -62,22 +62,24 @@ class ExecutionRecord:
             "ok": self.ok,
         }
 
-    def tables(self) -> Iterator[Table]:
+    def tables(self) -> Iterator[TextTable]:
         """The cases, the machine codes, the faults."""
         rows = []
         for case in self.cases:
             figures = (str(case.found.launches), f"{case.found.instructions:,}", f"{case.found.seconds:.1f}")
             rows.append((case.name, "pass" if case.ok else "FAIL", *figures))
-        yield Table(f"{EVIDENCE}, seed {self.seed}", ("case", "result", "launches", "wave instructions", "s"), rows)
+        yield TextTable(f"{EVIDENCE}, seed {self.seed}", ("case", "result", "launches", "wave instructions", "s"), rows)
         yield _work(self.cases)
         kernels = Counter(self.hashes.values())
-        yield Table("Machine codes that ran", ("kernel", "codes"), [(k, str(n)) for k, n in sorted(kernels.items())])
+        yield TextTable(
+            "Machine codes that ran", ("kernel", "codes"), [(k, str(n)) for k, n in sorted(kernels.items())]
+        )
         if self.faults is not None:
             yield _kinds(self.faults)
             yield _survivors(self.faults)
 
 
-def _work(cases: list[CaseRecord]) -> Table:
+def _work(cases: list[CaseRecord]) -> TextTable:
     kinds = ("matrix", "vector", "LDS", "memory", "scalar", "wait")
     rows = []
     for case in cases:
@@ -96,10 +98,12 @@ def _work(cases: list[CaseRecord]) -> Table:
                 )
             )
     columns = ("layer", "GEMM", *kinds, "weights asked, B", "in lines, B", "model, B", "lines/model", "LDS conflicts")
-    return Table("Wave instructions executed by the GEMMs, weights read, LDS passes lost to conflicts", columns, rows)
+    return TextTable(
+        "Wave instructions executed by the GEMMs, weights read, LDS passes lost to conflicts", columns, rows
+    )
 
 
-def _kinds(faults: FaultRecord) -> Table:
+def _kinds(faults: FaultRecord) -> TextTable:
     rows = []
     for kind in KINDS:
         ran = faults.of(kind)
@@ -109,9 +113,9 @@ def _kinds(faults: FaultRecord) -> Table:
         figures = (str(in_all), str(len(ran)), str(how.total()), f"{100 * faults.noticed(kind):.1f} %")
         rows.append((kind, *figures, words))
     title = f"Instructions dropped, one at a time, in {len(faults.kernels)} GEMMs"
-    return Table(title, ("kind", "in all", "dropped", "noticed", "share", "noticed as"), rows)
+    return TextTable(title, ("kind", "in all", "dropped", "noticed", "share", "noticed as"), rows)
 
 
-def _survivors(faults: FaultRecord) -> Table:
+def _survivors(faults: FaultRecord) -> TextTable:
     rows = [(kernel, fault.kind, f"`{fault.text}`", fault.reason) for kernel, fault in faults.survivors()]
-    return Table("Drops that nothing noticed", ("kernel", "kind", "instruction", "perhaps because"), rows)
+    return TextTable("Drops that nothing noticed", ("kernel", "kind", "instruction", "perhaps because"), rows)

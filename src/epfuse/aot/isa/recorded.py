@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from epfuse.aot.isa.counts import Counts
+from epfuse.aot.isa.counts import LaunchCounts
 from epfuse.aot.isa.definedness import Definedness
 from epfuse.aot.isa.kernarg import flatten, kernarg
 from epfuse.aot.isa.memory import BASE, Memory
@@ -113,7 +113,7 @@ class Recorded:
         segment = kernarg(program, values, self.grid, self.threads, self.lds_bytes)
         stored = 0
 
-        def see(counts: Counts) -> None:
+        def see(counts: LaunchCounts) -> None:
             nonlocal stored
             if watch is not None and counts.stored.total() > stored:
                 stored = counts.stored.total()
@@ -122,7 +122,7 @@ class Recorded:
         counts = launch(program, self.grid, self.threads, segment, memory, seed, lds_bytes=self.lds_bytes, watch=see)
         return self._launched(memory, addresses, counts)
 
-    def _launched(self, memory: Memory, addresses: list[int], counts: Counts) -> Launched:
+    def _launched(self, memory: Memory, addresses: list[int], counts: LaunchCounts) -> Launched:
         after = []
         for region, address in zip(self.before, addresses, strict=True):
             size = region.data.size
@@ -181,7 +181,7 @@ class Launched:
 
     recorded: Recorded
     after: tuple[Region, ...]
-    counts: Counts
+    counts: LaunchCounts
 
     def tensor(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy of an argument's tensor, and which of its elements are defined."""

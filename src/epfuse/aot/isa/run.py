@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from epfuse.aot.isa import flow, lds, mfma, salu, vector_forms, vmem
-from epfuse.aot.isa.counts import Counts
+from epfuse.aot.isa.counts import LaunchCounts
 from epfuse.aot.isa.errors import ExecutionError, HazardError, IsaError, UnknownInstruction
 from epfuse.aot.isa.hazards import Outstanding, Recent
 from epfuse.aot.isa.memory import Memory
@@ -87,8 +87,8 @@ def launch(
     *,
     lds_bytes: int,
     most_steps: int = MOST_STEPS,
-    watch: Callable[[Counts], None] | None = None,
-) -> Counts:
+    watch: Callable[[LaunchCounts], None] | None = None,
+) -> LaunchCounts:
     """Execute a kernel.
 
     A kernel whose arguments can be preloaded into scalar registers begins, for odd seeds, where they are.
@@ -112,7 +112,7 @@ def launch(
     """
     _check_launch(program, threads, kernarg)
     steps = decode(program)
-    counts = Counts()
+    counts = LaunchCounts()
     tally, idle = [0] * len(steps), [0] * len(steps)
     pointer = memory.place(np.frombuffer(kernarg, np.uint8), "kernarg", align=64)
     grain = min([4, *(step.facts["bytes"] for step in steps if "bytes" in step.facts)])

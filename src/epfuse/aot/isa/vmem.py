@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epfuse.aot.isa.errors import AccessError, IsaError
-from epfuse.aot.isa.hazards import Request
+from epfuse.aot.isa.hazards import PendingAccess
 from epfuse.aot.isa.lds import put, take
 from epfuse.aot.isa.memory import BASE
 from epfuse.aot.isa.operands import expect, mask_of, register, scalar_source, unknown
@@ -79,7 +79,7 @@ def _access(name: str, instruction: Instruction, space: str, way: str, width: st
                 settle = lambda: group.stored(grains)  # noqa: E731
             _count(wave, kept, size, loads)
         move(wave, data.row, where, inside, size, extend)
-        wave.waits.ask(Request(data.mask if loads else 0, instruction.line, settle=settle), vector=True)
+        wave.waits.ask(PendingAccess(data.mask if loads else 0, instruction.line, settle=settle), vector=True)
 
     refuse = refuse_undefined(pointers, instruction, "an address")
 
@@ -285,7 +285,7 @@ def _scalar_load(name: str, instruction: Instruction) -> Step:
             wave.shade_scalar(first + number, undefined[number])
         buffer = memory.buffer_of(address)
         group.counts.loaded["?" if buffer is None else buffer.name] += 4 * count
-        wave.waits.ask(Request(((1 << count) - 1) << first, instruction.line, scalar=True), vector=False)
+        wave.waits.ask(PendingAccess(((1 << count) - 1) << first, instruction.line, scalar=True), vector=False)
 
     reads = mask_of(pointer, offset)
     refuse = refuse_undefined(reads, instruction, "an address")

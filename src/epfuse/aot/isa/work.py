@@ -23,7 +23,7 @@ WEIGHTS = {"w13", "w2"}
 
 
 @dataclass(frozen=True)
-class Work:
+class GemmWork:
     """One launch of a GEMM.
 
     Attributes:
@@ -51,7 +51,7 @@ class Work:
         return dict(vars(self))
 
 
-def work_of(launched: Launched) -> Work | None:
+def work_of(launched: Launched) -> GemmWork | None:
     """None for a launch that multiplies no weights."""
     recorded, counts = launched.recorded, launched.counts
     names = [name for name in recorded.arguments if name.removesuffix("_scale") in WEIGHTS]
@@ -65,7 +65,7 @@ def work_of(launched: Launched) -> Work | None:
     active = len(set(recorded.tensor("block_expert")[:used].tolist()))
     experts = weights[0].shape[0]
     x, y, z = recorded.grid
-    return Work(
+    return GemmWork(
         kernel=recorded.program.name,
         waves=x * y * z * recorded.threads // 64,
         instructions=dict(kinds),

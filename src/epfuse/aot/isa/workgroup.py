@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from epfuse.aot.isa.counts import Counts
+from epfuse.aot.isa.counts import LaunchCounts
 from epfuse.aot.isa.errors import AccessError, HazardError
 from epfuse.aot.isa.memory import Memory, grains_of
 
@@ -26,7 +26,7 @@ class Workgroup:
         grain: bytes that are looked after together: the smallest access of the program, at most 4.
     """
 
-    def __init__(self, number: int, lds_bytes: int, memory: Memory, counts: Counts, grain: int = 1) -> None:
+    def __init__(self, number: int, lds_bytes: int, memory: Memory, counts: LaunchCounts, grain: int = 1) -> None:
         size = -(-lds_bytes // 16) * 16
         self.number = number
         self.size = lds_bytes

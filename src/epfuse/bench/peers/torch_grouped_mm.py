@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.bench.contender import PEER_TOLERANCE, Contender, Kind
+from epfuse.bench.contender import PEER_TOLERANCE, Contender, ContenderKind
 from epfuse.bench.inputs import Inputs
-from epfuse.bench.measure import Call, Method
-from epfuse.bench.roofline import Operand
+from epfuse.bench.measure import Call, TimingMethod
+from epfuse.bench.roofline import MatrixOperand
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import WeightFormat
 from epfuse.errors import MissingDependency
@@ -53,12 +53,12 @@ def make(weights: LayerWeights) -> Contender:
 
     return Contender(
         name=NAME,
-        kind=Kind.PEER,
+        kind=ContenderKind.PEER,
         weights="bf16",
         form=WeightFormat.DENSE,
-        operand=Operand.BF16,
+        operand=MatrixOperand.BF16,
         tolerance=PEER_TOLERANCE,
-        method=Method.GRAPH if weights.device.type == "cuda" else Method.PLAIN,
+        method=TimingMethod.GRAPH if weights.device.type == "cuda" else TimingMethod.PLAIN,
         bind=bind,
         note="plain PyTorch around torch's grouped product; the number of local rows is known to the host",
     )

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from epfuse.bench.contender import PEER_TOLERANCE, Contender, Kind
+from epfuse.bench.contender import PEER_TOLERANCE, Contender, ContenderKind
 from epfuse.bench.inputs import Inputs
-from epfuse.bench.measure import Call, Method
-from epfuse.bench.roofline import Operand
+from epfuse.bench.measure import Call, TimingMethod
+from epfuse.bench.roofline import MatrixOperand
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import SwiGLUOAI, WeightFormat, silu_gate
 from epfuse.errors import ConfigError, MissingDependency
@@ -51,12 +51,12 @@ def make(way: str, weights: LayerWeights) -> Contender:
     captured = weights.device.type == "cuda" and way != "eager"
     return Contender(
         name=f"transformers {way}",
-        kind=Kind.PEER,
+        kind=ContenderKind.PEER,
         weights="bf16",
         form=WeightFormat.DENSE,
-        operand=Operand.BF16,
+        operand=MatrixOperand.BF16,
         tolerance=PEER_TOLERANCE,
-        method=Method.GRAPH if captured else Method.PLAIN,
+        method=TimingMethod.GRAPH if captured else TimingMethod.PLAIN,
         bind=bind,
         note=WAYS[way],
     )

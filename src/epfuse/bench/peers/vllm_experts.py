@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from epfuse.bench.contender import PEER_TOLERANCE, Contender, Kind
+from epfuse.bench.contender import PEER_TOLERANCE, Contender, ContenderKind
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.layers import Layer
-from epfuse.bench.measure import Call, Method
-from epfuse.bench.roofline import Operand
+from epfuse.bench.measure import Call, TimingMethod
+from epfuse.bench.roofline import MatrixOperand
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import WeightFormat, silu_gate
 from epfuse.errors import ConfigError, DeviceError, MissingDependency
@@ -192,7 +192,9 @@ def activation_of(vllm: Any, layer: Layer, limit_name: str) -> tuple[Any, dict[s
 
 
 def _contender(name: str, stored: str, form: WeightFormat, bind: Callable[[Inputs], Call], note: str) -> Contender:
-    return Contender(name, Kind.PEER, stored, form, Operand.BF16, PEER_TOLERANCE, Method.GRAPH, bind, note)
+    return Contender(
+        name, ContenderKind.PEER, stored, form, MatrixOperand.BF16, PEER_TOLERANCE, TimingMethod.GRAPH, bind, note
+    )
 
 
 CONTENDERS = {TRITON: make_triton, MARLIN: make_marlin}

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from epfuse.cli.delivery import STDOUT, Delivery
-from epfuse.cli.serve.selection import Choice, selects
+from epfuse.cli.serve.selection import RecipeChoice, selects
 from epfuse.report.terminal import figures, make_table, stdout
 
 if TYPE_CHECKING:
-    from epfuse.serving.matrix import Row
+    from epfuse.serving.matrix import MatrixRow
     from epfuse.serving.point import PointJob
 
 EPILOG = """\b
@@ -36,9 +36,9 @@ def plan(as_json: bool, **options: Any) -> None:
 
     RECIPE is a YAML file or the name of a shipped one: minimaxm3-mi300x, minimaxm3-h200. Nothing is started.
     """
-    choice = Choice.of(**options)
+    choice = RecipeChoice.of(**options)
     several = [row for row in choice.rows if row.tp is None]
-    single = Choice(choice.loaded, [row for row in choice.rows if row.tp is not None])
+    single = RecipeChoice(choice.loaded, [row for row in choice.rows if row.tp is not None])
     arms = tuple(arm.name for arm in choice.loaded.recipe.arms)
     jobs = single.jobs("plan", arms, None) if single.rows else []
     delivery = Delivery()
@@ -50,7 +50,7 @@ def plan(as_json: bool, **options: Any) -> None:
     delivery.exit(passed=True)
 
 
-def _record(choice: Choice, jobs: list[PointJob], several: list[Row]) -> dict[str, Any]:
+def _record(choice: RecipeChoice, jobs: list[PointJob], several: list[MatrixRow]) -> dict[str, Any]:
     from epfuse.serving.plan import point_environment
 
     recipe = choice.loaded.recipe
@@ -73,7 +73,7 @@ def _record(choice: Choice, jobs: list[PointJob], several: list[Row]) -> dict[st
     }  # fmt: skip
 
 
-def _show(choice: Choice, jobs: list[PointJob], several: list[Row]) -> None:
+def _show(choice: RecipeChoice, jobs: list[PointJob], several: list[MatrixRow]) -> None:
     console = stdout(200)
     recipe = choice.loaded.recipe
 

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from epfuse.cli.serve.running import EXITS, Patience, dispatch, dispatches
-from epfuse.cli.serve.selection import Choice, selects, selects_arms
+from epfuse.cli.serve.selection import RecipeChoice, selects, selects_arms
 from epfuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def run(
             take_over=False,
         )
         return
-    choice = Choice.of(**selection)
+    choice = RecipeChoice.of(**selection)
     called = _called(name, choice.loaded.recipe.name)
     jobs = choice.jobs(called, arms, pairs, profile)
     resolved = resolve(choice.loaded, jobs, launcher=launcher, hosts=hosts, canary=canary)

@@ -14,7 +14,7 @@ import click
 from epfuse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from epfuse.serving.matrix import Row, Selection
+    from epfuse.serving.matrix import MatrixRow, Selection
     from epfuse.serving.point import PointJob
     from epfuse.serving.recipe import LoadedRecipe
 
@@ -86,14 +86,14 @@ ARM_OPTIONS = (
 
 
 def selects(function: Function) -> Function:
-    """Add the options that choose rows; the command gets them as keyword arguments for `Choice`."""
+    """Add the options that choose rows; the command gets them as keyword arguments for `RecipeChoice`."""
     for option in reversed(OPTIONS):
         function = option(function)
     return function
 
 
 def selects_arms(function: Function) -> Function:
-    """Add the options that choose arms: ``arms`` and ``pairs``, for `Choice.jobs`."""
+    """Add the options that choose arms: ``arms`` and ``pairs``, for `RecipeChoice.jobs`."""
     for option in reversed(ARM_OPTIONS):
         function = option(function)
     return function
@@ -115,11 +115,11 @@ def _with_matrix(loaded: LoadedRecipe, masters: tuple[Path, ...]) -> LoadedRecip
 
 
 @dataclass(frozen=True)
-class Choice:
+class RecipeChoice:
     """A recipe and the rows of it that the options leave."""
 
     loaded: LoadedRecipe
-    rows: list[Row]
+    rows: list[MatrixRow]
 
     @classmethod
     def of(
@@ -130,7 +130,7 @@ class Choice:
         sweep_runner: str | None,
         evals: str,
         **selection: Any,
-    ) -> Choice:
+    ) -> RecipeChoice:
         """Read the recipe and expand it; what an imported matrix leaves out is said on stderr.
 
         Raises:

@@ -115,7 +115,7 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
             if self._weight_addresses != _addresses(layer):
                 raise ConfigError(f"the weights of {layer.layer_name} were replaced; epfuse can't reload them in place")
             return
-        activation = versions.Activation.of_experts(self, layer.activation.value).computed
+        activation = versions.VllmActivation.of_experts(self, layer.activation.value).computed
         if activation != plan.request.activation or activation is None:
             raise ConfigError(f"{layer.layer_name} has activation {activation}; its plan has {plan.request.activation}")
         own = {name: tensor for name, tensor in layer.named_parameters(recurse=False) if name[:2] in ("w1", "w2", "w3")}

@@ -115,7 +115,7 @@ class Deployment:
 
 
 @dataclass(frozen=True)
-class LayerGroup:
+class ChoiceGroup:
     """Layers to which the same happens.
 
     Attributes:
@@ -156,7 +156,7 @@ def paths(plan: LayerPlan) -> list[dict[str, Any]]:
 
 
 @checks_enums
-def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = None) -> list[LayerGroup]:
+def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = None) -> list[ChoiceGroup]:
     """Every MoE layer of the model, grouped by what happens to it.
 
     Args:
@@ -168,13 +168,13 @@ def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = 
         ConfigError: the experts can't be spread so, or nothing is known of this release, GPU and checkpoint.
     """
     own = own_experts(model, deployment)
-    groups: list[LayerGroup] = []
+    groups: list[ChoiceGroup] = []
     for layer in model.moe_layers:
         choice = choose(facts(model, deployment, own, layer), policy)
         if groups and _same(groups[-1].choice, choice):
-            groups[-1] = LayerGroup((*groups[-1].layers, layer), own, groups[-1].choice)
+            groups[-1] = ChoiceGroup((*groups[-1].layers, layer), own, groups[-1].choice)
         else:
-            groups.append(LayerGroup((layer,), own, choice))
+            groups.append(ChoiceGroup((layer,), own, choice))
     return groups
 
 

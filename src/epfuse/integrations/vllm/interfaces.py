@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from epfuse.integrations.interfaces import Server, Use, What, names_in
+from epfuse.integrations.interfaces import InterfaceUse, ServerProject, What, names_in
 
 LAYERS = "model_executor/layers/"
 MOE = f"{LAYERS}fused_moe/"
@@ -14,12 +14,12 @@ USES = (
     names_in("config/vllm.py", "", "get_current_vllm_config_or_none"),
     names_in("envs.py", "", "VLLM_BATCH_INVARIANT"),
     names_in("model_executor/custom_op.py", "", "op_registry_oot"),
-    Use(What.PARAMETERS, "model_executor/custom_op.py", "PluggableLayer.register_oot"),
-    Use(What.PARAMETERS, "model_executor/utils.py", "replace_parameter"),
-    Use(What.PARAMETERS, f"{MOE}routed_experts.py", "RoutedExperts.__init__"),
-    Use(What.PARAMETERS, f"{MOE}routed_experts.py", "RoutedExperts._get_quant_method"),
-    Use(What.PARAMETERS, f"{MOE}routed_experts.py", "RoutedExperts._map_global_expert_id_to_local_expert_id"),
-    Use(What.PARAMETERS, f"{MOE}routed_experts.py", "RoutedExperts.weight_loader"),
+    InterfaceUse(What.PARAMETERS, "model_executor/custom_op.py", "PluggableLayer.register_oot"),
+    InterfaceUse(What.PARAMETERS, "model_executor/utils.py", "replace_parameter"),
+    InterfaceUse(What.PARAMETERS, f"{MOE}routed_experts.py", "RoutedExperts.__init__"),
+    InterfaceUse(What.PARAMETERS, f"{MOE}routed_experts.py", "RoutedExperts._get_quant_method"),
+    InterfaceUse(What.PARAMETERS, f"{MOE}routed_experts.py", "RoutedExperts._map_global_expert_id_to_local_expert_id"),
+    InterfaceUse(What.PARAMETERS, f"{MOE}routed_experts.py", "RoutedExperts.weight_loader"),
     names_in(
         f"{MOE}routed_experts.py",
         "RoutedExperts",
@@ -32,18 +32,18 @@ USES = (
         "MoEActivation",
         "SILU='silu' SWIGLUOAI='swigluoai' SWIGLUOAI_UNINTERLEAVE='swigluoai_uninterleave'",
     ),
-    Use(What.FIELDS, f"{MOE}config.py", "FusedMoEConfig"),
-    Use(What.FIELDS, f"{MOE}config.py", "FusedMoEParallelConfig"),
+    InterfaceUse(What.FIELDS, f"{MOE}config.py", "FusedMoEConfig"),
+    InterfaceUse(What.FIELDS, f"{MOE}config.py", "FusedMoEParallelConfig"),
     names_in(f"{MOE}config.py", "FusedMoEParallelConfig", "use_all2all_kernels use_batched_activation_format"),
     names_in(f"{MOE}config.py", "FusedMoEQuantConfig", "gemm1_alpha gemm1_beta gemm1_clamp_limit"),
     names_in(f"{MOE}modular_kernel.py", "FusedMoEActivationFormat", "Standard"),
     names_in(f"{MOE}modular_kernel.py", "FusedMoEKernel", "fused_experts"),
-    Use(What.MEMBERS, f"{MOE}modular_kernel.py", "FusedMoEExperts"),
-    Use(What.PARAMETERS, f"{MOE}modular_kernel.py", "FusedMoEExperts.__init__"),
-    Use(What.PARAMETERS, f"{MOE}modular_kernel.py", "FusedMoEExperts.is_supported_config"),
-    Use(What.MEMBERS, f"{MOE}modular_kernel.py", "FusedMoEExpertsModular"),
-    Use(What.PARAMETERS, f"{MOE}modular_kernel.py", "FusedMoEExpertsModular.apply"),
-    Use(What.PARAMETERS, f"{MOE}modular_kernel.py", "FusedMoEExpertsModular.workspace_shapes"),
+    InterfaceUse(What.MEMBERS, f"{MOE}modular_kernel.py", "FusedMoEExperts"),
+    InterfaceUse(What.PARAMETERS, f"{MOE}modular_kernel.py", "FusedMoEExperts.__init__"),
+    InterfaceUse(What.PARAMETERS, f"{MOE}modular_kernel.py", "FusedMoEExperts.is_supported_config"),
+    InterfaceUse(What.MEMBERS, f"{MOE}modular_kernel.py", "FusedMoEExpertsModular"),
+    InterfaceUse(What.PARAMETERS, f"{MOE}modular_kernel.py", "FusedMoEExpertsModular.apply"),
+    InterfaceUse(What.PARAMETERS, f"{MOE}modular_kernel.py", "FusedMoEExpertsModular.workspace_shapes"),
     names_in(f"{MOE}topk_weight_and_reduce.py", "", "TopKWeightAndReduceNoOP"),
     names_in(f"{MOE}oracle/fp8.py", "Fp8MoeBackend", "TRITON_MXFP8"),
     names_in(f"{MOE}oracle/unquantized.py", "UnquantizedMoeBackend", "TRITON"),
@@ -65,5 +65,5 @@ USES = (
     ),
 )
 
-VLLM = Server("vLLM", Path(__file__).with_name("interfaces.json"), USES)
+VLLM = ServerProject("vLLM", Path(__file__).with_name("interfaces.json"), USES)
 """Its record is written by ``tools/vllm_releases.py``."""

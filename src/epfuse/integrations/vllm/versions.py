@@ -20,7 +20,7 @@ from epfuse.weights.checkpoint_format import Checkpoint
 
 @checks_enums
 @dataclass(frozen=True)
-class Method:
+class QuantMethod:
     """One of vLLM's quantisation methods whose experts can be replaced.
 
     Attributes:
@@ -49,10 +49,10 @@ def _plain_dense() -> Any:
 
 
 METHODS = {
-    "ModelOptMxFp8FusedMoE": Method(Checkpoint.MXFP8, "mxfp8_backend", _plain_mxfp8),
-    "CompressedTensorsW8A8Mxfp8MoEMethod": Method(Checkpoint.MXFP8, "fp8_backend", _plain_mxfp8),
-    "Mxfp8OnlineMoEMethod": Method(Checkpoint.MXFP8, "fp8_backend", _plain_mxfp8),
-    "UnquantizedFusedMoEMethod": Method(
+    "ModelOptMxFp8FusedMoE": QuantMethod(Checkpoint.MXFP8, "mxfp8_backend", _plain_mxfp8),
+    "CompressedTensorsW8A8Mxfp8MoEMethod": QuantMethod(Checkpoint.MXFP8, "fp8_backend", _plain_mxfp8),
+    "Mxfp8OnlineMoEMethod": QuantMethod(Checkpoint.MXFP8, "fp8_backend", _plain_mxfp8),
+    "UnquantizedFusedMoEMethod": QuantMethod(
         Checkpoint.BF16, "unquantized_backend", _plain_dense, frozenset({"TritonExperts"})
     ),
 }
@@ -64,7 +64,7 @@ LEFT = {"GptOssMxfp4MoEMethod": _MXFP4, "Mxfp4MoEMethod": _MXFP4}
 """Class name of a method whose weights epfuse could read -> why it doesn't take them from vLLM."""
 
 
-def method_of(quant_method: Any) -> Method | None:
+def method_of(quant_method: Any) -> QuantMethod | None:
     """What we know of a quantisation method that has chosen its experts; None leaves it alone."""
     found = METHODS.get(type(quant_method).__name__)
     own = own_experts(quant_method)
@@ -91,7 +91,7 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
     method, parallel = method_of(quant_method), moe_config.moe_parallel_config
     index = re.search(r"\.layers\.(\d+)\.", f".{name}.")
     model = _model_config()
-    activation = Activation.of_layer(layer, moe_config)
+    activation = VllmActivation.of_layer(layer, moe_config)
     return LayerFacts(
         name=name,
         layer=int(index.group(1)) if index else 0,
@@ -140,7 +140,7 @@ GPT_OSS = SwiGLUOAI(alpha=1.702, beta=1.0, limit=7.0)
 
 
 @dataclass(frozen=True)
-class Activation:
+class VllmActivation:
     """An activation in vLLM's words, from one place or from several that may contradict each other.
 
     Attributes:
@@ -156,7 +156,7 @@ class Activation:
     limit: frozenset[float]
 
     @classmethod
-    def of_layer(cls, layer: Any, moe_config: Any) -> Activation:
+    def of_layer(cls, layer: Any, moe_config: Any) -> VllmActivation:
         """As the model's code gave it to a RoutedExperts and to its FusedMoEConfig."""
         return cls(
             moe_config.activation.value,
@@ -166,7 +166,7 @@ class Activation:
         )
 
     @classmethod
-    def of_experts(cls, experts: Any, name: str) -> Activation:
+    def of_experts(cls, experts: Any, name: str) -> VllmActivation:
         """As an experts object was made with: from its quantisation's parameters and its FusedMoEConfig."""
         quant, moe = experts.quant_config, experts.moe_config
         return cls(

@@ -57,7 +57,7 @@ class Unsure:
     why: str
 
 
-class Phase(enum.Enum):
+class JobPhase(enum.Enum):
     """What a launcher knows of a job."""
 
     WAITING = "waiting"
@@ -79,13 +79,13 @@ class Sighting:
 
     key: str
     job: str
-    phase: Phase
+    phase: JobPhase
     word: str
     why: str = ""
 
 
 @dataclass(frozen=True)
-class Seen:
+class CleanLook:
     """A clean look: what is not in it was not there at that time."""
 
     jobs: tuple[Sighting, ...]
@@ -115,7 +115,7 @@ class Launcher(Protocol):
     def submit(self, order: Order, place: str) -> Accepted | Rejected | Unsure:
         """Start a job, once; never tries again by itself."""
 
-    def look(self, place: str, keys: Sequence[str]) -> Seen | Unreachable:
+    def look(self, place: str, keys: Sequence[str]) -> CleanLook | Unreachable:
         """All jobs of these attempts, ended ones as long as they are remembered."""
 
     def probe(self, place: str) -> str | None:

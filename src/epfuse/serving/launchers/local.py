@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from epfuse.serving.launchers import processes
-from epfuse.serving.launchers.launcher import Accepted, Order, Phase, Rejected, Seen, Sighting, Unreachable, Unsure
+from epfuse.serving.launchers.launcher import (
+    Accepted,
+    CleanLook,
+    JobPhase,
+    Order,
+    Rejected,
+    Sighting,
+    Unreachable,
+    Unsure,
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,12 @@ class LocalLauncher:
         except OSError as error:
             return Rejected(f"{order.argv[0]} can't be started: {error.strerror or error}")
 
-    def look(self, place: str, keys: Sequence[str]) -> Seen | Unreachable:
+    def look(self, place: str, keys: Sequence[str]) -> CleanLook | Unreachable:
         """All processes that have one of the keys in their command line."""
         if (lost := self.probe(place)) is not None:
             return Unreachable(lost)
         found = ((key, pid) for key in keys for pid in processes.running(key))
-        return Seen(tuple(Sighting(key, str(pid), Phase.RUNNING, "RUNNING") for key, pid in found))
+        return CleanLook(tuple(Sighting(key, str(pid), JobPhase.RUNNING, "RUNNING") for key, pid in found))
 
     def probe(self, place: str) -> str | None:
         """Whether this is the machine."""

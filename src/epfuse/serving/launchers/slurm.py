@@ -20,7 +20,16 @@ from epfuse.errors import ConfigError
 from epfuse.report.write import write_atomic
 from epfuse.serving.launchers import commands
 from epfuse.serving.launchers.commands import Reply
-from epfuse.serving.launchers.launcher import Accepted, Order, Phase, Rejected, Seen, Sighting, Unreachable, Unsure
+from epfuse.serving.launchers.launcher import (
+    Accepted,
+    CleanLook,
+    JobPhase,
+    Order,
+    Rejected,
+    Sighting,
+    Unreachable,
+    Unsure,
+)
 from epfuse.serving.point import Slurm as Options
 
 PLACE = "slurm"
@@ -90,7 +99,7 @@ class SlurmLauncher:
         final = next((text for text in FINAL if text in reply.err), None)
         return Unsure(f"sbatch: {reply.words}") if final is None else Rejected(f"sbatch: {reply.words}")
 
-    def look(self, place: str, keys: Sequence[str]) -> Seen | Unreachable:
+    def look(self, place: str, keys: Sequence[str]) -> CleanLook | Unreachable:
         """Ask squeue and, where there is accounting, sacct: only with both answers it is a look.
 
         What is active, only squeue says: a job that a killed controller lost stays PENDING in the accounting for ever.
@@ -103,9 +112,9 @@ class SlurmLauncher:
             if isinstance(part, Unreachable):
                 return part
             seen += part.jobs
-        return Seen(tuple(seen))
+        return CleanLook(tuple(seen))
 
-    def _look_for(self, keys: Sequence[str]) -> Seen | Unreachable:
+    def _look_for(self, keys: Sequence[str]) -> CleanLook | Unreachable:
         names = ",".join(keys)
         reply = self._ask(["squeue", "-h", "-a", "-t", "all", "--me", f"--name={names}", "-o", LOOK])
         if reply.code != 0:
@@ -121,9 +130,9 @@ class SlurmLauncher:
             past = _sightings(reply.out, keys)
             if past is None:
                 return Unreachable(f"sacct answered {reply.out.strip()[:80]!r}")
-            ended = (job for job in past if job.phase is Phase.ENDED and (job.key, job.job) not in known)
-            return Seen((*queue, *ended))
-        return Seen(tuple(queue)) if NO_ACCOUNTING in reply.err else Unreachable(f"sacct: {reply.words}")
+            ended = (job for job in past if job.phase is JobPhase.ENDED and (job.key, job.job) not in known)
+            return CleanLook((*queue, *ended))
+        return CleanLook(tuple(queue)) if NO_ACCOUNTING in reply.err else Unreachable(f"sacct: {reply.words}")
 
     def probe(self, place: str) -> str | None:
         """``scontrol ping``, which knows at once where sbatch waits for its time-out."""
@@ -211,6 +220,6 @@ def _sightings(text: str, keys: Sequence[str]) -> list[Sighting] | None:
         if not re.fullmatch(r"[1-9][0-9_+.\[\]-]*", number) or not word:
             return None
         if name in keys:
-            phase = Phase.RUNNING if word in RUNNING else Phase.WAITING if word in WAITING else Phase.ENDED
+            phase = JobPhase.RUNNING if word in RUNNING else JobPhase.WAITING if word in WAITING else JobPhase.ENDED
             found.append(Sighting(name, number, phase, word, "" if why in ("None", "") else why))
     return found

@@ -15,7 +15,16 @@ from typing import Any
 
 from epfuse.errors import ConfigError
 from epfuse.serving.launchers import commands
-from epfuse.serving.launchers.launcher import Accepted, Order, Phase, Rejected, Seen, Sighting, Unreachable, Unsure
+from epfuse.serving.launchers.launcher import (
+    Accepted,
+    CleanLook,
+    JobPhase,
+    Order,
+    Rejected,
+    Sighting,
+    Unreachable,
+    Unsure,
+)
 
 SECONDS = 60.0
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.@:-]*[A-Za-z0-9_])?")
@@ -63,7 +72,7 @@ class SshLauncher:
         pid = answer.get("pid")
         return Accepted(str(pid)) if isinstance(pid, int) else Unsure(f"ssh {place} answered {str(answer)[:80]!r}")
 
-    def look(self, place: str, keys: Sequence[str]) -> Seen | Unreachable:
+    def look(self, place: str, keys: Sequence[str]) -> CleanLook | Unreachable:
         """The host's processes that have one of the keys in their command line."""
         answer = self._ask(place, "look", *keys)
         if isinstance(answer, str):
@@ -71,7 +80,9 @@ class SshLauncher:
         jobs = answer.get("jobs")
         if not isinstance(jobs, dict) or set(jobs) != set(keys) or not all(isinstance(p, list) for p in jobs.values()):
             return Unreachable(f"ssh {place} answered {str(answer)[:80]!r}")
-        return Seen(tuple(Sighting(key, str(pid), Phase.RUNNING, "RUNNING") for key in keys for pid in jobs[key]))
+        return CleanLook(
+            tuple(Sighting(key, str(pid), JobPhase.RUNNING, "RUNNING") for key in keys for pid in jobs[key])
+        )
 
     def probe(self, place: str) -> str | None:
         """``ssh HOST true``."""

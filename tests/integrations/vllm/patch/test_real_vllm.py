@@ -13,7 +13,7 @@ import pytest
 import vllm
 
 from epfuse.integrations.vllm.patch import block, run
-from epfuse.integrations.vllm.patch.run import State
+from epfuse.integrations.vllm.patch.run import PatchState
 from epfuse.integrations.vllm.patch.site import Site, find_site
 from tests.integrations.vllm.patch.sites import snapshot
 
@@ -55,9 +55,9 @@ def registered(site: Site) -> list[str]:
 def test_a_patched_vllm_registers_by_itself(copy):
     before = snapshot(copy.metadata) | {target: (copy.root / target).read_bytes() for target in block.TARGETS}
     assert registered(copy) == []
-    assert run.apply(copy).state is State.APPLIED
+    assert run.apply(copy).state is PatchState.APPLIED
     assert registered(copy) == ["EpfuseRoutedExperts"]
-    assert run.revert(copy).state is State.CLEAN
+    assert run.revert(copy).state is PatchState.CLEAN
     assert registered(copy) == []
     after = snapshot(copy.metadata) | {target: (copy.root / target).read_bytes() for target in block.TARGETS}
     assert after == before

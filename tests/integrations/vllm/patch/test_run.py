@@ -14,7 +14,7 @@ from epfuse.errors import ConfigError
 from epfuse.integrations.interfaces import What
 from epfuse.integrations.vllm.patch import block, lock, run
 from epfuse.integrations.vllm.patch.journal import journal
-from epfuse.integrations.vllm.patch.run import State
+from epfuse.integrations.vllm.patch.run import PatchState
 from epfuse.integrations.vllm.patch.site import Site, find_site
 from tests.integrations.vllm.fake import use_of
 from tests.integrations.vllm.patch.killed import killed_at
@@ -27,14 +27,14 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SRC)}
 def test_apply_and_revert_leave_every_byte_as_it_was(tmp_path):
     site = make_site(tmp_path)
     before = snapshot(tmp_path)
-    assert run.status(site).state is State.CLEAN
-    assert run.apply(site) == run.Report(site, State.APPLIED, changed=True)
+    assert run.status(site).state is PatchState.CLEAN
+    assert run.apply(site) == run.Report(site, PatchState.APPLIED, changed=True)
     after = snapshot(tmp_path)
     assert {name for name in after if after[name] != before.get(name)} == {TARGET}
     assert after[TARGET] == before[TARGET] + block.BLOCK
-    assert run.apply(site) == run.Report(site, State.APPLIED, changed=False)
+    assert run.apply(site) == run.Report(site, PatchState.APPLIED, changed=False)
     assert snapshot(tmp_path) == after
-    assert run.revert(site) == run.Report(site, State.CLEAN, changed=True)
+    assert run.revert(site) == run.Report(site, PatchState.CLEAN, changed=True)
     assert snapshot(tmp_path) == before
     assert not run.revert(site).changed
 
@@ -54,7 +54,7 @@ def test_a_changed_file_is_refused_by_name(action, tmp_path):
     with pytest.raises(ConfigError, match=TARGET):
         action(site)
     assert snapshot(tmp_path) == before
-    assert run.status(site).state is State.UNKNOWN
+    assert run.status(site).state is PatchState.UNKNOWN
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
@@ -69,24 +69,24 @@ def test_lines_after_the_block_are_not_taken_for_a_patch(tmp_path):
     run.apply(site)
     with (tmp_path / TARGET).open("ab") as file:
         file.write(b"# more\n")
-    assert run.status(site).state is State.OUTDATED
+    assert run.status(site).state is PatchState.OUTDATED
 
 
 def test_another_versions_block_is_replaced(tmp_path):
     site = make_site(tmp_path)
     source = (tmp_path / TARGET).read_bytes()
     (tmp_path / TARGET).write_bytes(source + block.BEGIN + b"import older\n" + block.END)
-    assert run.status(site).state is State.OUTDATED
-    assert run.apply(site).state is State.APPLIED
-    assert run.revert(site).state is State.CLEAN
+    assert run.status(site).state is PatchState.OUTDATED
+    assert run.apply(site).state is PatchState.APPLIED
+    assert run.revert(site).state is PatchState.CLEAN
     assert (tmp_path / TARGET).read_bytes() == source
 
 
 @pytest.mark.parametrize("release", ["0.33.0", "0.33.0.post1", "0.33.1.dev7+g1a2b3c4d", "0.34.0"])
 def test_the_text_of_the_version_does_not_decide(release, tmp_path):
     site = make_site(tmp_path, release=release, like="0.33.0")
-    assert run.apply(site).state is State.APPLIED
-    assert run.revert(site).state is State.CLEAN
+    assert run.apply(site).state is PatchState.APPLIED
+    assert run.revert(site).state is PatchState.CLEAN
 
 
 def test_a_vllm_that_looks_otherwise_is_refused_by_what_differs(tmp_path):
@@ -105,14 +105,14 @@ def test_a_vllm_without_a_version_is_patched(tmp_path):
     (tmp_path / "vllm-0.25.1.dist-info/METADATA").write_text("Name: vllm\n")
     site = find_site(tmp_path)
     assert site.release == "unknown"
-    assert run.apply(site).state is State.APPLIED
+    assert run.apply(site).state is PatchState.APPLIED
 
 
 def test_a_record_that_is_no_utf_8_is_read(tmp_path):
     make_site(tmp_path)
     record = tmp_path / "vllm-0.25.1.dist-info/RECORD"
     record.write_bytes(b"vllm/caf\xe9.py,sha256=x,1\n" + record.read_bytes())
-    assert run.apply(find_site(tmp_path)).state is State.APPLIED
+    assert run.apply(find_site(tmp_path)).state is PatchState.APPLIED
 
 
 def test_two_vllms_are_refused(tmp_path):
@@ -154,12 +154,12 @@ def test_a_link_is_a_link_again_and_what_it_leads_to_is_never_written(tmp_path):
     site = make_site(tmp_path)
     link_target(site)
     before = snapshot(tmp_path)
-    assert run.apply(site).state is State.APPLIED
+    assert run.apply(site).state is PatchState.APPLIED
     assert not (tmp_path / TARGET).is_symlink()
     assert snapshot(tmp_path)["cache.py"] == before["cache.py"]
     (tmp_path / TARGET).write_bytes(before[TARGET] + block.BEGIN + b"import older\n" + block.END)
-    assert run.apply(site).state is State.APPLIED  # over another version's
-    assert run.revert(site).state is State.CLEAN
+    assert run.apply(site).state is PatchState.APPLIED  # over another version's
+    assert run.revert(site).state is PatchState.CLEAN
     assert snapshot(tmp_path) == before
 
 
@@ -204,10 +204,10 @@ def test_a_kill_before_any_system_call_is_recovered(action, is_link, tmp_path):
         assert content in (original[TARGET], original[TARGET] + block.BLOCK), "a file is never a part of either"
         if not is_killed:
             break
-        assert run.status(site).state in (State.CLEAN, State.APPLIED, State.INTERRUPTED)
-        assert run.apply(site).state is State.APPLIED
+        assert run.status(site).state in (PatchState.CLEAN, PatchState.APPLIED, PatchState.INTERRUPTED)
+        assert run.apply(site).state is PatchState.APPLIED
         assert not journal(site).exists()
-        assert run.revert(site).state is State.CLEAN
+        assert run.revert(site).state is PatchState.CLEAN
         assert snapshot(root) == original
     assert call > 10  # lock, journal written and synced, file written, synced and renamed, journal removed
 
@@ -253,7 +253,7 @@ def test_a_directory_in_place_of_the_file_is_refused_by_name(tmp_path):
     site = make_site(tmp_path)
     (tmp_path / TARGET).unlink()
     (tmp_path / TARGET).mkdir()
-    assert run.status(site).state is State.UNKNOWN
+    assert run.status(site).state is PatchState.UNKNOWN
     with pytest.raises(ConfigError, match=rf"{TARGET} can't be read: Is a directory"):
         run.apply(site)
 
@@ -283,7 +283,7 @@ def test_a_lock_that_is_held_is_waited_for_and_its_holder_named(tmp_path, monkey
     for text in (str(caught.value), *said):
         assert holder in text or "another process" in text  # where /proc/locks does not tell
     assert len(said) == 1
-    assert run.apply(site).state is State.APPLIED
+    assert run.apply(site).state is PatchState.APPLIED
 
 
 def test_eight_processes_apply_it_once(tmp_path):

@@ -16,7 +16,7 @@ from epfuse.integrations.vllm.patch.swap import bring_back, keep_link, swap
 from epfuse.integrations.vllm.releases import TESTED
 
 
-class State(enum.Enum):
+class PatchState(enum.Enum):
     """What a vLLM's files are."""
 
     CLEAN = "clean"
@@ -44,7 +44,7 @@ class Report:
     """
 
     site: Site
-    state: State
+    state: PatchState
     changed: bool = False
     detail: str = ""
 
@@ -131,15 +131,15 @@ def _look(site: Site) -> Report:
     try:
         contents = [read(site, path) for path in TARGETS]
     except ConfigError as error:
-        return Report(site, State.UNKNOWN, detail=str(error))
+        return Report(site, PatchState.UNKNOWN, detail=str(error))
     if journal(site).exists():
-        return Report(site, State.INTERRUPTED, detail=f"{journal(site)} was left behind by a crash")
+        return Report(site, PatchState.INTERRUPTED, detail=f"{journal(site)} was left behind by a crash")
     if all(map(has_this_block, contents)):
-        return Report(site, State.APPLIED)
-    return Report(site, State.OUTDATED if any(BEGIN in content for content in contents) else State.CLEAN)
+        return Report(site, PatchState.APPLIED)
+    return Report(site, PatchState.OUTDATED if any(BEGIN in content for content in contents) else PatchState.CLEAN)
 
 
-def _checked(site: Site) -> State:
+def _checked(site: Site) -> PatchState:
     """The state after patching, from what is on the disk.
 
     Raises:
