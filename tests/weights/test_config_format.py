@@ -11,7 +11,7 @@ import pytest
 from epfuse.errors import ConfigError
 from epfuse.weights.checkpoint_format import Checkpoint
 from epfuse.weights.model_config import read_model
-from tests.weights.test_model_config import M3_TEXT, MIXTRAL, MXFP8_GROUP, QWEN_FP8, groups, write
+from tests.weights.test_model_config import M3_TEXT, MIXTRAL, MXFP8_GROUP, NEMOTRON_H, QWEN_FP8, groups, write
 
 FP8 = QWEN_FP8["quantization_config"]
 BLOCK_GROUP = {
@@ -63,7 +63,20 @@ READ: list[tuple[dict[str, Any], Checkpoint]] = [
     (FP8 | {"modules_to_not_convert": ["experts"]}, Checkpoint.BF16),
     (FP8 | {"modules_to_not_convert": [f"model.layers.{i}.block_sparse_moe" for i in range(60)]}, Checkpoint.BF16),
     (groups(group_0=MXFP8_GROUP) | {"ignore": ["re:.*block_sparse_moe.*"]}, Checkpoint.BF16),
+    # matrix by matrix, all of them
+    (FP8 | {"modules_to_not_convert": ["gate_up_proj", "down_proj"]}, Checkpoint.BF16),
+    (FP8 | {"modules_to_not_convert": [f"*experts.{name}" for name in ("gate_up_proj", "down_proj")]}, Checkpoint.BF16),
+    (FP8 | {"modules_to_not_convert": [f"model.layers.*.{name}" for name in ("w1", "w2", "w3")]}, Checkpoint.BF16),
 ]
+
+
+def by_matrix(*names: str, layers: range = range(3, 60), experts: range = range(128)) -> list[str]:
+    return [
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        for layer in layers
+        for expert in experts
+        for name in names
+    ]
 
 
 @pytest.mark.parametrize(("quantization", "checkpoint"), READ)
@@ -101,6 +114,16 @@ NAMED: list[tuple[Any, str]] = [
     (FP8 | {"modules_to_not_convert": ["model.layers.7.block_sparse_moe"]}, "experts of layers 7 are not quantised"),
     (FP8 | {"modules_to_not_convert": ["model.layers.7.block_sparse_moe.experts.3"]}, "a part of a layer's experts"),
     (FP8 | {"modules_to_not_convert": ["model.layers.*.down_proj"]}, "a part of a layer's experts"),
+    (FP8 | {"modules_to_not_convert": ["down_proj"]}, "'down_proj': a part of a layer's experts"),
+    (FP8 | {"modules_to_not_convert": ["up_proj", "down_proj"]}, "a part of a layer's experts"),
+    (FP8 | {"modules_to_not_convert": by_matrix("w1", "w2")}, "a part of a layer's experts"),
+    (FP8 | {"modules_to_not_convert": by_matrix("w1", "w2", "w3", experts=range(127))}, "a part of a layer's experts"),
+    (FP8 | {"modules_to_not_convert": by_matrix("w1", "w2", "w3", layers=range(3, 59))}, "are not quantised"),
+    (FP8 | {"modules_to_not_convert": ["model.layers.*.experts.7.*"]}, "a part of a layer's experts"),
+    (FP8 | {"modules_to_not_convert": ["model.layers.*.experts.[0-9].*"]}, "some of the experts' numbers"),
+    (FP8 | {"modules_to_not_convert": ["*experts.?.*"]}, "a part of a layer's experts"),
+    (FP8 | {"modules_to_not_convert": [f"*experts.{i}.*" for i in range(9)]}, "names experts by their numbers"),
+    (groups(group_0=MXFP8_GROUP) | {"ignore": [r"re:.*experts\.\d\.w1$"]}, "some of the experts' numbers"),
     (FP8 | {"modules_to_not_convert": [3]}, "modules_to_not_convert has 3"),
     (FP8 | {"modules_to_not_convert": [f"*vision{i}" for i in range(300)]}, "has too many patterns"),
     (groups(group_0=MXFP8_GROUP) | {"ignore": ["re:(a+)+$"]}, "a regex that is not read"),
@@ -121,6 +144,46 @@ NAMED: list[tuple[Any, str]] = [
 def test_what_is_named(tmp_path: Path, quantization: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_model(write(tmp_path, M3_TEXT | {"quantization_config": quantization}))
+
+
+@pytest.mark.parametrize("names", [("w1", "w2", "w3"), ("down_proj", "gate_proj", "up_proj")])
+def test_every_matrix_by_name(tmp_path: Path, names: tuple[str, ...]) -> None:
+    named = FP8 | {"modules_to_not_convert": by_matrix(*names)}
+    assert read_model(write(tmp_path, M3_TEXT | {"quantization_config": named})).checkpoint is Checkpoint.BF16
+
+
+@pytest.mark.parametrize(
+    ("ignored", "found"),
+    [
+        (["backbone.layers.4.mixer.in_proj", "*conv1d*", "lm_head"], Checkpoint.MXFP8),
+        (["*.mixer.experts.*.up_proj", "*.mixer.experts.*.down_proj"], Checkpoint.BF16),
+        ([r"re:.*mixer\.experts\.\d+\.(up|down)_proj$"], Checkpoint.BF16),
+        (["up_proj", "down_proj"], Checkpoint.BF16),
+        (["backbone.layers.*.mixer.experts.up_proj", "backbone.layers.*.mixer.experts.down_proj"], Checkpoint.BF16),
+        (
+            [
+                f"backbone.layers.{layer}.mixer.experts.{expert}.{name}"
+                for layer in (1, 3, 5)
+                for expert in range(512)
+                for name in ("up_proj", "down_proj")
+            ],
+            Checkpoint.BF16,
+        ),
+        (["*.mixer.experts.*.up_proj"], "a part of a layer's experts"),
+        (["backbone.layers.1.mixer.experts.511.up_proj"], "a part of a layer's experts"),
+        (["backbone.layers.1.mixer.experts"], "experts of layers 1 are not quantised"),
+        (["*.mixer.experts.*.gate_up_proj", "*.mixer.experts.*.down_proj"], "a part of a layer's experts"),
+    ],
+    ids=lambda value: value[0][:40] if isinstance(value, list) else None,
+)
+def test_experts_without_a_gate_have_two_matrices(tmp_path: Path, ignored: list[str], found: Checkpoint | str) -> None:
+    quantization = groups(group_0=MXFP8_GROUP) | {"ignore": ignored}
+    path = write(tmp_path, NEMOTRON_H | {"quantization_config": quantization})
+    if isinstance(found, Checkpoint):
+        assert read_model(path).checkpoint is found
+    else:
+        with pytest.raises(ConfigError, match=found):
+            read_model(path)
 
 
 def test_two_quantisation_configs_must_say_the_same(tmp_path: Path) -> None:

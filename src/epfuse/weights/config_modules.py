@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fnmatch import translate
 from itertools import product
 
+from epfuse.errors import ConfigError
 from epfuse.weights.config_fields import Fields
 
 MOST_PATTERNS = 128
@@ -26,13 +27,17 @@ HEADS = (
 )
 """What stands before ``layers`` where the language model is, in names of modules and of tensors; elsewhere are draft
 models (``mtp.``)."""
-PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"))
-"""The names that an expert's matrices have, and in the last row the names of all experts together."""
-MATRICES = (
-    *(tuple(f".{expert}.{name}" for expert in (0, 1) for name in names) for names in PROJECTIONS[:2]),
-    tuple(f".{name}" for name in PROJECTIONS[2]),
-)
-"""What stands behind the experts' name, in checkpoints of each kind; two experts stand for all."""
+MOST_NUMBERS = 8
+"""Experts that globs and regexes of one list may name by their number."""
+GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""The names that the matrices of an expert with a gate have."""
+UNGATED = (("up_proj", "down_proj"),)
+"""The same of an expert without."""
+STACKS = {True: ("gate_up_proj", "down_proj"), False: ("up_proj", "down_proj")}
+"""Whether there is a gate -> the names of all experts' matrices together."""
+NAMES = frozenset({name for names in (*GATED, *UNGATED, *STACKS.values()) for name in names})
+EVERY = "*"
+"""In place of an expert's number: each of them."""
 
 
 class ExpertModules:
@@ -41,11 +46,16 @@ class ExpertModules:
     Args:
         layers: their indices.
         module: the experts' name within a layer.
+        experts: E.
+        gated: whether an expert has a gate.
     """
 
-    def __init__(self, layers: tuple[int, ...], module: str) -> None:
+    def __init__(self, layers: tuple[int, ...], module: str, experts: int, gated: bool = True) -> None:
         self.layers = layers
         self.module = module
+        self._experts = experts
+        self._spellings = GATED if gated else UNGATED
+        self._stacks = STACKS[gated]
         self._indices = frozenset(layers)
         self._patterns = 0
         self._parts = module.split(".")
@@ -60,23 +70,65 @@ class ExpertModules:
                 whole name; regexes, after ``re:``, its beginning.
 
         Raises:
-            ConfigError: a pattern names a part of a layer's experts, is a regex that is not read, or there are too
-                many.
+            ConfigError: the patterns name a part of a layer's experts, or one is a regex that is not read, or there are
+                too many. Matrix by matrix they may name the experts if they name all.
         """
         found: set[int] = set()
+        parts: dict[int, dict[tuple[str, ...], str]] = {}
         globs: dict[str, str] = {}
         for pattern in dict.fromkeys(patterns):
             if re.fullmatch(r"[\w.-]*", pattern):
-                found.update(self._plain(config, key, pattern))
+                layers, inside = self._plain(pattern)
+                if not inside:
+                    found.update(layers)
+                elif _is_matrix(inside):
+                    for layer in layers:
+                        parts.setdefault(layer, {})[inside] = pattern
                 continue
             globs |= dict.fromkeys(_globs(config, key, pattern), pattern)
             if self._patterns + len(globs) > MOST_PATTERNS:
                 raise config.refuse(f"{key} has too many patterns; at most {MOST_PATTERNS} of a model are read")
         self._patterns += len(globs)
+        for layer, named in parts.items():
+            if layer not in found and not self._is_whole(named):
+                raise self._part(config, key, next(iter(named.values())))
+        numbers = self._numbers(config, key, globs)
         matches = [(re.compile(translate(glob)), pattern) for glob, pattern in globs.items()]
-        return frozenset(found.union(layer for layer in self.layers if self._is_named(config, key, layer, matches)))
+        named_by_globs = (layer for layer in self.layers if self._is_named(config, key, layer, numbers, matches))
+        return frozenset(found.union(parts, named_by_globs))
 
-    def _plain(self, config: Fields, key: str, name: str) -> tuple[int, ...]:
+    def _part(self, config: Fields, key: str, pattern: str) -> ConfigError:
+        return config.refuse(f"{key} has {pattern!r:.80}: a part of a layer's experts is in another format")
+
+    def _is_whole(self, named: dict[tuple[str, ...], str]) -> bool:
+        """Whether plain names within a layer's experts are all of them: every expert, or every matrix of each."""
+        if all((name,) in named or (EVERY, name) in named for name in self._stacks):
+            return True
+        return any(
+            all(
+                (EVERY, name) in named or (str(expert),) in named or (str(expert), name) in named
+                for expert in range(self._experts)
+                for name in names
+            )
+            for names in self._spellings
+        )
+
+    def _numbers(self, config: Fields, key: str, globs: dict[str, str]) -> list[int]:
+        """Experts that stand for all: what globs say of any number, and of those that they name, they say of these."""
+        numbers = {0, self._experts - 1}
+        for glob, pattern in globs.items():
+            if re.search(rf"{re.escape(self._parts[-1])}.*\[(?!0-9\]\*)", glob):
+                raise config.refuse(f"{key} has {pattern!r:.80}, which could name some of the experts' numbers")
+            named = {int(number) for number in re.findall(r"(?<!layers)\.([0-9]{1,6})(?![0-9])", glob)}
+            numbers |= {number for number in named if number < self._experts}
+            if len(numbers) > MOST_NUMBERS:
+                raise config.refuse(
+                    f"{key} names experts by their numbers in patterns; at most {MOST_NUMBERS} are read"
+                )
+        return sorted(numbers)
+
+    def _plain(self, name: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """The layers that a plain name is of, and what of their experts: a number, a matrix, or nothing for all."""
         parts = name.strip(".").split(".")
         within = parts
         layers = self.layers
@@ -84,48 +136,59 @@ class ExpertModules:
             at = parts.index("layers")
             index = parts[at + 1]
             if not index.isascii() or not index.isdigit() or len(index) > 6:
-                return ()
+                return (), ()
             if int(index) not in self._indices:
-                return ()
+                return (), ()
             layers = (int(index),)
             within = parts[at + 2 :]
             if within and within[: len(self._parts)] != self._parts[: len(within)]:
-                return ()
+                return (), ()
             inside = within[len(self._parts) :]
         elif len(parts) == 1 and parts[0] in ("model", "language_model"):
-            return layers
+            return layers, ()
+        elif len(parts) == 1 and parts[0] in NAMES:
+            return layers, (EVERY, parts[0])
         else:
             starts = [
                 i for i in range(len(self._parts)) if self._parts[i : i + len(parts)] == parts[: len(self._parts) - i]
             ]
             if not starts:
-                return ()
+                return (), ()
             inside = parts[len(self._parts) - starts[0] :]
-        if inside and layers and _is_matrix(inside):
-            raise config.refuse(f"{key} has {name!r:.80}: a part of a layer's experts is in another format")
-        return () if inside else layers
+        return layers, tuple(inside[:-1] if inside[-1:] == ["weight"] else inside)
 
-    def _is_named(self, config: Fields, key: str, layer: int, matches: list[tuple[re.Pattern[str], str]]) -> bool:
+    def _is_named(
+        self, config: Fields, key: str, layer: int, numbers: list[int], matches: list[tuple[re.Pattern[str], str]]
+    ) -> bool:
         """Whether all experts of a layer are named by some of the globs; an error if only a part is."""
         part: str | None = None
         for head in HEADS:
             module = f"{head}layers.{layer}.{self.module}"
             if any(glob.match(module) for glob, _ in matches):
                 return True
-            for group in MATRICES:
-                by = [next((pattern for glob, pattern in matches if glob.match(module + end)), None) for end in group]
+            stacks = [[f"{module}.{name}"] for name in self._stacks]
+            experts = [
+                [[f"{module}.{number}", f"{module}.{number}.{name}"] for number in numbers for name in names]
+                for names in self._spellings
+            ]
+            for group in (stacks, *experts):
+                by = [_first_of(matches, names) for names in group]
                 if None not in by:
                     return True
                 part = next((pattern for pattern in by if pattern is not None), part)
         if part is not None:
-            raise config.refuse(f"{key} has {part!r:.80}: a part of a layer's experts is in another format")
+            raise self._part(config, key, part)
         return False
 
 
-def _is_matrix(parts: list[str]) -> bool:
+def _first_of(matches: list[tuple[re.Pattern[str], str]], names: list[str]) -> str | None:
+    """The first pattern that matches any of the names."""
+    return next((pattern for glob, pattern in matches if any(glob.match(name) for name in names)), None)
+
+
+def _is_matrix(parts: tuple[str, ...]) -> bool:
     """Whether a name within the experts is one of their matrices, or one of the experts."""
-    names = {name for group in PROJECTIONS for name in group}
-    return parts[0].isdigit() or parts[0] in names
+    return parts[0].isdigit() or parts[0] in NAMES or parts[0] == EVERY
 
 
 _ATOMS: tuple[tuple[str, Callable[[str], str]], ...] = (

@@ -16,7 +16,17 @@ from epfuse.config import Activation, Bias, LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_object
 from epfuse.weights.checkpoint_format import Checkpoint
-from epfuse.weights.config_families import EXPERTS, FAMILIES, NESTED, ONLY_WIDTH, OUTER, OWN_WIDTH, TOP_K, ModelFamily
+from epfuse.weights.config_families import (
+    EXPERTS,
+    FAMILIES,
+    NESTED,
+    ONLY_WIDTH,
+    OUTER,
+    OWN_WIDTH,
+    TOP_K,
+    ModelFamily,
+    relu2,
+)
 from epfuse.weights.config_fields import Fields
 from epfuse.weights.config_format import experts_format
 from epfuse.weights.config_layers import MOST_LAYERS
@@ -165,7 +175,8 @@ def read_layer(path: Path) -> tuple[str, LayerShape, Checkpoint | None]:
     shape = LayerShape(hidden, width, experts, experts, config.size(*TOP_K))
     try:
         layers = config.size("num_hidden_layers", most=MOST_LAYERS, default=1)
-        modules = ExpertModules(tuple(range(layers)), ModelFamily.module if family is None else family.module)
+        read = ModelFamily() if family is None else family
+        modules = ExpertModules(tuple(range(layers)), read.module, experts, read.activation is not relu2)
         checkpoint = experts_format(_quantization(content, config, None), modules)
     except ConfigError:
         checkpoint = None
@@ -245,7 +256,7 @@ def _sizes(kind: str, config: Fields, family: ModelFamily) -> tuple[ExpertModel,
     )
     if model.top_k > model.experts:
         raise config.refuse(f"{model.top_k} experts a token are more than the {model.experts} that there are")
-    return model, ExpertModules(moe_layers, family.module)
+    return model, ExpertModules(moe_layers, family.module, model.experts, activation.inputs == 2)
 
 
 def _quantization(content: Fields, config: Fields, folder: Path | None) -> Fields | None:
