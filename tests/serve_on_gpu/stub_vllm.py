@@ -49,7 +49,9 @@ def serve(port: str, model: str) -> None:
         def do_GET(self) -> None:
             if self.path == "/metrics":
                 counts = [] if "calm" in faults else ['vllm:num_preemptions_total{engine="0"} 3.0']
-                data = "\n".join(["# TYPE", *counts, ""]).encode()
+                waited = [f"vllm:request_queue_time_seconds_sum {2.0 * stub.asked}",
+                          f"vllm:request_queue_time_seconds_count {stub.asked}"]  # fmt: skip
+                data = "\n".join(["# TYPE", *counts, *waited, ""]).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from tools.serve_on_gpu import __main__ as tool
-from tools.serve_on_gpu import arms, servers
+from tools.serve_on_gpu import arms, metrics, servers
 from tools.serve_on_gpu.arms import ServerArm
 from tools.serve_on_gpu.records import merge
 from tools.serve_on_gpu.servers import parse_loads, parse_servers
@@ -69,9 +69,32 @@ def test_a_kernel_that_is_compiled_after_ready_is_counted(tmp_path, model, monke
     assert "compiled or loaded after ready | - | 1 (n=1) |  | 0 | **no** |" in merged.output
 
 
+def test_how_long_requests_wait_in_the_engine_itself(tmp_path: Path, model: Path) -> None:
+    done = call(tmp_path, model, "serve", "--servers", "none", "--new", "", "--warm", "9/3@2")
+    assert done.exit_code == 0, done.output
+    (point,) = by_number(tmp_path, "serve")[1]["points"]
+    assert point["engine"] == {"request_queue_time_ms": 2000.0}
+
+
+def test_metrics_of_all_engines_count_and_without_requests_there_is_no_mean() -> None:
+    text = 'vllm:n_total{engine="0"} 3.0\nvllm:n_total{engine="1"} 4e+00\nvllm:n_total_more 9\n# vllm:n_total 1'
+    assert (metrics.total(text, "n_total"), metrics.total(text, "m_total")) == (7.0, 0)
+    assert metrics.means({"a": (1.0, 2.0), "b": (1.0, 2.0)}, {"a": (1.5, 2.0), "b": (1.5, 4.0)}) == {"b_ms": 250.0}
+
+
+def test_a_point_that_no_server_takes_is_refused_before_one_starts(tmp_path: Path) -> None:
+    done = call(tmp_path, "minimax-m3", "serve", "--servers", "none", "--new", "", "--warm", "4096/64@16")
+    assert done.exit_code == 2
+    assert "4096/64@16, 4160 tokens a request; the server takes 4096" in done.output
+    longer = servers.check_lengths(
+        servers.parse_loads("4096/64@16", False, 1), ("--max-model-len", "1", "--max-model-len", "9000")
+    )
+    assert longer is None
+
+
 def test_what_is_done_is_not_done_again(tmp_path: Path, model: Path) -> None:
     arguments = ("serve", "--servers", "none,epfuse", "--new", "", "--warm", "")
-    late = call(tmp_path, model, *arguments, "--seconds", "200")  # enough for one without caches, by what is assumed
+    late = call(tmp_path, model, *arguments, "--seconds", "150")  # enough for one without caches, by what is assumed
     assert late.exit_code == 0, late.output
     first = by_number(tmp_path, "serve")
     again = call(tmp_path, model, *arguments)
@@ -84,7 +107,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, model: Path) -> None:
 def test_nothing_is_begun_that_would_not_end_in_time(tmp_path: Path, model: Path) -> None:
     done = call(tmp_path, model, "serve", "--servers", "none,epfuse", *POINTS, "--seconds", "60")
     assert done.exit_code == 75
-    assert "server 1 (none) and those after it: a server without caches takes some 190 s" in done.output
+    assert "server 1 (none) and those after it: a server without caches takes some 140 s" in done.output
     assert not list((tmp_path / "out").iterdir())
 
 

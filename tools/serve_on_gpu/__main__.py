@@ -120,6 +120,7 @@ def serve(model: str, servers: str, new_points: str, warm_points: str, waves: in
     wanted = parse_servers(servers)
     loads = [*parse_loads(new_points, True, waves), *parse_loads(warm_points, False, waves)]
     place = Place(model, options)
+    part.check_lengths(loads, place.work.engine_arguments)
     with bench_for(place.work, place.logs) as bench:
         outcome = part.run(place.work, place.folder, wanted, loads, bench, place.budget, machine_facts())
     outcome.finish()

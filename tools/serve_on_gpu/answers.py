@@ -25,7 +25,7 @@ TEXTS = (*PROMPTS, "\n".join(PROMPTS), " ".join(reversed(PROMPTS)))
 """Two of them are long: kernels for many tokens run too."""
 WAYS = (1, 8)
 """Texts that a server gets at once."""
-SECONDS = 120.0
+SECONDS = 85.0
 """A server with its questions is taken to need so long."""
 ERRORS = 2.0
 """Standard errors that the mean difference may lie above 0: the same errors in another order."""

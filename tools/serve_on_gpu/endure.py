@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import random
-import re
 import socket
 import threading
 import time
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tools.serve_on_gpu import metrics
 from tools.serve_on_gpu.answers import Running, serving
 from tools.serve_on_gpu.arms import ServerArm, Workplace, compiled_since
 from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
@@ -88,7 +88,7 @@ def _one(running: Running, requests: int, budget: TimeBudget) -> dict[str, Any]:
         say(f"{tally.good} answered, {tally.broken} broken off, {len(tally.wrong)} wrong; {memory[-1]}")
     took = time.monotonic() - begun
     after = running.during(lambda: probe(running, "after"))
-    preempted = preemptions(running.port)
+    preempted = round(metrics.total(metrics.read(running.port), "num_preemptions_total"))
     late = compiled_since(running.compiles, ready).get("ours after", {})
     findings = {
         "answers changed": before != after,
@@ -178,13 +178,3 @@ def memory_of(mark: str) -> dict[str, float]:
 def grew(memory: list[dict[str, float]], which: str, allowed: float) -> bool:
     """Whether the last sample is above the first, which is taken after a tenth of the requests."""
     return len(memory) > 1 and memory[-1][which] - memory[0][which] > allowed
-
-
-def preemptions(port: int) -> int:
-    """How many requests the server has preempted, by its metrics; 0 where it does not say."""
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        text = ask(port, "GET", "/metrics", timeout=30)[1].decode(errors="replace")
-        return round(
-            sum(float(value) for value in re.findall(r"^vllm:num_preemptions_total\S* ([\d.e+]+)$", text, re.M))
-        )
-    return 0

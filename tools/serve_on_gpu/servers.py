@@ -12,9 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tools.serve_on_gpu import metrics
 from tools.serve_on_gpu.arms import ServerArm, Workplace, compiled_since, what_the_log_says
 from tools.serve_on_gpu.bench import ServingBench
 from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
@@ -29,7 +31,7 @@ FIRST, ANSWER = 12, 8
 """How many there are, and tokens of each answer."""
 BENCH = (sys.executable, "-m", "tools.serve_on_gpu.bench")
 READY, STOP, PATIENCE = 420.0, 30.0, 120.0
-COLD_SECONDS, WARM_SECONDS = 190.0, 100.0
+COLD_SECONDS, WARM_SECONDS = 140.0, 100.0
 """What a server with its points is taken to need before one has been seen."""
 POINT = re.compile(r"(\d+)/(\d+)@(\d+(?:,\d+)*)")
 KEPT = (
@@ -170,12 +172,15 @@ def _one(place: Workplace, folder: Folder, number: int, arm: ServerArm, loads: S
         say(f"ready after {record['ready_s']} s, first requests {record['first']['seconds']} s")
         for load in sorted(loads, key=lambda load: not load.new):
             result = logs / f"{'new' if load.new else 'warm'}-{load.isl}-{load.osl}-{load.concurrency}.json"
-            metrics = server.during(lambda load=load, at=result: bench.measure(load.client, model, port, at), budget)
+            before = metrics.phases(metrics.read(port))
+            seen = server.during(lambda load=load, at=result: bench.measure(load.client, model, port, at), budget)
             point = {"isl": load.isl, "osl": load.osl, "concurrency": load.concurrency, "new": load.new}
-            record["points"].append(point | {key: round(metrics[key], 4) for key in KEPT if key in metrics})
+            point |= {key: round(seen[key], 4) for key in KEPT if key in seen}
+            point["engine"] = metrics.means(before, metrics.phases(metrics.read(port)))
+            record["points"].append(point)
             say(
-                f"{'new ' if load.new else 'warm'} c{load.concurrency}: TPOT {metrics.get('median_tpot_ms', 0):.3f} ms,"
-                f" p99 TTFT {metrics.get('p99_ttft_ms', 0):.0f} ms"
+                f"{'new ' if load.new else 'warm'} c{load.concurrency}: TPOT {seen.get('median_tpot_ms', 0):.3f} ms,"
+                f" p99 TTFT {seen.get('p99_ttft_ms', 0):.0f} ms"
             )
             folder.keep("serve", number, arm, record)
         record["compiles"] = compiled_since(compiles, ready)
@@ -183,6 +188,26 @@ def _one(place: Workplace, folder: Folder, number: int, arm: ServerArm, loads: S
         server.stop(STOP)
     if not record["fits"]:
         raise ServerFault(f"the server's log does not fit an arm {arm}: {record['said']}")
+
+
+def check_lengths(loads: Sequence[Load], arguments: Sequence[str]) -> None:
+    """Refuse a point that the server would refuse, before one is started.
+
+    Args:
+        loads: points.
+        arguments: of ``vllm serve``, whose last ``--max-model-len`` counts.
+
+    Raises:
+        ConfigError: a request is longer than the server takes.
+    """
+    lengths = [word for option, word in pairwise(arguments) if option == "--max-model-len"]
+    for load in loads:
+        if lengths and load.isl + load.osl > int(lengths[-1]):
+            raise ConfigError(
+                f"a point is {load.isl}/{load.osl}@{load.concurrency}, {load.isl + load.osl} tokens a request; the"
+                f" server takes {lengths[-1]} (--max-model-len): make the request shorter, or give another limit in"
+                " --serve-arguments"
+            )
 
 
 def first_requests(port: int, model: str) -> dict[str, Any]:
