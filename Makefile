@@ -101,8 +101,9 @@ aot-execute: $(INSTALLED)
 docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
-docs-test: docs
-	$(PYTEST) tests/site $(PYTEST_FLAGS)
+# The tests build the site themselves, beside those that run the pages' commands.
+docs-test: $(DOCS_INSTALLED)
+	$(PYTEST) --dist worksteal tests/site $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
@@ -172,6 +173,16 @@ $(INSTALLED): $(CREATED) pyproject.toml constraints.txt constraints-torch.txt sr
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	@touch $@
 
+# What the extras docs and docs-test name: to install them as extras would build epfuse again, and look at all the others.
+define PRINT_DOCS
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+print(*extras["docs"], *extras["docs-test"], sep="\n")
+endef
+export PRINT_DOCS
+
 $(DOCS_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable ".[$(EXTRAS),docs,docs-test]"
+	$(BIN)/python -c "$$PRINT_DOCS" > $(VENV)/docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --requirement $(VENV)/docs.txt
 	@touch $@

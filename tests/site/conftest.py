@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import http.server
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 HERE = Path(__file__).parent
-SITE = HERE.parents[1] / "site"
+ROOT = HERE.parents[1]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -44,11 +47,29 @@ def served(folder: Path) -> Iterator[str]:
         thread.join()
 
 
+def outside() -> dict[str, str]:
+    """The environment of a program that a person starts: tests have Triton interpret the kernels."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 @pytest.fixture(scope="session")
-def site() -> Path:
-    """The built site."""
-    assert (SITE / "index.html").exists(), "the site is not built: make docs"
-    return SITE
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, as ``make docs`` builds it.
+
+    Of the processes that run tests side by side, the first that wants it builds it; tests that don't want it run
+    meanwhile.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with (shared / "site.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "site.built").exists():
+            build = [sys.executable, "-m", "mkdocs", "build"]
+            settings = {**outside(), "NO_MKDOCS_2_WARNING": "1"}
+            ended = subprocess.run(build, cwd=ROOT, env=settings, capture_output=True, text=True)
+            assert ended.returncode == 0, ended.stderr
+            (shared / "site.built").touch()
+    return ROOT / "site"
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import yaml
 from tools.site.root_pages import ROOT
 
 from epfuse.cli.main import main
+from tests.site.conftest import outside
 
 BLOCK = re.compile(r"^```(?P<language>[\w-]+)(?: (?P<options>[^\n]*))?\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = 'title="runs in CI"'
@@ -118,8 +119,7 @@ def test_a_wrong_line_is_found(line: str) -> None:
 )
 def test_what_runs_in_ci(block: Block, tmp_path: Path) -> None:
     programs = Path(sys.executable).parent
-    settings = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    settings.pop("TRITON_INTERPRET", None)
+    settings = {**outside(), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     command = [sys.executable, "-c", block.text] if block.language == "python" else ["bash", "-ec", block.text]
     ended = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr

@@ -15,7 +15,7 @@ from epfuse.config import WeightFormat
 from epfuse.families.family import Stage
 from epfuse.measured import store
 from epfuse.measured.schema import Measurement, PortableEntry, ShapeEntry, TileRow
-from epfuse.policy import call, ranges
+from epfuse.policy import auto, call, ranges
 
 M3 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -61,3 +61,4 @@ def _forget() -> None:
     store.shipped.cache_clear()
     call.call_table.cache_clear()
     ranges._ranges.cache_clear()
+    auto._gains.cache_clear()

@@ -233,10 +233,11 @@ def plan_model(model: ExpertModel, serving: Serving, policy: Policy) -> ModelPla
 def _plan(model: ExpertModel, serving: Serving, policy: Policy, layer: int) -> LayerPlan:
     """By the rules of what the layer can do, which every integration asks too, then by the policy."""
     facts = serving.facts(model, layer)
+    assert facts.shape is not None  # the first rank always holds an expert
     activation = model.activation_at(layer)
     request = LayerRequest(
         target=serving.product.target,
-        shape=serving.shape(model),
+        shape=facts.shape,
         ep_size=serving.ep_size,
         max_model_len=serving.max_model_len,
         layer=layer,

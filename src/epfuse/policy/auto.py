@@ -10,17 +10,19 @@ layer stays untouched.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 
-from epfuse.config import Combine, Path, Policy
+from epfuse.config import Activation, Bias, Combine, LayerShape, Path, Policy
 from epfuse.errors import ConfigError
 from epfuse.families.registry import READABLE
-from epfuse.policy.call import CallTable, call_table
+from epfuse.policy.call import call_table
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage
 from epfuse.policy.ranges import Route, token_ranges
 from epfuse.policy.rivals import why_declined, why_taken
+from epfuse.target import Target
 from epfuse.weights.checkpoint_format import Checkpoint
 
 EXPERT_SHARE = 0.8
@@ -60,7 +62,8 @@ def plan(request: LayerRequest) -> LayerPlan:
     """
     if request.stored is Storage.UNTOUCHED:
         raise ConfigError("stored is 'untouched'; policy auto plans layers whose weights epfuse keeps")
-    gains = _gains(request)
+    kind = type(request.activation), request.bias
+    gains = _gains(request.target, request.shape, request.device, *kind)
     storage, reason, refused = _storage(request, gains)
     ranges = token_ranges(request, storage, _routes(storage, request, gains))
     found = LayerPlan(Policy.AUTO, request, storage, reason, ranges, refused)
@@ -156,11 +159,16 @@ def _copies_that_fit(request: LayerRequest) -> int:
     return min(layers, free // request.bytes_of(Storage.BF16))
 
 
-def _gains(request: LayerRequest) -> tuple[Gain, ...]:
+@functools.lru_cache(maxsize=1024)  # a model's layers are alike
+def _gains(
+    target: Target, shape: LayerShape, device: str, activation: type[Activation], bias: Bias
+) -> tuple[Gain, ...]:
     """Where BF16 is measured to be faster than W8A16 by enough; nothing where one of the two is not measured."""
-    if not request.target.is_gpu:
+    if not target.is_gpu:
         return ()
-    bf16, w8a16 = _table(Path.BF16, request), _table(Path.W8A16, request)
+    formats = Storage.HYBRID.formats(target, activation, bias)
+    call = shape, formats, torch.bfloat16, Combine.DETERMINISTIC, device, activation, bias
+    bf16, w8a16 = call_table(Path.BF16, target, *call), call_table(Path.W8A16, target, *call)
     starts = sorted({*bf16.first_tokens, *w8a16.first_tokens})
     found = []
     for start, after in zip(starts, [*starts[1:], None], strict=True):
@@ -168,12 +176,6 @@ def _gains(request: LayerRequest) -> tuple[Gain, ...]:
         if dense is not None and packed is not None and packed >= PAYS * dense:
             found.append(Gain(start, None if after is None else after - 1, packed / dense))
     return tuple(found)
-
-
-def _table(path: Path, request: LayerRequest) -> CallTable:
-    kind, way = (type(request.activation), request.bias), Combine.DETERMINISTIC
-    formats = Storage.HYBRID.formats(request.target, *kind)
-    return call_table(path, request.target, request.shape, formats, torch.bfloat16, way, request.device, *kind)
 
 
 def _routes(storage: Storage, request: LayerRequest, gains: tuple[Gain, ...]) -> list[Route]:
