@@ -9,8 +9,8 @@ import torch
 
 from epfuse.aot.isa.counts import LaunchCounts
 from epfuse.aot.isa.definedness import Definedness
-from epfuse.aot.isa.edges import _sized, _trapped
-from epfuse.aot.isa.expected import compare, expected
+from epfuse.aot.isa.edges import _sized, _trapped, unseen
+from epfuse.aot.isa.expected import Expected, compare, expected
 from epfuse.aot.isa.program import Program
 from epfuse.aot.isa.recorded import POISON, Launched, Recorded, regions_of
 
@@ -82,9 +82,11 @@ def test_what_lies_behind_a_row_is_nan_in_a_trapped_launch() -> None:
     assert trapped.tensor("y")[:, 0].isnan().tolist() == [True, False, True, False, True]
     assert trapped.defined("y")[:, 0].tolist() == [False, True, False, True, False]  # what nothing wrote stays so
     codes, scales = trapped.tensor("w2").view(torch.uint8), trapped.tensor("w2_scale")
-    assert (codes[:, ::2, 0] == 0x80).all()
-    assert (scales[:, ::2, 0] == 255).all()
-    assert not (codes[:, 1::2] == 0x80).any()
+    for expert, first in enumerate((0, 0, 1)):  # other rows in the second pair of experts
+        assert (codes[expert, first::2, 0] == 0x80).all()
+        assert (scales[expert, first::2, 0] == 255).all()
+        assert not (codes[expert, 1 - first :: 2] == 0x80).any()
+        assert not (scales[expert, 1 - first :: 2] == 255).any()
     assert not (scales[:, :, 1:] == 255).any()
     values = expected(trapped)["out"].values[[1, 3]]
     assert values[:, ::2].isnan().all()
@@ -96,8 +98,37 @@ def test_what_lies_behind_a_row_is_nan_in_a_trapped_launch() -> None:
     assert found.wrong == 1
 
 
+@pytest.mark.parametrize(
+    "nan",
+    [
+        # a row of scales is all of an expert's: those of every second expert
+        [[False], [True], [False], [True]],
+        # of two rows each is a number with one of experts 0 and 2, and the first one with expert 0
+        [[False, True], [False, True], [True, False], [True, False]],
+    ],
+)
+def test_the_scales_of_no_block_are_nan_with_every_expert(nan: list[list[bool]]) -> None:
+    own, scales = down_launch(torch.float8_e4m3fnuz), torch.ones(4, len(nan[0]), 1)
+    regions = [region for region in own.before if region.name != "w2_scale"]
+    own = replace(
+        own,
+        arguments=own.arguments | {"w2_scale": scales, "SCALE_ROWS": 128},
+        before=(*regions, *regions_of([("w2_scale", scales)], Definedness())),
+    )
+    assert _trapped(own).tensor("w2_scale")[..., 0].isnan().tolist() == nan
+
+
+def test_pairs_of_outputs_that_are_nan_in_every_row_are_counted() -> None:
+    values, written = torch.zeros(3, 4), torch.tensor([True, True, False])[:, None].expand(3, 4)
+    assert unseen(Expected(values, written)) == 0
+    values[:2, 1] = values[0, 2] = values[1, 3] = torch.nan
+    assert unseen(Expected(values, written)) == 0
+    values[:2, 0] = torch.nan  # a number is left in the row that nothing writes
+    assert unseen(Expected(values, written)) == 1
+
+
 def test_codes_whose_nan_is_read_as_a_number_are_left_alone() -> None:
     own = down_launch(torch.float8_e4m3fn)
     trapped = _trapped(own)
     assert torch.equal(trapped.tensor("w2").view(torch.uint8), own.tensor("w2").view(torch.uint8))
-    assert (trapped.tensor("w2_scale")[:, ::2, 0] == 255).all()
+    assert (trapped.tensor("w2_scale")[:2, ::2, 0] == 255).all()
