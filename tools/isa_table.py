@@ -1,7 +1,8 @@
 """Draw the tables of gfx942's instructions: each mnemonic (docs/isa-gfx942.md), and each meaning (docs/mi300x.md).
 
 epfuse aot --target gfx942 --out assembly
-python -m tools.isa_table assembly
+epfuse aot --target gfx942 --out assembly-3.6  # where Triton 3.6 is installed
+python -m tools.isa_table assembly assembly-3.6
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ DOCS = Path(__file__).parents[1] / "docs"
 HEAD = """# The instructions of gfx942's kernels
 
 What the ISA model of `epfuse aot --execute` ([mi300x.md](mi300x.md)) takes each instruction to mean, and from where.
-Mnemonics are without the encoding's suffix. *Differs* says what is known to be different on hardware. `tools.isa_table`
-draws this page from `epfuse.aot.isa.meanings`; a test holds the two together.
+Mnemonics are without the encoding's suffix. *Differs* says what is known to be different on hardware. *Stages* are
+those whose kernels have it as Triton 3.7.1, which the gate is pinned to, compiles them, and then as 3.6.0 does.
+`tools.isa_table` draws this page from `epfuse.aot.isa.meanings`; a test holds the two together.
 
-| mnemonic | kind | meaning from | second source | differs | stages |
-| --- | --- | --- | --- | --- | --- |
+| mnemonic | kind | meaning from | second source | differs | stages | stages, 3.6.0 |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 SHORT_HEAD = """| instruction | types | meaning from | second source | differs | stages |
 | --- | --- | --- | --- | --- | --- |
 """
+Stages = Mapping[str, set[str]]
+"""Mnemonic -> the stages whose kernels have it."""
 BEGIN, END = "<!-- tools.isa_table -->\n", "<!-- end of the table -->\n"
 _TYPE = re.compile(r"_(?:((?:[biuf]|bf|fp)\d+(?:_(?:[biuf]|bf|fp)\d+)*)|(dword(?:x\d+)?|[us]?byte|[us]?short))$")
 
@@ -43,29 +47,31 @@ def users(folder: Path) -> dict[str, set[str]]:
     return found
 
 
-def drawn_users(page: str) -> dict[str, set[str]]:
-    """The same, from the page."""
-    found = {}
+def drawn_users(page: str) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """The same of both versions, from the page."""
+    pinned: dict[str, set[str]] = {}
+    older: dict[str, set[str]] = {}
     for line in page.removeprefix(HEAD).splitlines():
-        mnemonic, *_, stages = (cell.strip() for cell in line.split("|")[1:-1])
-        found[mnemonic.strip("`")] = set(stages.split(", ")) - {""}
-    return found
+        mnemonic, *_, now, before = (cell.strip() for cell in line.split("|")[1:-1])
+        for found, stages in ((pinned, now), (older, before)):
+            found[mnemonic.strip("`")] = set(stages.split(", ")) - {""}
+    return pinned, older
 
 
-def lines(stages: Mapping[str, set[str]]) -> Iterator[str]:
+def lines(pinned: Stages, older: Stages) -> Iterator[str]:
     """A row for each mnemonic."""
     for row in rows():
-        users = ", ".join(sorted(stages.get(row.mnemonic, ())))
-        cells = (f"`{row.mnemonic}`", row.kind, row.source, row.second_source, row.differs, users)
+        users = (", ".join(sorted(stages.get(row.mnemonic, ()))) for stages in (pinned, older))
+        cells = (f"`{row.mnemonic}`", row.kind, row.source, row.second_source, row.differs, *users)
         yield f"| {' | '.join(cells)} |"
 
 
-def page(stages: Mapping[str, set[str]]) -> str:
+def page(pinned: Stages, older: Stages) -> str:
     """The whole page."""
-    return HEAD + "\n".join(lines(stages)) + "\n"
+    return HEAD + "\n".join(lines(pinned, older)) + "\n"
 
 
-def meanings(stages: Mapping[str, set[str]]) -> str:
+def meanings(stages: Stages) -> str:
     """A row for each meaning that a kernel has: mnemonics of several types are one, if their sources are."""
     found: dict[tuple[str, str, str, str], list[Meaning]] = {}
     for row in rows():
@@ -103,7 +109,7 @@ def _short(text: str) -> str:
     return text.partition(". ")[0].removesuffix(".")
 
 
-def with_meanings(text: str, stages: Mapping[str, set[str]]) -> str:
+def with_meanings(text: str, stages: Stages) -> str:
     """docs/mi300x.md with the table as it is now."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -111,6 +117,6 @@ def with_meanings(text: str, stages: Mapping[str, set[str]]) -> str:
 
 
 if __name__ == "__main__":
-    stages = users(Path(sys.argv[1]))
-    write_atomic(DOCS / "isa-gfx942.md", page(stages))
-    write_atomic(DOCS / "mi300x.md", with_meanings((DOCS / "mi300x.md").read_text(), stages))
+    pinned, older = (users(Path(folder)) for folder in sys.argv[1:])
+    write_atomic(DOCS / "isa-gfx942.md", page(pinned, older))
+    write_atomic(DOCS / "mi300x.md", with_meanings((DOCS / "mi300x.md").read_text(), pinned))

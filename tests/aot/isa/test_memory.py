@@ -89,6 +89,9 @@ def test_range_of_a_descriptor() -> None:
     np.testing.assert_array_equal(vector(wave), np.where(LANE < 16, DATA.view(np.uint32)[16:80], 0))
     with pytest.raises(AccessError, match="across the end"):
         execute("buffer_load_dwordx2 v[0:1], v9, s[4:7], 0 offen", vectors={9: 124}, scalars=scalars, memory=memory)
+    # what the hardware's sum of both offsets does beyond 32 bits is not known
+    with pytest.raises(AccessError, match="beyond 32 bits"):
+        execute("buffer_load_dword v0, v9, s[4:7], 0 offen offset:8", vectors={9: -8}, scalars=scalars, memory=memory)
     with pytest.raises(AccessError, match="another format"):
         execute(
             "buffer_load_dword v0, v9, s[4:7], 0 offen", vectors={9: 0}, scalars={**scalars, 7: 0x24000}, memory=memory
@@ -139,6 +142,47 @@ def test_global_addresses() -> None:
     scalars = {8: address & 0xFFFFFFFF, 9: address >> 32}
     execute("global_store_dword v1, v2, s[8:9]", vectors={1: LANE * 8, 2: LANE}, scalars=scalars, memory=memory)
     np.testing.assert_array_equal(memory.read(address, 512).view(np.uint32)[::2], LANE)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("ubyte", np.uint8, 1),
+        ("sbyte", np.int8, 1),
+        ("ushort", np.uint16, 1),
+        ("sshort", np.int16, 1),
+        ("dword", np.uint32, 1),
+        ("dwordx2", np.uint32, 2),
+        ("dwordx3", np.uint32, 3),
+    ],
+)
+def test_global_loads(name: str, kind: type[np.generic], count: int) -> None:
+    """From a scalar address, an unsigned offset a lane, and a signed one of the instruction."""
+    memory, address, _ = placed()
+    target = "v0" if count == 1 else f"v[0:{count - 1}]"
+    scalars, offsets = {8: address & 0xFFFFFFFF, 9: address >> 32}, LANE * 12 + 8
+    line = f"global_load_{name} {target}, v9, s[8:9] offset:-8\ns_waitcnt vmcnt(0)"
+    wave = execute(line, vectors={9: offsets}, scalars=scalars, memory=memory)
+    size = np.dtype(kind).itemsize * count
+    for lane in (0, 1, 7, 63):
+        expected = DATA[lane * 12 : lane * 12 + size].copy().view(kind).astype(np.int64)
+        assert [int(vector(wave, row)[lane]) for row in range(count)] == [int(each) & 0xFFFFFFFF for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("byte", 1), ("short", 2), ("dwordx2", 8), ("dwordx3", 12), ("dwordx4", 16)]
+)
+def test_global_stores(name: str, size: int) -> None:
+    memory, address, _ = placed()
+    source = "v0" if size <= 4 else f"v[0:{size // 4 - 1}]"
+    values = {row: (LANE * 0x01030507 + row).astype(np.uint32) for row in range(4)}
+    vectors = {10: (address + LANE.astype(np.int64) * 16) & 0xFFFFFFFF, 11: address >> 32, **values}
+    execute(f"global_store_{name} v[10:11], {source}, off offset:16", vectors=vectors, memory=memory, active=0xFFFF)
+    expected = DATA.copy()
+    for lane in range(16):
+        raw = np.concatenate([values[row][lane : lane + 1].view(np.uint8) for row in range(4)])[:size]
+        expected[lane * 16 + 16 : lane * 16 + 16 + size] = raw
+    np.testing.assert_array_equal(memory.read(address, 4096), expected)
 
 
 def test_atomic_additions() -> None:

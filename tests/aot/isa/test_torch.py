@@ -57,8 +57,9 @@ def field(a: T, start: T, width: T) -> T:
 
 def signed_field(a: T, start: T, width: T) -> T:
     width = low5(width)
+    part = (i32(a) >> low5(start)) & ((1 << width) - 1)  # the sign is repeated beyond the register
     sign = torch.where(width > 0, 1 << (width - 1).clamp(min=0), 0)
-    return (field(a, start, width) ^ sign) - sign
+    return (part ^ sign) - sign
 
 
 INTEGERS: dict[str, Callable[[T, T, T], T]] = {
@@ -244,6 +245,7 @@ def test_float_comparisons(order: str) -> None:
 WIDE: dict[str, Callable[[T, T], T]] = {
     "v_lshlrev_b64 v[0:1], 7, v[2:3]": lambda a, b: a << 7,
     "v_lshrrev_b64 v[0:1], 9, v[2:3]": lambda a, b: (a >> 9) & ((1 << 55) - 1),
+    "v_ashrrev_i64 v[0:1], 9, v[2:3]": lambda a, b: a >> 9,
     "v_lshl_add_u64 v[0:1], v[2:3], 3, v[4:5]": lambda a, b: (a << 3) + b,
     "v_mov_b64_e32 v[0:1], v[2:3]": lambda a, b: a,
     "v_mad_u64_u32 v[0:1], s[0:1], v2, v4, v[2:3]": lambda a, b: u32(a) * u32(b) + a,

@@ -1,11 +1,13 @@
 """Vector instructions: values by hand from AMD's descriptions, and NumPy's and torch's where they compute the same."""
 
+import operator
 import struct
 
 import numpy as np
 import pytest
 import torch
 
+from epfuse.aot.isa.errors import UnknownInstruction
 from epfuse.aot.isa.floats import FP8
 from epfuse.aot.isa.registers import SCC, VCC
 from tests.aot.isa.assembly import execute, floats, is_undefined, vector
@@ -47,6 +49,10 @@ def bits(value: float) -> int:
         ("v_bfe_i32 v0, v1, v2, v3", 0x0000F000, 12, 4, LOW),
         ("v_bfe_i32 v0, v1, v2, v3", 0x00007000, 12, 4, 7),
         ("v_bfe_i32 v0, v1, v2, v3", 0x00007000, 12, 0, 0),
+        # a field that ends beyond the register: there are zeros, or the sign
+        ("v_bfe_u32 v0, v1, v2, v3", 0xA0000000, 28, 8, 0xA),
+        ("v_bfe_i32 v0, v1, v2, v3", 0xA0000000, 28, 8, 0xFFFFFFFA),
+        ("v_bfe_i32 v0, v1, v2, v3", 0x50000000, 28, 8, 5),
         # the second source is bytes 0 to 3, the first 4 to 7
         ("v_perm_b32 v0, v1, v2, v3", 0x77665544, 0x33221100, 0x07050301, 0x77553311),
         ("v_perm_b32 v0, v1, v2, v3", 0x80000000, 0x00008000, 0x0C0D0B08, 0x00FFFFFF),
@@ -117,6 +123,9 @@ def test_only_active_lanes_are_written() -> None:
     [
         ("v_lshlrev_b64 v[0:1], 4, v[2:3]", (0x1234567_89ABCDEF << 4) & ((1 << 64) - 1)),
         ("v_lshrrev_b64 v[0:1], 36, v[2:3]", 0x1234567_89ABCDEF >> 36),
+        ("v_ashrrev_i64 v[0:1], 100, v[2:3]", 0x1234567_89ABCDEF >> 36),
+        ("v_ashrrev_i64 v[0:1], 36, v[4:5]", 0),
+        ("v_ashrrev_i64 v[0:1], v4, -2", (1 << 64) - 1),
         ("v_lshl_add_u64 v[0:1], v[2:3], 3, v[4:5]", ((0x1234567_89ABCDEF << 3) + 0x1_FFFFFFFF) & ((1 << 64) - 1)),
         ("v_mov_b64_e32 v[0:1], v[2:3]", 0x1234567_89ABCDEF),
         ("v_mad_u64_u32 v[0:1], s[0:1], v2, v3, v[4:5]", 0x89ABCDEF * 0x1234567 + 0x1_FFFFFFFF),
@@ -150,6 +159,22 @@ def test_integer_comparisons(order: str, reading: str) -> None:
     )
     expected = compare(a.astype(kind), b.astype(kind))
     assert wave.pair(0) == sum(1 << int(lane) for lane in np.flatnonzero(expected))
+
+
+@pytest.mark.parametrize("order", ["lt", "eq", "le", "gt", "ne", "ge"])
+@pytest.mark.parametrize("reading", ["i64", "u64"])
+def test_wide_comparisons(order: str, reading: str) -> None:
+    """Equal low halves, equal high halves, and signs."""
+    pairs = [(low, high) for low in (0, 1, LOW) for high in (0, 1, 0x7FFFFFFF, 0x80000000, LOW)]
+    rng = np.random.default_rng(4)
+    a, b = (np.array(pairs, np.uint64)[rng.integers(0, len(pairs), 64)] for _ in range(2))
+    vectors = {1: a[:, 0], 2: a[:, 1], 3: b[:, 0], 4: b[:, 1]}
+    wave = execute(f"v_cmp_{order}_{reading}_e64 s[0:1], v[1:2], v[3:4]", vectors=vectors)
+    left, right = ((each[:, 1] << np.uint64(32) | each[:, 0]).tolist() for each in (a, b))
+    if reading == "i64":
+        left, right = ([each - (1 << 64) if each >> 63 else each for each in side] for side in (left, right))
+    test = getattr(operator, order)
+    assert wave.pair(0) == sum(1 << lane for lane, sides in enumerate(zip(left, right, strict=True)) if test(*sides))
 
 
 def test_float_comparisons_with_nan() -> None:
@@ -306,6 +331,14 @@ def test_dpp_masks_and_inactive_sources() -> None:
     assert vector(wave)[:4].tolist() == [7, 7, 7, 7]
     wave = execute(line + " bound_ctrl:1", vectors={0: 7, 1: LANE}, active=0b111)
     assert vector(wave)[:4].tolist() == [1, 0, 0, 7]
+    # a masked row or bank keeps what it has, also where the source is zero for want of a lane
+    line = "v_mov_b32_dpp v0, v1 row_bcast:15 row_mask:0xc bank_mask:0xe bound_ctrl:1"
+    wave = execute(line, vectors={0: 100, 1: LANE})
+    written = (LANE >= 32) & (LANE // 4 % 4 > 0)
+    np.testing.assert_array_equal(vector(wave), np.where(written, LANE // 16 * 16 - 1, 100))
+    for bound in ("bound_ctrl:0", "bound_ctrl"):  # LLVM means 1 by the first, and prints neither
+        with pytest.raises(UnknownInstruction, match="bound_ctrl must be 1"):
+            execute(f"v_mov_b32_dpp v0, v1 row_shr:1 row_mask:0xf bank_mask:0xf {bound}", vectors={0: 0, 1: 0})
 
 
 def test_reading_a_lane() -> None:

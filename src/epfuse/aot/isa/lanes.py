@@ -88,14 +88,16 @@ def permuted(
 ) -> Step:
     """A vector instruction whose first source comes from other lanes.
 
-    A lane whose source is missing or not active reads 0 with ``bound_ctrl:1``, and is not written without.
+    A lane whose source is missing or not active reads 0 with ``bound_ctrl``, and is not written without. LLVM's syntax
+    for this GPU takes ``bound_ctrl:0`` for ``bound_ctrl:1``, and prints the latter.
     """
     pattern, exists = _pattern(instruction)
     rows, banks = (_four(instruction, each) for each in ("row_mask", "bank_mask"))
     written = np.array([bool(rows >> (lane // 16) & 1 and banks >> (lane // 4 % 4) & 1) for lane in range(LANES)])
-    zeroes = instruction.modifiers.get("bound_ctrl", 0)
-    if zeroes not in (0, 1) or zeroes is True:
-        raise unknown(instruction, "bound_ctrl must be 0 or 1")
+    bound = instruction.modifiers.get("bound_ctrl")
+    if bound is True or bound not in (None, 1):
+        raise unknown(instruction, "bound_ctrl must be 1")
+    zeroes = bound is not None
     first = register(operands[0], instruction, scalar=False, modified=True)
 
     def lanes(wave: Wave) -> tuple[Lanes, Lanes]:

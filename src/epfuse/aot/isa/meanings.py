@@ -82,7 +82,7 @@ _FLOW = """
 _MASKS = """
     add_co_u32 addc_co_u32 cndmask_b32 sub_co_u32 subb_co_u32 subbrev_co_u32 subrev_co_u32 div_scale_f32 div_fmas_f32
 """
-_PAIRS = "lshl_add_u64 lshlrev_b64 lshrrev_b64 mad_u64_u32 mov_b64 pk_add_f32 pk_fma_f32 pk_mul_f32"
+_PAIRS = "ashrrev_i64 lshl_add_u64 lshlrev_b64 lshrrev_b64 mad_u64_u32 mov_b64 pk_add_f32 pk_fma_f32 pk_mul_f32"
 _LDS = """
     read_b32 read_b64 read_b96 read_b128 read_u8 read_i8 read_u16 read_i16 write_b8 write_b16 write_b32 write_b64
     write_b96 write_b128 read2_b32 read2_b64 read2st64_b32 read2st64_b64 write2_b32 write2_b64 write2st64_b32
@@ -131,7 +131,7 @@ _WITH_TORCH = """
     v_max3_u32 v_cvt_f32_u32 v_cvt_u32_f32 v_add_f32 v_sub_f32 v_mul_f32 v_min_f32 v_max_f32 v_fma_f32 v_fmac_f32
     v_cvt_f32_f16 v_cvt_f16_f32 v_rcp_f32 v_rcp_iflag_f32 v_exp_f32 v_ldexp_f32 v_pk_add_f32 v_pk_mul_f32 v_pk_fma_f32
     v_cvt_pk_f32_fp8 v_cndmask_b32 v_perm_b32 v_div_scale_f32 v_div_fmas_f32 v_div_fixup_f32
-    v_lshlrev_b64 v_lshrrev_b64 v_lshl_add_u64 v_mov_b64 v_mad_u64_u32
+    v_lshlrev_b64 v_lshrrev_b64 v_ashrrev_i64 v_lshl_add_u64 v_mov_b64 v_mad_u64_u32
     v_add_co_u32 v_addc_co_u32 v_sub_co_u32 v_subb_co_u32 v_subrev_co_u32 v_subbrev_co_u32
     ds_bpermute_b32 ds_swizzle_b32 ds_read_b32 ds_write_b32 ds_add_u32
     s_add_i32 s_add_u32 s_sub_i32 s_sub_u32 s_mul_i32 s_mul_hi_u32 s_mul_hi_i32 s_min_i32 s_max_i32 s_min_u32 s_max_u32

@@ -24,13 +24,24 @@ PACKED: dict[str, tuple[int, Callable[..., Value]]] = {
 }
 
 
+def _arithmetic_shift(data: Value, amount: Value) -> Value:
+    return (data.view(np.int64) >> amount.astype(np.int64)).view(U64)
+
+
+SHIFTS: dict[str, Callable[[Value, Value], Value]] = {
+    "v_lshlrev_b64": np.left_shift,
+    "v_lshrrev_b64": np.right_shift,
+    "v_ashrrev_i64": _arithmetic_shift,
+}
+
+
 def decode(name: str, suffix: str, instruction: Instruction) -> Step | None:
     """A step; None if ``name`` is not in this room."""
     if name in PACKED:
         return _packed(name, instruction)
     if name == "v_cvt_pk_f32_fp8":
         return _from_fp8(name, suffix, instruction)
-    if name in ("v_mov_b64", "v_lshlrev_b64", "v_lshrrev_b64", "v_lshl_add_u64"):
+    if name in ("v_mov_b64", "v_lshl_add_u64", *SHIFTS):
         return _wide(name, instruction)
     if name == "v_mad_u64_u32":
         return _multiply_add(name, instruction)
@@ -154,7 +165,7 @@ def _wide(name: str, instruction: Instruction) -> Step:
 
     else:
         amount, data = vector_source(operands[0], instruction), wide_source(operands[1], instruction)
-        shifted = np.left_shift if name == "v_lshlrev_b64" else np.right_shift
+        shifted = SHIFTS[name]
 
         def run(wave: Wave) -> None:
             _write_wide(wave, row, shifted(data(wave), (amount(wave) & np.uint32(63)).astype(U64)))

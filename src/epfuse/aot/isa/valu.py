@@ -65,7 +65,9 @@ def _field(a: Value, start: Value, width: Value) -> Value:
 
 
 def _field_signed(a: Value, start: Value, width: Value) -> Value:
-    part, width = _field(a, start, width), width & _31
+    width = width & _31
+    # bits beyond the register repeat the sign
+    part = _unsigned(_signed(a) >> _signed(start & _31)) & ((np.uint32(1) << width) - np.uint32(1))
     sign = np.where(width > 0, np.uint32(1) << (width - np.uint32(1) & _31), np.uint32(0))
     return (part ^ sign) - sign
 

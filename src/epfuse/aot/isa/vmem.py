@@ -133,6 +133,10 @@ def _buffer_places(instruction: Instruction, pointer: Operand, rest: list[Operan
         base, records, extra = words[0] | words[1] << 32, words[2], more(wave)
         lanes = wave.rows[row] if wave.lanes is None else wave.rows[row][wave.lanes]
         offsets = lanes.astype(np.int64) + offset
+        if offset and (offsets >> 32).any():
+            raise AccessError(
+                f"an offset beyond 32 bits, whose range is not known: {instruction.text}", instruction.line
+            )
         # range checking leaves the scalar offset out of the offset and takes it from the records
         inside = offsets < records - extra
         partly = inside & (offsets + size > records - extra)
