@@ -30,7 +30,7 @@ FORMS = (
         " ([how a call finds its row](../policy.md#tuned-tables)).",
         {
             "epfuse.measured.schema": (
-                "Table",
+                "TileTable",
                 "Measurement",
                 "TileRow",
                 "ShapeEntry",
@@ -54,7 +54,7 @@ FORMS = (
     Form(
         "Benchmark record",
         "`epfuse bench --json FILE` ([the record](../benchmarking.md#the-record)).",
-        {"epfuse.bench.record": ("Record", "Row")},
+        {"epfuse.bench.record": ("BenchRecord", "BenchRow")},
     ),
     Form(
         "Profile",
@@ -90,7 +90,7 @@ FORMS = (
                 "PointJob",
                 "Arm",
                 "Client",
-                "Gate",
+                "AccuracyGate",
                 "Deadlines",
                 "Polls",
                 "Compare",
