@@ -68,7 +68,15 @@ def test_what_was_measured_of_the_hopper_kernels_says_nothing_of_the_portable_on
     assert planned(Target.SM90, "TritonExperts", Checkpoint.BF16, hidden=2944).storage is Storage.BF16
     plan = planned(Target.SM90, "TritonExperts", Checkpoint.BF16, hidden=2880)
     assert plan.is_untouched
-    assert "multiples of 128, not 2880" in plan.reason
+    assert "H=2880" in plan.reason
+    assert "multiples of 128" in plan.reason  # those run there, in steps that nobody has timed
+    plan = planned(Target.SM90, "TritonExperts", Checkpoint.BF16, hidden=2888)
+    assert plan.is_untouched
+    assert "The Hopper kernels, which are faster than TritonExperts, don't run" in plan.reason
+    assert "multiples of 16, not 2888" in plan.reason
+    plan = planned(Target.SM90, "TritonExperts", Checkpoint.BLOCK_FP8)  # a path without Hopper kernels
+    assert plan.is_untouched
+    assert plan.reason.endswith("not known to be: none of them runs block_fp8.")
     # on AMD there is one kernel for all sizes
     assert planned(Target.GFX942, "TritonExperts", Checkpoint.BF16, hidden=2880).storage is Storage.BF16
     # in fragment order MXFP8 is padded to whole fragments

@@ -138,7 +138,7 @@ def test_explain_knows_where_the_plugin_takes_gpt_oss(tmp_path):
     assert group["with_epfuse"]["experts"] == "EpfuseExperts"
     (group,) = groups("--model", model, "--target", "sm_90")
     assert group["with_epfuse"]["experts"] == "TritonExperts"
-    assert group["with_epfuse"]["reason"].endswith("in multiples of 128, not 2880 and 2880.")
+    assert "H=2880 and I=2880 are no multiples of 128: no measurement" in group["with_epfuse"]["reason"]
 
 
 def test_explain_spreads_experts_that_do_not_divide(tmp_path):

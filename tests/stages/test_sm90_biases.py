@@ -19,9 +19,9 @@ from epfuse.verify.suite import same_bits
 from epfuse.weights.fragment import pack
 from epfuse.weights.panels import RowOrder
 from epfuse.weights.row_fp8 import pack_rows
-from tests.cases import ROUTINGS, routed, topk_ids_for
+from tests.cases import ROUTINGS, routed, snr_db, topk_ids_for
 from tests.stages.test_gemms import SNR_FLOOR, check_rows
-from tests.stages.test_sm90 import EXPERTS, LOCAL, TOP_K, clone, poisoned, random_mxfp8, slots_on, table_of
+from tests.stages.test_sm90 import EXPERTS, LOCAL, TILES, TOP_K, clone, poisoned, random_mxfp8, slots_on, table_of
 from tests.stages.test_sm90_fp8 import check
 
 pytestmark = pytest.mark.gpu
@@ -84,12 +84,8 @@ class Layer:
 def test_few_rows(device, tokens, hidden, intermediate, routing, name):
     """MXFP8 beside float64, and dense weights beside MXFP8 bit for bit."""
     layer, (block_m, tile) = Layer(device, tokens, hidden, intermediate, routing), FEW[name]
-    w13, w2 = layer.packed()
-    stacks = [(w13, w2)]
-    if hidden % 128 == intermediate % 128 == 0:
-        stacks.append((layer.w13.dequantize(), layer.w2.dequantize()))
     found = []
-    for first, second in stacks:
+    for first, second in (layer.packed(), (layer.w13.dequantize(), layer.w2.dequantize())):
         routes = table_of(layer.ids, layer.slots, block_m, tile, hidden, intermediate)
         y, out = poisoned(tokens * TOP_K, intermediate, device), poisoned(tokens * TOP_K, hidden, device)
         torch.cuda.synchronize()  # weights and counters must be older than the kernel before
@@ -99,8 +95,7 @@ def test_few_rows(device, tokens, hidden, intermediate, routing, name):
     want_y, want = layer.wanted(routes, found[0][0])
     check_rows(found[0][0], want_y, layer.local, FLOOR)
     check_rows(found[0][1], want, layer.local, FLOOR)
-    for others in found[1:]:
-        assert all(same_bits(one, other) for one, other in zip(others, found[0], strict=True))
+    assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", PERSISTENT)
@@ -181,3 +176,22 @@ def test_biases_of_zero_change_nothing(device, name):
         out = launch_down_sm90(y, w2, routes, layer.topk_weights, tile, bias=down_bias)
         found.append((y[layer.local] + 0.0, out[layer.local] + 0.0))  # -0 + 0 is 0
     assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["8x64_split", "16x128_8warps", "64x128_grouped", "128x256"])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(288, 160), (2880, 96), (96, 32)])
+def test_dense_rows_end_where_the_next_begin(device, hidden, intermediate, name):
+    """Columns that are no whole steps: an expert of NaN beside the others is not read for them."""
+    block_m, tile = TILES[name] if name in TILES else FEW[name]
+    layer, bad = Layer(device, 37, hidden, intermediate, "uniform"), 2
+    w13, w2 = layer.w13.dequantize(), layer.w2.dequantize()
+    w13[bad], w2[bad] = float("nan"), float("nan")
+    routes = table_of(layer.ids, layer.slots, block_m, tile, hidden, intermediate)
+    y, out = poisoned(37 * TOP_K, intermediate, device), poisoned(37 * TOP_K, hidden, device)
+    torch.cuda.synchronize()
+    launch_gate_up_sm90(layer.x, w13, routes, TOP_K, ACTIVATION, tile, y, layer.up_bias)
+    launch_down_sm90(y, w2, routes, layer.topk_weights, tile, out, layer.down_bias)
+    good = layer.local[layer.ids.reshape(-1)[layer.local] != bad]
+    want_y, want = layer.wanted(routes, y)
+    assert snr_db(y[good], want_y[good]) > FLOOR
+    assert snr_db(out[good], want[good]) > FLOOR

@@ -48,12 +48,12 @@ class Sm90(Family):
         activation: type[Activation] = SwiGLUOAI,
         bias: Bias = Bias.NONE,
     ) -> str | None:
-        """Dense weights in whole steps of 128 columns, and BF16."""
+        """Dense rows that begin at multiples of 32 bytes, and BF16."""
         if (refusal := super().accepts(target, path, form, shape, dtype, combine, activation, bias)) is not None:
             return refusal
-        if form is WeightFormat.DENSE and (shape.hidden % 128 or shape.intermediate % 128):
+        if form is WeightFormat.DENSE and (shape.hidden % 16 or shape.intermediate % 16):
             return (
-                f"It takes dense weights with H and I in multiples of 128, not {shape.hidden} and {shape.intermediate}."
+                f"It takes dense weights with H and I in multiples of 16, not {shape.hidden} and {shape.intermediate}."
             )
         if dtype != torch.bfloat16:
             return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from epfuse.policy.layer import LayerPlan
+from epfuse.policy.layer import LayerPlan, Storage
 from epfuse.target import Target
+from epfuse.weights.panels import STEP_K
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,17 @@ def why_declined(plan: LayerPlan) -> str | None:
     evidence = EVIDENCE.get((target, rival))
     if evidence is None:
         return f"No measurement or prediction says that epfuse is faster than {rival} on {target.value}."
-    if evidence.hopper and plan.why_portable is not None:
+    portable = [part.decision for part in plan.ranges if part.decision.family is None or part.decision.family.every_gpu]
+    if evidence.hopper and portable:
         return (
             f"The Hopper kernels, which are faster than {rival}, don't run, and the portable ones are not known to be:"
-            f" {plan.why_portable}"
+            f" {plan.why_portable or f'none of them runs {portable[0].path.value}.'}"
+        )
+    shape = plan.request.shape
+    if evidence.hopper and plan.storage is Storage.BF16 and (shape.hidden % STEP_K or shape.intermediate % STEP_K):
+        return (
+            f"H={shape.hidden} and I={shape.intermediate} are no multiples of {STEP_K}: no measurement says that the"
+            f" Hopper kernels are faster than {rival} where the last step of dense rows is cut short."
         )
     return None
 

@@ -189,6 +189,16 @@ def copy_rows(stage, ptrs, live, k, K, EVEN_K: gl.constexpr):
 
 
 @gluon.jit
+def copy_weights(stage, ptrs, k, K, MASKED: gl.constexpr):
+    """Start the copy of one stage of weights; MASKED: dense ones, with zeros past K, where another row begins."""
+    if MASKED:
+        columns = gl.arange(0, ptrs.shape[1], layout=gl.SliceLayout(0, ptrs.type.layout))
+        async_copy.async_copy_global_to_shared(stage, ptrs + k, mask=(columns < K - k)[None, :])
+    else:
+        async_copy.async_copy_global_to_shared(stage, ptrs + k)
+
+
+@gluon.jit
 def share_of(total, split, SPLIT_K: gl.constexpr):
     """First step and number of steps of one of SPLIT_K programs that share a tile's reduction.
 
@@ -254,13 +264,14 @@ def weights_times_rows(
         s_ptrs: from `fragment_scale_pointers`; None for dense weights.
         x_ptrs: from `row_pointers`.
         live: bool ``[BLOCK_M]`` in the rows' layout; the others are padding.
-        K: columns of x that are left from x_ptrs on.
+        K: columns of x, and of dense weights, that are left from the pointers on.
         steps: stages to go through.
         WAIT: whether x comes from the kernel before: weights are fetched first, then that kernel is waited for.
     """
     WARPS: gl.constexpr = gl.num_warps()
     DENSE: gl.constexpr = s_ptrs is None
     W_STEP: gl.constexpr = BLOCK_K if DENSE else 64 * BLOCK_K
+    MASKED: gl.constexpr = DENSE and not EVEN_K
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     row_shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], row_shared)
@@ -280,12 +291,12 @@ def weights_times_rows(
     if WAIT:
         for early in gl.static_range(STAGES - 1):
             if early < steps:
-                async_copy.async_copy_global_to_shared(w_ring.index(early), w_ptrs + early * W_STEP)
+                copy_weights(w_ring.index(early), w_ptrs, early * W_STEP, K, MASKED)
         wait_for_previous_kernel()
     for early in gl.static_range(STAGES - 1):
         if early < steps:
             if not WAIT:
-                async_copy.async_copy_global_to_shared(w_ring.index(early), w_ptrs + early * W_STEP)
+                copy_weights(w_ring.index(early), w_ptrs, early * W_STEP, K, MASKED)
             copy_rows(x_ring.index(early), x_ptrs, live, early * BLOCK_K, K, EVEN_K)
         async_copy.commit_group()
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=acc_layout)
@@ -307,7 +318,7 @@ def weights_times_rows(
         # the stage to refill was multiplied in the step before, which every warp has left behind at the barrier above
         ahead = step + STAGES - 1
         if ahead < steps:
-            async_copy.async_copy_global_to_shared(w_ring.index(ahead % STAGES), w_ptrs + ahead * W_STEP)
+            copy_weights(w_ring.index(ahead % STAGES), w_ptrs, ahead * W_STEP, K, MASKED)
             copy_rows(x_ring.index(ahead % STAGES), x_ptrs, live, ahead * BLOCK_K, K, EVEN_K)
         async_copy.commit_group()
         acc = warpgroup_mma_wait(0, deps=[acc])

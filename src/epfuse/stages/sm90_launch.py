@@ -26,7 +26,7 @@ class WeightOperand(NamedTuple):
     Attributes:
         weights: codes in fragment order, or dense.
         scales: scale words of fragments; None if dense.
-        columns: K of the weights; of fragments whole steps of 128.
+        columns: K of the weights in whole steps; of fragments they are there, of dense weights the last is cut short.
         panels: panels of 64 rows of one expert.
     """
 
@@ -36,11 +36,11 @@ class WeightOperand(NamedTuple):
     panels: int
 
 
-def operand_of(stack: torch.Tensor | FragmentMXFP8, rows: int) -> WeightOperand:
-    """``stack`` as the kernels take it; ``rows`` of an expert's matrix."""
+def operand_of(stack: torch.Tensor | FragmentMXFP8, rows: int, block_k: int) -> WeightOperand:
+    """``stack`` as the kernels take it; ``rows`` of an expert's matrix, in steps of ``block_k`` columns."""
     if isinstance(stack, FragmentMXFP8):
         return WeightOperand(stack.codes, stack.scales, stack.padded_columns, stack.panels)
-    return WeightOperand(stack, None, stack.shape[2], pieces(rows, PANEL_ROWS))
+    return WeightOperand(stack, None, pieces(stack.shape[2], block_k) * block_k, pieces(rows, PANEL_ROWS))
 
 
 def row_tiles(operand: WeightOperand, routes: RouteTable, tile: Sm90Tile) -> int:

@@ -71,7 +71,7 @@ def test_the_plan_is_for_the_gpu_that_is_there(monkeypatch):
     [
         ({"target": Target.GFX950}, "faster than Mxfp8NativeTritonExperts on gfx950"),
         ({"target": Target.GFX950, "quantization": None}, "faster than TritonExperts on gfx950"),
-        ({"hidden": 2880, "quantization": None, "target": Target.SM90}, "in multiples of 128, not 2880"),
+        ({"hidden": 2880, "quantization": None, "target": Target.SM90}, "no multiples of 128: no measurement"),
     ],
     ids=str,
 )

@@ -126,7 +126,7 @@ def down_sm90_kernel(
         R: routes, T * K.
         H: columns of out.
         I: columns of y and of dense weights.
-        I_PADDED: columns of the weights: I if dense, else whole steps of 128.
+        I_PADDED: columns of the weights in whole steps.
         PANELS: panels of 64 weight rows of one expert.
     """
     let_next_kernel_start()

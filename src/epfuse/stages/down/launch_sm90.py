@@ -40,7 +40,7 @@ def launch_down_sm90(
     hidden, intermediate = w2.shape[1], y.shape[1]
     if out is None:
         out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
-    w = operand_of(w2, hidden)
+    w = operand_of(w2, hidden, tile.block_k)
     tiles = row_tiles(w, routes, tile)
     options = constants(routes, tile)
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)

@@ -160,7 +160,7 @@ def gate_up_sm90_kernel(
         R: routes, T * K.
         H: columns of x and of dense weights.
         I: columns of out.
-        H_PADDED: columns of the weights: H if dense, else whole steps of 128.
+        H_PADDED: columns of the weights in whole steps.
         PANELS: panels of 64 weight rows of one expert.
         LOCAL: L, local experts.
         FIRST_WAVE: programs that guess_weights lets guess.

@@ -43,17 +43,18 @@ def launch_gate_up_sm90(
     hidden, intermediate = x.shape[1], w13.shape[1] // 2
     if out is None:
         out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
-    w = operand_of(w13, 2 * intermediate)
+    w = operand_of(w13, 2 * intermediate, tile.block_k)
     tiles, programs = row_tiles(w, routes, tile), compute_units(x.device)
     options = constants(routes, tile)
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
     sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, w.weights.shape[0], 2 * programs)
+    row = hidden if w.scales is None else w.columns
     options |= {
         "K": top_k,
         "BLOCK_N": tile.block_n,
         "EVEN_K": hidden == w.columns,
         "ACTIVATION": activation.kind,
-        "GUESS": min(tile.guess_bytes, w.columns * w.weights.element_size()) // 16 * 16,
+        "GUESS": min(tile.guess_bytes, row * w.weights.element_size()) // 16 * 16,
     }
     shares = shared_sums(tile, tiles, routes, slice(None, tiles))
     gate_up_sm90_kernel[(tiles * tile.split_k,)](

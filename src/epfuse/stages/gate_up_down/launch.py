@@ -55,7 +55,7 @@ def launch_gate_up_down(
     down_weights = w13 if w2 is None else w2
     assert up_weights is not None
     assert down_weights is not None
-    up, down = operand_of(up_weights, up_weights.rows), operand_of(down_weights, down_weights.rows)
+    up, down = (operand_of(w, w.rows, tile.block_k) for w in (up_weights, down_weights))
     head, rest = tile.rows_of(routes.block_m)
     gate_up_down_sm90_kernel[(compute_units(x.device),)](
         *row_parts(x, head, rest, tile.block_k),
