@@ -87,3 +87,9 @@ def test_links_on_the_site(text: str, page: str, expected: str) -> None:
 def test_a_date_in_a_table_does_not_break() -> None:
     row = "<tr><td>2026-11-24</td><td>on 2026-11-24</td></tr>"
     assert hooks.on_post_page(row) == '<tr><td class="date">2026-11-24</td><td>on 2026-11-24</td></tr>'
+
+
+def test_a_fence_without_a_language_is_a_drawing() -> None:
+    page = "```\na -> b\n```\n\n```sh\nls\n```\n\n```\nc\n```\n"
+    marked = "```{ .text .drawing }"
+    assert hooks.drawn(page) == f"{marked}\na -> b\n```\n\n```sh\nls\n```\n\n{marked}\nc\n```\n"

@@ -93,6 +93,17 @@ def test_the_page_says_what_the_command_says(browser: Browser, address: str, cas
         assert set(found) == set(right)
 
 
+def test_gpt_oss_on_two_h200s(browser: Browser, address: str) -> None:
+    with browser.new_context() as context, context.new_page() as page:
+        page.goto(f"{address}planner/#{state('gpt-oss-120b', 'h200', 2, 64)}")
+        page.locator(".planner[data-shown]").wait_for()
+        found = figures(page)
+        marks = page.locator(".planner-time.epfuse .planner-mark").all_text_contents()
+    assert found["fits.mxfp8"] == "fits"
+    assert found["time.epfuse"].endswith(" µs")
+    assert marks == ["predicted"]
+
+
 def close(found: str | None, right: str) -> bool:
     """Equal, but for the last digit that JavaScript and Python may round apart."""
     if found is None or found == right:

@@ -26,8 +26,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """A page with the sections that it includes, and with links that work on the site."""
-    return root_pages.on_site(root_pages.included(markdown), page.file.src_uri)
+    """A page with the sections that it includes, with links that work on the site, and with its drawings marked."""
+    return drawn(root_pages.on_site(root_pages.included(markdown), page.file.src_uri))
+
+
+def drawn(markdown: str) -> str:
+    """Fences without a language as blocks of the class ``drawing``, whose lines are not wrapped (`assets/site.css`)."""
+    return root_pages.FENCE.sub(lambda fence: re.sub(r"\A(```+)\n", r"\1{ .text .drawing }\n", fence[0]), markdown)
 
 
 def _place(item: Any, made: dict[str, dict[str, str]]) -> Any:
