@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -92,11 +95,23 @@ def row_parts(rows: torch.Tensor, head: int, rest: int, block_k: int) -> list[Te
     None for what no block needs.
     """
     parts = (head, FEW_ROWS if rest > FEW_ROWS else 0, rest)
-    layout = gl.NVMMASharedLayout(LINE, 8 * rows.element_size(), 2)
+    layout = _line_layout(8 * rows.element_size())
     return [TensorDescriptor.from_tensor(rows, [part, block_k], layout) if part else None for part in parts]
 
 
 def weight_lines(weights: FragmentMXFP8 | RowFP8, block_k: int) -> TensorDescriptor:
-    """The codes as lines of 128 bytes, copied a panel and ``block_k`` at a time."""
-    box = [PANEL_ROWS * block_k // LINE, LINE]
-    return TensorDescriptor.from_tensor(weights.codes.view(-1, LINE), box, gl.NVMMASharedLayout(LINE, 8, 2))
+    """The codes as lines of 128 bytes, copied a panel and ``block_k`` at a time; described once in their life."""
+    codes = weights.codes
+    known = _lines.setdefault(codes, {})
+    found = known.get(block_k)
+    if found is None or found.base.data_ptr() != codes.data_ptr():  # a tensor can be given other memory
+        box = [PANEL_ROWS * block_k // LINE, LINE]
+        # detached: a view holds the tensor that it is of, which would never be forgotten then
+        lines = codes.detach().view(-1, LINE)
+        known[block_k] = found = TensorDescriptor.from_tensor(lines, box, _line_layout(8))
+    return found
+
+
+_lines: MutableMapping[torch.Tensor, dict[int, TensorDescriptor]] = WeakIdKeyDictionary()
+_line_layout = functools.cache(lambda bits: gl.NVMMASharedLayout(LINE, bits, 2))
+"""Checking either anew takes the host some microseconds a launch."""
