@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "What a policy would do with a model: storage, paths, tiles, bytes a rank, predicted times.",
     "profile": "Where a step's time goes, from a PyTorch profiler trace of a server.",
     "serve": "Serving validation: a matrix of points run on a node or by Slurm, gated on accuracy, reported.",
+    "sglang": "What SGLang does with a model's experts, with epfuse and without, and whether the server starts.",
     "tune": "Search tiles for a layer's shape on this GPU; only results that are right count.",
     "verify": "The correctness suite on this machine's device, any shape, against a float64 oracle.",
     "vllm": "What vLLM does with a model's experts, with epfuse and without; the patch for images without plugins.",

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
-from rich.table import Table
 
 from epfuse.cli.delivery import Delivery
 from epfuse.config import Policy
 from epfuse.integrations.vllm.patch import run
 from epfuse.integrations.vllm.patch.site import find_site
-from epfuse.report.terminal import Console, make_table
-
-if TYPE_CHECKING:
-    from epfuse.integrations.vllm.explain import ChoiceGroup
+from epfuse.report.terminal import Console
 
 GPUS = ("gfx942", "gfx950", "sm_90")
 
@@ -81,6 +76,7 @@ def explain(
     as_json: bool,
 ) -> None:
     """Show what runs a model's experts without epfuse and with it, and why. Needs neither a GPU nor vLLM."""
+    from epfuse.cli.explained import layer_table
     from epfuse.integrations.vllm.explain import Deployment
     from epfuse.integrations.vllm.explain import explain as explain_layers
     from epfuse.target import REFERENCE_DEVICE, Target
@@ -99,32 +95,8 @@ def explain(
             product = device or REFERENCE_DEVICE[gpu]
             ranks = f"tp {tp}{f', dp {dp}' if dp > 1 else ''}{', ep' if ep else ''}"
             title = f"{experts.name}, vLLM {vllm_version}, {product} ({target}), {ranks}"
-            Console().print(_table(groups, title))
+            Console().print(layer_table(groups, title))
     delivery.exit(passed=True)
-
-
-def _table(groups: list[ChoiceGroup], title: str) -> Table:
-    from epfuse.integrations.vllm.explain import paths
-
-    table = make_table("layers", "without epfuse", "with epfuse", "why", title=title)
-
-    def ours(group: ChoiceGroup) -> str:
-        plan = group.choice.plan
-        if plan is None:
-            return f"the same ({group.own.name})"
-        runs = ", ".join(f"{part['path']} from {part['min_tokens']}" for part in paths(plan))
-        return f"EpfuseExperts, weights {plan.storage.value}, {plan.nbytes / 1e9:.2f} GB a layer; {runs} tokens"
-
-    for group in groups:
-        table.add_row(
-            shown_layers(group.layers), f"{group.own.name}. {group.own.effect}", ours(group), group.choice.reason
-        )
-    return table
-
-
-def shown_layers(layers: Sequence[int]) -> str:
-    """``3..59``, or a single index."""
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}..{layers[-1]}"
 
 
 @vllm.group()

@@ -18,7 +18,7 @@ def warm(loaded: LoadedLayer, max_tokens: int | None, log: logging.Logger) -> No
 
     Args:
         loaded: the layer, whose weights are where it runs.
-        max_tokens: the server's largest batch (vLLM's ``--max-num-batched-tokens``); None where it has not said.
+        max_tokens: the server's largest batch; None where it has not said.
         log: the server's, where progress goes.
     """
     if loaded.weights.device.type != "cuda":

@@ -136,6 +136,31 @@ def model_of(content: dict[str, Any], name: str) -> ExpertModel:
     return _read(Fields(content, f"config {name}"), None)
 
 
+def read_quant_method(source: Path) -> str | None:
+    """The name that a model's files give its quantisation, from which servers choose their code; None without one.
+
+    Args:
+        source: as of `read_model`.
+
+    Raises:
+        ConfigError: a file can't be read, or the name is no string.
+    """
+    path = source / CONFIG if source.is_dir() else source
+    return _quant_method(Fields(load_config(path), f"config {path}"), path.parent if path.name == CONFIG else None)
+
+
+def quant_method_of(content: dict[str, Any], name: str) -> str | None:
+    """As `read_quant_method`, of an object as of `model_of`."""
+    return _quant_method(Fields(content, f"config {name}"), None)
+
+
+def _quant_method(content: Fields, folder: Path | None) -> str | None:
+    quantization = _quantization(content, _innermost(content)[1], folder)
+    if quantization is None:
+        return None
+    return quantization.text("quant_method") or "modelopt"  # whose own file has no such field
+
+
 def _read(content: Fields, folder: Path | None) -> ExpertModel:
     kind, config = _language_model(content)
     family = FAMILIES[kind]

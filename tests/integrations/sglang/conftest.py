@@ -10,7 +10,18 @@ import torch
 
 HAVE_SGLANG = importlib.util.find_spec("sglang") is not None
 if not HAVE_SGLANG:
-    collect_ignore = ["deployment.py", "test_dense.py", "test_experts.py", "test_hooks.py", "test_reload.py"]
+    collect_ignore = [
+        "deployment.py",
+        "test_dense.py",
+        "test_experts.py",
+        "test_explain.py",
+        "ep_entries.py",
+        "test_hooks.py",
+        "test_parallel.py",
+        "test_reload.py",
+        "test_warm.py",
+        "warm_entries.py",
+    ]
 else:
     # torchvision declares these in a library that needs CUDA's; SGLang only imports it
     _TORCHVISION = torch.library.Library("torchvision", "DEF")

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import resolve_moe_runner_backend
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.plugins.hook_registry import HookRegistry
-from sglang.srt.runtime_context import get_context, get_flags, get_parallel
+from sglang.srt.runtime_context import get_context, get_flags, get_parallel, get_server_args
 
-from epfuse.integrations.sglang import facts, hooks
+from epfuse.integrations.sglang import facts, hooks, rules
 from epfuse.numerics.mxfp8 import decode, encode
 from epfuse.target import Target
 
@@ -38,6 +39,9 @@ class Deployment:
         rank: this one.
         server: server arguments.
         layer: further arguments of FusedMoE.
+        chosen: the MoE runner that SGLang makes of the user's ``auto``; None for the same.
+        sizes: experts, H, I and top-k.
+        stages: of a pipeline, each of which has ``ep * tp`` ranks.
     """
 
     target: Target | None = Target.CPU
@@ -47,13 +51,16 @@ class Deployment:
     rank: int = 0
     server: dict[str, Any] = field(default_factory=dict)
     layer: dict[str, Any] = field(default_factory=lambda: dict(SWIGLU_OAI))
+    chosen: str | None = None
+    sizes: tuple[int, int, int, int] = (EXPERTS, HIDDEN, INTERMEDIATE, TOP_K)
+    stages: int = 1
 
     @contextmanager
     def entered(self, monkeypatch: Any) -> Iterator[None]:
         """SGLang's process-wide state of that rank."""
         for module in (facts, hooks):
             monkeypatch.setattr(module, "target_here", lambda: self.target)
-        asked = resolve_moe_runner_backend(self.server.get("moe_runner_backend", "auto"))
+        asked = resolve_moe_runner_backend(self.chosen or self.server.get("moe_runner_backend", "auto"))
         monkeypatch.setattr(get_flags().moe, "runner_backend", asked)
         size = self.ep * self.tp
         before = torch.get_default_dtype()
@@ -63,7 +70,8 @@ class Deployment:
                 get_context().override_server_args(**self.server),
                 get_parallel().override(
                     tp_size=size,
-                    attn_tp_size=size,
+                    pp_size=self.stages,
+                    attn_tp_size=size // self.server.get("attn_dp_size", 1),
                     tp_group=SimpleNamespace(world_size=size),
                     moe_ep_size=self.ep,
                     moe_ep_rank=self.rank // self.tp,
@@ -71,6 +79,11 @@ class Deployment:
                     moe_tp_rank=self.rank % self.tp,
                 ),
             ):
+                arguments, name = get_server_args(), "moe_runner_backend"
+                # the record is the user's words; what `override_server_args` gets counts as resolved
+                msgspec.Struct.__setattr__(arguments, name, self.server.get(name, "auto"))
+                if self.chosen is not None:
+                    arguments._resolved_overrides.append(("its model", {name: self.chosen}))
                 yield
         finally:
             torch.set_default_dtype(before)
@@ -78,12 +91,13 @@ class Deployment:
     def build(self) -> FusedMoE:
         """The layer, without weights; within `entered`."""
         config = Fp8Config.from_config(MXFP8_CONFIG) if self.quantized else None
+        experts, hidden, intermediate, top_k = self.sizes
         return FusedMoE(
-            EXPERTS,
-            HIDDEN,
-            INTERMEDIATE,
+            experts,
+            hidden,
+            intermediate,
             3,
-            top_k=TOP_K,
+            top_k=top_k,
             quant_config=config,
             prefix="model.layers.3.mlp.experts",
             **self.layer,
@@ -110,10 +124,10 @@ def installed() -> Iterator[None]:
             for name, value in names.items():
                 if vars(owner).get(name) is not value:
                     setattr(owner, name, value)
-        runner._CUSTOM_RUNNER_CORE_FACTORIES.pop(facts.NAME)
-        utils._REGISTERED_MOE_RUNNER_BACKEND_NAMES.discard(facts.NAME)
+        runner._CUSTOM_RUNNER_CORE_FACTORIES.pop(rules.NAME)
+        utils._REGISTERED_MOE_RUNNER_BACKEND_NAMES.discard(rules.NAME)
         for choices in (hooks.MOE_RUNNER_BACKEND_CHOICES, hooks.MXFP8_MOE_RUNNER_BACKEND_CHOICES):
-            choices.remove(facts.NAME)
+            choices.remove(rules.NAME)
         hooks._said.clear()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from epfuse.errors import ConfigError
 from epfuse.integrations.sglang.experts import EpfuseMoEMethod
-from epfuse.integrations.sglang.facts import NAME
+from epfuse.integrations.sglang.rules import NAME
 from tests.integrations.sglang.deployment import (
     SWIGLU_OAI,
     Deployment,
@@ -82,6 +82,8 @@ def test_padding_rows_are_zero_and_leave_the_others_alone(monkeypatch):
         ({"enable_lora": True}, {}, "LoRA"),
         ({"enable_two_batch_overlap": True}, {}, "--enable-two-batch-overlap"),
         ({"enable_deterministic_inference": True}, {}, "--enable-deterministic-inference"),
+        ({"elastic_ep_backend": "mooncake"}, {}, "--elastic-ep-backend"),
+        ({"dwdp_size": 2}, {}, "--dwdp-size 2"),
     ],
 )
 def test_each_field_that_we_do_not_honour_is_refused_by_name(server, layer, reason, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sglang.srt.layers.quantization.fp8 import Fp8Config
@@ -9,8 +11,8 @@ from sglang.srt.layers.quantization.fp8 import Fp8Config
 from epfuse.errors import ConfigError
 from epfuse.integrations.sglang import hooks, plugin, releases
 from epfuse.integrations.sglang.experts import EpfuseMoEMethod
-from epfuse.integrations.sglang.facts import NAME
 from epfuse.integrations.sglang.interfaces import SGLANG, USES
+from epfuse.integrations.sglang.rules import NAME
 from epfuse.target import Target
 from tests.integrations.sglang.deployment import MXFP8_CONFIG, SWIGLU_OAI, Deployment, installed
 
@@ -37,6 +39,28 @@ def test_who_runs_the_experts(asked, quantized, target, monkeypatch):
         layer = deployment.build()
     ours = asked == NAME or (asked == "auto" and quantized and target in (Target.SM90, Target.GFX942, Target.CPU))
     assert isinstance(layer.quant_method, EpfuseMoEMethod) == ours
+
+
+@pytest.mark.parametrize(("chosen", "ours"), [("triton", True), ("deep_gemm", False)])
+def test_what_sglang_makes_of_auto_is_no_users_choice(chosen, ours, monkeypatch):
+    deployment = Deployment(target=Target.GFX942, chosen=chosen)
+    with installed(), deployment.entered(monkeypatch):
+        assert isinstance(deployment.build().quant_method, EpfuseMoEMethod) == ours
+
+
+def test_sglang_names_triton_for_minimax_m3_on_rocm(monkeypatch):
+    """Which is why that runner, not given by the user, must not count as one that was asked for."""
+    from sglang.srt.arg_groups.model_overrides import minimax_m3
+    from sglang.srt.runtime_context import get_server_args
+
+    rocm = SimpleNamespace(is_hip=True, is_sm100=False, is_sm90=False, is_blackwell=False)
+    monkeypatch.setattr(minimax_m3, "get_platform", lambda: rocm)
+    config = SimpleNamespace(quantization_config=MXFP8_CONFIG, architectures=["MiniMaxM3SparseForCausalLM"])
+    with Deployment().entered(monkeypatch):
+        arguments = get_server_args()
+        monkeypatch.setattr(arguments, "_quantization_explicitly_unset", False, raising=False)
+        made = minimax_m3._minimax_m3_overrides(arguments, config)
+    assert made["moe_runner_backend"] == "triton"
 
 
 def test_mxfp8_starts_on_hopper_only_with_the_plugin(monkeypatch):

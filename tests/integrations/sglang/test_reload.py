@@ -8,7 +8,7 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 
 from epfuse.errors import ConfigError
 from epfuse.integrations.sglang import hooks
-from epfuse.integrations.sglang.facts import NAME
+from epfuse.integrations.sglang.rules import NAME
 from epfuse.target import Target
 from epfuse.weights.experts import ExpertWeights
 from epfuse.weights.restore import restore_checkpoint_order, take_over_memory

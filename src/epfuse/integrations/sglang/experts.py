@@ -18,11 +18,13 @@ from epfuse.api import fused_experts
 from epfuse.errors import ConfigError
 from epfuse.integrations.load import LoadedLayer, Parameters, load_layer
 from epfuse.integrations.loading import LoadingLog
-from epfuse.integrations.sglang.facts import NAME
+from epfuse.integrations.sglang.rules import NAME
+from epfuse.integrations.warm import warm
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.weights.restore import restore_checkpoint_order, take_over_memory
 
-loading: LoadingLog = LoadingLog(logging.getLogger("sglang.srt.epfuse"))
+log: logging.Logger = logging.getLogger("sglang.srt.epfuse")  # below SGLang's own logger, whose handlers print it
+loading: LoadingLog = LoadingLog(log)
 
 SCALES = ("w13_weight_scale_inv", "w2_weight_scale_inv")
 
@@ -68,7 +70,7 @@ class EpfuseRunnerCore(DispatchMoeRunnerCore):
             hidden,
             loaded.weights,
             weights.contiguous(),
-            topk.topk_ids.contiguous(),
+            topk.topk_ids.to(torch.int32).contiguous(),  # some routers give int64; kernels are compiled for one of both
             loaded.expert_map,
             activation=loaded.activation,
             path=loaded.path(hidden.shape[0]),
@@ -86,10 +88,11 @@ class EpfuseMoEMethod(FusedMoEMethodBase):
     Args:
         own: SGLang's method, which has made the layer's weights.
         plan: how epfuse runs the layer.
+        max_tokens: the most tokens of a call; None where SGLang has not said.
     """
 
-    def __init__(self, own: Any, plan: LayerPlan) -> None:
-        self._own, self._plan = own, plan
+    def __init__(self, own: Any, plan: LayerPlan, max_tokens: int | None = None) -> None:
+        self._own, self._plan, self._max_tokens = own, plan, max_tokens
         self._loaded: LoadedLayer | None = None
         self._is_restored = True
         loading.expect(self)
@@ -99,7 +102,7 @@ class EpfuseMoEMethod(FusedMoEMethodBase):
         self.runner: Any = MoeRunner(resolve_moe_runner_backend(NAME), moe_runner_config)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Bring the weights into the plan's storage, the second time in the memory of the first.
+        """Bring the weights into the plan's storage, the second time in the memory of the first; have kernels ready.
 
         Raises:
             ConfigError, ShapeError, DtypeError: the tensors are not what the plan was made for.
@@ -121,6 +124,7 @@ class EpfuseMoEMethod(FusedMoEMethodBase):
             else:
                 self._loaded = loaded
         self._is_restored = not self._rearranges
+        warm(self._loaded, self._max_tokens, log)
 
     def restore_weights_before_loading(self, layer: Any) -> None:
         """Give the parameters the checkpoint's order back, in their own memory."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,16 +11,11 @@ from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_back
 
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, UnsupportedTarget
-from epfuse.integrations.sglang.settings import setting
+from epfuse.integrations.sglang.rules import FIELDS, SWITCHES, Offer, Runner, rival_of
+from epfuse.integrations.sglang.settings import most_tokens, setting, written
 from epfuse.policy import LayerFacts
-from epfuse.target import Target, target_of
+from epfuse.target import Target, device_name, target_of
 from epfuse.weights.checkpoint_format import Checkpoint
-
-NAME = "epfuse"
-"""Of the MoE runner: ``--moe-runner-backend epfuse``."""
-
-CONVERTED = "block FP8 made of MXFP8"
-"""What runs an MXFP8 layer on gfx942 if epfuse does not; a name of the policy's table of rivals."""
 
 
 def target_here() -> Target | None:
@@ -32,22 +26,17 @@ def target_here() -> Target | None:
         return None
 
 
-def is_asked_for() -> bool:
-    """Whether the user named epfuse's runner, so that a layer that it can't run is an error."""
-    return bool(get_moe_runner_backend().value == NAME)
+def product_here() -> str | None:
+    """The GPU that the model is being built on, as tables know it; None where there is none to ask."""
+    device = torch.empty(0).device
+    return device_name(device) if device.type == "cuda" else None
 
 
-@dataclass(frozen=True)
-class Offer:
-    """One layer as SGLang builds it.
-
-    Attributes:
-        facts: for the policy.
-        refused: why epfuse can't run the layer, by what only SGLang has; None if nothing of that speaks against it.
-    """
-
-    facts: LayerFacts
-    refused: str | None
+def runner_here() -> Runner:
+    """What is to run the layers that are built now; a draft model may have another runner than its target."""
+    name = get_moe_runner_backend().value
+    is_sglangs = written("moe_runner_backend") == "auto" and name == setting("moe_runner_backend")
+    return Runner(name, is_named=not is_sglangs)
 
 
 def offer_of(layer: Any, method: Any) -> Offer:
@@ -58,7 +47,7 @@ def offer_of(layer: Any, method: Any) -> Offer:
         method: the quantisation method that it chose.
     """
     config = layer.moe_runner_config
-    checkpoint, target = _checkpoint(method), target_here()
+    checkpoint, target, runner = _checkpoint(method), target_here(), runner_here()
     activation = _activation(config)
     index = re.search(r"\.layers\.(\d+)\.", f".{layer.layer_name}.")
     shape = LayerShape(
@@ -72,7 +61,7 @@ def offer_of(layer: Any, method: Any) -> Offer:
         name=layer.layer_name,
         layer=int(index.group(1)) if index else 0,
         method=type(method).__name__,
-        own_experts=None if is_asked_for() else _rival(checkpoint, target),
+        own_experts=rival_of(checkpoint, target, runner),
         checkpoint=checkpoint,
         target=target,
         shape=shape,
@@ -89,8 +78,18 @@ def offer_of(layer: Any, method: Any) -> Offer:
         has_bias=layer.with_bias,
         weights_input=config.apply_router_weight_on_input,
         all2all=None if get_moe_a2a_backend().is_none() else get_moe_a2a_backend().value,
+        device_name=product_here(),
+        max_tokens=most_tokens(),
     )
-    return Offer(facts, _refused(layer, method, config))
+    return Offer(
+        facts,
+        runner,
+        fields=tuple(name for name in FIELDS if getattr(config, name, False)),
+        switches=tuple(name for name in SWITCHES if setting(name)),
+        has_top_k=bool(config.top_k),
+        wrapper=None if layer.quant_method is method else type(layer.quant_method).__name__,
+        prefetch_ranks=int(setting("dwdp_size") or 1),
+    )
 
 
 def _checkpoint(method: Any) -> Checkpoint | None:
@@ -100,13 +99,6 @@ def _checkpoint(method: Any) -> Checkpoint | None:
     if quant.use_mxfp8 and quant.is_checkpoint_fp8_serialized and not quant.is_fp4_experts:
         return Checkpoint.MXFP8
     return None
-
-
-def _rival(checkpoint: Checkpoint | None, target: Target | None) -> str | None:
-    """What of SGLang's would run the layer; None where nothing would."""
-    if checkpoint is Checkpoint.MXFP8:
-        return None if target in (Target.SM90, Target.CPU) else CONVERTED
-    return "SGLang's TritonRunnerCore"
 
 
 def _activation(config: Any) -> SwiGLUOAI | None:
@@ -135,41 +127,3 @@ def _activation_words(config: Any) -> str:
     fields = ("is_gated", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_limit", "gate_up_interleaved")
     said = [f"{field}={getattr(config, field)}" for field in fields if getattr(config, field) is not None]
     return f"{config.activation} with {', '.join(said)}"
-
-
-def _refused(layer: Any, method: Any, config: Any) -> str | None:
-    """Every field of MoeRunnerConfig that asks for what we don't do, and every way to run that we don't know."""
-    asked = get_moe_runner_backend().value
-    switches = (
-        "enable_two_batch_overlap",
-        "enable_single_batch_overlap",
-        "enable_deterministic_inference",
-        "enable_elastic_expert_backup",
-    )
-    reasons = (
-        (
-            asked not in ("auto", NAME),
-            f"--moe-runner-backend is {asked} (given, or SGLang's choice for this quantisation); ask for {NAME}.",
-        ),
-        (layer.quant_method is not method, f"{type(layer.quant_method).__name__} wraps the layer's method."),
-        (config.no_combine, "MoeRunnerConfig.no_combine asks for the rows of each expert; epfuse sums them."),
-        (
-            getattr(config, "no_combine_keep_router_weight", False),
-            "MoeRunnerConfig.no_combine_keep_router_weight asks for the rows of each expert; epfuse sums them.",
-        ),
-        (
-            config.use_tp_all_gather_activation,
-            "MoeRunnerConfig.use_tp_all_gather_activation splits the activation over ranks.",
-        ),
-        (
-            getattr(config, "silu_mul_keep_fp32", False),
-            "MoeRunnerConfig.silu_mul_keep_fp32 is SGLang's for DeepGEMM only.",
-        ),
-        (not config.top_k, "MoeRunnerConfig.top_k is not given."),
-        (layer.with_bias, "the experts have biases, which epfuse does not add in SGLang."),
-        *(
-            (bool(setting(name)), f"--{name.replace('_', '-')} is on, which epfuse does not serve.")
-            for name in switches
-        ),
-    )
-    return next((reason for applies, reason in reasons if applies), None)

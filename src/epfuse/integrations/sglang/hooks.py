@@ -12,13 +12,13 @@ from sglang.srt.layers.moe.moe_runner.runner import register_moe_runner_core
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from epfuse.errors import ConfigError
-from epfuse.integrations.choice import Choice, choose
+from epfuse.integrations.choice import Choice
 from epfuse.integrations.sglang.dense import DenseMxfp8Method
 from epfuse.integrations.sglang.experts import EpfuseMoEMethod, EpfuseRunnerCore
-from epfuse.integrations.sglang.facts import NAME, Offer, is_asked_for, offer_of, target_here
+from epfuse.integrations.sglang.facts import offer_of, runner_here, target_here
+from epfuse.integrations.sglang.rules import NAME, decide, makes_linears_bf16, why_it_stops
 from epfuse.integrations.sglang.settings import setting
 from epfuse.integrations.switches import STRICT, is_on
-from epfuse.policy import Checkpoint
 from epfuse.target import Target
 
 log: logging.Logger = logging.getLogger("sglang.srt.epfuse")  # below SGLang's own logger, whose handlers print it
@@ -56,7 +56,7 @@ def take_over_experts(original: Callable[..., Any], method: Any, layer: Any, *ar
     if choice is None or choice.plan is None:
         original(method, layer, *arguments, **named)
         return
-    ours = EpfuseMoEMethod(method, choice.plan)
+    ours = EpfuseMoEMethod(method, choice.plan, choice.facts.max_tokens)
     loader = named["weight_loader"]
 
     def load(param: Any, *rest: Any, **more: Any) -> Any:
@@ -74,28 +74,21 @@ def _choice(layer: Any, method: Any) -> Choice | None:
         return None
     try:
         offer = offer_of(layer, method)
-        choice = Choice(offer.facts, None, offer.refused) if offer.refused else choose(offer.facts)
+        choice = decide(offer)
     except Exception:
-        if is_on(STRICT) or is_asked_for():
+        if is_on(STRICT) or runner_here().is_ours:
             raise
         log.exception("epfuse leaves %s to SGLang: asking failed", layer.layer_name)
         return None
+    stops = why_it_stops(offer, choice)
+    if stops is not None:
+        raise ConfigError(stops)
     if choice.plan is None:
-        _require_alternative(offer, choice)
         _say_once(f"epfuse leaves experts to SGLang's {type(method).__name__}: {choice.reason}")
     else:
         policy, storage = choice.plan.policy.value, choice.plan.storage.value
         _say_once(f"epfuse runs experts; policy {policy}, weights {storage}: {choice.reason}")
     return choice
-
-
-def _require_alternative(offer: Offer, choice: Choice) -> None:
-    """A layer that nobody can run is said here: SGLang's own experts would fail later, or answer garbage."""
-    name, facts = offer.facts.name, offer.facts
-    if is_asked_for():
-        raise ConfigError(f"--moe-runner-backend {NAME} can't run {name}: {choice.reason}")
-    if facts.checkpoint is Checkpoint.MXFP8 and facts.target is Target.SM90:
-        raise ConfigError(f"SGLang has no MXFP8 experts for Hopper, and epfuse can't run {name}: {choice.reason}")
 
 
 def lift_gate(original: Callable[..., int], config: Any) -> int:
@@ -116,7 +109,7 @@ def replace_dense(original: Callable[..., Any], config: Any, layer: Any, prefix:
     """MXFP8 linears become BF16 at load on Hopper, unless the user named a kernel for them."""
     method = original(config, layer, prefix)
     is_mxfp8 = type(method).__name__ == "Fp8LinearMethod" and config.use_mxfp8 and config.is_checkpoint_fp8_serialized
-    if not is_mxfp8 or setting("fp8_gemm_runner_backend") != "auto" or target_here() is not Target.SM90:
+    if not makes_linears_bf16(is_mxfp8, target_here(), setting("fp8_gemm_runner_backend")):
         return method
     _say_once("epfuse loads MXFP8 linear layers as BF16: SGLang has no kernel for them here; they take twice the bytes")
     return DenseMxfp8Method(method, prefix)

@@ -15,6 +15,7 @@ USES = (
     InterfaceUse(What.PARAMETERS, "srt/plugins/hook_registry.py", "HookRegistry.register"),
     names_in("srt/arg_groups/choices.py", "", "MOE_RUNNER_BACKEND_CHOICES MXFP8_MOE_RUNNER_BACKEND_CHOICES"),
     names_in("srt/runtime_context.py", "", "get_server_args"),
+    InterfaceUse(What.PARAMETERS, "srt/arg_groups/overrides.py", "resolution_result"),
     InterfaceUse(What.FIELDS, f"{MOE}moe_runner/base.py", "MoeRunnerConfig"),
     names_in(f"{MOE}moe_runner/base.py", "", "MoeQuantInfo"),
     InterfaceUse(What.MEMBERS, f"{MOE}moe_runner/base.py", "DispatchMoeRunnerCore"),

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from epfuse.arguments import checks_enums
 from epfuse.config import Policy
 from epfuse.errors import ConfigError
-from epfuse.integrations.choice import Choice, choose
+from epfuse.integrations.choice import choose
+from epfuse.integrations.explained import ChoiceGroup, OwnExperts, grouped
 from epfuse.integrations.vllm.releases import release_of
 from epfuse.integrations.vllm.versions import GPT_OSS, INTERLEAVED, LEFT
-from epfuse.policy import Checkpoint, LayerFacts, LayerPlan, model_facts
+from epfuse.policy import Checkpoint, LayerFacts, model_facts
 from epfuse.policy.facts import GATHERED
 from epfuse.target import Target
 from epfuse.weights.model_config import ExpertModel
-
-
-@dataclass(frozen=True)
-class OwnExperts:
-    """What vLLM chooses by itself.
-
-    Attributes:
-        name: its experts class.
-        effect: one sentence on what that means.
-    """
-
-    name: str
-    effect: str
-
 
 _EMULATION = OwnExperts("Mxfp8EmulationTritonExperts", "MXFP8 weights become BF16 at load: twice the memory.")
 _NATIVE = OwnExperts("Mxfp8NativeTritonExperts", "MXFP8 weights and activations, multiplied by the matrix cores.")
@@ -114,47 +100,6 @@ class Deployment:
     all2all: str = GATHERED
 
 
-@dataclass(frozen=True)
-class ChoiceGroup:
-    """Layers to which the same happens.
-
-    Attributes:
-        layers: their indices, ascending.
-        own: what runs them without epfuse.
-        choice: what epfuse does, shown by the first of them.
-    """
-
-    layers: tuple[int, ...]
-    own: OwnExperts
-    choice: Choice
-
-    def to_json(self) -> dict[str, Any]:
-        plan = self.choice.plan
-        return {
-            "layers": list(self.layers),
-            "without_epfuse": {"experts": self.own.name, "effect": self.own.effect},
-            "with_epfuse": {
-                "experts": self.own.name if plan is None else "EpfuseExperts",
-                "reason": self.choice.reason,
-                "weights": None if plan is None else plan.storage.value,
-                "bytes_per_layer_and_rank": None if plan is None else plan.nbytes,
-                "paths": [] if plan is None else paths(plan),
-            },
-        }
-
-
-def paths(plan: LayerPlan) -> list[dict[str, Any]]:
-    """Path by token count; tiles are left out, so that adjacent ranges with one path are one."""
-    found: list[dict[str, Any]] = []
-    for part in plan.ranges:
-        name = part.decision.path.value
-        if found and found[-1]["path"] == name:
-            found[-1]["max_tokens"] = part.max_tokens
-        else:
-            found.append({"min_tokens": part.min_tokens, "max_tokens": part.max_tokens, "path": name})
-    return found
-
-
 @checks_enums
 def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = None) -> list[ChoiceGroup]:
     """Every MoE layer of the model, grouped by what happens to it.
@@ -168,14 +113,8 @@ def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = 
         ConfigError: the experts can't be spread so, or nothing is known of this release, GPU and checkpoint.
     """
     own = own_experts(model, deployment)
-    groups: list[ChoiceGroup] = []
-    for layer in model.moe_layers:
-        choice = choose(facts(model, deployment, own, layer), policy)
-        if groups and _same(groups[-1].choice, choice):
-            groups[-1] = ChoiceGroup((*groups[-1].layers, layer), own, groups[-1].choice)
-        else:
-            groups.append(ChoiceGroup((layer,), own, choice))
-    return groups
+    choices = ((layer, choose(facts(model, deployment, own, layer), policy)) for layer in model.moe_layers)
+    return grouped(choices, own, "EpfuseExperts")
 
 
 def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: int) -> LayerFacts:
@@ -205,10 +144,3 @@ def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: in
         device_name=deployment.device_name,
         all2all=deployment.all2all if spread and deployment.dp_size > 1 else None,
     )
-
-
-def _same(first: Choice, second: Choice) -> bool:
-    """Whether two layers of a model share an outcome."""
-    if first.plan is None or second.plan is None:
-        return first.plan is second.plan and first.reason == second.reason
-    return first.reason == second.reason and first.plan.storage is second.plan.storage
