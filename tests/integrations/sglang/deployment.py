@@ -22,7 +22,7 @@ from epfuse.numerics.mxfp8 import decode, encode
 from epfuse.target import Target
 
 MXFP8_CONFIG = {"quant_method": "mxfp8", "activation_scheme": "dynamic", "weight_block_size": [1, 32]}
-EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 64, 96, 2
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 64, 192, 2
 ALPHA, LIMIT = 1.702, 7.0
 SWIGLU_OAI = {"gemm1_alpha": ALPHA, "gemm1_beta": 1.0, "gemm1_clamp_limit": LIMIT, "gate_up_interleaved": False}
 
