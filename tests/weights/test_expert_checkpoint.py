@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,25 @@ def test_each_rank_has_the_numbers_that_transformers_has(
                         assert whole.abs().min(1).values.max() > 0  # not transformers' zeros
                         assert torch.equal(bias[slot], whole[expert].float()), (layer, expert)
         assert sum(read) == checkpoint.bytes_of(expert_map)
+
+
+def peak_of(run: Any) -> int:
+    """The most bytes of tensors on the CPU that lived at once while ``run()`` ran, beyond those of before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("form", [Checkpoint.BF16, Checkpoint.MXFP4])
+def test_loading_takes_one_expert_beyond_the_result(folders: Any, form: Checkpoint) -> None:
+    checkpoint = ExpertCheckpoint(folders("gpt_oss", form))
+    expert_map, loaded = ExpertMap.contiguous(EXPERTS, 1, 0), []
+    peak = peak_of(lambda: loaded.extend(checkpoint.load(expert_map)))
+    ((_, weights),) = loaded
+    result = sum(weights.nbytes.values()) + sum(bias.nbytes for _, bias in weights.biases)
+    assert result <= peak <= result * (1 + 1 / EXPERTS)
 
 
 OTHER_LAYERS = ("gpt_oss", "aria_text", "gemma4_text", "nemotron_h")

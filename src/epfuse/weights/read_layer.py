@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from epfuse.numerics.e8m0 import decode_scales
+from epfuse.numerics.e8m0 import as_e8m0_bytes, decode_scales
 from epfuse.numerics.mxfp8 import BLOCK as GROUP
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockFP8Experts
@@ -23,6 +23,9 @@ from epfuse.weights.projections import AnyProjections
 
 PROJECTIONS = (Matrix.GATE_UP, Matrix.DOWN)
 """A layer's w13 and w2, whatever tensors they are stored in; w13 has no gate rows where there is no gate."""
+TRANSLATIONS = 16
+"""Parts in which a matrix of MXFP4 is translated. A part takes three times what is made of it meanwhile, so loading
+takes half an expert's MXFP8 beyond the result: the matrix as it is stored, and a part."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,19 @@ class LayerReader:
             pieces = self._pieces(matrix)
             halves = (values[slot].chunk(len(pieces)), scales[slot].chunk(len(pieces)))
             for piece, own_values, own_scales in zip(pieces, *halves, strict=True):
-                made = to_mxfp8(self._raw(expert, piece, Part.WEIGHT), self._raw(expert, piece, Part.SCALE))
-                self._place(own_values, made.values, piece, Part.WEIGHT)
-                self._place(own_scales, made.scales, piece, Part.SCALE)
+                blocks, bytes_ = (self._raw(expert, piece, part) for part in (Part.WEIGHT, Part.SCALE))
+                self._place(own_scales, as_e8m0_bytes("scales", bytes_), piece, Part.SCALE)
+                self._translate(own_values, blocks, bytes_, piece)
         return MXFP8(values, scales)
+
+    def _translate(self, target: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, matrix: Matrix) -> None:
+        """MXFP4 of one matrix to E4M3 where it is to be, some rows at a time: what is made of them is a copy."""
+        apart = target.chunk(2) if self._alternates(matrix) else (target,)
+        rows = -(-blocks.shape[0] // (TRANSLATIONS * len(apart)))
+        parts = (torch.split(each, rows * len(apart)) for each in (blocks, scales))
+        for place, codes in enumerate(to_mxfp8(*part).values for part in zip(*parts, strict=True)):
+            for first, half in enumerate(apart):
+                half[place * rows :][:rows].copy_(codes[first :: len(apart)])
 
     def _weights(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         return self._stack(matrix, Part.WEIGHT, self._empty(matrix_size(self.model, matrix), dtype))
