@@ -19,6 +19,7 @@ if not HAVE_SGLANG:
         "test_hooks.py",
         "test_parallel.py",
         "test_reload.py",
+        "test_sglang_on_gpu.py",
         "test_warm.py",
         "warm_entries.py",
     ]
