@@ -25,7 +25,7 @@ from epfuse.integrations.transformers.layout import check_in_place, layout_of
 from epfuse.policy.call import decide
 from epfuse.report.write import write_atomic
 from epfuse.target import Target
-from epfuse.weights.config_families import FAMILIES
+from epfuse.weights.config_families import FAMILIES, UNPLANNED
 from epfuse.weights.layouts import GateUpRows, MatrixOrder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def _row(family: str, module: str, name: str) -> dict[str, str]:
 
 def _decided(row: dict[str, str]) -> dict[str, str]:
     """A row with what this version's own rules say of it, whichever release of transformers it is from."""
-    found = {"plan": "yes" if _is_planned(row["family"]) else "no"}
+    found = {"plan": _planned(row["family"])}
     kinds = {kind.__name__: kind for kind in ACTIVATIONS}
     if row["state"] == "taken":
         bias = Bias.ADDED if row["biases"] == "yes" else Bias.NONE
@@ -100,8 +100,10 @@ def _path(target: Target, activation: type[Activation], bias: Bias) -> str:
     return decision.path.value + ("" if decision.family is None else f", {decision.family.name}")
 
 
-def _is_planned(family: str) -> bool:
-    return family in FAMILIES or f"{family}_text" in FAMILIES
+def _planned(family: str) -> str:
+    if family in FAMILIES or f"{family}_text" in FAMILIES:
+        return "yes"
+    return f"no: {UNPLANNED[family]}" if family in UNPLANNED else "no"
 
 
 def _experts(module: str, name: str) -> Any:

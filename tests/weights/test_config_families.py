@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from epfuse.config import Activation, SwiGLUOAI, silu_gate
+from epfuse.errors import ConfigError
 from epfuse.integrations.transformers import activation_of, check_layout
 from epfuse.stages.activation_reference import swiglu_oai
-from epfuse.weights.config_families import FAMILIES, OUTER
+from epfuse.weights.config_families import FAMILIES, OUTER, UNPLANNED
 from epfuse.weights.model_config import ExpertModel, read_model
 
 transformers = pytest.importorskip("transformers")
@@ -157,14 +158,6 @@ def test_every_family_has_a_model_to_compare_with() -> None:
     assert set(OUTER.values()) <= set(FAMILIES)
 
 
-NOT_PLANNED = {
-    "ernie4_5_vl_moe": "two kinds of experts in a layer, of text and of images, with an I each",
-    "longcat_flash": "zero experts",
-    "muse_spark": "a norm after the experts",
-}
-"""Modules of transformers.models with such experts that are an unknown family to us, and why."""
-
-
 def test_no_family_of_transformers_is_forgotten() -> None:
     models = Path(transformers.__file__).parent / "models"
     found = {
@@ -172,7 +165,26 @@ def test_no_family_of_transformers_is_forgotten() -> None:
         for path in models.glob("*/modeling_*.py")
         if re.search(r"self\.(gate_)?up_proj = nn\.Parameter", path.read_text(encoding="utf-8"))
     }
-    assert found == {built.module for built in MODELS.values()} | set(NOT_PLANNED)
+    assert found == {built.module for built in MODELS.values()} | set(UNPLANNED)
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "words"),
+    [
+        ("ernie4_5_vl_moe", "Ernie4_5_VLMoeConfig", "two kinds of experts, of text and of images"),
+        ("ernie4_5_vl_moe", "Ernie4_5_VLMoeTextConfig", "two kinds of experts, of text and of images"),
+        ("muse_spark", "MuseSparkConfig", "a norm stands between the experts and the router weights"),
+        ("muse_spark", "MuseSparkTextConfig", "a norm stands between the experts and the router weights"),
+        ("longcat_flash", "LongcatFlashConfig", "some of its experts have no weights"),
+    ],
+)
+def test_a_family_without_plans_is_refused_with_the_reason(
+    tmp_path: Path, module: str, config: str, words: str
+) -> None:
+    configs = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
+    getattr(configs, config)().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"no plan is made: .*{words}"):
+        read_model(tmp_path)
 
 
 def build(built: Built, tmp_path: Path) -> tuple[Any, nn.Module, ExpertModel]:

@@ -281,5 +281,11 @@ OUTER = {
     "unlimited_ocr": "unlimited_ocr_text",
 }
 """Model type of a model around a language model -> the latter's, where it does not say it itself."""
+UNPLANNED = {
+    "ernie4_5_vl_moe": "a layer has two kinds of experts, of text and of images, with an I each",
+    "longcat_flash": "some of its experts have no weights",
+    "muse_spark": "a norm stands between the experts and the router weights",
+}
+"""Model type -> why its experts are no layer that a plan can be made for."""
 NESTED = ("text_config", "language_config", "thinker_config", "llm_config")
 """Where such a model has the language model's config."""

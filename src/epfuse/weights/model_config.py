@@ -24,6 +24,7 @@ from epfuse.weights.config_families import (
     OUTER,
     OWN_WIDTH,
     TOP_K,
+    UNPLANNED,
     ModelFamily,
     relu2,
 )
@@ -223,6 +224,9 @@ def _language_model(content: Fields) -> tuple[str, Fields]:
     for fields in {id(content): content, id(config): config}.values():
         _one_model(fields)
     if kind not in FAMILIES:
+        for name in (kind, content.text("model_type")):
+            if (why := UNPLANNED.get((name or "").removesuffix("_text"))) is not None:
+                raise content.refuse(f"it is of a model of type {name!r}, for which no plan is made: {why}")
         raise content.refuse(f"it is of a model of type {kind!r:.60}; known are {', '.join(FAMILIES)}")
     return kind, config
 
