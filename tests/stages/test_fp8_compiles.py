@@ -55,7 +55,7 @@ for tiles in {entry.tiles for entry in FP8[Target(target)]}:
             compile(kernel, types, constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)
 for group in (32, 128):
     types = {"gate_up": "*bf16", "codes": "*u8", "scales": "*u8", "activation": ("fp32",) * 3}
-    constexprs = {"BLOCK_R": 4, "BLOCK_G": 512 // group, "GROUP": group, "CEIL": True, "FNUZ": target == "gfx942"}
+    constexprs = {"BLOCK_R": 4, "BLOCK_G": 512 // group, "GROUP": group, "FNUZ": target == "gfx942"}
     constexprs |= {"ACTIVATION": "swiglu_oai", "INPUTS": 2}
     compile(activate_kernel, types | table, constexprs, num_warps=4)
 """

@@ -9,7 +9,8 @@ import torch
 from epfuse.families.family import LayerCall
 from epfuse.operands import overlaps
 from epfuse.scratch import ScratchSize
-from epfuse.stages.quantize.rows import FP8Rows, groups_of
+from epfuse.stages.grid import pieces
+from epfuse.stages.quantize.rows import FP8Rows
 
 _GROUP = 32
 """FP8 values that share a scale byte, at least: MXFP8's group. Block FP8's, of 128, takes less."""
@@ -71,10 +72,10 @@ def fp8_rows_in(buffer: torch.Tensor, rows: int, columns: int, group: int, dtype
         ``[rows, columns]`` on the buffer's memory.
     """
     memory, values = buffer.view(-1).view(torch.uint8), rows * columns
-    scales = rows * groups_of(columns, group)
+    scales = rows * pieces(columns, group)
     return FP8Rows(
         memory[:values].view(dtype).view(rows, columns),
-        memory[values : values + scales].view(rows, groups_of(columns, group)),
+        memory[values : values + scales].view(rows, pieces(columns, group)),
         group,
     )
 
@@ -97,4 +98,4 @@ def fp8_scratch(tokens: int, top_k: int, hidden: int, intermediate: int) -> Scra
 
 
 def _fp8_bytes(rows: int, columns: int) -> int:
-    return rows * (columns + groups_of(columns, _GROUP))
+    return rows * (columns + pieces(columns, _GROUP))

@@ -10,8 +10,9 @@ import torch
 from epfuse.arguments import checks_enums, integer
 from epfuse.config import Path, WeightFormat
 from epfuse.numerics.mxfp8 import BLOCK
+from epfuse.stages.grid import pieces
 from epfuse.stages.quantize.reference import quantize
-from epfuse.stages.quantize.rows import FP8Rows, groups_of
+from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.weights.block_fp8 import BLOCK as BLOCK_FP8_GROUP
 from epfuse.weights.experts import ExpertWeights
 
@@ -72,7 +73,7 @@ class FP8(Payload):
         object.__setattr__(self, "group", integer("group", self.group, least=1))
 
     def nbytes(self, hidden: int, dtype: torch.dtype) -> int:
-        return hidden + groups_of(hidden, self.group)
+        return hidden + pieces(hidden, self.group)
 
     def encode(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = self._quantize(hidden)

@@ -67,13 +67,12 @@ def test_same_bits_as_unfused_and_remote_rows_untouched(
     assert torch.equal(out.scales[local], unfused.scales[local])
 
 
-@pytest.mark.parametrize("rounding", list(ScaleRounding))
-def test_the_reference_holds_the_same_numbers(device: torch.device, rounding: ScaleRounding) -> None:
+def test_the_reference_holds_the_same_numbers(device: torch.device) -> None:
     case = make_case(device, tokens=9, experts=4, local=4)
     routes = route_reference.route(case.topk_ids, case.expert_map.on(device), 4, block_m=16)
     gate_up = gate_up_of(routes, 96, device)
-    ours = launch_activate(gate_up, routes, ACTIVATION, rounding=rounding).dequantize(torch.float64)
-    theirs = activate(gate_up, ACTIVATION, rounding=rounding).dequantize(torch.float64)
+    ours = launch_activate(gate_up, routes, ACTIVATION).dequantize(torch.float64)
+    theirs = activate(gate_up, ACTIVATION).dequantize(torch.float64)
     assert snr_db(ours, theirs) > 60  # a last bit of the sigmoid may move a number over a rounding boundary
 
 
@@ -98,6 +97,6 @@ def test_the_ceil_rule_loses_less_than_the_floor_rule() -> None:
     error = {}
     for rounding in ScaleRounding:
         gate_up = (quantize(x, rounding=rounding).dequantize() @ w13.T).bfloat16()
-        got = activate(gate_up, ACTIVATION, rounding=rounding).dequantize() @ w2.T
+        got = quantize(swiglu_oai(gate_up.float(), ACTIVATION), rounding=rounding).dequantize() @ w2.T
         error[rounding] = float((got - want).norm() / want.norm())
     assert error[ScaleRounding.CEIL] < 0.045 < error[ScaleRounding.FLOOR]

@@ -16,7 +16,6 @@ from tests.conftest import DEVICE
 from tests.numerics.formats import corner_rows
 from tests.stages.quantize.tile_kernel import tile_kernel
 
-ROUNDINGS = list(ScaleRounding)
 TARGETS = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 SOURCES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -36,30 +35,27 @@ def poisoned(tokens: int, size: int, dtype: torch.dtype, device: torch.device, g
     )
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_corner_cases(rounding: ScaleRounding, target: torch.dtype, source: torch.dtype, device: torch.device) -> None:
+def test_corner_cases(target: torch.dtype, source: torch.dtype, device: torch.device) -> None:
     x = corner_rows(source).to(device)
-    assert_same_bits(launch_quantize(x, 32, rounding, target), quantize(x.cpu(), 32, rounding, target))
+    assert_same_bits(launch_quantize(x, 32, dtype=target), quantize(x.cpu(), 32, dtype=target))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, of signalling NaNs
-@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float16])
 def test_every_16_bit_number_beside_every_exponent(
-    rounding: ScaleRounding, target: torch.dtype, source: torch.dtype, device: torch.device
+    target: torch.dtype, source: torch.dtype, device: torch.device
 ) -> None:
     # all 2^16 bit patterns, in an order that gives a block close magnitudes (sorted) or far ones (shuffled)
     ordered = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(source)
     shuffled = ordered[torch.randperm(65536, generator=torch.Generator().manual_seed(3))]
     x = torch.cat([ordered, shuffled]).view(64, 2048).to(device)
-    assert_same_bits(launch_quantize(x, 32, rounding, target), quantize(x.cpu(), 32, rounding, target))
+    assert_same_bits(launch_quantize(x, 32, dtype=target), quantize(x.cpu(), 32, dtype=target))
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_every_rounding_boundary_of_e4m3(rounding: ScaleRounding, device: torch.device) -> None:
+def test_every_rounding_boundary_of_e4m3(device: torch.device) -> None:
     # midpoints between neighbouring E4M3 numbers and the float32 numbers next to them; 448 (256) keeps the scale at 1
     magnitudes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
@@ -67,20 +63,19 @@ def test_every_rounding_boundary_of_e4m3(rounding: ScaleRounding, device: torch.
     values = torch.cat([near, -near])
     x = torch.full((-(-values.numel() // 31), 32), 448.0)
     x[:, 1:] = torch.nn.functional.pad(values, (0, -values.numel() % 31)).view(-1, 31)
-    got = launch_quantize(x.to(device), 32, rounding)
+    got = launch_quantize(x.to(device), 32)
     assert (got.scales == 127).all()
-    assert_same_bits(got, quantize(x, 32, rounding))
+    assert_same_bits(got, quantize(x, 32))
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.floats(width=32), min_size=32, max_size=32),
-    st.sampled_from(ROUNDINGS),
     st.sampled_from(TARGETS),
 )
-def test_any_block(block: list[float], rounding: ScaleRounding, target: torch.dtype) -> None:
+def test_any_block(block: list[float], target: torch.dtype) -> None:
     x = torch.tensor([block])
-    assert_same_bits(launch_quantize(x.to(DEVICE), 32, rounding, target), quantize(x, 32, rounding, target))
+    assert_same_bits(launch_quantize(x.to(DEVICE), 32, dtype=target), quantize(x, 32, dtype=target))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 37])
@@ -96,23 +91,20 @@ def test_shapes_and_strides_and_that_every_byte_is_written(
     assert_same_bits(out, quantize(x.cpu(), group))
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rounding", list(ScaleRounding))
 def test_the_reference_in_groups_of_32_is_mxfp8(rounding: ScaleRounding) -> None:
     x = corner_rows(torch.bfloat16)
     values, scales = encode(x, rounding)
     assert_same_bits(quantize(x, 32, rounding), FP8Rows(values, scales, 32))
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_quantize_block_in_a_tile_of_three_dimensions(
-    rounding: ScaleRounding, target: torch.dtype, device: torch.device
-) -> None:
+def test_quantize_block_in_a_tile_of_three_dimensions(target: torch.dtype, device: torch.device) -> None:
     x = corner_rows(torch.bfloat16, columns=128)[:16].to(device)
     out = poisoned(16, 128, target, device)
-    ceil, fnuz = rounding is ScaleRounding.CEIL, target == torch.float8_e4m3fnuz
-    tile_kernel[(1,)](x, out.values.view(torch.uint8), out.scales, ROWS=16, GROUPS=4, CEIL=ceil, FNUZ=fnuz)
-    assert_same_bits(out, quantize(x.cpu(), 32, rounding, target))
+    fnuz = target == torch.float8_e4m3fnuz
+    tile_kernel[(1,)](x, out.values.view(torch.uint8), out.scales, ROWS=16, GROUPS=4, FNUZ=fnuz)
+    assert_same_bits(out, quantize(x.cpu(), 32, dtype=target))
 
 
 def test_reference_in_fnuz_holds_the_same_numbers() -> None:

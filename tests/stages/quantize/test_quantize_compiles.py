@@ -19,13 +19,12 @@ from epfuse.stages.quantize.kernel import quantize_kernel
 
 backend, arch, warp, stage, source = sys.argv[1:]
 names = {"x": f"*{source}", "codes": "*u8", "scales": "*u8", "K": "i32", "G": "i32", "row_stride": "i32"}
-for ceil in (False, True):
-    for fnuz in (False, True):
-        constexprs = {"BLOCK_G": 32, "GROUP": 32, "CEIL": ceil, "FNUZ": fnuz}
-        signature = names | dict.fromkeys(constexprs, "constexpr")
-        target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
-        kernel = ASTSource(fn=quantize_kernel, signature=signature, constexprs=constexprs)
-        print(triton.compile(kernel, target=target).asm[stage])
+for fnuz in (False, True):
+    constexprs = {"BLOCK_G": 32, "GROUP": 32, "FNUZ": fnuz}
+    signature = names | dict.fromkeys(constexprs, "constexpr")
+    target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
+    kernel = ASTSource(fn=quantize_kernel, signature=signature, constexprs=constexprs)
+    print(triton.compile(kernel, target=target).asm[stage])
 """
 
 
@@ -41,7 +40,7 @@ def test_compiles_ahead_of_time(target: str, source: str, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     if "hip" in target:
-        assert done.stdout.count(".amdhsa_float_denorm_mode_32 3") == 4
+        assert done.stdout.count(".amdhsa_float_denorm_mode_32 3") == 2
     else:
-        assert done.stdout.count(".entry quantize_kernel") == 4
+        assert done.stdout.count(".entry quantize_kernel") == 2
         assert ".ftz" not in done.stdout

@@ -7,10 +7,10 @@ from epfuse.stages.quantize.kernel import quantize_block, widen
 
 
 @triton.jit
-def tile_kernel(x, codes, scales, ROWS: tl.constexpr, GROUPS: tl.constexpr, CEIL: tl.constexpr, FNUZ: tl.constexpr):
+def tile_kernel(x, codes, scales, ROWS: tl.constexpr, GROUPS: tl.constexpr, FNUZ: tl.constexpr):
     """One program: codes and scales of x [ROWS, GROUPS * 32]."""
     groups = tl.arange(0, ROWS)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
     where = groups[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-    code, scale = quantize_block(widen(tl.load(x + where)), CEIL, FNUZ)
+    code, scale = quantize_block(widen(tl.load(x + where)), FNUZ)
     tl.store(codes + where, code)
     tl.store(scales + groups, scale)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from epfuse.aot.isa.errors import IsaError
 from epfuse.aot.isa.recorded import Launched, Recorded
 from epfuse.config import ACTIVATIONS, Activation
-from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.activate.reference import activate
 from epfuse.stages.combine.reference import combine
@@ -193,15 +193,13 @@ def _count(recorded: Recorded) -> dict[str, Expected]:
 
 
 def _quantize(recorded: Recorded) -> dict[str, Expected]:
-    rows = _quantized(recorded, lambda *how: quantize(recorded.tensor("x"), *how))
+    rows = quantize(recorded.tensor("x"), **_format(recorded))
     return {"codes": _all(rows.values.view(torch.uint8)), "scales": _all(rows.scales)}
 
 
-def _quantized(recorded: Recorded, rows: Callable[[int, ScaleRounding, torch.dtype], FP8Rows]) -> FP8Rows:
-    arguments = recorded.arguments
-    rounding = ScaleRounding.CEIL if arguments["CEIL"] else ScaleRounding.FLOOR
-    dtype = torch.float8_e4m3fnuz if arguments["FNUZ"] else torch.float8_e4m3fn
-    return rows(arguments["GROUP"], rounding, dtype)
+def _format(recorded: Recorded) -> dict[str, Any]:
+    dtype = torch.float8_e4m3fnuz if recorded.arguments["FNUZ"] else torch.float8_e4m3fn
+    return {"group": recorded.arguments["GROUP"], "dtype": dtype}
 
 
 def _gate_up(recorded: Recorded) -> dict[str, Expected]:
@@ -225,7 +223,7 @@ def _gate_up_fp8(recorded: Recorded) -> dict[str, Expected]:
 def _activate(recorded: Recorded) -> dict[str, Expected]:
     live = _live(recorded)
     source = recorded.tensor("gate_up").index_fill(0, _others(recorded, live), 0)
-    rows = _quantized(recorded, lambda *how: activate(source, _activation(recorded), *how))
+    rows = activate(source, _activation(recorded), **_format(recorded))
     return {"codes": _rows(rows.values.view(torch.uint8), live), "scales": _rows(rows.scales, live)}
 
 

@@ -13,7 +13,7 @@ from epfuse.stages.quantize.kernel import quantize_block, widen
 def activate_kernel(
     gate_up, codes, scales, sorted_routes, num_padded,
     R, I, G, activation,
-    BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, CEIL: tl.constexpr, FNUZ: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, FNUZ: tl.constexpr,
     ACTIVATION: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """codes[r, i], scales[r, g] of activate(gate_up[r, i], gate_up[r, I + i]) in G = ceil(I / GROUP) groups.
@@ -36,6 +36,6 @@ def activate_kernel(
     if INPUTS == 2:
         up = widen(tl.load(source + I, mask=inside, other=0.0))
     # not rounded in between: the quantisation is the activation's one rounding
-    code, scale = quantize_block(tl.where(inside, activate(gate, up, activation, ACTIVATION), 0.0), CEIL, FNUZ)
+    code, scale = quantize_block(tl.where(inside, activate(gate, up, activation, ACTIVATION), 0.0), FNUZ)
     tl.store(codes + routes[:, None, None] * I + columns, code, mask=inside)
     tl.store(scales + routes[:, None] * G + groups[None, :], scale, mask=live & (groups < G)[None, :])

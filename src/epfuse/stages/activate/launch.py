@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.arguments import checks_enums
 from epfuse.config import Activation
 from epfuse.errors import DtypeError
-from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK
 from epfuse.stages.activate.kernel import activate_kernel
 from epfuse.stages.extent import extents
 from epfuse.stages.grid import pieces, power_of_two
-from epfuse.stages.quantize.rows import FP8Rows, groups_of
+from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import RouteTable
 from epfuse.target import target_of
 
@@ -20,13 +18,11 @@ _ROWS = 4
 _VALUES = 512  # of a row and a program: with 4 warps, 16 values of each half a lane
 
 
-@checks_enums
 def launch_activate(
     gate_up: torch.Tensor,
     routes: RouteTable,
     activation: Activation,
     group: int = BLOCK,
-    rounding: ScaleRounding = ScaleRounding.CEIL,
     dtype: torch.dtype = torch.float8_e4m3fn,
     out: FP8Rows | None = None,
 ) -> FP8Rows:
@@ -38,7 +34,6 @@ def launch_activate(
         routes: RouteTable of this call. The launch is sized from its bound; programs past its counter do nothing.
         activation: between the two GEMMs.
         group: values that share a scale: 32 for MXFP8, 128 for block FP8; a power of two.
-        rounding: rule of the shared exponent.
         dtype: float8_e4m3fn, or float8_e4m3fnuz for gfx94x.
         out: ``[R, I]``; only rows of local routes are written. Allocated if None.
 
@@ -51,7 +46,7 @@ def launch_activate(
     Host syncs: none; graph-capturable; bitwise repeatable.
     """
     intermediate = gate_up.shape[1] // activation.inputs
-    groups = groups_of(intermediate, group)
+    groups = pieces(intermediate, group)
     if out is None:
         out = FP8Rows.empty(routes.num_routes, intermediate, group, dtype, gate_up.device)
     elif out.values.dtype != dtype or out.group != group:
@@ -77,7 +72,6 @@ def launch_activate(
         BLOCK_R=rows,
         BLOCK_G=block,
         GROUP=group,
-        CEIL=rounding is ScaleRounding.CEIL,
         FNUZ=dtype == torch.float8_e4m3fnuz,
         num_warps=4,
     )

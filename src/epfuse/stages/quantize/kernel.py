@@ -24,13 +24,11 @@ def widen(x):
 
 
 @triton.jit
-def shared_scale(bits, CEIL: tl.constexpr):
+def shared_scale(bits):
     """float32 bit patterns [.., G] -> (biased E8M0 exponent [..], whether all of the run is finite [..])."""
     # bit patterns order as magnitudes do, with infinity and NaN on top: the maximum can't lose a NaN
     amax = tl.minimum(tl.max(bits & 0x7FFFFFFF, axis=-1), 0x7F800000)
-    carried = amax
-    if CEIL:
-        carried += 0x1FFFFF  # carries into the exponent exactly if the mantissa is above 448's 1.75
+    carried = amax + 0x1FFFFF  # into the exponent exactly if the mantissa is above 448's 1.75
     return tl.maximum((carried >> 23) - 8, 0), amax < 0x7F800000
 
 
@@ -41,15 +39,15 @@ def inverse_of(scale):
 
 
 @triton.jit
-def quantize_block(x, CEIL: tl.constexpr, FNUZ: tl.constexpr):
+def quantize_block(x, FNUZ: tl.constexpr):
     """float32 [.., G] -> (uint8 E4M3 codes [.., G], uint8 E8M0 bytes [..]); one scale per run of the last axis.
 
-    For runs of 32 bit for bit `epfuse.numerics.mxfp8.encode` (CEIL: ScaleRounding.CEIL, else FLOOR), followed by
+    For runs of 32 bit for bit `epfuse.numerics.mxfp8.encode` under ScaleRounding.CEIL, followed by
     `epfuse.numerics.fnuz.normalize_to_fnuz` if FNUZ: the numbers are the same in both formats.
     """
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    scale, finite = shared_scale(bits, CEIL)
+    scale, finite = shared_scale(bits)
 
     scaled = magnitude.to(tl.float32, bitcast=True) * tl.expand_dims(inverse_of(scale), -1)
     scaled = tl.minimum(scaled, 448.0)
@@ -74,13 +72,13 @@ def quantize_block(x, CEIL: tl.constexpr, FNUZ: tl.constexpr):
 def quantize_kernel(
     x, codes, scales,
     K, G, row_stride,
-    BLOCK_G: tl.constexpr, GROUP: tl.constexpr, CEIL: tl.constexpr, FNUZ: tl.constexpr,
+    BLOCK_G: tl.constexpr, GROUP: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """codes[t, k], scales[t, g] of x[t, k], G = ceil(K / GROUP) groups a row; a program per row and BLOCK_G groups."""
     token = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     block = widen(tl.load(x + token * row_stride + columns, mask=columns < K, other=0.0))
-    code, scale = quantize_block(block, CEIL, FNUZ)
+    code, scale = quantize_block(block, FNUZ)
     tl.store(codes + token * K + columns, code, mask=columns < K)
     tl.store(scales + token * G + groups, scale, mask=groups < G)

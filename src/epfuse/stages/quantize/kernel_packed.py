@@ -28,12 +28,12 @@ def source_of(route, row, K: tl.constexpr):
 def quantize_row(x, HARDWARE: tl.constexpr):
     """quantize_block of one run, rounded up; HARDWARE: by the GPU's conversion, which rounds alike."""
     if HARDWARE:
-        scale, finite = shared_scale(x.to(tl.int32, bitcast=True), True)
+        scale, finite = shared_scale(x.to(tl.int32, bitcast=True))
         codes = (x * tl.expand_dims(inverse_of(scale), -1)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         codes = tl.where(tl.expand_dims(finite, -1), codes, 0x7F)
         scale = tl.where(finite, scale, 255).to(tl.uint8)
     else:
-        codes, scale = quantize_block(x, True, False)
+        codes, scale = quantize_block(x, False)
     return codes, scale
 
 

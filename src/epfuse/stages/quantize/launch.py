@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from epfuse.arguments import checks_enums
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
-from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import BLOCK, SOURCE_DTYPES, VALUE_DTYPES
 from epfuse.stages.extent import extents
 from epfuse.stages.grid import pieces, power_of_two
 from epfuse.stages.quantize.kernel import quantize_kernel
-from epfuse.stages.quantize.rows import FP8Rows, groups_of
+from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.target import target_of
 
 _VALUES = 1024  # of a program: with 4 warps, a lane loads 16 bytes of BF16 (8 with 4 waves of 64)
 
 
-@checks_enums
 def launch_quantize(
     x: torch.Tensor,
     group: int = BLOCK,
-    rounding: ScaleRounding = ScaleRounding.CEIL,
     dtype: torch.dtype = torch.float8_e4m3fn,
     out: FP8Rows | None = None,
 ) -> FP8Rows:
@@ -30,7 +26,6 @@ def launch_quantize(
     Args:
         x: ``[T, K]`` bfloat16, float16 or float32; K a multiple of 32, values of a row adjacent, any row stride.
         group: values that share a scale: 32 for MXFP8, 128 for block FP8; a power of two.
-        rounding: rule of the shared exponent.
         dtype: float8_e4m3fn, or float8_e4m3fnuz: the same numbers, for gfx94x.
         out: ``[T, K]`` of ``dtype`` in such groups; every byte is written. Allocated if None.
 
@@ -67,7 +62,7 @@ def launch_quantize(
         raise DeviceError(f"out is on {out.values.device} and x on {x.device}; both must be on one device")
     if x.numel() == 0:
         return out
-    groups = groups_of(size, group)
+    groups = pieces(size, group)
     block = min(_VALUES // group, power_of_two(groups))
     codes = out.values.view(torch.uint8)  # bytes: all rounding is the kernel's own
     values, codes, scales = extents(target_of(x.device), x, codes, out.scales)
@@ -80,7 +75,6 @@ def launch_quantize(
         size if x.is_contiguous() else x.stride(0),  # one row may have any stride, and Triton looks at it
         BLOCK_G=block,
         GROUP=group,
-        CEIL=rounding is ScaleRounding.CEIL,
         FNUZ=dtype == torch.float8_e4m3fnuz,
         num_warps=4,
     )

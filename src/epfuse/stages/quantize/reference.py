@@ -9,7 +9,8 @@ from epfuse.errors import DtypeError
 from epfuse.numerics.e8m0 import NAN_BYTE, ScaleRounding, inverse_scales, magnitude_bits, scale_bytes
 from epfuse.numerics.fnuz import FN_NAN, normalize_to_fnuz
 from epfuse.numerics.mxfp8 import BLOCK, E4M3_MAX, VALUE_DTYPES
-from epfuse.stages.quantize.rows import FP8Rows, groups_of
+from epfuse.stages.grid import pieces
+from epfuse.stages.quantize.rows import FP8Rows
 
 
 @checks_enums
@@ -33,7 +34,7 @@ def quantize(
     if dtype not in VALUE_DTYPES:
         raise DtypeError(f"dtype is {dtype}; it must be float8_e4m3fn or float8_e4m3fnuz")
     rows, columns = x.shape
-    padded = torch.nn.functional.pad(x.float(), (0, -columns % group)).view(rows, groups_of(columns, group), group)
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % group)).view(rows, pieces(columns, group), group)
     scales = scale_bytes(magnitude_bits(padded).amax(-1), rounding)
     scaled = (padded * inverse_scales(scales)[..., None]).clamp_(-E4M3_MAX, E4M3_MAX)
     codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill_((scales == NAN_BYTE)[..., None], FN_NAN)

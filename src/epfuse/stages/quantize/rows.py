@@ -9,6 +9,7 @@ import torch
 from epfuse.errors import DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.numerics.e8m0 import as_e8m0_bytes, decode_scales
 from epfuse.numerics.mxfp8 import MXFP8, VALUE_DTYPES
+from epfuse.stages.grid import pieces
 from epfuse.weights.block_fp8 import BlockFP8, scale_block
 
 
@@ -38,7 +39,7 @@ class FP8Rows:
         if self.values.dim() != 2:
             raise ShapeError(f"values has shape {tuple(self.values.shape)}; FP8 rows are [N, K]")
         rows, columns = self.values.shape
-        needed = (rows, groups_of(columns, self.group))
+        needed = (rows, pieces(columns, self.group))
         if tuple(self.scales.shape) != needed:
             raise ShapeError(
                 f"scales has shape {tuple(self.scales.shape)}; beside values {tuple(self.values.shape)} in groups of"
@@ -65,7 +66,7 @@ class FP8Rows:
         """
         return cls(
             torch.empty(rows, columns, dtype=dtype, device=device),
-            torch.empty(rows, groups_of(columns, group), dtype=torch.uint8, device=device),
+            torch.empty(rows, pieces(columns, group), dtype=torch.uint8, device=device),
             group,
         )
 
@@ -88,8 +89,3 @@ def require_alike(name: str, rows: FP8Rows, weights: MXFP8 | BlockFP8) -> None:
     group = scale_block(weights)[1]
     if rows.group != group:
         raise ShapeError(f"{name} has groups of {rows.group}; beside these weights they must be of {group}")
-
-
-def groups_of(columns: int, group: int) -> int:
-    """Scales of a row of ``columns`` values."""
-    return -(-columns // group)
