@@ -83,9 +83,10 @@ def _source_kind(function: Any) -> Any:
     return ASTSource
 
 
-class _NoDevice(DriverBase):  # type: ignore[misc]
+class NoDevice(DriverBase):  # type: ignore[misc]
     """A driver that knows its target and has nothing to run on."""
 
+    @checks_enums
     def __init__(self, target: Target) -> None:
         super().__init__()
         self._target = target
@@ -147,7 +148,7 @@ def launches_of(
         )
         return True
 
-    with planning_for(target, product, stand_in), _asking(note), _driving(_NoDevice(target)):
+    with planning_for(target, product, stand_in), _asking(note), _driving(NoDevice(target)):
         call()
     return found
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Unpack
 
 from epfuse.errors import ConfigError
 from epfuse.serving.claim import holder_of, revoke
 from epfuse.serving.contact import Clock, Contacts, WallClock, cancelling, submitting
 from epfuse.serving.done import End
-from epfuse.serving.journal import AT_WORK, ENDS, SENT, Change, Journal, PointState, one_line
+from epfuse.serving.journal import AT_WORK, ENDS, SENT, Change, ChangeDetails, Journal, PointState, one_line
 from epfuse.serving.launchers.launcher import JobPhase, Launcher, Order, Rejected, Sighting, Unreachable, Unsure
 from epfuse.serving.layout import RunFolder, make_key
 from epfuse.serving.patience import TAKEN_AWAY, Breaker, Queue, Rules
@@ -139,24 +140,14 @@ class Dispatcher:
         """Of the points that have not ended."""
         return [change for change in self.journal.history.points.values() if change.state not in ENDS]
 
-    def _change(
-        self,
-        name: str,
-        state: PointState,
-        why: str = "",
-        *,
-        attempt: int | None = None,
-        place: str | None = None,
-        job: str | None = None,
-    ) -> None:
+    def _change(self, name: str, state: PointState, why: str = "", **given: Unpack[ChangeDetails]) -> None:
         """Write and say it, if it is news."""
         why = one_line(why)  # as the journal has it: or it would be news in every step
         old = self.journal.history.points[name]
-        given = {"attempt": attempt, "place": place, "job": job}
-        same = all(value is None or value == getattr(old, key) for key, value in given.items())
+        same = all(value == getattr(old, key) for key, value in given.items())
         if state is old.state and same and why in ("", old.why):
             return
-        self.journal.change(name, state, why, attempt=attempt, place=place, job=job)
+        self.journal.change(name, state, why, **given)
         self.say(f"{name}: {state}{f' ({why})' if why else ''}")
         if state in ENDS | {PointState.PLANNED}:
             self._queue.forget(name)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict, Unpack
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
@@ -112,6 +112,14 @@ class Change(Frozen):
     place: str = ""
     job: str = ""
     why: str = ""
+
+
+class ChangeDetails(TypedDict, total=False):
+    """What a change may say besides, as `Change` has it."""
+
+    attempt: int
+    place: str
+    job: str
 
 
 class Note(Frozen):
@@ -252,35 +260,16 @@ class Journal:
     ) -> None:
         os.close(self._file)
 
-    def change(
-        self,
-        point: str,
-        state: PointState,
-        why: str = "",
-        *,
-        attempt: int | None = None,
-        place: str | None = None,
-        job: str | None = None,
-    ) -> None:
+    def change(self, point: str, state: PointState, why: str = "", **given: Unpack[ChangeDetails]) -> None:
         """Write a point's new state; on disk when this returns. What is not given stays as it was.
 
         Raises:
             ConfigError: the transition is not legal, or another dispatcher has taken the run over.
             OSError: it can't be written; the state is as it was.
         """
-        old = self.history.points[point]
-        self._append(
-            Change(
-                n=self.history.lines,
-                at=self._clock(),
-                point=point,
-                state=state,
-                attempt=old.attempt if attempt is None else attempt,
-                place=old.place if place is None else place,
-                job=old.job if job is None else job,
-                why=one_line(why),
-            )
-        )
+        kept = {**self.history.points[point].model_dump(include={"attempt", "place", "job"}), **given}
+        lines = self.history.lines
+        self._append(Change(n=lines, at=self._clock(), point=point, state=state, why=one_line(why), **kept))
 
     def note(self, text: str) -> None:
         """Write something about the run."""

@@ -59,6 +59,17 @@ class Found:
             self.launches += 1
             self.instructions += sum(launched.counts.instructions.values())
 
+    def compare(self, launches: list[Launched]) -> None:
+        """Take in what ran, and hold each launch against its stage's reference on what it was given."""
+        self.judge(launches)
+        for launched in launches:
+            self.failures += map(str, mismatches(launched))
+
+    def equal(self, what: str, got: torch.Tensor, than: str, wanted: torch.Tensor) -> None:
+        """Hold a result against another one, bit for bit."""
+        if wrong := int((~same(got, wanted)).sum()):
+            self.failures.append(f"{what} differs from {than} in {wrong} of {got.numel()} elements")
+
 
 @dataclass(frozen=True)
 class CaseRecord:
@@ -138,16 +149,12 @@ class LayerCase:
         operands = exact.hidden(), exact.weights(0), exact.topk_weights(), exact.topk_ids(), exact.expert_map(0)
         with executing(TARGET, seed) as session:
             y = fused_experts(*operands, activation=exact.activation, path=exact.path, combine=exact.combine)
-        found.judge(session.launches)
-        for launched in session.launches:
-            found.failures += [str(each) for each in mismatches(launched)]
+        found.compare(session.launches)
         found.work = [work for launched in session.launches if (work := work_of(launched)) is not None]
         if lost := session.defined.undefined(y):
             found.failures.append(f"the result has {lost} elements that nothing wrote")
         if exact.path not in FP8_PATHS:  # whose activations are quantised, unlike the reference's
-            wrong = int((~same(y, run_reference(*operands, activation=exact.activation))).sum())
-            if wrong:
-                found.failures.append(f"the result has {wrong} of {y.numel()} elements that are not the reference's")
+            found.equal("the result", y, "the reference's", run_reference(*operands, activation=exact.activation))
 
 
 @dataclass(frozen=True)
@@ -204,9 +211,7 @@ class RoutingCase:
         with executing(TARGET, seed) as session:
             table = RouteTable.empty(ids.numel(), self.shape.local_experts, self.block_m, ids.device)
             launch_route(ids, expert_map.on(ids.device), self.shape.local_experts, table)
-        found.judge(session.launches)
-        for launched in session.launches:
-            found.failures += [str(each) for each in mismatches(launched)]
+        found.compare(session.launches)
 
 
 @dataclass(frozen=True)
@@ -235,9 +240,7 @@ class Combining:
         with executing(TARGET, seed) as session:
             out = torch.empty(exact.tokens, exact.shape.hidden, dtype=exact.dtype)
             launch_combine(routed, ids, expert_map.on(ids.device), exact.shape.local_experts, out)
-        found.judge(session.launches)
-        for launched in session.launches:
-            found.failures += [str(each) for each in mismatches(launched)]
+        found.compare(session.launches)
 
 
 @dataclass(frozen=True)
@@ -275,12 +278,9 @@ class Shards:
                 )
             unsharded = fused_experts(hidden, whole, factors, ids, everyone, activation=EXACT, path=exact.path)
         found.judge(session.launches)
-        wrong = int((~same(total, unsharded)).sum())
-        if wrong:
-            found.failures.append(f"the shards' sum differs from the unsharded layer in {wrong} elements")
-        wrong = int((~same(total, run_reference(hidden, whole, factors, ids, everyone, EXACT))).sum())
-        if wrong:
-            found.failures.append(f"the shards' sum differs from the reference in {wrong} elements")
+        reference = run_reference(hidden, whole, factors, ids, everyone, EXACT)
+        found.equal("the shards' sum", total, "the unsharded layer's result", unsharded)
+        found.equal("the shards' sum", total, "the reference's", reference)
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,12 @@ from typing import Any
 import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from epfuse.aot.amdgcn import LDS
 from epfuse.aot.isa.definedness import Definedness
 from epfuse.aot.isa.program import Program, parse
 from epfuse.aot.isa.recorded import Launched, Recorded, regions_of
-from epfuse.aot.launches import TRITON_TARGETS
+from epfuse.aot.launches import NoDevice
 from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError
 from epfuse.stages.extent import Extent
@@ -96,38 +94,21 @@ class _Loaded:
     program: Program
 
 
-class _Driver(DriverBase):  # type: ignore[misc]
-    """What Triton asks of a GPU's driver."""
+class _Driver(NoDevice):
+    """What Triton asks of a GPU's driver, to run on the model."""
 
     def __init__(self, target: Target, session: Session) -> None:
-        super().__init__()
+        super().__init__(target)
         self.utils = self
         self.session = session
-        self._target = target
         self._assembly = ""
         self._hash = ""
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return False
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_current_target(self) -> GPUTarget:
-        return TRITON_TARGETS[self._target]
 
     def get_current_device(self) -> str:
         return f"{self._target.value} under the ISA model"  # what Triton keeps its binders and kernels by
 
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
 
     def get_device_properties(self, device: str) -> dict[str, int]:
         return {"max_shared_mem": LDS[self._target].bytes}
