@@ -66,7 +66,7 @@ def measure(tokens: tuple[int, ...], device: torch.device, end: float, json_file
     from tools.sglang_on_gpu import stand_ins
 
     missing = stand_ins.install()
-    from tools.sglang_on_gpu.layers import contenders, install_plugin
+    from tools.sglang_on_gpu.layers import contenders, first_rank, install_plugin
 
     from epfuse.bench import machine
     from epfuse.bench.layers import LAYERS
@@ -80,10 +80,10 @@ def measure(tokens: tuple[int, ...], device: torch.device, end: float, json_file
 
     layer, uniform, sampling = LAYERS[LAYER], Routing(RoutingKind.UNIFORM), Sampling(samples=9, seconds=0.01)
     install_plugin()
-    with on_device(device):
+    with on_device(device), first_rank(layer, max(tokens)):
         click.echo("building SGLang's layers; ours compile their kernels", err=True)
         weights = LayerWeights(layer, 0, device)
-        candidates = contenders(weights, max(tokens))
+        candidates = contenders(weights)
         roofs = measure_roofs(device, sampling)
         record = BenchRecord(
             layer=layer,

@@ -37,18 +37,14 @@ def install_plugin() -> None:
 
 
 @contextmanager
-def first_rank(layer: Layer, runner: str, most_tokens: int) -> Iterator[None]:
-    """SGLang's state of the process while it builds and runs a layer.
+def first_rank(layer: Layer, most_tokens: int) -> Iterator[None]:
+    """SGLang's state of a process, around all that is built and called.
 
     Args:
         layer: whose first expert parallel rank this is.
-        runner: ``--moe-runner-backend``.
         most_tokens: ``--chunked-prefill-size``, for which kernels are compiled.
     """
     ranks = layer.ep_size
-    flags, before = get_flags().moe, get_flags().moe.runner_backend
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
     sizes: dict[str, Any] = {
         "tp_size": ranks,
         "attn_tp_size": ranks,
@@ -58,16 +54,19 @@ def first_rank(layer: Layer, runner: str, most_tokens: int) -> Iterator[None]:
         "moe_tp_size": 1,
         "moe_tp_rank": 0,
     }
+    with get_context().override_server_args(chunked_prefill_size=most_tokens), get_parallel().override(**sizes):
+        yield
+
+
+@contextmanager
+def running(runner: str) -> Iterator[None]:
+    """Have SGLang take this runner, as ``--moe-runner-backend`` would; within `first_rank`."""
+    flags, before = get_flags().moe, get_flags().moe.runner_backend
     flags.runner_backend = resolve_moe_runner_backend(runner)
     try:
-        with (
-            get_context().override_server_args(moe_runner_backend=runner, chunked_prefill_size=most_tokens),
-            get_parallel().override(**sizes),
-        ):
-            yield
+        yield
     finally:
         flags.runner_backend = before
-        torch.set_default_dtype(dtype)
 
 
 def build(weights: LayerWeights, runner: str, form: WeightFormat) -> FusedMoE:
@@ -75,17 +74,18 @@ def build(weights: LayerWeights, runner: str, form: WeightFormat) -> FusedMoE:
 
     Args:
         weights: of the rank.
-        runner: as of `first_rank`.
+        runner: ``epfuse`` or ``triton``.
         form: MXFP8 or DENSE, as the checkpoint has it.
     """
     shape, gate = weights.layer.shape, weights.layer.activation
-    with weights.device:
+    with weights.device, running(runner):
         made = FusedMoE(
             shape.experts,
             shape.hidden,
             shape.intermediate,
             layer_id=0,
             top_k=shape.top_k,
+            params_dtype=torch.bfloat16,
             quant_config=Fp8Config.from_config(dict(MXFP8)) if form is WeightFormat.MXFP8 else None,
             prefix="model.layers.0.mlp.experts",
             inplace=False,  # inputs are used again
@@ -96,31 +96,30 @@ def build(weights: LayerWeights, runner: str, form: WeightFormat) -> FusedMoE:
         )
     for name, tensor in _parameters(weights, form).items():
         getattr(made, name).data.copy_(tensor)
-    made.quant_method.process_weights_after_loading(made)
+    with running(runner):
+        made.quant_method.process_weights_after_loading(made)
     ours = isinstance(made.quant_method, EpfuseMoEMethod)
     if ours != (runner == NAME):
         raise RuntimeError(f"--moe-runner-backend {runner} built {type(made.quant_method).__name__}")
     return made
 
 
-def contender(weights: LayerWeights, runner: str, form: WeightFormat, most_tokens: int) -> Contender:
+def contender(weights: LayerWeights, runner: str, form: WeightFormat) -> Contender:
     """A runner on one kind of weights, for `epfuse.bench.run.run_points`.
 
     Args:
         weights: of the rank.
-        runner: ``epfuse`` or ``triton``.
+        runner: as of `build`.
         form: as of `build`.
-        most_tokens: as of `first_rank`.
     """
-    with first_rank(weights.layer, runner, most_tokens):
-        made = build(weights, runner, form)
+    made = build(weights, runner, form)
 
     def bind(inputs: Inputs) -> Call:
         logits = inputs.hidden.new_zeros(inputs.tokens, weights.layer.shape.experts)
         topk = StandardTopKOutput(inputs.topk_weights, inputs.topk_ids, logits)
 
         def call() -> torch.Tensor:
-            with first_rank(weights.layer, runner, most_tokens):
+            with running(runner):
                 result: torch.Tensor = made(inputs.hidden, topk)
             return result
 
@@ -142,10 +141,10 @@ def contender(weights: LayerWeights, runner: str, form: WeightFormat, most_token
     )
 
 
-def contenders(weights: LayerWeights, most_tokens: int) -> list[Contender]:
+def contenders(weights: LayerWeights) -> list[Contender]:
     """Ours on both kinds of weights, and SGLang's Triton runner on BF16."""
     kinds = ((NAME, WeightFormat.MXFP8), (NAME, WeightFormat.DENSE), (TRITON, WeightFormat.DENSE))
-    return [contender(weights, runner, form, most_tokens) for runner, form in kinds]
+    return [contender(weights, runner, form) for runner, form in kinds]
 
 
 def _parameters(weights: LayerWeights, form: WeightFormat) -> dict[str, torch.Tensor]:

@@ -34,9 +34,9 @@ def whole_run(monkeypatch):
         assert method is TimingMethod.PLAIN
         return Measured(Timing.of([1e-3, 2e-3], len(calls), method), [call() for call in calls])
 
-    def ours(weights, most_tokens):
+    def ours(weights):
         forms = (WeightFormat.MXFP8, WeightFormat.DENSE)
-        return [layers.contender(weights, NAME, form, most_tokens) for form in forms]
+        return [layers.contender(weights, NAME, form) for form in forms]
 
     roofs = Roofs(Roof(1e11, "given", 0.0), {operand: Roof(1e12, "given", 0.0) for operand in MatrixOperand})
     monkeypatch.setattr(epfuse.bench.roofs, "measure_roofs", lambda device, sampling: roofs)
