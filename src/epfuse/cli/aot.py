@@ -96,7 +96,7 @@ def aot(
 
     --execute runs the compiled machine code of gfx942 on this CPU, under a model of its instruction set, and compares
     what it writes with the reference; and drops instructions, to see that the comparison notices. "share" is what a
-    seed draws, minutes on two CPUs; "all" takes hours. Exit code 1 if anything differs.
+    seed draws, minutes on two CPUs; "all" takes an hour or two of one CPU. Exit code 1 if anything differs.
     """
     if as_json and as_markdown:
         raise ConfigError("--json and --markdown exclude each other")

@@ -1,4 +1,4 @@
-"""Results on disk, so that a run of hours that is ended goes on where it was."""
+"""Results on disk, so that a long run that is ended goes on where it was."""
 
 from __future__ import annotations
 
