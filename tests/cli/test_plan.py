@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from epfuse.cli.main import main
+from epfuse.policy import auto, call, ranges
 from tests.weights.test_model_config import GPT_OSS, MIXTRAL, QWEN_FP8
 
 
@@ -38,6 +39,14 @@ def test_tables() -> None:
     assert result.exit_code == 0, result.output
     for words in ("103.3", "53.3", "156.5", "PREDICTED", "Long context at EP8", "4 ranks instead of 8", "29.24"):
         assert words in result.stdout
+
+
+def test_no_line_of_the_log_stands_before_the_plan(caplog: pytest.LogCaptureFixture) -> None:
+    for cache in (call.call_table, ranges._ranges, auto._gains):
+        cache.cache_clear()
+    result = plan(*M3, "--device", "h200")
+    assert result.exit_code == 0, result.output
+    assert caplog.records == []
 
 
 def test_a_gpu_without_a_machine_has_no_times() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -17,6 +19,17 @@ from epfuse.stages.tiles import LayerTiles, TileRange, rows_per_expert
 from epfuse.target import Target
 
 log: logging.Logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Log nothing of where tiles are from: for a command whose answer that is, or that nobody asks to tune."""
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 @checks_enums

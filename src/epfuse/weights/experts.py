@@ -65,7 +65,8 @@ class ExpertWeights:
             if type(experts) not in FORMATS:
                 known = ", ".join(kind.__name__ for kind in FORMATS)
                 raise ConfigError(f"formats has a {type(experts).__name__}; it must hold some of {known}")
-        first, *rest = formats = tuple(sorted(self.formats, key=lambda experts: FORMATS.index(type(experts))))
+        # In the order of FORMATS. Not by its index(): torch 2.10's compiler does not trace that on classes.
+        first, *rest = formats = tuple(experts for kind in FORMATS for experts in self.formats if type(experts) is kind)
         for experts in rest:
             if experts.form is first.form:
                 raise ConfigError(f"formats has {first.form.value} twice; it must have each format once")
