@@ -7,7 +7,7 @@
 #                   EPFUSE_SLURM_SHARE=0.1 for a part of the kills
 # make serve-demo   the whole serving harness on this machine, without GPU and Slurm; writes serve-demo/report.html
 # make aot    create .venv, install, compile every kernel for the GPUs and check it
-# make aot-execute  run gfx942's machine code under a model of its instruction set: all cases and faults, hours
+# make aot-execute  run gfx942's machine code under a model of its instruction set: all cases and faults, an hour or two of one CPU
 # make public-types   whether every public name has a type that all checkers agree on (basedpyright; brings its own node)
 # make docs   build the site into site/ (MkDocs; links and anchors are checked)
 # make docs-test   the same, run the commands that its pages promise, and open every page (apt: chromium)
