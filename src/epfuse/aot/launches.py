@@ -7,16 +7,20 @@ import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource
 
 from epfuse.arguments import checks_enums
 from epfuse.target import Target, planning_for
+
+if TYPE_CHECKING:
+    DriverBase = object  # Triton's has no types
+else:
+    from triton.backends.driver import DriverBase
 
 TRITON_TARGETS: dict[Target, GPUTarget] = {
     Target.GFX942: GPUTarget("hip", "gfx942", 64),
@@ -83,7 +87,7 @@ def _source_kind(function: Any) -> Any:
     return ASTSource
 
 
-class NoDevice(DriverBase):  # type: ignore[misc]
+class NoDevice(DriverBase):
     """A driver that knows its target and has nothing to run on."""
 
     @checks_enums
