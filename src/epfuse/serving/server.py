@@ -29,6 +29,8 @@ MARK = "EPFUSE_SERVE_MARK"
 """Environment variable that all processes of a server inherit."""
 GONE_PATIENCE = 20.0
 """Seconds from SIGKILL until nothing is left; memory of eight GPUs takes some to be unmapped."""
+DEATH_PATIENCE = 1.0
+"""Seconds from a connection that breaks off until a process that dies is gone."""
 LOG_TAIL = 20
 LONGEST_LINE = 1 << 20
 """Bytes of a log's line; what is longer is read in parts, or each look would read all of it again."""
@@ -165,6 +167,8 @@ class Server:
             thread.join(self._look)
             watch()
             self.check()
+        if errors:  # a connection that breaks off may be the first sign of a server that dies
+            _until(lambda: self._process.poll() is not None, DEATH_PATIENCE)
         self.check()
         if errors:
             raise errors[0]
