@@ -17,6 +17,8 @@ TALL = 1000
 SHARES = 8
 """The pages are opened in so many tests: a process that has nothing else to do can take one."""
 PATIENCE = 120_000  # ms: a busy machine is no fault of a page
+LEFT = "net::ERR_ABORTED"
+"""What becomes of a request, such as for the search's worker, that is under way when the next page is opened."""
 MISSING = """async () => {
   for (const image of document.images) image.loading = 'eager';
   await Promise.all([...document.images].map(image => image.decode().catch(() => null)));
@@ -46,7 +48,7 @@ class Watched:
         self.widths = list(WIDTHS)
         page.on("console", lambda message: self.note(message.type == "error", f"console: {message.text}"))
         page.on("pageerror", lambda error: self.note(True, f"script: {error}"))
-        page.on("requestfailed", lambda request: self.note(True, f"not loaded: {request.url}"))
+        page.on("requestfailed", lambda request: self.note(request.failure != LEFT, f"not loaded: {request.url}"))
         page.on("request", lambda request: self.note(is_foreign(request.url, self.host), f"elsewhere: {request.url}"))
         page.on("response", lambda answer: self.note(answer.status >= 400, f"{answer.status}: {answer.url}"))
 
