@@ -21,7 +21,7 @@ from epfuse.serving.server import Server, ServerFault
 )
 def test_a_connection_that_breaks_off_is_the_servers_death_if_it_dies(tmp_path: Path, program: str, words: str) -> None:
     argv = (sys.executable, "-c", program)
-    task = prepare(Venv(), argv, {"PATH": "/usr/bin:/bin"}, name="", folders=(), gpus=0, vendor="none")
+    task = prepare(Venv(), argv, {}, name="", folders=(), gpus=0, vendor="none")
     server = Server(task, tmp_path / "server.log", 1, "mark-of-this-test", look=0.05)
 
     def breaks_off() -> None:
