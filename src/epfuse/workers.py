@@ -135,14 +135,11 @@ def _daemons_may_start_processes() -> Iterator[None]:
     """Let daemons of multiprocessing, as vLLM's workers of several GPUs are, have children: `Children` ends ours."""
     process = current_process()
     with _no_daemon:
-        daemon = process.daemon
-        if daemon:
-            process.daemon = False
+        daemon, process.daemon = process.daemon, False
         try:
             yield
         finally:
-            if daemon:
-                process.daemon = True
+            process.daemon = daemon
 
 
 def _begin(children: int, start: Callable[[], None]) -> None:
