@@ -12,6 +12,19 @@ LANE = np.arange(64, dtype=np.uint32)
 DATA = np.random.default_rng(0).integers(0, 256, 4096, np.uint8)
 
 
+LOADS = (
+    ("ubyte", np.uint8, 1),
+    ("sbyte", np.int8, 1),
+    ("ushort", np.uint16, 1),
+    ("sshort", np.int16, 1),
+    ("dword", np.uint32, 1),
+    ("dwordx2", np.uint32, 2),
+    ("dwordx3", np.uint32, 3),
+    ("dwordx4", np.uint32, 4),
+)
+"""What a load is called after its kind of memory, and what a lane gets."""
+
+
 def placed(*, defined: bool = True, records: int = 0x7FFFFFFE) -> tuple[Memory, int, dict[int, int]]:
     """A buffer of 4096 bytes, its address, and its descriptor in s[4:7]."""
     memory = Memory()
@@ -19,19 +32,7 @@ def placed(*, defined: bool = True, records: int = 0x7FFFFFFE) -> tuple[Memory, 
     return memory, address, {4: address & 0xFFFFFFFF, 5: address >> 32, 6: records, 7: 0x27000}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "count"),
-    [
-        ("ubyte", np.uint8, 1),
-        ("sbyte", np.int8, 1),
-        ("ushort", np.uint16, 1),
-        ("sshort", np.int16, 1),
-        ("dword", np.uint32, 1),
-        ("dwordx2", np.uint32, 2),
-        ("dwordx3", np.uint32, 3),
-        ("dwordx4", np.uint32, 4),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind", "count"), LOADS)
 def test_buffer_loads(name: str, kind: type[np.generic], count: int) -> None:
     memory, _, scalars = placed()
     target = "v0" if count == 1 else f"v[0:{count - 1}]"
@@ -144,18 +145,7 @@ def test_global_addresses() -> None:
     np.testing.assert_array_equal(memory.read(address, 512).view(np.uint32)[::2], LANE)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "count"),
-    [
-        ("ubyte", np.uint8, 1),
-        ("sbyte", np.int8, 1),
-        ("ushort", np.uint16, 1),
-        ("sshort", np.int16, 1),
-        ("dword", np.uint32, 1),
-        ("dwordx2", np.uint32, 2),
-        ("dwordx3", np.uint32, 3),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind", "count"), LOADS[:-1])  # 12 bytes a lane: the widest is tested above
 def test_global_loads(name: str, kind: type[np.generic], count: int) -> None:
     """From a scalar address, an unsigned offset a lane, and a signed one of the instruction."""
     memory, address, _ = placed()
