@@ -137,6 +137,9 @@ def test_sleep_and_weights_in_place(place, folder, monkeypatch, fault, passed, w
 def test_traces(place, folder, monkeypatch, fault, words) -> None:
     monkeypatch.setenv("STUB_FAULTS", fault)
     monkeypatch.setattr(trace, "SETTLE", 0.01)
+    stale = place.path / "traces" / "a-none" / "stale.json.gz"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     found = trace.run(place, trace.Wanted(2, answer=8), folder, TimeBudget(500), {})
     assert [record.get("traces") for record in records(folder)] == (
         [None] * 2 if words else [["rank0.pt.trace.json.gz"]] * 2

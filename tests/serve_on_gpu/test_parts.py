@@ -92,6 +92,14 @@ def test_a_point_that_no_server_takes_is_refused_before_one_starts(tmp_path: Pat
     assert longer is None
 
 
+@pytest.mark.parametrize("said", [("--max-model-len", "auto"), ("--max-model-len", "8k"), ("--max-model-len=8192",)])
+def test_a_length_that_only_the_server_can_judge_is_left_to_it(said: tuple[str, ...]) -> None:
+    loads = servers.parse_loads("4096/64@16", False, 1)
+    servers.check_lengths(loads, ("--max-model-len", "1", *said))
+    with pytest.raises(ConfigError, match="the server takes 4000"):
+        servers.check_lengths(loads, (*said, "--max-model-len=4000"))
+
+
 def test_what_is_done_is_not_done_again(tmp_path: Path, model: Path) -> None:
     arguments = ("serve", "--servers", "none,epfuse", "--new", "", "--warm", "")
     late = call(tmp_path, model, *arguments, "--seconds", "150")  # enough for one without caches, by what is assumed

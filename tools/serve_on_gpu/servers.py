@@ -195,14 +195,16 @@ def check_lengths(loads: Sequence[Load], arguments: Sequence[str]) -> None:
 
     Args:
         loads: points.
-        arguments: of ``vllm serve``, whose last ``--max-model-len`` counts.
+        arguments: of ``vllm serve``, whose last ``--max-model-len`` counts; the server alone judges one that is no
+            plain number, such as ``auto``.
 
     Raises:
         ConfigError: a request is longer than the server takes.
     """
-    lengths = [word for option, word in pairwise(arguments) if option == "--max-model-len"]
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    lengths = [word for option, word in pairwise(words) if option == "--max-model-len"]
     for load in loads:
-        if lengths and load.isl + load.osl > int(lengths[-1]):
+        if lengths and lengths[-1].isdecimal() and load.isl + load.osl > int(lengths[-1]):
             raise ConfigError(
                 f"a point is {load.isl}/{load.osl}@{load.concurrency}, {load.isl + load.osl} tokens a request; the"
                 f" server takes {lengths[-1]} (--max-model-len): make the request shorter, or give another limit in"

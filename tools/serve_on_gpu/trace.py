@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -53,6 +54,7 @@ def run(place: Workplace, wanted: Wanted, folder: Folder, budget: TimeBudget, fa
             continue
         record: dict[str, Any] = {"complete": False, "model": place.served, "wanted": asdict(wanted), "facts": facts}
         at = place.path / "traces" / f"{folder.label}-{arm}"
+        shutil.rmtree(at, ignore_errors=True)  # what an earlier call left unfinished is no trace of this server
         settings = {"profiler": "torch", "torch_profiler_dir": str(at), "torch_profiler_with_stack": False,
                     "torch_profiler_dump_cuda_time_total": False, "ignore_frontend": True,
                     "max_iterations": wanted.steps}  # fmt: skip
