@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import functools
 
 import torch
 from torch._C._autograd import _profiler_enabled
@@ -16,6 +16,7 @@ from epfuse.environment import environment
 from epfuse.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.families.family import LayerCall
+from epfuse.launch_plan import PLANS
 from epfuse.operands import Span, require_apart, require_plain, span
 from epfuse.policy.call import call_table
 from epfuse.reference import run_reference
@@ -26,6 +27,8 @@ from epfuse.weights.experts import ExpertWeights
 
 MINIMAX_M3 = SwiGLUOAI()
 """The activation of a call that names none."""
+_shape = functools.lru_cache(maxsize=1024)(LayerShape)
+"""The same object for the same sizes, checked once."""
 
 
 def fused_experts(
@@ -93,7 +96,7 @@ def fused_experts(
     if weights.local_experts == 0:
         with torch.inference_mode():  # out may be made in it, and then is written in it alone
             return out.zero_()
-    shape = LayerShape(weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, top_k)
+    shape = _shape(weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, top_k)
     kept, device = weights.kept, hidden.device
     asked = environment().path if path is Path.AUTO else path
     kind = (target_of(device), shape, frozenset(kept), hidden.dtype, combine, device_name(device))
@@ -124,8 +127,11 @@ def fused_experts(
     )
     # a range that nobody reads costs as much as a launch; the second asks for profilers of other threads
     watched = _profiler_enabled() or profiler._is_profiler_enabled
-    for name, launch in decision.family.steps(call, decision.tiles).launches:
-        with record_function(f"epfuse::{name}") if watched else nullcontext():
+    for name, launch in PLANS.steps(decision, call):
+        if watched:
+            with record_function(f"epfuse::{name}"):
+                launch()
+        else:
             launch()
     if result is not out:
         with torch.inference_mode():  # out may be made in it, and then is written in it alone

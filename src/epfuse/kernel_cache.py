@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from epfuse.bundle import bundle
 from epfuse.environment import environment
 from epfuse.errors import NotCompiled
+from epfuse.launch_record import noted
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _ours = threading.RLock()
 
 
 def cached(kernel: Any) -> Any:
-    """Have a kernel compiled through `KernelCache`: a decorator above Triton's or Gluon's ``jit``."""
+    """Have a kernel compiled through `KernelCache`, and its launches noted: a decorator above the ``jit``."""
     if isinstance(kernel, JITFunction):  # not where it is interpreted
         make = kernel.create_binder
 
@@ -46,6 +47,7 @@ def cached(kernel: Any) -> Any:
             return found
 
         kernel.device_caches = defaultdict(create_binder)
+        kernel.run = noted(kernel)
     return kernel
 
 
