@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 MOST_PLANS = 256
 """Kinds of calls that are remembered. A plan takes some kilobytes."""
-LARGE = 2**20
-"""Bytes from which on a buffer of a call is allocated by itself; smaller ones share an allocation."""
+LARGE = 10 * 2**20
+"""Bytes from which on a buffer of a call is allocated by itself, as torch's allocator keeps such apart from others;
+smaller ones share an allocation."""
 APART = 512
 """Buffers that share an allocation begin at multiples of so many bytes, as torch's allocations do."""
 MOST_ADDRESSES = 256
@@ -127,6 +128,10 @@ class LaunchPlan(NamedTuple):
     decision: Decision
 
 
+_UNKNOWN = object()
+"""In place of a kind's plan; None says that it can have none."""
+
+
 class Plans:
     """The plans of this process.
 
@@ -154,14 +159,13 @@ class Plans:
         driver = _triton_driver().active
         device = driver.get_current_device()
         kind = (*_kind(decision, call, operands), device)
-        if kind in self._plans:
-            plan = self._plans[kind]
-            if plan is None:
-                return make().launches
+        plan = self._plans.get(kind, _UNKNOWN)
+        if isinstance(plan, LaunchPlan):
             return _planned(plan, addresses, call, driver.get_current_stream(device))
-        if kind in self._seen:
+        if plan is _UNKNOWN and kind in self._seen:
             return self._watched(kind, decision, call, operands, make)
-        self._add(self._seen, kind, None)
+        if plan is _UNKNOWN:
+            self._add(self._seen, kind, None)
         return make().launches
 
     def _watched(
