@@ -111,9 +111,7 @@ def test_host_times_are_the_record_s() -> None:
     record = json.loads((DOCS / "records/2026-11-30-cpu-host-time.json").read_text())
     section = (DOCS / "performance.md").read_text().split("## Host time of an eager call\n")[1]
     shown = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("| `")]
-    ours, theirs = (
-        [row for row in record["rows"] if row["version"] == version] for version in ("this", "c8dab68")
-    )
+    ours, theirs = ([row for row in record["rows"] if row["version"] == version] for version in ("this", "c8dab68"))
     for line, one, other in zip(shown, ours, theirs, strict=True):
         cells = [f"`{one['path']}`", one["tokens"], one["memory"], one["python_calls"], other["python_calls"]]
         cells += [f"{one['us']:.0f}", f"{other['us']:.0f}"]
