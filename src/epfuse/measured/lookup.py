@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from epfuse.arguments import checks_enums
@@ -140,6 +141,15 @@ def sources(
     found.sort(key=lambda source: source.date, reverse=True)
     found.sort(key=lambda source: (not source.same_device, not source.same_shape))
     return tuple(found)
+
+
+@checks_enums
+def all_points(target: Target, device_name: str, path: Path, weights: WeightFormat) -> Iterator[MeasuredTiles]:
+    """The best tiles of every count that one product has for a path, whatever the layer."""
+    downs = {measurement.key: measurement for measurement in shipped(target, Stage.DOWN).measurements}
+    for gate_up in shipped(target, Stage.GATE_UP).measurements:
+        if (gate_up.device, gate_up.path, gate_up.weights) == (device_name, path, weights) and gate_up.key in downs:
+            yield from _points(gate_up, downs[gate_up.key], gate_up.shape.shape())
 
 
 def find(choices: tuple[LayerMeasurements, ...], rows: float) -> FoundTiles | None:

@@ -1,4 +1,4 @@
-"""Tiles by token count: measured rows where one is near, the target's defaults elsewhere."""
+"""Tiles by token count: measured rows where one is near, else defaults; or what the time model says is faster."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import torch
 from epfuse.arguments import checks_enums
 from epfuse.config import Activation, Bias, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.families.registry import default_ranges
+from epfuse.measured.fits import fit_of
 from epfuse.measured.lookup import FoundTiles, LayerMeasurements, change_points, find, sources
 from epfuse.policy.decision import TileChoice
+from epfuse.policy.timed import overruled
 from epfuse.stages.tiles import LayerTiles, TileRange, rows_per_expert
 from epfuse.target import Target
 
@@ -45,6 +47,32 @@ def tile_ranges(
 ) -> list[tuple[int, TileChoice]]:
     """The first T of every range, ascending from 1, and its tiles. What is not as measured is logged.
 
+    Arguments as of `nearest_ranges`, whose tiles these are but where the time model of tiles overrules them.
+    """
+    asked = (target, device_name, path, weights, shape)
+    ranges = nearest_ranges(*asked, dtype, activation, bias)
+    as_measured = dtype == torch.bfloat16 and activation is SwiGLUOAI
+    measured = sources(*asked) if as_measured else ()
+    fit = fit_of(target, device_name, path, weights) if as_measured else None
+    if fit is not None:
+        ranges = overruled(ranges, measured, fit, target, shape)
+    _log(target, device_name, path, weights, shape, measured, ranges)
+    return ranges
+
+
+@checks_enums
+def nearest_ranges(
+    target: Target,
+    device_name: str,
+    path: Path,
+    weights: WeightFormat,
+    shape: LayerShape,
+    dtype: torch.dtype,
+    activation: type[Activation] = SwiGLUOAI,
+    bias: Bias = Bias.NONE,
+) -> list[tuple[int, TileChoice]]:
+    """The first T of every range, ascending from 1, and the tiles of the nearest measured row, or the default.
+
     Args:
         target: a GPU.
         device_name: the product.
@@ -71,7 +99,6 @@ def tile_ranges(
         start, found, tiles = group[0]
         last = None if after is None else after[0][0] - 1
         ranges.append((start, _choice(found, tiles, start, last, target, shape, bias, measured)))
-    _log(target, device_name, path, weights, shape, measured, ranges)
     return ranges
 
 

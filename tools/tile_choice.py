@@ -1,0 +1,197 @@
+"""Time the tiles that calls take beside the nearest row's, at token counts and shapes that nothing was fitted on.
+
+    python -m tools.tile_choice FILE --seconds 110
+
+The points are drawn by the digest of the fitted numbers, so nobody chose them after a fit. Every result is held against
+float64 before it is timed; a wrong one has no time. At some points every tile that was best anywhere on the product
+near such a count is timed too, and at prefill counts the blocks that no row has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import time
+from dataclasses import asdict
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+import triton
+
+from epfuse.aot.launches import Launch, launches_of
+from epfuse.bench.layers import Layer
+from epfuse.compiled.warm_up import compile_all, missing
+from epfuse.config import LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.expert_map import ExpertMap
+from epfuse.hardware.tile_time import call_us
+from epfuse.measured.fits import fit_of, fit_path
+from epfuse.measured.lookup import NEAR
+from epfuse.measured.store import TABLES
+from epfuse.policy.decision import TileChoice
+from epfuse.policy.tiles import nearest_ranges, tile_ranges, unlogged
+from epfuse.policy.timed import candidates
+from epfuse.report.write import write_atomic
+from epfuse.stages.tiles import LayerTiles, rows_per_expert
+from epfuse.target import Target
+from epfuse.tuning.bench import DeviceBench
+from epfuse.tuning.calls import bind_layer, layer_call
+from epfuse.tuning.search import TuningPoint
+from epfuse.weights.experts import ExpertWeights
+
+M3 = LayerShape(6144, 3072, 128, 16, 4)
+SHAPES = {
+    "DeepSeek-V3 EP16": LayerShape(7168, 2048, 256, 16, 8),
+    "Kimi-K2 EP32": LayerShape(7168, 2048, 384, 12, 8),
+    "GLM-4.5 EP16": LayerShape(5120, 1536, 160, 10, 8),
+    "Qwen3-235B EP8": LayerShape(4096, 1536, 128, 16, 8),
+    "Mixtral-8x22B EP8": LayerShape(6144, 16384, 8, 1, 2),
+    "MiniMax-M2 EP8": LayerShape(3072, 1536, 256, 32, 8),
+}
+ASKED = (Path.W8A16, WeightFormat.FRAGMENT)
+
+
+def draw(device: str) -> list[tuple[str, LayerShape, int, bool]]:
+    """Name, shape, T and whether every tile is timed, by the digest of the fit."""
+    fit = fit_of(Target.SM90, device, *ASKED)
+    assert fit is not None, f"nothing was fitted to {device}"
+    seed = hashlib.sha256(json.dumps(fit.numbers, sort_keys=True).encode()).hexdigest()
+    dice = random.Random(seed)
+
+    def differ(shape: LayerShape, tokens: int) -> bool:
+        old, new = choices(device, shape, tokens)
+        return old.tiles != new.tiles
+
+    def count(low: int, high: int) -> int:
+        return round(2 ** dice.uniform(math.log2(low), math.log2(high)))
+
+    points = [("MiniMax-M3 EP8", M3, count(*span), True) for span in ((17, 63), (4300, 8000))]
+    points += [("MiniMax-M3 EP8", M3, count(65, 4000), True), ("MiniMax-M3 EP8", M3, count(8300, 16384), True)]
+    while len(points) < 12:  # three of M3 and five of other shapes, where the choices differ
+        name = "MiniMax-M3 EP8" if len(points) < 7 else dice.choice(sorted(SHAPES))
+        shape, tokens = SHAPES.get(name, M3), count(1, 16384)
+        if differ(shape, tokens):
+            points.append((name, shape, tokens, False))
+    return points
+
+
+def choices(device: str, shape: LayerShape, tokens: int) -> tuple[TileChoice, TileChoice]:
+    """The nearest row's tiles, and what calls take."""
+    kind = (Target.SM90, device, *ASKED, shape, torch.bfloat16)
+    with unlogged():
+        return tuple(  # type: ignore[return-value]
+            next(choice for first, choice in reversed(ranges(*kind)) if first <= tokens)
+            for ranges in (nearest_ranges, tile_ranges)
+        )
+
+
+def _launches(device: str, point: tuple[str, LayerShape, int, bool], all_tiles: list[LayerTiles]) -> tuple[Launch, ...]:
+    _, shape, tokens, _ = point
+
+    def call() -> None:
+        form, kind = WeightFormat.FRAGMENT, {"device": "meta"}
+        operands = layer_call(
+            form,
+            ExpertWeights.without_data(form, shape),
+            torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, **kind),  # type: ignore[arg-type]
+            torch.empty(tokens, shape.top_k, dtype=torch.float32, **kind),  # type: ignore[arg-type]
+            torch.empty(tokens, shape.top_k, dtype=torch.int32, **kind),  # type: ignore[arg-type]
+            ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0),
+        )
+        for tiles in all_tiles:
+            bind_layer(Path.W8A16, form, tiles, operands)()
+
+    return launches_of(Target.SM90, call, device)
+
+
+def main() -> None:
+    """Draw, compile, time, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=FilePath)
+    parser.add_argument("--seconds", type=float, default=110.0, help="begin no other timing after so long")
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile")
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    device = torch.cuda.get_device_name()
+    fit = fit_of(Target.SM90, device, *ASKED)
+    assert fit is not None
+    found: list[dict[str, Any]] = []
+    tried: list[list[LayerTiles]] = []
+    points = draw(device)
+    for name, shape, tokens, every in points:
+        old, new = choices(device, shape, tokens)
+        rows = rows_per_expert(tokens, shape)
+        reach = candidates(fit, Target.SM90, shape).items()
+        others = [tiles for tiles, (low, high) in reach if low / NEAR <= rows <= high * NEAR] if every else []
+        tried.append(list(dict.fromkeys([old.tiles, new.tiles, *others])))
+        found.append(
+            {
+                "layer": name,
+                "shape": asdict(shape),
+                "tokens": tokens,
+                "old": old.tiles.key,
+                "new": new.tiles.key,
+                "new_is": new.source,
+                "predicted_us": {
+                    tiles.key: round(call_us(fit.times(), tiles, shape, tokens), 1) for tiles in tried[-1]
+                },
+                "us": {},
+                "faults": {},
+            }
+        )
+    wanted = missing(
+        list(
+            dict.fromkeys(
+                launch for point, tiles in zip(points, tried, strict=True) for launch in _launches(device, point, tiles)
+            )
+        )
+    )
+    failed = [one.failure for one in compile_all(wanted, arguments.workers, lambda done: None) if one.failure]
+    print(f"{len(wanted)} kernels in {time.monotonic() - begun:.0f} s, not compiled: {failed}", flush=True)
+    bench, last = None, None
+    order = sorted(range(len(points)), key=lambda index: (points[index][1] != M3, points[index][0]))
+    for most in (2, 99):  # old and new everywhere first, then the other tiles
+        for index in order:
+            name, shape, tokens, _ = points[index]
+            left = [tiles for tiles in tried[index][:most] if tiles.key not in found[index]["us"]]
+            if not left or time.monotonic() - begun > arguments.seconds:
+                continue
+            if shape != last:
+                bench, last = DeviceBench(Layer(name, shape, SwiGLUOAI()), torch.device("cuda")), shape
+            assert bench is not None
+            point = TuningPoint(*ASKED, tokens)
+            for _ in range(2 if most == 2 else 1):  # in turn, twice
+                for tiles in left:
+                    if time.monotonic() - begun > arguments.seconds:
+                        break
+                    timed = bench.layer(point, tiles)
+                    if timed.fault is None:
+                        found[index]["us"].setdefault(tiles.key, []).append(round(timed.microseconds, 1))
+                    else:
+                        found[index]["faults"][tiles.key] = timed.fault
+            times = {key: min(each) for key, each in found[index]["us"].items()}
+            if {found[index]["old"], found[index]["new"]} <= times.keys():
+                found[index]["new_over_old"] = round(times[found[index]["new"]] / times[found[index]["old"]], 4)
+                found[index]["new_over_best"] = round(times[found[index]["new"]] / min(times.values()), 4)
+            print(
+                json.dumps({key: found[index][key] for key in found[index] if key not in ("shape", "new_is")}),
+                flush=True,
+            )
+            record = {
+                "device": device,
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "fit": fit_path(TABLES, Target.SM90).name,
+                "command": "python -m tools.tile_choice FILE",
+                "how": "whole calls in CUDA graphs by the tuner's bench, medians of 5 times 5 ms",
+                "seconds": round(time.monotonic() - begun, 1),
+                "points": found,
+            }
+            write_atomic(arguments.file, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
