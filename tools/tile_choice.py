@@ -29,11 +29,11 @@ from epfuse.config import LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.hardware.tile_time import call_us
 from epfuse.measured.fits import fit_of, fit_path
-from epfuse.measured.lookup import NEAR
+from epfuse.measured.lookup import sources
 from epfuse.measured.store import TABLES
 from epfuse.policy.decision import TileChoice
 from epfuse.policy.tiles import nearest_ranges, tile_ranges, unlogged
-from epfuse.policy.timed import candidates
+from epfuse.policy.timed import candidates, overruled
 from epfuse.report.write import write_atomic
 from epfuse.stages.tiles import LayerTiles, rows_per_expert
 from epfuse.target import Target
@@ -51,6 +51,8 @@ SHAPES = {
     "Mixtral-8x22B EP8": LayerShape(6144, 16384, 8, 1, 2),
     "MiniMax-M2 EP8": LayerShape(3072, 1536, 256, 32, 8),
 }
+FAR = 4.0
+"""All tiles that were best at so many times fewer or more rows an expert are timed where all are."""
 ASKED = (Path.W8A16, WeightFormat.FRAGMENT)
 
 
@@ -62,8 +64,8 @@ def draw(device: str) -> list[tuple[str, LayerShape, int, bool]]:
     dice = random.Random(seed)
 
     def differ(shape: LayerShape, tokens: int) -> bool:
-        old, new = choices(device, shape, tokens)
-        return old.tiles != new.tiles
+        old, _, bold = choices(device, shape, tokens)
+        return old.tiles != bold.tiles
 
     def count(low: int, high: int) -> int:
         return round(2 ** dice.uniform(math.log2(low), math.log2(high)))
@@ -78,14 +80,17 @@ def draw(device: str) -> list[tuple[str, LayerShape, int, bool]]:
     return points
 
 
-def choices(device: str, shape: LayerShape, tokens: int) -> tuple[TileChoice, TileChoice]:
-    """The nearest row's tiles, and what calls take."""
-    kind = (Target.SM90, device, *ASKED, shape, torch.bfloat16)
+def choices(device: str, shape: LayerShape, tokens: int) -> tuple[TileChoice, TileChoice, TileChoice]:
+    """The nearest row's tiles, what calls take, and what they would take if the model overruled at half the margin."""
+    kind = (Target.SM90, device, *ASKED, shape)
+    fit = fit_of(*kind[:4])
+    assert fit is not None, f"nothing was fitted to {device}"
+    bold = fit.model_copy(update={"error": fit.error / 2, "error_other_shape": fit.error_other_shape / 2})
     with unlogged():
-        return tuple(  # type: ignore[return-value]
-            next(choice for first, choice in reversed(ranges(*kind)) if first <= tokens)
-            for ranges in (nearest_ranges, tile_ranges)
-        )
+        near = nearest_ranges(*kind, torch.bfloat16)
+        all_ranges = near, tile_ranges(*kind, torch.bfloat16), overruled(near, sources(*kind), bold, kind[0], shape)
+    found = [next(choice for first, choice in reversed(ranges) if first <= tokens) for ranges in all_ranges]
+    return found[0], found[1], found[2]
 
 
 def _launches(device: str, point: tuple[str, LayerShape, int, bool], all_tiles: list[LayerTiles]) -> tuple[Launch, ...]:
@@ -122,11 +127,11 @@ def main() -> None:
     tried: list[list[LayerTiles]] = []
     points = draw(device)
     for name, shape, tokens, every in points:
-        old, new = choices(device, shape, tokens)
+        old, new, bold = choices(device, shape, tokens)
         rows = rows_per_expert(tokens, shape)
         reach = candidates(fit, Target.SM90, shape).items()
-        others = [tiles for tiles, (low, high) in reach if low / NEAR <= rows <= high * NEAR] if every else []
-        tried.append(list(dict.fromkeys([old.tiles, new.tiles, *others])))
+        others = [tiles for tiles, (low, high) in reach if low / FAR <= rows <= high * FAR] if every else []
+        tried.append(list(dict.fromkeys([old.tiles, new.tiles, bold.tiles, *others])))
         found.append(
             {
                 "layer": name,
@@ -134,6 +139,7 @@ def main() -> None:
                 "tokens": tokens,
                 "old": old.tiles.key,
                 "new": new.tiles.key,
+                "bold": bold.tiles.key,
                 "new_is": new.source,
                 "predicted_us": {
                     tiles.key: round(call_us(fit.times(), tiles, shape, tokens), 1) for tiles in tried[-1]

@@ -47,6 +47,7 @@ class TileTimes:
         narrow, wide: of a step of a program with 64 and with more weight rows that has the multiprocessor for itself.
         weight: of 10^6 weights that a multiprocessor dequantises, in tiles (shared, of three consumers, of two).
         column: the same for each row that they are multiplied with.
+        store: of 10^6 results of a tile that a multiprocessor stores.
         end: tiles that a multiprocessor waits for the others at the end of a persistent GEMM.
         rows, packed_rows: of a MB of rows that goes to and from memory.
         norm, step_norm: how the times that overlap add up: the exponent of memory and multiprocessors, and of both with
@@ -63,6 +64,7 @@ class TileTimes:
     wide: float
     weight: tuple[float, float, float]
     column: tuple[float, float, float]
+    store: float
     end: float
     rows: float
     packed_rows: float
@@ -169,7 +171,7 @@ def gemm_us(times: TileTimes, tile: GemmTile, block_m: int, load: RowLoad, outpu
     weights = load.active * outputs * inputs * WEIGHT_BYTES / 1e6
     programs = load.blocks * width
     columns = load.columns / load.blocks
-    busy = tile.block_n * inputs / 1e6 * (times.weight[kind] + times.column[kind] * columns)
+    busy = tile.block_n / 1e6 * (inputs * (times.weight[kind] + times.column[kind] * columns) + times.store * columns)
     p, q = times.norm, times.step_norm
     if isinstance(tile, Sm90PersistentTile):
         return float(((weights / times.read) ** p + (busy * (programs / times.units + times.end)) ** p) ** (1 / p))

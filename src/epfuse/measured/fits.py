@@ -33,7 +33,6 @@ class FitEntry(BaseModel):
         points: calls that were fitted.
         error: relative error of the calls' times, root mean square.
         error_other_shape: the same of a layer's rows when none of that layer's were fitted.
-        margin: how much faster than the nearest row's tile another must be predicted for it to be taken.
         numbers: of `TileTimes`, all but the device.
     """
 
@@ -44,9 +43,8 @@ class FitEntry(BaseModel):
     weights: WeightFormat
     source: Annotated[str, Field(min_length=1)]
     points: Annotated[int, Field(ge=1)]
-    error: Number
-    error_other_shape: Number
-    margin: Annotated[float, Field(gt=0, lt=1)]
+    error: Annotated[float, Field(gt=0, lt=1)]
+    error_other_shape: Annotated[float, Field(gt=0, lt=1)]
     units: Annotated[int, Field(ge=1, le=1024)]
     numbers: dict[str, Number | tuple[Number, Number, Number]]
 

@@ -1,9 +1,10 @@
 """Where the time model of tiles overrules the nearest measured row.
 
-The model sees every tile that was best somewhere on the product, for any layer, at rows per expert up to a factor of
-NEAR from those where it was: it doesn't extrapolate. It overrules only where it predicts more than the fit's margin,
-and never at a token count that was measured for the layer. A layer takes at most MOST_ADDED tiles besides those of its
-nearest rows, because each is compiled before a server starts.
+The model sees every tile that was best somewhere on the product, for any layer, at rows per expert within a factor of
+CLOSE of those where it was: it doesn't extrapolate. It compares tiles of one kind of kernel: what it gets wrong of a
+layer, it gets wrong of all of them alike. It overrules only where it predicts to save more than the fit's error,
+and never at a token count that was measured for the layer. A layer takes at most MOST_ADDED tiles besides those
+of its nearest rows, because each is compiled before a server starts.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape
 from epfuse.families.registry import family_of
-from epfuse.hardware.tile_time import call_us
+from epfuse.hardware.tile_time import TileTimes, call_us
 from epfuse.measured.fits import FitEntry
-from epfuse.measured.lookup import NEAR, LayerMeasurements, MeasuredTiles, all_points
+from epfuse.measured.lookup import CLOSE, LayerMeasurements, MeasuredTiles, all_points
 from epfuse.policy.decision import TileChoice
 from epfuse.stages.tiles import LayerTiles, rows_per_expert
 from epfuse.target import Target
@@ -32,12 +33,11 @@ STEP = 2 ** (1 / 6)
 
 @dataclass(frozen=True)
 class _Point:
-    """T up to the next point, with what the nearest row says, and the layer's own row nearest to it."""
+    """T up to the next point's, what the nearest row says, and whether it was measured at this very T."""
 
     tokens: int
     nearest: TileChoice
-    measured: bool
-    row: MeasuredTiles | None
+    is_measured: bool
 
 
 @checks_enums
@@ -57,51 +57,90 @@ def overruled(
         target: the product's.
         shape: the layer's sizes.
     """
-    times = fit.times()
-
-    def predict(tiles: LayerTiles, tokens: int) -> float:
-        return call_us(times, tiles, shape, tokens)
-
-    points = _points(ranges, measured, shape)
-    seen = {choice.tiles for _, choice in ranges}
-    reach = candidates(fit, target, shape)
-    near = {}
-    for point in points:
-        near[point] = predict(point.nearest.tiles, point.tokens)
-        if (row := point.row) is not None and row.tiles == point.nearest.tiles:  # believed where it was faster
-            near[point] *= min(1.0, row.microseconds / predict(row.tiles, row.tokens))
-    best = dict(near)
-    costs: dict[LayerTiles, dict[_Point, float]] = {
+    own = tuple(row for source in measured if not source.is_foreign for row in source.points)
+    points, beside = _points(ranges, own), _Beside(fit.times(), shape, own)
+    margin = fit.error if own else fit.error_other_shape
+    near = {point: beside.nearest(point) for point in points}
+    costs = {
         tiles: {
-            point: predict(tiles, point.tokens)
+            point: cost
             for point in points
-            if low / NEAR <= rows_per_expert(point.tokens, shape) <= high * NEAR
+            if not point.is_measured
+            and point.nearest.tiles.packed == tiles.packed
+            and low / CLOSE <= rows_per_expert(point.tokens, shape) <= high * CLOSE
+            and (cost := beside.other(tiles, point)) < near[point] * (1 - margin)
         }
-        for tiles, (low, high) in reach.items()
+        for tiles, (low, high) in candidates(fit, target, shape).items()
     }
-    taken = [tiles for tiles in costs if tiles in seen]
-    added: list[LayerTiles] = []
-    for tiles in taken:
-        _improve(best, near, costs[tiles], fit.margin)
-    others = [tiles for tiles in costs if tiles not in seen]
-    while others and len(added) < MOST_ADDED:
-        gains = {tiles: _gain(best, near, costs[tiles], fit.margin) for tiles in others}
-        chosen = max(others, key=lambda tiles: gains[tiles])
-        if gains[chosen] < fit.margin:  # summed over sixths of an octave
+    best: dict[_Point, LayerTiles] = {}
+    took = dict(near)
+
+    def take(tiles: LayerTiles) -> None:
+        for point, cost in costs.pop(tiles).items():
+            if cost < took[point]:
+                best[point], took[point] = tiles, cost
+
+    for tiles in {choice.tiles for _, choice in ranges} & costs.keys():  # compiled anyway
+        take(tiles)
+    for _ in range(MOST_ADDED):
+        saved = {
+            tiles: sum(max(0.0, 1 - cost / took[point]) for point, cost in costs[tiles].items()) for tiles in costs
+        }
+        most = max(saved, key=lambda tiles: saved[tiles], default=None)
+        if most is None or saved[most] < margin:  # in parts of a call's time, over sixths of an octave
             break
-        _improve(best, near, costs[chosen], fit.margin)
-        added.append(chosen)
-        others.remove(chosen)
+        take(most)
+    return _joined(points, best, {point: took[point] / near[point] for point in points}, fit)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What tiles take, predicted, in microseconds.
+
+    The layer's own rows keep the model from overruling by mistake: where the nearest row's tile was faster than the
+    model says, it is believed; and where tiles of a kind were slower, other tiles of that kind are too.
+    """
+
+    times: TileTimes
+    shape: LayerShape
+    own: tuple[MeasuredTiles, ...]
+
+    def nearest(self, point: _Point) -> float:
+        """The tiles of the nearest row."""
+        tiles = point.nearest.tiles
+        rows = [row for row in self.own if row.tiles == tiles]
+        return self._predict(tiles, point.tokens) * min(1.0, self._ratio(rows, point))
+
+    def other(self, tiles: LayerTiles, point: _Point) -> float:
+        """Other tiles."""
+        rows = [row for row in self.own if row.tiles.packed == tiles.packed]
+        return self._predict(tiles, point.tokens) * max(1.0, self._ratio(rows, point))
+
+    def _predict(self, tiles: LayerTiles, tokens: int) -> float:
+        return call_us(self.times, tiles, self.shape, tokens)
+
+    def _ratio(self, rows: Sequence[MeasuredTiles], point: _Point) -> float:
+        """Measured over predicted, of the row that is nearest."""
+        expected = rows_per_expert(point.tokens, self.shape)
+        row = min(rows, key=lambda one: one.factor(expected), default=None)
+        return 1.0 if row is None else row.microseconds / self._predict(row.tiles, row.tokens)
+
+
+def _joined(
+    points: Sequence[_Point], best: dict[_Point, LayerTiles], parts: dict[_Point, float], fit: FitEntry
+) -> list[tuple[int, TileChoice]]:
+    """Ranges: points with one choice are one."""
     found: list[tuple[int, TileChoice]] = []
+    last: object = None
     for point in points:
-        choice = point.nearest
-        if best[point] < near[point]:
-            tiles = min((*taken, *added), key=lambda one: costs[one].get(point, math.inf))
-            why = f"predicted {best[point] / near[point]:.2f} of the time of {point.nearest.tiles.key}"
-            text = f"The time model of {fit.device}: {why}, which was: {point.nearest.source}"
-            choice = TileChoice(tiles, text)
-        if not found or (found[-1][1].tiles, found[-1][1].measured_us) != (choice.tiles, choice.measured_us):
+        tiles, choice = best.get(point), point.nearest
+        kind = choice if tiles is None else tiles
+        if tiles is not None:
+            text = f"Predicted to take {parts[point]:.2f} of the time of {choice.tiles.key} at T={point.tokens}"
+            choice = TileChoice(tiles, f"{text}, by the time model of {fit.device} (error {fit.error:.0%}).")
+        if kind != last:
             found.append((point.tokens, choice))
+        last = kind
     return found
 
 
@@ -122,38 +161,19 @@ def candidates(fit: FitEntry, target: Target, shape: LayerShape) -> dict[LayerTi
     return reach
 
 
-def _points(
-    ranges: Sequence[tuple[int, TileChoice]], measured: tuple[LayerMeasurements, ...], shape: LayerShape
-) -> list[_Point]:
+def _points(ranges: Sequence[tuple[int, TileChoice]], own: Sequence[MeasuredTiles]) -> list[_Point]:
     """Where the model is asked: every sixth of an octave, where the nearest row changes, and the measured counts."""
-    own = [source for source in measured if not source.is_foreign]
-    kept = {point.tokens for source in own for point in source.points}
-    steps = range(math.ceil(math.log(LARGEST_TOKENS, STEP)) + 1)
-    counts = {round(STEP**step) for step in steps} | {first for first, _ in ranges}
-    counts |= kept | {tokens + 1 for tokens in kept}
-    found, index = [], 0
+    measured = {row.tokens for row in own}
+    steps = math.ceil(math.log(LARGEST_TOKENS, STEP))
+    counts = {round(STEP**step) for step in range(steps + 1)} | {first for first, _ in ranges}
+    counts |= {tokens + after for tokens in measured for after in (0, 1)}
+    found, left = [], list(reversed(ranges))
+    nearest = left.pop()[1]
     for tokens in sorted(counts):
-        while index + 1 < len(ranges) and ranges[index + 1][0] <= tokens:
-            index += 1
-        rows = rows_per_expert(tokens, shape)
-        row = min((source.nearest(rows) for source in own), key=lambda one: one.factor(rows), default=None)
-        found.append(_Point(tokens, ranges[index][1], tokens in kept, row))
+        while left and left[-1][0] <= tokens:
+            nearest = left.pop()[1]
+        found.append(_Point(tokens, nearest, tokens in measured))
     return found
-
-
-def _improve(best: dict[_Point, float], near: dict[_Point, float], costs: dict[_Point, float], margin: float) -> None:
-    for point, cost in costs.items():
-        if not point.measured and cost < near[point] * (1 - margin):
-            best[point] = min(best[point], cost)
-
-
-def _gain(best: dict[_Point, float], near: dict[_Point, float], costs: dict[_Point, float], margin: float) -> float:
-    """What a tile would save, in parts of a call's time, summed over the points."""
-    return sum(
-        1 - cost / best[point]
-        for point, cost in costs.items()
-        if not point.measured and cost < min(best[point], near[point] * (1 - margin))
-    )
 
 
 def _fits(tiles: LayerTiles, fit: FitEntry, shape: LayerShape) -> bool:

@@ -1,0 +1,84 @@
+"""Where the time model of tiles overrules the nearest row, and where it may not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epfuse.compiled.layer import CompiledLayer, token_counts
+from epfuse.config import GPT_OSS_120B, MINIMAX_M3, MINIMAX_M3_EP8, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.measured.lookup import sources
+from epfuse.policy import decide
+from epfuse.policy.decision import TileChoice
+from epfuse.policy.tiles import nearest_ranges, tile_ranges
+from epfuse.policy.timed import MOST_ADDED
+from epfuse.target import Target
+
+H200 = "NVIDIA H200"
+ASKED = (Target.SM90, H200, Path.W8A16, WeightFormat.FRAGMENT)
+SHAPES = (
+    MINIMAX_M3_EP8,
+    MINIMAX_M3.rank_of(tp_size=8),
+    GPT_OSS_120B,
+    LayerShape(7168, 2048, 256, 32, 8),
+    LayerShape(6144, 16384, 8, 4, 2),
+    LayerShape(2048, 768, 128, 128, 8),
+)
+
+
+def both(shape: LayerShape) -> tuple[list[tuple[int, TileChoice]], list[tuple[int, TileChoice]]]:
+    return nearest_ranges(*ASKED, shape, torch.bfloat16), tile_ranges(*ASKED, shape, torch.bfloat16)
+
+
+def at(ranges: list[tuple[int, TileChoice]], tokens: int) -> TileChoice:
+    return next(choice for first, choice in reversed(ranges) if first <= tokens)
+
+
+def test_a_prefill_between_the_rows_is_not_padded_to_the_next() -> None:
+    """161 rows an expert would be multiplied as 256 in the block of the row at 8192 tokens."""
+    near, ranges = both(MINIMAX_M3_EP8)
+    assert at(near, 4400).tiles.block_m == 320
+    assert at(ranges, 4400).tiles.block_m < 200
+    assert at(ranges, 4400).source.startswith("Predicted to take 0.")
+    assert "by the time model of NVIDIA H200 (error" in at(ranges, 4400).source
+    assert at(ranges, 4400).measured_us is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_measured_count_keeps_its_tile(shape: LayerShape) -> None:
+    near, ranges = both(shape)
+    for source in sources(*ASKED, shape):
+        for point in () if source.is_foreign else source.points:
+            assert at(ranges, point.tokens).tiles == at(near, point.tokens).tiles == point.tiles
+            assert at(ranges, point.tokens).measured_us == point.microseconds
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_tiles_are_added_and_none_of_another_kind(shape: LayerShape) -> None:
+    near, ranges = both(shape)
+    assert len({choice.tiles for _, choice in ranges} - {choice.tiles for _, choice in near}) <= MOST_ADDED
+    firsts = [first for first, _ in ranges]
+    assert firsts == sorted(set(firsts))
+    assert firsts[0] == 1
+    for tokens in {*firsts, *(first for first, _ in near)}:
+        assert at(ranges, tokens).tiles.packed == at(near, tokens).tiles.packed
+
+
+def test_what_nothing_was_fitted_to_stays_with_its_rows() -> None:
+    for kind in (
+        (Target.SM90, "NVIDIA H20", Path.W8A16, WeightFormat.FRAGMENT, MINIMAX_M3_EP8, torch.bfloat16),
+        (Target.SM90, H200, Path.BF16, WeightFormat.DENSE, MINIMAX_M3_EP8, torch.bfloat16),
+    ):
+        assert tile_ranges(*kind, SwiGLUOAI) == nearest_ranges(*kind, SwiGLUOAI)
+
+
+def test_the_warm_up_reaches_every_choice() -> None:
+    formats = frozenset({WeightFormat.FRAGMENT})
+    layer = CompiledLayer(Target.SM90, H200, Path.W8A16, formats, MINIMAX_M3_EP8)
+    counts = set(token_counts(layer, 16384))
+    reached = {at(both(MINIMAX_M3_EP8)[1], tokens).tiles for tokens in counts}
+    every = {choice.tiles for first, choice in both(MINIMAX_M3_EP8)[1] if first <= 16384}
+    assert reached == every
+    for tokens in range(1, 16385, 97):
+        asked = (Path.W8A16, Target.SM90, MINIMAX_M3_EP8, tokens, formats)
+        assert decide(*asked, device_name=H200).tiles in every
