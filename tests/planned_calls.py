@@ -16,24 +16,24 @@ from tools.host_time.worker import python_calls as entered_by
 
 from epfuse import launch_plan
 from epfuse.api import fused_experts
-from epfuse.config import Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Bias, Combine, LayerShape, SwiGLUOAI
 from epfuse.expert_map import ExpertMap
-from epfuse.families.registry import scratch_size
+from epfuse.families.registry import READABLE, readable_formats, scratch_size
 from epfuse.scratch import Scratch
+from epfuse.target import Target
 from epfuse.weights.experts import ExpertWeights
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 128, 8, 3
 
 LAYERS = {
-    "w8a16": (Path.W8A16, WeightFormat.FRAGMENT, Bias.NONE, Combine.DETERMINISTIC),
-    "w8a16-biases": (Path.W8A16, WeightFormat.FRAGMENT, Bias.ADDED, Combine.DETERMINISTIC),
-    "w8a16-portable": (Path.W8A16, WeightFormat.MXFP8, Bias.NONE, Combine.DETERMINISTIC),
-    "bf16": (Path.BF16, WeightFormat.DENSE, Bias.NONE, Combine.DETERMINISTIC),
-    "w8a8": (Path.W8A8, WeightFormat.ROW_FP8, Bias.NONE, Combine.DETERMINISTIC),
-    "w8a8-portable": (Path.W8A8, WeightFormat.MXFP8, Bias.NONE, Combine.DETERMINISTIC),
-    "w8a8-atomic": (Path.W8A8, WeightFormat.MXFP8, Bias.NONE, Combine.ATOMIC),
-    "block-fp8": (Path.BLOCK_FP8, WeightFormat.BLOCK_FP8, Bias.NONE, Combine.DETERMINISTIC),
+    f"{path.value} {form.value} {bias.value} {combine.value}": (path, form, bias, combine)
+    for path, forms in READABLE[Target.SM90].items()
+    for form in forms
+    for bias in Bias
+    for combine in Combine
+    if form in readable_formats(Target.SM90, path, combine, bias=bias)
 }
+"""Every layer that Hopper has kernels for: what is kept in which format, with biases or not, summed how."""
 
 
 class Memory(enum.Enum):
@@ -261,11 +261,12 @@ def planned() -> dict[str, bool]:
                 for _ in range(2):
                     fused_experts(*given, **more)
             assert len(_planned_kinds(plans)) == 2
-            (found[name],) = {plan is not None for plan in _planned_kinds(plans)}
+            found[name] = None not in _planned_kinds(plans)
     return found
 
 
-PACKED = Drawn("w8a16", 300)
+W8A16, W8A8 = "w8a16 fragment none deterministic", "w8a8 row_fp8 none deterministic"
+PACKED = Drawn(W8A16, 300)
 """A call on packed rows."""
 
 
@@ -315,7 +316,7 @@ def kept() -> tuple[int, list[str]]:
         for tokens in (1, 2, 3, 4, 5, 300):
             layers = Layers()
             for memory in (Memory.NONE, Memory.OUT_IN_Y):
-                given, more = layers.operands(Drawn("w8a16", tokens, memory=memory))
+                given, more = layers.operands(Drawn(W8A16, tokens, memory=memory))
                 for _ in range(3):
                     more["out"] = fused_experts(*given, **more)
                     more.pop("out") if memory is Memory.NONE else None
@@ -361,7 +362,7 @@ def python_calls() -> dict[str, int]:
     found = {}
     with stub_gpu():
         _fresh_plans()
-        for family, call in (("sm90", Drawn("w8a16", 16)), ("sm90_packed", PACKED), ("sm90_fp8", Drawn("w8a8", 64))):
+        for family, call in (("sm90", Drawn(W8A16, 16)), ("sm90_packed", PACKED), ("sm90_fp8", Drawn(W8A8, 64))):
             given, more = Layers().operands(call)
             for _ in range(3):
                 fused_experts(*given, **more)

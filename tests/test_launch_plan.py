@@ -46,7 +46,7 @@ CALLS = st.sampled_from(sorted(planned_calls.LAYERS)).flatmap(
 """Calls of one layer, so that some are of one kind: other T, dtypes, maps, memory, addresses, weights."""
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=50)
 @given(calls=CALLS)
 def test_planned_calls_launch_what_others_launch(pool: ProcessPoolExecutor, calls: list[Drawn]) -> None:
     """Each three times over, so that it is seen, watched and planned."""
