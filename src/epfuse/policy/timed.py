@@ -90,7 +90,7 @@ def overruled(
         if most is None or saved[most] < margin:  # in parts of a call's time, over sixths of an octave
             break
         take(most)
-    return _joined(points, best, {point: took[point] / near[point] for point in points}, fit)
+    return _joined(points, best, {point: took[point] / near[point] for point in points}, fit.device, margin)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class _Beside:
 
 
 def _joined(
-    points: Sequence[_Point], best: dict[_Point, LayerTiles], parts: dict[_Point, float], fit: FitEntry
+    points: Sequence[_Point], best: dict[_Point, LayerTiles], parts: dict[_Point, float], device: str, error: float
 ) -> list[tuple[int, TileChoice]]:
     """Ranges: points with one choice are one."""
     found: list[tuple[int, TileChoice]] = []
@@ -136,8 +136,11 @@ def _joined(
         tiles, choice = best.get(point), point.nearest
         kind = choice if tiles is None else tiles
         if tiles is not None:
-            text = f"Predicted to take {parts[point]:.2f} of the time of {choice.tiles.key} at T={point.tokens}"
-            choice = TileChoice(tiles, f"{text}, by the time model of {fit.device} (error {fit.error:.0%}).")
+            text = f"Predicted to take {parts[point]:.2f} of the time of blocks of {choice.tiles.block_m} rows"
+            text += (
+                f" in the nearest row's tiles at T={point.tokens}, by the time model of {device} (error {error:.1%})."
+            )
+            choice = TileChoice(tiles, text)
         if kind != last:
             found.append((point.tokens, choice))
         last = kind
