@@ -136,10 +136,8 @@ def _joined(
         tiles, choice = best.get(point), point.nearest
         kind = choice if tiles is None else tiles
         if tiles is not None:
-            text = f"Predicted to take {parts[point]:.2f} of the time of blocks of {choice.tiles.block_m} rows"
-            text += (
-                f" in the nearest row's tiles at T={point.tokens}, by the time model of {device} (error {error:.1%})."
-            )
+            text = f"Predicted to take {parts[point]:.2f} of the time of the {choice.tiles.block_m}-row blocks of the"
+            text += f" nearest row or default at T={point.tokens}, by the time model of {device} (error {error:.1%})."
             choice = TileChoice(tiles, text)
         if kind != last:
             found.append((point.tokens, choice))
