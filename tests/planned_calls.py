@@ -18,12 +18,14 @@ from epfuse import launch_plan
 from epfuse.api import fused_experts
 from epfuse.config import Bias, Combine, LayerShape, SwiGLUOAI
 from epfuse.expert_map import ExpertMap
+from epfuse.families.family import CallKind
 from epfuse.families.registry import READABLE, readable_formats, scratch_size
 from epfuse.scratch import Scratch
 from epfuse.target import Target
 from epfuse.weights.experts import ExpertWeights
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 128, 8, 3
+ANY_SHAPE = LayerShape(HIDDEN, INTERMEDIATE, EXPERTS, EXPERTS, TOP_K)
 
 LAYERS = {
     f"{path.value} {form.value} {bias.value} {combine.value}": (path, form, bias, combine)
@@ -31,7 +33,7 @@ LAYERS = {
     for form in forms
     for bias in Bias
     for combine in Combine
-    if form in readable_formats(Target.SM90, path, combine, bias=bias)
+    if form in readable_formats(CallKind(path, Target.SM90, ANY_SHAPE, combine=combine, bias=bias))
 }
 """Every layer that Hopper has kernels for: what is kept in which format, with biases or not, summed how."""
 

@@ -17,6 +17,7 @@ from epfuse import Combine, ExpertMap, ExpertWeights, LayerShape, Path, Target, 
 from epfuse.arguments import checks_enums, enums_of
 from epfuse.config import MINIMAX_M3_EP8
 from epfuse.errors import ConfigError
+from epfuse.families.family import CallKind
 from epfuse.numerics.mxfp8 import MXFP8
 
 PACKAGES = (
@@ -59,13 +60,13 @@ def functions_of(module: object) -> Iterator[tuple[str, Callable[..., object]]]:
 
 def takers() -> list[tuple[str, Callable[..., object], str, type[enum.Enum], bool]]:
     found = []
-    for module in modules():
-        for where, function in functions_of(module):
-            try:
-                hints = enums_of(function)
-            except NameError:  # names that are imported for type checking only: none of them an enum
-                continue
-            found += [(where, function, name, kind, many) for name, (kind, _, many) in hints.items()]
+    functions = [entry for module in modules() for entry in functions_of(module)]
+    for where, function in [*functions, ("epfuse.families.family.CallKind.__init__", CallKind.__init__)]:
+        try:
+            hints = enums_of(function)
+        except NameError:  # names that are imported for type checking only: none of them an enum
+            continue
+        found += [(where, function, name, kind, many) for name, (kind, _, many) in hints.items()]
     return found
 
 
@@ -82,7 +83,7 @@ def test_there_are_takers() -> None:
         "epfuse.families.registry.scratch_size",
         "epfuse.policy.plan.plan_layer",
         "epfuse.policy.layer.LayerRequest.__init__",
-        "epfuse.policy.call.decide",
+        "epfuse.families.family.CallKind.__init__",
         "epfuse.api.fused_experts",
         "epfuse.target.planning_for",
     ):

@@ -28,6 +28,7 @@ from epfuse import (
     scratch_size,
 )
 from epfuse.errors import ConfigError, ExpertMapError, LayoutError
+from epfuse.families.family import CallKind
 from epfuse.numerics.e8m0 import ScaleRounding
 from epfuse.numerics.mxfp8 import MXFP8, decode, encode
 from epfuse.policy import decide
@@ -225,7 +226,7 @@ CONSTRUCTORS: dict[str, tuple[int, Callable[..., object]]] = {
     "dense": (2, DenseExperts),
     "mxfp8": (2, MXFP8Experts),
     "of path": (4, lambda *x: scratch_size(Path.BF16, *x)),
-    "decide": (1, lambda x: decide(Path.AUTO, Target.GFX950, LayerShape(32, 32, 4, 2, 2), x)),
+    "decide": (1, lambda x: decide(CallKind(Path.AUTO, Target.GFX950, LayerShape(32, 32, 4, 2, 2)), x)),
 }
 
 

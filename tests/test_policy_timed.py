@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from epfuse.compiled.layer import CompiledLayer, token_counts
-from epfuse.config import GPT_OSS_120B, MINIMAX_M3, MINIMAX_M3_EP8, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.compiled.layer import token_counts
+from epfuse.config import GPT_OSS_120B, MINIMAX_M3, MINIMAX_M3_EP8, LayerShape, Path, WeightFormat
+from epfuse.families.family import CallKind
 from epfuse.measured.fits import fit_of
 from epfuse.measured.lookup import sources
 from epfuse.policy import decide
@@ -28,7 +28,8 @@ SHAPES = (
 
 
 def both(shape: LayerShape) -> tuple[list[tuple[int, TileChoice]], list[tuple[int, TileChoice]]]:
-    return nearest_ranges(*ASKED, shape, torch.bfloat16), tile_ranges(*ASKED, shape, torch.bfloat16)
+    kind = CallKind(Path.W8A16, Target.SM90, shape, frozenset({WeightFormat.FRAGMENT}), device_name=H200)
+    return nearest_ranges(kind), tile_ranges(kind)
 
 
 def at(ranges: list[tuple[int, TileChoice]], tokens: int) -> TileChoice:
@@ -84,19 +85,18 @@ def test_few_tiles_are_added_and_none_of_another_kind(shape: LayerShape) -> None
 
 def test_what_nothing_was_fitted_to_stays_with_its_rows() -> None:
     for kind in (
-        (Target.SM90, "NVIDIA H20", Path.W8A16, WeightFormat.FRAGMENT, MINIMAX_M3_EP8, torch.bfloat16),
-        (Target.SM90, H200, Path.BF16, WeightFormat.DENSE, MINIMAX_M3_EP8, torch.bfloat16),
+        CallKind(Path.W8A16, Target.SM90, MINIMAX_M3_EP8, frozenset({WeightFormat.FRAGMENT}), device_name="NVIDIA H20"),
+        CallKind(Path.BF16, Target.SM90, MINIMAX_M3_EP8, device_name=H200),
     ):
-        assert tile_ranges(*kind, SwiGLUOAI) == nearest_ranges(*kind, SwiGLUOAI)
+        assert tile_ranges(kind) == nearest_ranges(kind)
 
 
 def test_the_warm_up_reaches_every_choice() -> None:
     formats = frozenset({WeightFormat.FRAGMENT})
-    layer = CompiledLayer(Target.SM90, H200, Path.W8A16, formats, MINIMAX_M3_EP8)
+    layer = CallKind(Path.W8A16, Target.SM90, MINIMAX_M3_EP8, formats, device_name=H200)
     counts = set(token_counts(layer, 16384))
     reached = {at(both(MINIMAX_M3_EP8)[1], tokens).tiles for tokens in counts}
     every = {choice.tiles for first, choice in both(MINIMAX_M3_EP8)[1] if first <= 16384}
     assert reached == every
     for tokens in range(1, 16385, 97):
-        asked = (Path.W8A16, Target.SM90, MINIMAX_M3_EP8, tokens, formats)
-        assert decide(*asked, device_name=H200).tiles in every
+        assert decide(layer, tokens).tiles in every

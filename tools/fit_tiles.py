@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from epfuse.config import LayerShape, Path, WeightFormat
-from epfuse.families.family import Stage
+from epfuse.families.family import CallKind, Stage
 from epfuse.hardware.tile_time import WEIGHT_BYTES, RowLoad, TileTimes, gemm_us, load_of
 from epfuse.measured import store
 from epfuse.measured.fits import FitEntry, FitFile, fit_path
@@ -234,11 +234,11 @@ def judge(
             for (shape, tokens), alternatives in known.items():
                 if len(alternatives) < 2:
                     continue
-                kind = (Target.SM90, device, PATH, WEIGHTS, shape, torch.bfloat16)
+                kind = CallKind(PATH, Target.SM90, shape, frozenset({WEIGHTS}), device_name=device)
                 best = min(row.layer for row in alternatives)
                 chosen = []
                 for ranges in (nearest_ranges, tile_ranges):
-                    tiles = next(choice.tiles for first, choice in reversed(ranges(*kind)) if first <= tokens)
+                    tiles = next(choice.tiles for first, choice in reversed(ranges(kind)) if first <= tokens)
                     same = [row.layer for row in alternatives if _alike(row.tiles, tiles)]
                     chosen.append(same[0] / best if same else None)
                 found.append((shape, tokens, *chosen))

@@ -22,7 +22,7 @@ from epfuse.config import ACTIVATIONS, Activation, Bias, LayerShape, Path
 from epfuse.errors import EpfuseError
 from epfuse.integrations.transformers.activation import activation_of
 from epfuse.integrations.transformers.layout import check_in_place, layout_of
-from epfuse.policy.call import decide
+from epfuse.policy import CallKind, decide
 from epfuse.report.write import write_atomic
 from epfuse.target import Target
 from epfuse.weights.config_families import FAMILIES, UNPLANNED
@@ -96,7 +96,7 @@ def _decided(row: dict[str, str]) -> dict[str, str]:
 def _path(target: Target, activation: type[Activation], bias: Bias) -> str:
     """The path of a call of 64 tokens and its kernels, by the policy that `fused_experts` asks."""
     shape = LayerShape(hidden=2048, intermediate=768, experts=128, local_experts=16, top_k=8)
-    decision = decide(Path.AUTO, target, shape, 64, activation=activation, bias=bias)
+    decision = decide(CallKind(Path.AUTO, target, shape, activation=activation, bias=bias), 64)
     return decision.path.value + ("" if decision.family is None else f", {decision.family.name}")
 
 

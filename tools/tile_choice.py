@@ -27,6 +27,7 @@ from epfuse.bench.layers import Layer
 from epfuse.compiled.warm_up import compile_all, missing
 from epfuse.config import LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
+from epfuse.families.family import CallKind
 from epfuse.hardware.tile_time import call_us
 from epfuse.measured.fits import fit_of, fit_path
 from epfuse.measured.lookup import sources
@@ -87,8 +88,9 @@ def choices(device: str, shape: LayerShape, tokens: int) -> tuple[TileChoice, Ti
     assert fit is not None, f"nothing was fitted to {device}"
     bold = fit.model_copy(update={"error": fit.error / 2, "error_other_shape": fit.error_other_shape / 2})
     with unlogged():
-        near = nearest_ranges(*kind, torch.bfloat16)
-        all_ranges = near, tile_ranges(*kind, torch.bfloat16), overruled(near, sources(*kind), bold, kind[0], shape)
+        calls = CallKind(ASKED[0], kind[0], shape, frozenset({ASKED[1]}), device_name=device)
+        near = nearest_ranges(calls)
+        all_ranges = near, tile_ranges(calls), overruled(near, sources(*kind), bold, kind[0], shape)
     found = [next(choice for first, choice in reversed(ranges) if first <= tokens) for ranges in all_ranges]
     return found[0], found[1], found[2]
 

@@ -18,7 +18,7 @@ from epfuse.expert_map import ExpertMap
 from epfuse.families.family import LayerCall
 from epfuse.launch_plan import PLANS
 from epfuse.operands import Span, require_apart, require_plain, span
-from epfuse.policy.call import call_table
+from epfuse.policy.call import table_of
 from epfuse.reference import run_reference
 from epfuse.scratch import Scratch, check_scratch
 from epfuse.stages.extent import ALIGNMENT, aligned
@@ -99,9 +99,8 @@ def fused_experts(
     shape = _shape(weights.hidden, weights.intermediate, expert_map.num_experts, weights.local_experts, top_k)
     kept, device = weights.kept, hidden.device
     asked = environment().path if path is Path.AUTO else path
-    kind = (target_of(device), shape, frozenset(kept), hidden.dtype, combine, device_name(device))
-    table = call_table(asked, *kind, type(activation), weights.bias)
-    decision = table.at(tokens)
+    kind = (asked, target_of(device), shape, frozenset(kept), hidden.dtype, combine)  # a CallKind's fields, in order
+    decision = table_of(*kind, type(activation), weights.bias, device_name(device)).at(tokens)
     if decision.family is None or decision.weights is None or decision.tiles is None:
         with torch.inference_mode():
             return out.copy_(run_reference(hidden, weights, topk_weights, topk_ids, expert_map, activation))

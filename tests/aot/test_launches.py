@@ -12,6 +12,7 @@ from epfuse import ExpertWeights
 from epfuse.aot.calls import SHAPES, calls, token_counts
 from epfuse.aot.tasks import Job, list_jobs, start
 from epfuse.config import Combine, Path, WeightFormat
+from epfuse.families.family import CallKind
 from epfuse.policy import READABLE, decide
 from epfuse.target import COMPUTE_UNITS, Target, compute_units, planning_for, target_of
 
@@ -34,7 +35,7 @@ def test_every_tile_is_there(jobs: list[Job]) -> None:
         }
         chosen = set()
         for tokens in range(1, 5000):
-            tiles = decide(Path.BF16, Target.GFX942, SHAPES["minimax-m3"], tokens).tiles
+            tiles = decide(CallKind(Path.BF16, Target.GFX942, SHAPES["minimax-m3"]), tokens).tiles
             assert tiles is not None
             tile = getattr(tiles, stage)
             chosen.add((tiles.block_m, tile.block_n, tile.block_k))
@@ -78,9 +79,9 @@ def test_calls_reach_every_path_and_format(target: Target) -> None:
 
 def test_token_counts_reach_both_ends_of_every_tile() -> None:
     shape = SHAPES["minimax-m3"]
-    counts = set(token_counts(Target.GFX942, Path.BF16, WeightFormat.DENSE, shape, torch.bfloat16))
+    counts = set(token_counts(CallKind(Path.BF16, Target.GFX942, shape)))
     assert {2**power for power in range(15)} <= counts
-    tiles = [decide(Path.BF16, Target.GFX942, shape, tokens).tiles for tokens in range(1, 5001)]
+    tiles = [decide(CallKind(Path.BF16, Target.GFX942, shape), tokens).tiles for tokens in range(1, 5001)]
     changes = {tokens for tokens in range(1, 5000) if tiles[tokens - 1] != tiles[tokens]}
     assert changes
     assert counts - {2**power for power in range(15)} <= changes | {tokens + 1 for tokens in changes} <= counts
@@ -128,7 +129,7 @@ def _given(scratch: bool) -> list[tuple[str, object]]:
 
     def call() -> None:
         for tokens in (64, 4096):
-            tiles = decide(Path.W8A16, Target.SM90, shape, tokens, frozenset({form})).tiles
+            tiles = decide(CallKind(Path.W8A16, Target.SM90, shape, frozenset({form})), tokens).tiles
             assert tiles is not None
             hidden, out = (torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device=META) for _ in range(2))
             ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device=META)

@@ -17,8 +17,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from epfuse.compiled.layer import CompiledLayer
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import LayerShape, Path
+from epfuse.families.family import CallKind
 from epfuse.target import Target, planning_for
 from tests.compiled import keys
 
@@ -115,7 +115,7 @@ def main(way: str) -> None:
         done = warm(keys.LAYERS["sm_90-bf16-deterministic"])
     elif way == "bundled":  # the model of `test_bundle.py`
         shape = LayerShape(hidden=256, intermediate=128, experts=4, local_experts=4, top_k=2)
-        done = warm(CompiledLayer.on(Target.SM90, Path.BF16, frozenset({WeightFormat.DENSE}), shape))
+        done = warm(CallKind(Path.BF16, Target.SM90, shape))
     else:
         with planning_for(Target.SM90, stand_in="cpu"):
             rows, ids = torch.empty(6, 64, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.int32)
@@ -125,7 +125,7 @@ def main(way: str) -> None:
     print(json.dumps({"moved": os.environ.get("TRITON_CACHE_DIR"), **done}))
 
 
-def warm(layer: CompiledLayer) -> dict[str, object]:
+def warm(layer: CallKind) -> dict[str, object]:
     """A warm-up, then drawn calls: what was said, and how many kernels Triton had looked for before the calls."""
     from epfuse.compiled.warm_up import warm_up
 
@@ -136,7 +136,7 @@ def warm(layer: CompiledLayer) -> dict[str, object]:
     took = time.process_time() - begun
     before = len(compiled)
     assert not launched
-    with planning_for(layer.target, layer.product, stand_in="cpu"):
+    with planning_for(layer.target, layer.device, stand_in="cpu"):
         keys.drawn(layer, seed=3, count=25, most=MOST)()
     return {"said": said, "before": before, "cpu_s": took}
 

@@ -10,9 +10,10 @@ import torch
 
 from epfuse.aot.launches import Launch, launches_of
 from epfuse.api import fused_experts
-from epfuse.compiled.layer import CompiledLayer, kernels
+from epfuse.compiled.layer import kernels
 from epfuse.config import MINIMAX_M3_EP8, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
+from epfuse.families.family import CallKind
 from epfuse.families.registry import scratch_size
 from epfuse.scratch import Scratch
 from epfuse.target import Target
@@ -23,9 +24,7 @@ SHAPE = LayerShape(hidden=256, intermediate=128, experts=16, local_experts=4, to
 MOST = 3000
 
 LAYERS = {
-    f"{target.value}-{path.value}-{combine.value}": CompiledLayer.on(target, path, frozenset({form}), SHAPE)
-    if combine is Combine.DETERMINISTIC
-    else replace(CompiledLayer.on(target, path, frozenset({form}), SHAPE), combine=combine)
+    f"{target.value}-{path.value}-{combine.value}": CallKind(path, target, SHAPE, frozenset({form}), combine=combine)
     for target, path, form, combine in [
         (Target.SM90, Path.W8A16, WeightFormat.FRAGMENT, Combine.DETERMINISTIC),
         (Target.SM90, Path.BF16, WeightFormat.DENSE, Combine.DETERMINISTIC),
@@ -68,12 +67,12 @@ class Memory:
         return self.memory[begin : self.used].view(dtype).view(size)
 
 
-def calls(layer: CompiledLayer, seed: int, count: int) -> list[Launch]:
+def calls(layer: CallKind, seed: int, count: int) -> list[Launch]:
     """What `drawn` calls launch."""
-    return launches_of(layer.target, drawn(layer, seed, count, MOST), layer.product, stand_in="cpu")
+    return launches_of(layer.target, drawn(layer, seed, count, MOST), layer.device, stand_in="cpu")
 
 
-def drawn(layer: CompiledLayer, seed: int, count: int, most: int) -> Callable[[], None]:
+def drawn(layer: CallKind, seed: int, count: int, most: int) -> Callable[[], None]:
     """``count`` calls that differ in all that may differ between the calls of a layer."""
     draw = random.Random(seed)
     shape = layer.shape
@@ -102,7 +101,7 @@ def drawn(layer: CompiledLayer, seed: int, count: int, most: int) -> Callable[[]
                 hidden if tokens > 1 else hidden.as_strided((1, shape.hidden), (1, 1)),  # contiguous all the same
                 weights,
                 memory.take(tokens, shape.top_k, dtype=torch.float32),
-                memory.take(tokens, shape.top_k, dtype=layer.ids),
+                memory.take(tokens, shape.top_k, dtype=torch.int32),
                 expert_map,
                 activation=draw.choice([SwiGLUOAI(), SwiGLUOAI(1, 0, 10), SwiGLUOAI(1.0, 16.0, float("inf"))]),
                 path=layer.path,
@@ -163,7 +162,7 @@ def of_large_calls() -> list[dict[str, int]]:
     """Kernels of the largest tile of MiniMax-M3 in checkpoint order, on Hopper and on AMD, for 8k and 128k tokens."""
     found = []
     for target, form in ((Target.SM90, WeightFormat.MXFP8), (Target.GFX942, WeightFormat.MXFP8_FNUZ)):
-        layer = CompiledLayer.on(target, Path.W8A16, frozenset({form}), MINIMAX_M3_EP8)
+        layer = CallKind(Path.W8A16, target, MINIMAX_M3_EP8, frozenset({form}))
         tile = [
             launch
             for launch in kernels(layer, 131072)

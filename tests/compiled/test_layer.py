@@ -136,7 +136,7 @@ def test_operands_that_begin_anywhere_are_brought_to_16_bytes(monkeypatch: pytes
         return Steps(call.table(16), (("all", lambda: call.out.copy_(2 * call.hidden)),))
 
     decision = SimpleNamespace(family=SimpleNamespace(steps=steps), weights=WeightFormat.DENSE, tiles=object())
-    monkeypatch.setattr(api, "call_table", lambda *arguments: SimpleNamespace(at=lambda tokens: decision))
+    monkeypatch.setattr(api, "table_of", lambda *arguments: SimpleNamespace(at=lambda tokens: decision))
     hidden, ids = torch.randn(5, 64).bfloat16(), torch.zeros(5, 3, dtype=torch.int32)
     weights = ExpertWeights.bf16(torch.zeros(2, 64, 64).bfloat16(), torch.zeros(2, 64, 32).bfloat16())
     for combine in Combine:

@@ -8,6 +8,7 @@ import torch
 from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, fused_experts
 from epfuse.config import LayerShape, WeightFormat, silu_gate
 from epfuse.families import cpu
+from epfuse.families.family import CallKind
 from epfuse.policy import decide
 from epfuse.reference import run_reference
 from epfuse.verify.budget import compare, dense_tolerance
@@ -124,7 +125,7 @@ def test_no_token_and_gradients_and_modes_leave_it_alone() -> None:
 def test_auto_takes_it_wherever_the_weights_are_as_a_checkpoint_has_them(
     form: WeightFormat, dtype: torch.dtype
 ) -> None:
-    decision = decide(Path.AUTO, Target.CPU, LayerShape(64, 64, 8, 8, 2), 5, frozenset({form}), dtype)
+    decision = decide(CallKind(Path.AUTO, Target.CPU, LayerShape(64, 64, 8, 8, 2), frozenset({form}), dtype), 5)
     assert decision.path is {
         WeightFormat.DENSE: Path.BF16,
         WeightFormat.MXFP8: Path.W8A16,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from epfuse import (
 from epfuse.compile_ops import put_together, take_apart
 from epfuse.config import ACTIVATIONS, Activation, Bias, Combine, WeightFormat
 from epfuse.errors import ConfigError, EpfuseError, ShapeError, UnsupportedTarget
+from epfuse.families.family import CallKind
 from epfuse.families.registry import FAMILIES, READABLE, serving
 from epfuse.policy import decide
 from epfuse.stages.tiles import GemmTile, LayerTiles
@@ -194,10 +196,10 @@ def test_what_reads_a_layer_is_what_accepts_it() -> None:
     for target, kind, bias in itertools.product((Target.SM90, Target.GFX942, Target.GFX950), ACTIVATIONS, Bias):
         for path, forms in READABLE[target].items():
             for form in forms:
-                for family in serving(target, path, form, shape, torch.bfloat16, activation=kind, bias=bias):
+                for family in serving(CallKind(path, target, shape, frozenset({form}), activation=kind, bias=bias)):
                     assert bias in family.biases
                     assert family.computes(kind)
-        decision = decide(Path.BF16, target, shape, 64, activation=kind, bias=bias)
+        decision = decide(CallKind(Path.BF16, target, shape, activation=kind, bias=bias), 64)
         assert decision.family in FAMILIES
         assert bias in decision.family.biases
         own = target is Target.SM90 and kind is SwiGLUOAI
@@ -211,11 +213,10 @@ def test_hopper_keeps_the_order_of_what_its_own_kernels_refuse(kind: str, path: 
     packed = ExpertWeights.quantize(layer(torch.device("cpu"), kind, hidden=64, intermediate=64).weights)
     assert packed.prepare(Target.SM90, path) is packed
     shape = LayerShape(hidden=64, intermediate=64, experts=16, local_experts=4, top_k=4)
-    decision = decide(Path.W8A16, Target.SM90, shape, 8, frozenset(packed.kept), activation=type(activation), bias=bias)
-    assert decision.family.name == "portable"
+    kind_of_call = CallKind(Path.W8A16, Target.SM90, shape, activation=type(activation), bias=bias)
+    assert decide(replace(kind_of_call, formats=frozenset(packed.kept)), 8).family.name == "portable"
     with pytest.raises(UnsupportedTarget, match="ReLU2"):
-        decide(Path.W8A16, Target.SM90, shape, 8, frozenset({WeightFormat.FRAGMENT}), activation=type(activation),
-               bias=bias)  # fmt: skip
+        decide(kind_of_call.on(Path.W8A16, WeightFormat.FRAGMENT), 8)
 
 
 @pytest.mark.parametrize("path", [Path.W8A16, Path.W8A8])
@@ -226,7 +227,7 @@ def test_hopper_has_its_own_order_of_weights_beside_biases(path: Path) -> None:
     assert packed.bias is Bias.ADDED
     shape = LayerShape(hidden=64, intermediate=64, experts=16, local_experts=4, top_k=4)
     for tokens, family in ((8, "sm90"), (4096, "sm90_packed")) if path is Path.W8A16 else ((8, "sm90_fp8"),):
-        decision = decide(path, Target.SM90, shape, tokens, frozenset(packed.kept), bias=Bias.ADDED)
+        decision = decide(CallKind(path, Target.SM90, shape, frozenset(packed.kept), bias=Bias.ADDED), tokens)
         assert decision.family.name == family
 
 
@@ -244,7 +245,7 @@ def test_hopper_serves_gpt_oss(device: torch.device, path: Path, tokens: int, ro
     want = wanted(Case(case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map), SwiGLUOAI())
     weights = weights.prepare(path=path)
     shape = LayerShape(hidden=256, intermediate=384, experts=16, local_experts=4, top_k=4)
-    decision = decide(path, Target.SM90, shape, tokens, frozenset(weights.kept), bias=Bias.ADDED)
+    decision = decide(CallKind(path, Target.SM90, shape, frozenset(weights.kept), bias=Bias.ADDED), tokens)
     assert decision.family.name.startswith("sm90")
     with poisoned_memory():
         result = fused_experts(case.hidden, weights, case.topk_weights, case.topk_ids, case.expert_map, path=path)

@@ -18,7 +18,7 @@ from epfuse.aot.calls import SHAPES, Call
 from epfuse.aot.tasks import start
 from epfuse.config import MINIMAX_M3_EP8 as M3
 from epfuse.config import LayerShape, WeightFormat
-from epfuse.families.family import Family, LayerCall
+from epfuse.families.family import CallKind, Family, LayerCall
 from epfuse.families.registry import FAMILIES, READABLE, default_ranges, family_of, serving
 from epfuse.stages.tiles import LayerTiles
 
@@ -32,8 +32,8 @@ ODD = LayerShape(hidden=2880, intermediate=2880, experts=128, local_experts=16, 
 def test_every_format_that_is_read_is_served_at_any_number_of_rows(
     target: Target, path: Path, form: WeightFormat, shape: LayerShape
 ) -> None:
-    families = serving(target, path, form, shape, torch.bfloat16)
-    ranges = default_ranges(target, path, form, shape, torch.bfloat16)
+    kind = CallKind(path, target, shape, frozenset({form}))
+    families, ranges = serving(kind), default_ranges(kind)
     assert families
     assert [entry.max_rows for entry in ranges] == sorted({entry.max_rows for entry in ranges})
     assert math.isinf(ranges[-1].max_rows)
@@ -49,9 +49,10 @@ def test_every_format_that_is_read_is_served_at_any_number_of_rows(
 def test_what_is_searched_belongs_to_the_family_that_names_it(
     target: Target, path: Path, form: WeightFormat, rows: float
 ) -> None:
-    for family in serving(target, path, form, M3, torch.bfloat16):
-        for block_m in family.block_ms(rows, form):
-            for tile in itertools.islice(family.candidates(target, form, M3, block_m, rows), 20):
+    kind = CallKind(path, target, M3, frozenset({form}))
+    for family in serving(kind):
+        for block_m in family.block_ms(rows):
+            for tile in itertools.islice(family.candidates(kind, block_m, rows), 20):
                 assert family_of(path, form, LayerTiles(block_m, tile, tile)) is family
                 assert family.fits(tile, form, block_m)
 
@@ -59,11 +60,11 @@ def test_what_is_searched_belongs_to_the_family_that_names_it(
 def test_who_does_not_accept_says_why() -> None:
     for family in FAMILIES:
         for target, path, form in itertools.product(GPUS, READABLE[Target.SM90], WeightFormat):
-            refusal = family.accepts(target, path, form, M3, torch.bfloat16, Combine.DETERMINISTIC)
+            refusal = family.accepts(CallKind(path, target, M3, frozenset({form})))
             assert (refusal is None) is (form in family.reads.get(target, {}).get(path, ()))
             assert refusal is None or refusal.endswith(".")
         target, (path, forms) = next(iter(family.reads)), next(iter(next(iter(family.reads.values())).items()))
-        atomic = family.accepts(target, path, forms[0], M3, torch.bfloat16, Combine.ATOMIC)
+        atomic = family.accepts(CallKind(path, target, M3, frozenset({forms[0]}), combine=Combine.ATOMIC))
         assert (atomic is None) is (Combine.ATOMIC in family.combines)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from epfuse import LayerShape, Path, Target
 from epfuse.config import GPT_OSS_20B, Bias, WeightFormat
-from epfuse.families.family import Stage
+from epfuse.families.family import CallKind, Stage
 from epfuse.families.registry import FAMILIES, default_ranges
 from epfuse.measured import store
 from epfuse.measured.lookup import LayerMeasurements, find, sources
@@ -28,7 +28,7 @@ def found(tokens: int, device: str = H100, shape: LayerShape = M3) -> tuple[Laye
 
 
 def decided(tokens: int, device: str = H100, shape: LayerShape = M3, dtype: torch.dtype = torch.bfloat16) -> Decision:
-    return decide(Path.BF16, Target.SM90, shape, tokens, dtype=dtype, device_name=device)
+    return decide(CallKind(Path.BF16, Target.SM90, shape, dtype=dtype, device_name=device), tokens)
 
 
 def test_the_nearest_row_in_rows_per_expert_is_used(tables: FilePath) -> None:
@@ -129,7 +129,8 @@ def test_a_layer_with_biases_takes_the_tiles_and_not_the_time(
     write(tables, measurement(row(64, block_n=32)))
     with caplog.at_level(logging.WARNING, "epfuse"):
         plain, biased = (
-            decide(Path.BF16, Target.SM90, M3, 64, device_name=H100, bias=bias) for bias in (Bias.NONE, Bias.ADDED)
+            decide(CallKind(Path.BF16, Target.SM90, M3, device_name=H100, bias=bias), 64)
+            for bias in (Bias.NONE, Bias.ADDED)
         )
     assert (biased.tiles, biased.family) == (plain.tiles, plain.family)
     assert (plain.measured_us, biased.measured_us) == (20.0, None)
@@ -148,9 +149,9 @@ def test_every_family_adds_biases() -> None:
 def test_gpt_oss_runs_in_the_tiles_of_its_layer_that_ship() -> None:
     shape, formats = GPT_OSS_20B, frozenset({WeightFormat.FRAGMENT})
     for tokens in (1, 64, 1024):
-        asked = (Path.W8A16, Target.SM90, shape, tokens, formats)
-        biased = decide(*asked, device_name="NVIDIA H200", bias=Bias.ADDED)
-        assert biased.tiles == decide(*asked, device_name="NVIDIA H200").tiles
+        kind = CallKind(Path.W8A16, Target.SM90, shape, formats, device_name="NVIDIA H200")
+        biased = decide(replace(kind, bias=Bias.ADDED), tokens)
+        assert biased.tiles == decide(kind, tokens).tiles
         assert "without biases" in biased.tile_source
 
 
@@ -210,13 +211,13 @@ def test_other_matrices_have_nothing_to_say(tables: FilePath, shape: LayerShape)
 def test_other_dtypes_targets_and_paths_have_their_own_tiles(tables: FilePath) -> None:
     write(tables, measurement(row(64)))
     assert decided(64, dtype=torch.float16).measured_us is None
-    assert decide(Path.BF16, Target.GFX942, M3, 64).measured_us is None
+    assert decide(CallKind(Path.BF16, Target.GFX942, M3), 64).measured_us is None
     mxfp8 = frozenset({WeightFormat.MXFP8})
-    assert decide(Path.W8A16, Target.SM90, M3, 64, mxfp8, device_name=H100).measured_us is None
+    assert decide(CallKind(Path.W8A16, Target.SM90, M3, mxfp8, device_name=H100), 64).measured_us is None
 
 
 def test_defaults_stay_what_they_were_without_a_table(tables: FilePath) -> None:
-    ranges = default_ranges(Target.SM90, Path.BF16, DENSE, M3, torch.bfloat16)
+    ranges = default_ranges(CallKind(Path.BF16, Target.SM90, M3, frozenset({DENSE})))
     for tokens in range(1, 5000):
         expected = next(entry.tiles for entry in ranges if rows_per_expert(tokens, M3) <= entry.max_rows)
         assert decided(tokens).tiles == expected

@@ -14,7 +14,6 @@ from epfuse import ExpertWeights, Path
 from epfuse.config import (
     Activation,
     Bias,
-    Combine,
     GELUTanh,
     LayerShape,
     Policy,
@@ -25,6 +24,7 @@ from epfuse.config import (
 )
 from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
+from epfuse.families.family import CallKind
 from epfuse.hardware.gpus import GIB
 from epfuse.hardware.products import PRODUCTS
 from epfuse.planning.console import fewer_ranks, show
@@ -205,8 +205,8 @@ def test_every_activation_and_biases_are_planned_on_kernels_that_take_them(
             decision = entry.decision
             assert decision.family is not None
             assert decision.weights is not None
-            call = product.target, decision.path, decision.weights, found.shape, torch.bfloat16
-            assert decision.family.accepts(*call, Combine.DETERMINISTIC, type(activation), bias) is None
+            calls = CallKind(decision.path, product.target, found.shape, activation=type(activation), bias=bias)
+            assert decision.family.accepts(calls.on(decision.path, decision.weights)) is None
             families.append(decision.family)
         portable = product.target is Target.SM90 and any(family.every_gpu for family in families)
         assert ("The portable kernels run it: " in kind.reason) == portable, kind.reason

@@ -15,6 +15,7 @@ from epfuse.compile_ops import take_apart, traced_experts
 from epfuse.config import MINIMAX_M3_EP8 as M3
 from epfuse.config import Activation, Combine, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
+from epfuse.families.family import CallKind
 from epfuse.families.portable import PORTABLE, Portable
 from epfuse.families.registry import FAMILIES, serving
 from epfuse.policy import decide
@@ -80,13 +81,12 @@ def test_a_new_kind_runs_on_the_portable_kernels() -> None:
 
 @pytest.mark.usefixtures("known")
 def test_a_new_kind_is_decided_for_the_families_that_have_it() -> None:
-    assert decide(Path.BF16, Target.SM90, M3, 64, DENSE).family is not PORTABLE
-    decision = decide(Path.BF16, Target.SM90, M3, 64, DENSE, activation=Squared)
+    assert decide(CallKind(Path.BF16, Target.SM90, M3, DENSE), 64).family is not PORTABLE
+    decision = decide(CallKind(Path.BF16, Target.SM90, M3, DENSE, activation=Squared), 64)
     assert decision.family is PORTABLE
-    call = (Target.SM90, Path.BF16, WeightFormat.DENSE, M3, torch.bfloat16, Combine.DETERMINISTIC)
-    assert serving(*call, Squared) == (PORTABLE,)
+    assert serving(CallKind(Path.BF16, Target.SM90, M3, activation=Squared)) == (PORTABLE,)
     with pytest.raises(UnsupportedTarget, match="weights in block_fp8, activation Squared; it can run reference"):
-        decide(Path.BLOCK_FP8, Target.SM90, M3, 64, frozenset({WeightFormat.BLOCK_FP8}), activation=Squared)
+        decide(CallKind(Path.BLOCK_FP8, Target.SM90, M3, frozenset({WeightFormat.BLOCK_FP8}), activation=Squared), 64)
 
 
 @pytest.mark.usefixtures("known")
@@ -101,12 +101,12 @@ def test_a_kind_that_nobody_has_is_refused_in_words() -> None:
     for family in FAMILIES:
         target, paths = next(iter(family.reads.items()))
         path, forms = next(iter(paths.items()))
-        refusal = family.accepts(target, path, forms[0], M3, torch.bfloat16, Combine.DETERMINISTIC, Squared)
+        refusal = family.accepts(CallKind(path, target, M3, frozenset({forms[0]}), activation=Squared))
         assert refusal == f"{family.name} has no code for Squared."
-    refusals = path_refusals(Target.SM90, DENSE, torch.bfloat16, Combine.DETERMINISTIC, Squared)
+    refusals = path_refusals(CallKind(Path.AUTO, Target.SM90, M3, DENSE, activation=Squared))
     assert refusals[Path.BF16] == "It has no code for Squared."
     with pytest.raises(UnsupportedTarget, match="weights in dense, activation Squared; it can run reference"):
-        decide(Path.BF16, Target.GFX942, M3, 64, DENSE, activation=Squared)
+        decide(CallKind(Path.BF16, Target.GFX942, M3, DENSE, activation=Squared), 64)
     case = make_case(torch.device("cpu"))
     operands = (case.hidden, case.weights, case.topk_weights, case.topk_ids, case.expert_map)
     with pytest.raises(ConfigError, match=r"activation is Squared\(shift=0.5\); its kind must be one of swiglu_oai"):

@@ -60,5 +60,6 @@ def reading(folder: FilePath, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def _forget() -> None:
     store.shipped.cache_clear()
     call.call_table.cache_clear()
+    call.table_of.cache_clear()
     ranges._ranges.cache_clear()
     auto._gains.cache_clear()

@@ -10,7 +10,7 @@ import pytest
 from epfuse import Path, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import UnsupportedTarget
-from epfuse.families.family import Stage
+from epfuse.families.family import CallKind, Stage
 from epfuse.measured import store
 from epfuse.policy import decide
 from epfuse.stages.tiles import GemmTile, LayerTiles
@@ -72,7 +72,7 @@ def go(request: TuningRequest, seconds: float = 1e9, **changes: object) -> list[
 def test_calls_take_what_was_found(request_: TuningRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [outcome.point.tokens for outcome in go(request_)] == [1, 16, 64, 1024]
     with reading(request_.folder, monkeypatch):
-        decision = decide(Path.BF16, Target.GFX942, M3, 20)
+        decision = decide(CallKind(Path.BF16, Target.GFX942, M3), 20)
         assert decision.tiles is not None
         assert decision.tiles.gate_up == decision.tiles.down == WINNER
         assert "measured at T=16 on AMD Instinct MI300X" in decision.tile_source
@@ -115,7 +115,7 @@ def test_ranks_share_the_points(request_: TuningRequest) -> None:
 
 def test_a_plan_begins_with_what_calls_take_today(request_: TuningRequest) -> None:
     plan = plan_of(request_, TuningPoint(Path.BF16, WeightFormat.DENSE, 64))
-    today = decide(Path.BF16, Target.GFX942, M3, 64, device_name=DEVICE.name).tiles
+    today = decide(CallKind(Path.BF16, Target.GFX942, M3, device_name=DEVICE.name), 64).tiles
     assert plan.before == today
     assert plan.tries[plan.before.block_m][Stage.GATE_UP][0] == plan.before.gate_up
     assert all(tiles for stages in plan.tries.values() for tiles in stages.values())

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from epfuse import Path, Target
 from epfuse.config import WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Stage
+from epfuse.families.family import CallKind, Stage
 from epfuse.families.portable import PORTABLE
 from epfuse.families.registry import serving
 from epfuse.families.sm90 import SM90
@@ -23,6 +22,7 @@ from epfuse.tuning.space import block_ms, candidates, known_candidates
 from tests.tuning.tables import M3
 
 FRAGMENT = (SM90, SM90_PACKED)
+HOPPER = CallKind(Path.W8A16, Target.SM90, M3, frozenset({WeightFormat.FRAGMENT}))
 GPUS = [target for target in Target if target.is_gpu]
 KINDS = [(target, path, form) for target in GPUS for path, forms in READABLE[target].items() for form in forms]
 
@@ -30,12 +30,13 @@ KINDS = [(target, path, form) for target in GPUS for path, forms in READABLE[tar
 @pytest.mark.parametrize(("target", "path", "form"), KINDS)
 @pytest.mark.parametrize("rows", [0.03, 2.0, 32.0, 256.0])
 def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form: object, rows: float) -> None:
-    families = serving(target, path, form, M3, torch.bfloat16)
-    for block_m in block_ms(families, form, rows):
+    kind = CallKind(path, target, M3, frozenset({form}))
+    families = serving(kind)
+    for block_m in block_ms(families, rows):
         for stage in Stage:
-            tiles = candidates(target, families, form, M3, stage, block_m, rows)
+            tiles = candidates(kind, families, stage, block_m, rows)
             assert 4 <= len(tiles) == len(set(tiles)) <= 120
-            assert tiles == candidates(target, families, form, M3, stage, block_m, rows)
+            assert tiles == candidates(kind, families, stage, block_m, rows)
             for tile in tiles:
                 LayerTiles(block_m, tile, tile)
                 assert entry_of(tile).tile() == tile
@@ -61,20 +62,20 @@ def test_row_blocks_are_around_the_rows_of_an_expert(rows: float, least: int, ex
     [(8.0, []), (32.0, [96]), (64.0, [96]), (128.0, [144, 160]), (256.0, [272, 288, 320]), (1e9, [272, 288, 320])],
 )
 def test_blocks_of_two_parts_are_a_little_larger_than_the_rows(rows: float, expected: list[int]) -> None:
-    assert [size for size in SM90_PACKED.block_ms(rows, WeightFormat.FRAGMENT) if size.bit_count() > 1] == expected
+    assert [size for size in SM90_PACKED.block_ms(rows) if size.bit_count() > 1] == expected
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(8.0, []), (64.0, [96]), (128.0, [144, 160]), (1e9, [144, 160])])
 def test_blocks_of_fp8_rows_leave_registers_for_two_sums(rows: float, expected: list[int]) -> None:
-    assert [size for size in SM90_FP8.block_ms(rows, WeightFormat.ROW_FP8) if size.bit_count() > 1] == expected
+    assert [size for size in SM90_FP8.block_ms(rows) if size.bit_count() > 1] == expected
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(32.0, {(64, 32), (96, 32)}), (64.0, {(96, 32), (128, 64)})])
 def test_blocks_with_room_for_skew_are_tried(rows: float, blocks: set[tuple[int, int]]) -> None:
     found = {
         (block_m, tile.head)
-        for block_m in block_ms(FRAGMENT, WeightFormat.FRAGMENT, rows)
-        for tile in candidates(Target.SM90, FRAGMENT, WeightFormat.FRAGMENT, M3, Stage.DOWN, block_m, rows)
+        for block_m in block_ms(FRAGMENT, rows)
+        for tile in candidates(HOPPER, FRAGMENT, Stage.DOWN, block_m, rows)
         if isinstance(tile, Sm90PersistentTile)
     }
     assert blocks <= found
@@ -82,9 +83,8 @@ def test_blocks_with_room_for_skew_are_tried(rows: float, blocks: set[tuple[int,
 
 
 def test_narrow_layers_get_narrow_tiles() -> None:
-    form = READABLE[Target.GFX942][Path.BF16][0]
     narrow = replace(M3, hidden=64, intermediate=32)
-    tiles = candidates(Target.GFX942, [PORTABLE], form, narrow, Stage.GATE_UP, 16, 1.0)
+    tiles = candidates(CallKind(Path.BF16, Target.GFX942, narrow), [PORTABLE], Stage.GATE_UP, 16, 1.0)
     assert max(tile.block_n for tile in tiles) == 64
 
 
@@ -94,17 +94,17 @@ LARGE = Sm90PersistentTile(192, 128, 4, 4, 3, parts=1)
 
 def test_known_tiles_run_at_every_block_that_takes_them() -> None:
     def at(block_m: int) -> list[GemmTile]:
-        return known_candidates([SMALL, LARGE], FRAGMENT, WeightFormat.FRAGMENT, M3, Stage.DOWN, block_m)
+        return known_candidates(HOPPER, [SMALL, LARGE], FRAGMENT, Stage.DOWN, block_m)
 
     alone = replace(SMALL, guess_bytes=0)
     assert at(8) == [alone]
     assert at(64) == [alone, LARGE]
     assert at(144) == [LARGE]
     assert at(160) == [LARGE]
-    assert known_candidates([replace(LARGE, num_stages=4)], FRAGMENT, WeightFormat.FRAGMENT, M3, Stage.DOWN, 160) == []
+    assert known_candidates(HOPPER, [replace(LARGE, num_stages=4)], FRAGMENT, Stage.DOWN, 160) == []
     shared = replace(alone, split_k=4)
-    assert known_candidates([shared], FRAGMENT, WeightFormat.FRAGMENT, M3, Stage.DOWN, 8) == [shared]
-    assert known_candidates([shared], FRAGMENT, WeightFormat.FRAGMENT, M3, Stage.DOWN, 64) == []
+    assert known_candidates(HOPPER, [shared], FRAGMENT, Stage.DOWN, 8) == [shared]
+    assert known_candidates(HOPPER, [shared], FRAGMENT, Stage.DOWN, 64) == []
     for block_m in (8, 64, 144):
         for tile in at(block_m):
             LayerTiles(block_m, tile, tile)
@@ -113,6 +113,6 @@ def test_known_tiles_run_at_every_block_that_takes_them() -> None:
 def test_known_tiles_wider_than_the_layer_are_left_out() -> None:
     wide = GemmTile(256, 64, 0, 4, 3)
     narrow = replace(M3, hidden=128)
-    assert known_candidates([wide], [PORTABLE], WeightFormat.DENSE, M3, Stage.DOWN, 16)[0] == wide
-    assert known_candidates([wide], [PORTABLE], WeightFormat.DENSE, narrow, Stage.DOWN, 16) == []
-    assert known_candidates([wide], [PORTABLE], WeightFormat.DENSE, M3, Stage.DOWN, 144) == []
+    assert known_candidates(CallKind(Path.BF16, Target.SM90, M3), [wide], [PORTABLE], Stage.DOWN, 16)[0] == wide
+    assert known_candidates(CallKind(Path.BF16, Target.SM90, narrow), [wide], [PORTABLE], Stage.DOWN, 16) == []
+    assert known_candidates(CallKind(Path.BF16, Target.SM90, M3), [wide], [PORTABLE], Stage.DOWN, 144) == []

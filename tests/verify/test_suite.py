@@ -12,7 +12,7 @@ import torch
 from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, api
 from epfuse.config import Bias, Combine, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
-from epfuse.policy.call import call_table
+from epfuse.policy.call import call_table, table_of
 from epfuse.stages.route import reference as route_reference
 from epfuse.target import planning_for
 from epfuse.verify import problem as problem_module
@@ -304,6 +304,7 @@ def test_subjects_of_the_device() -> None:
 def test_subjects_are_asked_for_with_the_products_name(caplog: pytest.LogCaptureFixture) -> None:
     """A target alone stands for another product, whose tiles would be planned, and named in warnings."""
     call_table.cache_clear()
+    table_of.cache_clear()
     with planning_for(Target.SM90, product="NVIDIA H200"):
         problem = Problem(6144, 3072, 128, 4, 2, (1,), torch.bfloat16, torch.device("meta"), 0)
         assert len(subjects_of(problem, "all")) > 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,6 @@ from epfuse.config import (
     Bias,
     Combine,
     GELUTanh,
-    LayerShape,
     Path,
     ReLU2,
     SoftcappedSwiGLU,
@@ -23,7 +22,7 @@ from epfuse.config import (
     WeightFormat,
 )
 from epfuse.expert_map import ExpertMap
-from epfuse.policy import READABLE, decide, readable_formats
+from epfuse.policy import READABLE, CallKind, decide, readable_formats
 from epfuse.target import Target
 from epfuse.weights.experts import ExpertWeights
 
@@ -108,10 +107,11 @@ def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str
     found = []
     for path in paths:
         for form in READABLE[target].get(path, ()):
-            ways = [way for way in Combine if form in readable_formats(target, path, way)]
             for dtype in dtypes if form is WeightFormat.DENSE else ["bf16"]:
                 for shape in shapes:
-                    counts = token_counts(target, path, form, SHAPES[shape], DTYPES[dtype])
+                    kind = CallKind(path, target, SHAPES[shape], frozenset({form}), DTYPES[dtype])
+                    ways = [way for way in Combine if form in readable_formats(replace(kind, combine=way))]
+                    counts = token_counts(kind)
                     found += [Call(target, path, form, dtype, shape, way, tokens) for way in ways for tokens in counts]
     if KIND_SHAPE in shapes and "bf16" in dtypes:
         found += [call for path in paths for call in other_kinds(target, path)]
@@ -121,26 +121,23 @@ def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str
 @checks_enums
 def other_kinds(target: Target, path: Path) -> list[Call]:
     """A call of each kind but the first on each of its families, on the weights that its kernels read best."""
-    found, shape = [], SHAPES[KIND_SHAPE]
+    found = []
     for name, (activation, bias) in list(KINDS.items())[1:]:
-        forms = readable_formats(target, path, Combine.DETERMINISTIC, type(activation), bias)
+        kind = CallKind(path, target, SHAPES[KIND_SHAPE], activation=type(activation), bias=bias)
+        forms = readable_formats(kind)
         if forms and (bias is Bias.ADDED or path in _EVERY_KIND):
-            counts = {}
-            for tokens in KIND_TOKENS:
-                kept = frozenset({forms[0]})
-                decision = decide(path, target, shape, tokens, kept, activation=type(activation), bias=bias)
-                counts[decision.family] = tokens
+            counts = {decide(kind.on(path, forms[0]), tokens).family: tokens for tokens in KIND_TOKENS}
             call = (target, path, forms[0], "bf16", KIND_SHAPE, Combine.DETERMINISTIC)
             found += [Call(*call, tokens, name) for tokens in counts.values()]
     return found
 
 
-def token_counts(target: Target, path: Path, form: WeightFormat, shape: LayerShape, dtype: torch.dtype) -> list[int]:
+def token_counts(kind: CallKind) -> list[int]:
     """The powers of two (the routing kernels' sizes follow them) and the first and last T of every choice of tiles."""
     chosen = {1 << power for power in range(MOST_TOKENS.bit_length())}
     before = None
     for tokens in range(1, MOST_TOKENS + 1):
-        decision = decide(path, target, shape, tokens, frozenset({form}), dtype)
+        decision = decide(kind, tokens)
         if before is not None and decision != before:
             chosen |= {tokens - 1, tokens}
         before = decision

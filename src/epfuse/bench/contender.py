@@ -18,7 +18,7 @@ from epfuse.bench.roofline import MatrixOperand
 from epfuse.bench.weights import LayerWeights
 from epfuse.config import Combine, Path, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
-from epfuse.policy import FP8_PATHS, decide
+from epfuse.policy import FP8_PATHS, CallKind, decide
 from epfuse.target import device_name
 from epfuse.verify.budget import Tolerance, dense_tolerance, fp8_tolerance
 from epfuse.verify.problem import Problem
@@ -156,8 +156,9 @@ def _path(subject: Subject, problem: Problem, weights: LayerWeights) -> Contende
         return call
 
     def block_m(tokens: int) -> int | None:
-        formats, product = frozenset({subject.form}), device_name(problem.device)
-        tiles = decide(path, problem.target, problem.shape, tokens, formats, problem.dtype, combine, product).tiles
+        forms, product = frozenset({subject.form}), device_name(problem.device)
+        kind = CallKind(path, problem.target, problem.shape, forms, problem.dtype, combine, device_name=product)
+        tiles = decide(kind, tokens).tiles
         return tiles.block_m if tiles else None
 
     captured = problem.target.is_gpu and path is not Path.REFERENCE  # which syncs with the device

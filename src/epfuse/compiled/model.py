@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from epfuse.arguments import checks_enums
-from epfuse.compiled.layer import CompiledLayer
 from epfuse.expert_map import experts_of_rank
+from epfuse.families.family import CallKind
 from epfuse.integrations.choice import choose
 from epfuse.policy.facts import model_facts
 from epfuse.policy.layer import LayerPlan
-from epfuse.target import REFERENCE_DEVICE, Target
+from epfuse.target import Target
 from epfuse.weights.model_config import ExpertModel
 
 
@@ -23,7 +23,7 @@ class ModelLayers:
         left: index of a layer that epfuse does not run -> why.
     """
 
-    layers: tuple[CompiledLayer, ...]
+    layers: tuple[CallKind, ...]
     left: dict[int, str]
 
 
@@ -41,7 +41,7 @@ def model_layers(model: ExpertModel, target: Target, product: str | None, ep_siz
     Raises:
         ConfigError: the experts can't be spread, or their width divided, so.
     """
-    found: dict[CompiledLayer, None] = {}
+    found: dict[CallKind, None] = {}
     left: dict[int, str] = {}
     held = {len(experts_of_rank(model.experts, ep_size, rank)) for rank in (0, ep_size - 1)}
     for index in model.moe_layers:
@@ -56,19 +56,7 @@ def model_layers(model: ExpertModel, target: Target, product: str | None, ep_siz
     return ModelLayers(tuple(found), left)
 
 
-def layers_of(plan: LayerPlan) -> list[CompiledLayer]:
-    """A layer as each of its plan's paths runs it; the plan leaves it not untouched."""
-    request, storage = plan.request, plan.storage
+def layers_of(plan: LayerPlan) -> list[CallKind]:
+    """A layer's calls on each of its plan's paths; the plan leaves it not untouched."""
     paths = dict.fromkeys(part.decision.path for part in plan.ranges)
-    return [
-        CompiledLayer(
-            request.target,
-            request.device_name or REFERENCE_DEVICE[request.target],
-            path,
-            storage.formats(request.target, type(request.activation), request.bias),
-            request.shape,
-            activation=request.activation,
-            bias=request.bias,
-        )
-        for path in paths
-    ]
+    return [plan.request.calls(plan.storage, path) for path in paths]

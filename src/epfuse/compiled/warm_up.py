@@ -16,7 +16,8 @@ from epfuse.aot.launches import Launch
 from epfuse.aot.tasks import start
 from epfuse.bundle import bundle
 from epfuse.compiled.launchers import compile_driver_module, compile_launcher
-from epfuse.compiled.layer import CompiledLayer, kernels, run_calls, token_counts
+from epfuse.compiled.layer import kernels, run_calls, token_counts
+from epfuse.families.family import CallKind
 from epfuse.kernel_cache import folder, is_compiled, kernels_in, say_ready
 from epfuse.target import Target, planning_for
 from epfuse.workers import Died, Workers
@@ -26,10 +27,10 @@ log: logging.Logger = logging.getLogger(__name__)
 MOST_WORKERS = 16
 """Processes that compile; each takes some 0.7 GB of the host's memory, and none of the GPU's."""
 
-_warm: set[tuple[CompiledLayer, int]] = set()
+_warm: set[tuple[CallKind, int]] = set()
 
 
-def warm_up(layer: CompiledLayer, max_tokens: int, say: Callable[[str], None] = log.info) -> None:
+def warm_up(layer: CallKind, max_tokens: int, say: Callable[[str], None] = log.info) -> None:
     """Have every kernel that calls of up to ``max_tokens`` tokens launch compiled and loaded on the current device.
 
     What is compiled already, in the bundle or in the folder of kernels, is only loaded. Of several processes of one
@@ -37,7 +38,7 @@ def warm_up(layer: CompiledLayer, max_tokens: int, say: Callable[[str], None] = 
     afterwards and is not there is counted (`epfuse.kernel_cache.late_compiles`).
 
     Args:
-        layer: on the GPU that is there.
+        layer: its calls, on the GPU that is there.
         max_tokens: the largest T.
         say: takes a line of progress.
 
@@ -132,7 +133,7 @@ def _compile_module(target: Target, place: Path) -> None:
         compile_driver_module(target)
 
 
-def load(layer: CompiledLayer, max_tokens: int, launches: Sequence[Launch]) -> None:
+def load(layer: CallKind, max_tokens: int, launches: Sequence[Launch]) -> None:
     """Have Triton find and load on the current device what is compiled; what is not is compiled here.
 
     Triton keeps kernels by the arguments of a launch. So the launchers are called as a call would call them, with
@@ -142,7 +143,7 @@ def load(layer: CompiledLayer, max_tokens: int, launches: Sequence[Launch]) -> N
     for function in functions.values():
         function.run = functools.partial(_only_load, type(function).run.__get__(function))
     try:
-        with planning_for(layer.target, layer.product):
+        with planning_for(layer.target, layer.device):
             run_calls(layer, token_counts(layer, max_tokens))
     finally:
         for function in functions.values():

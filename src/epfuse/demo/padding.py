@@ -7,7 +7,7 @@ import torch
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.expert_map import ExpertMap
-from epfuse.policy import decide
+from epfuse.policy import CallKind, decide
 from epfuse.stages.route.reference import local_experts, route
 from epfuse.target import Target, device_name, target_of
 
@@ -21,7 +21,7 @@ def planned_block_m(
     """BLOCK_M of a call; on a CPU, which has no tiles, that of gfx942."""
     target = target_of(device)
     where, product = (target, device_name(device)) if target.is_gpu else (Target.GFX942, None)
-    tiles = decide(Path.AUTO, where, shape, tokens, frozenset({weights}), device_name=product).tiles
+    tiles = decide(CallKind(Path.AUTO, where, shape, frozenset({weights}), device_name=product), tokens).tiles
     assert tiles is not None  # every GPU has kernels for dense weights and MXFP8
     return tiles.block_m
 

@@ -13,8 +13,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from epfuse.config import Activation, Bias, LayerShape, Path, WeightFormat
-from epfuse.families.family import Family, LayerCall, Reads, Steps
+from epfuse.config import Activation, Bias, Path, WeightFormat
+from epfuse.families.family import CallKind, Family, LayerCall, Reads, Steps
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.scratch import ScratchSize
 from epfuse.stages.activation_library import activated_
@@ -60,20 +60,16 @@ class Cpu(Family):
         """Whatever the reference has."""
         return activation.kind in REFERENCES
 
-    def defaults(
-        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
-    ) -> tuple[TileRange, ...]:
+    def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """The library's."""
-        run = NATIVE_RUN if form is WeightFormat.DENSE and multiplies(dtype) else RUN
+        run = NATIVE_RUN if kind.form is WeightFormat.DENSE and multiplies(kind.dtype) else RUN
         return (TileRange(ANY, LayerTiles.both(run, LibraryTile())),)
 
-    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+    def block_ms(self, rows: float) -> list[int]:
         """Nothing to search."""
         return [RUN]
 
-    def candidates(
-        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
-    ) -> Iterator[GemmTile]:
+    def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Nothing to search."""
         return iter((LibraryTile(),))
 

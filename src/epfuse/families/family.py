@@ -5,15 +5,17 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.scratch import Scratch, ScratchSize
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile, LayerTiles, TileRange
-from epfuse.target import Target
+from epfuse.target import REFERENCE_DEVICE, Target
 
 Step: TypeAlias = tuple[str, Callable[[], object]]
 """A stage's name, as profiles show it, and its launch."""
@@ -38,6 +40,50 @@ class Stage(enum.Enum):
 
     GATE_UP = "gate_up"
     DOWN = "down"
+
+
+@checks_enums
+@dataclass(frozen=True)
+class CallKind:
+    """What decides which kernels run the calls of a layer: all but the number of tokens.
+
+    Attributes:
+        path: what callers ask for; AUTO and REFERENCE are for the policy, which settles them.
+        target: where the calls run.
+        shape: the layer's sizes.
+        formats: the weights that are kept.
+        dtype: of the activations.
+        combine: how routes are summed; ATOMIC leaves the paths with FP8 activations.
+        activation: between the two GEMMs; its parameters are arguments at run time.
+        bias: whether the projections have one.
+        device_name: the product, as torch names it, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
+    """
+
+    path: Path
+    target: Target
+    shape: LayerShape
+    formats: frozenset[WeightFormat] = frozenset({WeightFormat.DENSE})
+    dtype: torch.dtype = torch.bfloat16
+    combine: Combine = Combine.DETERMINISTIC
+    activation: type[Activation] = SwiGLUOAI
+    bias: Bias = Bias.NONE
+    device_name: str | None = None
+
+    @property
+    def device(self) -> str:
+        """The product that runs the calls."""
+        return self.device_name or REFERENCE_DEVICE[self.target]
+
+    @property
+    def form(self) -> WeightFormat:
+        """The weights that the kernels read, where one format is left to choose from."""
+        (form,) = self.formats
+        return form
+
+    @checks_enums
+    def on(self, path: Path, form: WeightFormat) -> CallKind:
+        """The calls on one path that read one format: what families are asked about."""
+        return replace(self, path=path, formats=frozenset({form}))
 
 
 class LayerCall(NamedTuple):
@@ -108,72 +154,51 @@ class Family(ABC):
     least_block_m: ClassVar[int] = 16
     every_gpu: ClassVar[bool] = False
 
-    def accepts(
-        self,
-        target: Target,
-        path: Path,
-        form: WeightFormat,
-        shape: LayerShape,
-        dtype: torch.dtype,
-        combine: Combine,
-        activation: type[Activation] = SwiGLUOAI,
-        bias: Bias = Bias.NONE,
-    ) -> str | None:
+    def accepts(self, kind: CallKind) -> str | None:
         """Why calls can't run on this family, in a sentence; None if they can.
 
         Args:
-            target: a GPU.
-            path: neither AUTO nor REFERENCE.
-            form: the weights' format.
-            shape: the layer's sizes.
-            dtype: of the activations.
-            combine: how routes are summed.
-            activation: between the two GEMMs.
-            bias: whether the projections have one.
+            kind: of the calls, on one path and one format.
         """
-        if form not in self.reads.get(target, {}).get(path, ()):
+        target, path, form = kind.target, kind.path, kind.form
+        if form not in self.readable(target, path):
             return f"{self.name} has no kernel for {target.value} that reads {form.value} weights on {path.value}."
-        if combine not in self.combines:
-            return f"{self.name} does not sum routes by {combine.value}."
-        if not self.computes(activation):
-            return f"{self.name} has no code for {activation.__name__}."
-        if bias not in self.biases:
+        if kind.combine not in self.combines:
+            return f"{self.name} does not sum routes by {kind.combine.value}."
+        if not self.computes(kind.activation):
+            return f"{self.name} has no code for {kind.activation.__name__}."
+        if kind.bias not in self.biases:
             return f"{self.name} adds no biases."
-        if path is not Path.BF16 and dtype not in self.beside_fp8:
-            return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
+        if path is not Path.BF16 and kind.dtype not in self.beside_fp8:
+            return f"It takes BF16 activations, not {str(kind.dtype).removeprefix('torch.')}."
         return None
+
+    def readable(self, target: Target, path: Path) -> tuple[WeightFormat, ...]:
+        """The weights that the kernels read there, best first; none without a kernel."""
+        return self.reads.get(target, {}).get(path, ())
 
     def computes(self, activation: type[Activation]) -> bool:
         """Whether it has code for an activation."""
         return activation in self.activations
 
     @abstractmethod
-    def defaults(
-        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
-    ) -> tuple[TileRange, ...]:
+    def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Tiles where nothing was measured, by expected rows per expert, ascending; the last range has no end.
 
         Args:
-            target: a GPU, or the CPU of the family for CPUs.
-            form: the weights' format.
-            shape: the layer's sizes.
-            dtype: of the activations.
+            kind: of calls that it accepts.
         """
 
     @abstractmethod
-    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+    def block_ms(self, rows: float) -> list[int]:
         """Row blocks that are worth trying for ``rows`` expected rows per expert."""
 
     @abstractmethod
-    def candidates(
-        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
-    ) -> Iterator[GemmTile]:
+    def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Tiles of either GEMM that are worth trying.
 
         Args:
-            target: a GPU.
-            form: the weights' format.
-            shape: the layer's sizes.
+            kind: of calls that it accepts.
             block_m: rows of a block, one of `block_ms`.
             rows: expected rows per expert.
         """

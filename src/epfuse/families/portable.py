@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import ACTIVATIONS, Activation, Bias, LayerShape, Path, WeightFormat
+from epfuse.config import ACTIVATIONS, Activation, Bias, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
+from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import rows_between, rows_scratch
 from epfuse.scratch import ScratchSize
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, TileRange
@@ -35,28 +35,24 @@ class Portable(Family):
         Target.GFX950: {Path.W8A16: (WeightFormat.MXFP8,), Path.BF16: (WeightFormat.DENSE,)},
     }
 
-    def defaults(
-        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
-    ) -> tuple[TileRange, ...]:
+    def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Dense or MXFP8 tables; FP32 has one tile."""
-        if form is not WeightFormat.DENSE:
-            return MXFP8[target]
-        return FLOAT32 if dtype == torch.float32 else DENSE[target]
+        if kind.form is not WeightFormat.DENSE:
+            return MXFP8[kind.target]
+        return FLOAT32 if kind.dtype == torch.float32 else DENSE[kind.target]
 
-    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+    def block_ms(self, rows: float) -> list[int]:
         """Powers of two."""
         return blocks.powers_of_two(rows, self.least_block_m)
 
-    def candidates(
-        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
-    ) -> Iterator[GemmTile]:
+    def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Tiles whose accumulators fill the warps and whose weights fit shared memory."""
-        wide = (64, 128, 256) if form is WeightFormat.DENSE else (64, 128)
+        wide = (64, 128, 256) if kind.form is WeightFormat.DENSE else (64, 128)
         for block_n, block_k, group_m, warps, stages in itertools.product(
-            (32, 64, 128, 256), wide, blocks.groups(block_m), (4, 8), (2,) if target.is_amd else (3, 4)
+            (32, 64, 128, 256), wide, blocks.groups(block_m), (4, 8), (2,) if kind.target.is_amd else (3, 4)
         ):
             filled = block_m * block_n >= 512 * warps // 4
-            if block_k <= max(64, shape.hidden) and filled and block_n * block_k <= 1 << 15:
+            if block_k <= max(64, kind.shape.hidden) and filled and block_n * block_k <= 1 << 15:
                 yield GemmTile(block_n, block_k, group_m, warps, stages)
 
     def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import ACTIVATIONS, Activation, Bias, Combine, LayerShape, Path, WeightFormat
+from epfuse.config import ACTIVATIONS, Activation, Bias, Combine, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
+from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
 from epfuse.scratch import ScratchSize
 from epfuse.stages.quantize.rows import FP8Rows
@@ -35,22 +35,18 @@ class PortableFP8(Family):
         Target.GFX950: {Path.W8A8: (WeightFormat.MXFP8,), Path.BLOCK_FP8: (WeightFormat.BLOCK_FP8,)},
     }
 
-    def defaults(
-        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
-    ) -> tuple[TileRange, ...]:
+    def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """block_k is a multiple of both groups, 32 and 128."""
-        return FP8[target]
+        return FP8[kind.target]
 
-    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+    def block_ms(self, rows: float) -> list[int]:
         """Powers of two."""
         return blocks.powers_of_two(rows, self.least_block_m)
 
-    def candidates(
-        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
-    ) -> Iterator[GemmTile]:
+    def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Whole groups of 128."""
         for block_n, group_m, warps, stages in itertools.product(
-            (64, 128, 256), blocks.groups(block_m), (2, 4, 8), (2,) if target.is_amd else (3, 4)
+            (64, 128, 256), blocks.groups(block_m), (2, 4, 8), (2,) if kind.target.is_amd else (3, 4)
         ):
             if block_m * block_n <= 128 * 128:
                 yield GemmTile(block_n, 128, group_m, warps, stages)

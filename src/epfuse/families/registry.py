@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from epfuse.arguments import checks_enums, integer, member
-from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.families.cpu import CPU
-from epfuse.families.family import Family
+from epfuse.families.family import CallKind, Family
 from epfuse.families.portable import PORTABLE
 from epfuse.families.portable_fp8 import PORTABLE_FP8
 from epfuse.families.sm90 import SM90
@@ -30,7 +28,7 @@ FP8_PATHS = frozenset({Path.W8A8, Path.BLOCK_FP8})
 
 
 def _readable(target: Target, path: Path) -> tuple[WeightFormat, ...]:
-    found = (form for family in FAMILIES for form in family.reads.get(target, {}).get(path, ()))
+    found = (form for family in FAMILIES for form in family.readable(target, path))
     return tuple(dict.fromkeys(found))
 
 
@@ -40,64 +38,49 @@ READABLE: dict[Target, dict[Path, tuple[WeightFormat, ...]]] = {
 """The paths of each target in AUTO's order, and the weights that each reads, best first."""
 
 
-@checks_enums
-def readable_formats(
-    target: Target,
-    path: Path,
-    combine: Combine,
-    activation: type[Activation] = SwiGLUOAI,
-    bias: Bias = Bias.NONE,
-) -> tuple[WeightFormat, ...]:
+def readable_formats(kind: CallKind) -> tuple[WeightFormat, ...]:
     """The weights whose kernels on a path activate, add biases and sum routes so, best first; none without a kernel.
 
-    Arguments as of `Family.accepts`.
+    Args:
+        kind: of the calls, on one path; its sizes, dtype and formats are not asked.
     """
+    target, path = kind.target, kind.path
     able = [
         family
         for family in FAMILIES
-        if combine in family.combines and bias in family.biases and family.computes(activation)
+        if kind.combine in family.combines and kind.bias in family.biases and family.computes(kind.activation)
     ]
     return tuple(
-        form
-        for form in READABLE[target].get(path, ())
-        if any(form in family.reads.get(target, {}).get(path, ()) for family in able)
+        form for form in READABLE[target].get(path, ()) if any(form in family.readable(target, path) for family in able)
     )
 
 
-@checks_enums
-def takes_beside_fp8(target: Target, path: Path, dtype: torch.dtype) -> bool:
-    """Whether any family on a path takes activations of a dtype where the weights are in FP8."""
-    return any(path in family.reads.get(target, {}) and dtype in family.beside_fp8 for family in FAMILIES)
+def takes_beside_fp8(kind: CallKind) -> bool:
+    """Whether any family on the calls' path takes their activations' dtype where the weights are in FP8."""
+    return any(family.readable(kind.target, kind.path) and kind.dtype in family.beside_fp8 for family in FAMILIES)
 
 
-@checks_enums
-def serving(
-    target: Target,
-    path: Path,
-    form: WeightFormat,
-    shape: LayerShape,
-    dtype: torch.dtype,
-    combine: Combine = Combine.DETERMINISTIC,
-    activation: type[Activation] = SwiGLUOAI,
-    bias: Bias = Bias.NONE,
-) -> tuple[Family, ...]:
-    """The families whose kernels such calls run; a call's tiles say which of them. Arguments as of `Family.accepts`."""
-    call = (target, path, form, shape, dtype, combine, activation, bias)
-    found = tuple(family for family in FAMILIES if family.accepts(*call) is None)
+def serving(kind: CallKind) -> tuple[Family, ...]:
+    """The families whose kernels such calls run; a call's tiles say which of them.
+
+    Args:
+        kind: of the calls, on one path and one format.
+    """
+    found = tuple(family for family in FAMILIES if family.accepts(kind) is None)
     return tuple(family for family in found if not family.every_gpu) or found
 
 
-@checks_enums
-def why_portable(
-    target: Target, path: Path, shape: LayerShape, dtype: torch.dtype, activation: type[Activation], bias: Bias
-) -> str | None:
-    """Why a GPU's own kernels don't run such calls, in a sentence; None if they do, or the path has none there."""
-    call = shape, dtype, Combine.DETERMINISTIC, activation, bias
+def why_portable(kind: CallKind) -> str | None:
+    """Why a GPU's own kernels don't run such calls, in a sentence; None if they do, or the path has none there.
+
+    Args:
+        kind: of the calls, on one path; of whatever formats these kernels read.
+    """
     refusals = [
-        family.accepts(target, path, form, *call)
+        family.accepts(kind.on(kind.path, form))
         for family in FAMILIES
         if not family.every_gpu
-        for form in family.reads.get(target, {}).get(path, ())
+        for form in family.readable(kind.target, kind.path)
     ]
     return None if None in refusals else next(iter(refusals), None)
 
@@ -120,22 +103,13 @@ def family_of(path: Path, form: WeightFormat, tiles: LayerTiles) -> Family:
     )
 
 
-@checks_enums
-def default_ranges(
-    target: Target,
-    path: Path,
-    form: WeightFormat,
-    shape: LayerShape,
-    dtype: torch.dtype,
-    activation: type[Activation] = SwiGLUOAI,
-    bias: Bias = Bias.NONE,
-) -> tuple[TileRange, ...]:
-    """Default tiles of a path, by expected rows per expert, ascending; the last range has no end.
+def default_ranges(kind: CallKind) -> tuple[TileRange, ...]:
+    """Default tiles by expected rows per expert, ascending; the last range has no end.
 
-    Arguments as of `Family.accepts`.
+    Args:
+        kind: of the calls, on one path and one format.
     """
-    families = serving(target, path, form, shape, dtype, activation=activation, bias=bias)
-    found = [entry for family in families for entry in family.defaults(target, form, shape, dtype)]
+    found = [entry for family in serving(kind) for entry in family.defaults(kind)]
     return tuple(sorted(found, key=lambda entry: entry.max_rows))
 
 

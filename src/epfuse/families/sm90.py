@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
+from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import rows_between, rows_scratch
 from epfuse.scratch import ScratchSize
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90Tile, TileRange
@@ -37,21 +37,12 @@ class Sm90(Family):
         Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,), Path.BF16: (WeightFormat.DENSE,)},
     }
 
-    def accepts(
-        self,
-        target: Target,
-        path: Path,
-        form: WeightFormat,
-        shape: LayerShape,
-        dtype: torch.dtype,
-        combine: Combine,
-        activation: type[Activation] = SwiGLUOAI,
-        bias: Bias = Bias.NONE,
-    ) -> str | None:
+    def accepts(self, kind: CallKind) -> str | None:
         """Dense rows that begin at multiples of 32 bytes, and BF16."""
-        if (refusal := super().accepts(target, path, form, shape, dtype, combine, activation, bias)) is not None:
+        if (refusal := super().accepts(kind)) is not None:
             return refusal
-        if form is WeightFormat.DENSE and (shape.hidden % 16 or shape.intermediate % 16):
+        shape, dtype = kind.shape, kind.dtype
+        if kind.form is WeightFormat.DENSE and (shape.hidden % 16 or shape.intermediate % 16):
             return (
                 f"It takes dense weights with H and I in multiples of 16, not {shape.hidden} and {shape.intermediate}."
             )
@@ -59,23 +50,19 @@ class Sm90(Family):
             return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
         return None
 
-    def defaults(
-        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
-    ) -> tuple[TileRange, ...]:
+    def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H100."""
-        return FRAGMENT if form is WeightFormat.FRAGMENT else DENSE
+        return FRAGMENT if kind.form is WeightFormat.FRAGMENT else DENSE
 
-    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+    def block_ms(self, rows: float) -> list[int]:
         """Powers of two."""
         return blocks.powers_of_two(rows, self.least_block_m)
 
-    def candidates(
-        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
-    ) -> Iterator[GemmTile]:
+    def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit shared memory; shared reductions where there are few rows."""
         if block_m.bit_count() > 1:
             return
-        packed = form is WeightFormat.FRAGMENT
+        packed = kind.form is WeightFormat.FRAGMENT
         for block_k, (block_n, warps), group_m, stages, split_k in itertools.product(
             (128,) if packed or block_m < 64 else (64, 128),
             ((64, 4), (128, 4), (128, 8), (256, 8)),
@@ -84,7 +71,7 @@ class Sm90(Family):
             (1, 2, 4, 8) if rows <= SPLIT_ROWS else (1,),
         ):
             tile = Sm90Tile(block_n, block_k, group_m, warps, stages, split_k=split_k)
-            if ring_fits(tile, form, block_m):
+            if ring_fits(tile, kind.form, block_m):
                 yield tile
 
     def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:

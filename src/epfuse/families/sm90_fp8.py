@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import Bias, LayerShape, Path, WeightFormat
+from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Reads, Step, Steps
+from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
 from epfuse.families.sm90 import SHARED_BYTES
 from epfuse.families.sm90_packed import HEADS, two_parts
@@ -36,26 +36,22 @@ class Sm90FP8(Family):
     biases: ClassVar[frozenset[Bias]] = frozenset(Bias)
     reads: ClassVar[Reads] = {Target.SM90: {Path.W8A8: (WeightFormat.ROW_FP8,)}}
 
-    def defaults(
-        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
-    ) -> tuple[TileRange, ...]:
+    def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H100."""
         return ROW_FP8
 
-    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+    def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""
         sizes = two_parts(rows, LARGEST_TWO_PARTS, max(MOST_ROWS.values()))
         return sorted({*blocks.powers_of_two(rows, self.least_block_m), *sizes})
 
-    def candidates(
-        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
-    ) -> Iterator[GemmTile]:
+    def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit, with two or three consumers."""
         for block_n, group_m, stages, head in itertools.product(
             (128, 192), (0, 1, 2, 4), (4, 5, 6), HEADS.get(block_m, (0,))
         ):
             tile = Sm90PersistentTile(block_n, 128, group_m, 4, stages, parts=1, head=head)
-            if self.fits(tile, form, block_m):
+            if self.fits(tile, kind.form, block_m):
                 yield tile
 
     def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:

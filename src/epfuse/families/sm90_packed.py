@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import ClassVar
 
-import torch
-
-from epfuse.config import Bias, LayerShape, Path, WeightFormat
+from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import Family, LayerCall, Reads, Stage, Step, Steps
+from epfuse.families.family import CallKind, Family, LayerCall, Reads, Stage, Step, Steps
 from epfuse.families.memory import rows_between, rows_scratch
 from epfuse.families.sm90 import SHARED_BYTES
 from epfuse.scratch import ScratchSize
@@ -40,20 +38,16 @@ class Sm90Packed(Family):
     least_block_m: ClassVar[int] = 32
     reads: ClassVar[Reads] = {Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,)}}
 
-    def defaults(
-        self, target: Target, form: WeightFormat, shape: LayerShape, dtype: torch.dtype
-    ) -> tuple[TileRange, ...]:
+    def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H100."""
         return FRAGMENT
 
-    def block_ms(self, rows: float, form: WeightFormat) -> list[int]:
+    def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""
         powers = [size for size in blocks.powers_of_two(rows, 8) if size >= self.least_block_m]
         return sorted({*powers, *two_parts(rows, LARGEST_TWO_PARTS, max(TWO_PARTS))})
 
-    def candidates(
-        self, target: Target, form: WeightFormat, shape: LayerShape, block_m: int, rows: float
-    ) -> Iterator[GemmTile]:
+    def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Three consumers and whole steps, or two and half steps, which leave room for many rows."""
         if block_m < self.least_block_m:
             return

@@ -9,7 +9,7 @@ from epfuse.config import Path
 from epfuse.errors import ConfigError
 from epfuse.hardware.time_model import PATHS, predicted_ms
 from epfuse.planning.model_plan import ModelPlan
-from epfuse.policy import Decision, Storage, decide
+from epfuse.policy import CallKind, Decision, Storage, decide
 
 CONCURRENCIES = {"c1": 1, "c16": 16, "c256": 216}
 """Requests in flight -> T of a decode step. Of 256, 216 were active in the published profile (`hardware.published`)."""
@@ -45,18 +45,10 @@ def chosen_ms(plan: ModelPlan, tokens: int) -> float | None:
 
 def _path_ms(plan: ModelPlan, path: Path, tokens: int) -> float | None:
     product = plan.serving.product
-    activation, bias = type(plan.model.activation), plan.model.bias
-    hybrid, blocks = (each.formats(product.target, activation, bias) for each in (Storage.HYBRID, Storage.BLOCK_FP8))
-    decision = decide(
-        path,
-        product.target,
-        plan.shape,
-        tokens,
-        hybrid | blocks,
-        device_name=product.device_name,
-        activation=activation,
-        bias=bias,
-    )
+    activation, bias, device = type(plan.model.activation), plan.model.bias, product.device_name
+    kind = CallKind(path, product.target, plan.shape, activation=activation, bias=bias, device_name=device)
+    kept = Storage.HYBRID.formats(kind) | Storage.BLOCK_FP8.formats(kind)
+    decision = decide(replace(kind, formats=kept), tokens)
     return _milliseconds(plan, decision, tokens, len(plan.model.moe_layers))
 
 

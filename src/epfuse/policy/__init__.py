@@ -4,6 +4,7 @@ Two questions, asked at two times. `plan_layer`, at load: what is stored, and wh
 `decide`, at a call: the kernels on the weights that are there.
 """
 
+from epfuse.families.family import CallKind
 from epfuse.families.registry import FP8_PATHS, READABLE, readable_formats
 from epfuse.policy.call import decide
 from epfuse.policy.decision import Considered, Decision, PathVerdict, TileChoice
@@ -16,6 +17,7 @@ from epfuse.weights.checkpoint_format import Checkpoint
 __all__ = [
     "FP8_PATHS",
     "READABLE",
+    "CallKind",
     "Checkpoint",
     "Considered",
     "Decision",

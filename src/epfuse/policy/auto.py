@@ -13,16 +13,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-import torch
-
-from epfuse.config import Activation, Bias, Combine, LayerShape, Path, Policy
+from epfuse.config import Path, Policy
 from epfuse.errors import ConfigError
+from epfuse.families.family import CallKind
 from epfuse.families.registry import READABLE
 from epfuse.policy.call import call_table
 from epfuse.policy.layer import LayerPlan, LayerRequest, Storage
 from epfuse.policy.ranges import Route, token_ranges
 from epfuse.policy.rivals import why_declined, why_taken
-from epfuse.target import Target
 from epfuse.weights.checkpoint_format import Checkpoint
 
 EXPERT_SHARE = 0.8
@@ -62,8 +60,7 @@ def plan(request: LayerRequest) -> LayerPlan:
     """
     if request.stored is Storage.UNTOUCHED:
         raise ConfigError("stored is 'untouched'; policy auto plans layers whose weights epfuse keeps")
-    kind = type(request.activation), request.bias
-    gains = _gains(request.target, request.shape, request.device, *kind)
+    gains = _gains(request.calls(Storage.HYBRID))
     storage, reason, refused = _storage(request, gains)
     ranges = token_ranges(request, storage, _routes(storage, request, gains))
     found = LayerPlan(Policy.AUTO, request, storage, reason, ranges, refused)
@@ -160,15 +157,11 @@ def _copies_that_fit(request: LayerRequest) -> int:
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers are alike
-def _gains(
-    target: Target, shape: LayerShape, device: str, activation: type[Activation], bias: Bias
-) -> tuple[Gain, ...]:
+def _gains(kind: CallKind) -> tuple[Gain, ...]:
     """Where BF16 is measured to be faster than W8A16 by enough; nothing where one of the two is not measured."""
-    if not target.is_gpu:
+    if not kind.target.is_gpu:
         return ()
-    formats = Storage.HYBRID.formats(target, activation, bias)
-    call = shape, formats, torch.bfloat16, Combine.DETERMINISTIC, device, activation, bias
-    bf16, w8a16 = call_table(Path.BF16, target, *call), call_table(Path.W8A16, target, *call)
+    bf16, w8a16 = (call_table(replace(kind, path=path)) for path in (Path.BF16, Path.W8A16))
     starts = sorted({*bf16.first_tokens, *w8a16.first_tokens})
     found = []
     for start, after in zip(starts, [*starts[1:], None], strict=True):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from epfuse.arguments import checks_enums, integer
-from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.config import Bias, Combine, Path, SwiGLUOAI
 from epfuse.errors import UnsupportedTarget
+from epfuse.families.family import CallKind
 from epfuse.families.registry import FP8_PATHS, READABLE, family_of, readable_formats, takes_beside_fp8
 from epfuse.policy.decision import Considered, Decision, PathVerdict
 from epfuse.policy.tiles import tile_ranges
-from epfuse.target import REFERENCE_DEVICE, Target
+from epfuse.target import Target
 
 
 @dataclass(frozen=True)
@@ -35,72 +37,38 @@ class CallTable:
         return self.decisions[bisect_right(self.first_tokens, tokens) - 1]
 
 
-@checks_enums
-def decide(
-    path: Path,
-    target: Target,
-    shape: LayerShape,
-    tokens: int,
-    formats: frozenset[WeightFormat] = frozenset({WeightFormat.DENSE}),
-    dtype: torch.dtype = torch.bfloat16,
-    combine: Combine = Combine.DETERMINISTIC,
-    device_name: str | None = None,
-    activation: type[Activation] = SwiGLUOAI,
-    bias: Bias = Bias.NONE,
-) -> Decision:
+def decide(kind: CallKind, tokens: int) -> Decision:
     """Resolve AUTO, then choose weights and tiles.
 
     Args:
-        path: what the caller asked for.
-        target: where it runs.
-        shape: the layer's sizes.
+        kind: of the call.
         tokens: T, at least 1.
-        formats: the weights that are kept.
-        dtype: of the activations.
-        combine: how routes are summed; ATOMIC leaves the paths with FP8 activations.
-        device_name: the product, for the tuned tables; None for the target's `REFERENCE_DEVICE`.
-        activation: between the two GEMMs.
-        bias: whether the projections have one.
 
     Raises:
         ConfigError: ``tokens`` is no integer or out of range.
-        UnsupportedTarget: ``target`` can't run ``path`` so; the message names what it can run.
+        UnsupportedTarget: the target can't run the path so; the message names what it can run.
     """
-    tokens = integer("tokens", tokens, least=1)
-    device_name = device_name or REFERENCE_DEVICE[target]
-    return call_table(path, target, shape, formats, dtype, combine, device_name, activation, bias).at(tokens)
+    return call_table(kind).at(integer("tokens", tokens, least=1))
 
 
 @functools.lru_cache(maxsize=1024)
-@checks_enums
-def call_table(
-    path: Path,
-    target: Target,
-    shape: LayerShape,
-    formats: frozenset[WeightFormat],
-    dtype: torch.dtype,
-    combine: Combine,
-    device_name: str,
-    activation: type[Activation] = SwiGLUOAI,
-    bias: Bias = Bias.NONE,
-) -> CallTable:
-    """All of `decide`'s answers that differ in T alone; the same object for the same arguments.
+def table_of(*kind: Any) -> CallTable:
+    """`call_table` of ``CallKind(*kind)``: `fused_experts` asks it at each call, and makes no object for it."""
+    return call_table(CallKind(*kind))
+
+
+@functools.lru_cache(maxsize=1024)
+def call_table(kind: CallKind) -> CallTable:
+    """All of `decide`'s answers that differ in T alone; the same object for the same kind of calls.
 
     Args:
-        path: what the caller asked for.
-        target: where it runs.
-        shape: the layer's sizes.
-        formats: the weights that are kept.
-        dtype: of the activations.
-        combine: how routes are summed; ATOMIC leaves the paths with FP8 activations.
-        device_name: the product, for the tuned tables.
-        activation: between the two GEMMs.
-        bias: whether the projections have one.
+        kind: of the calls.
 
     Raises:
-        UnsupportedTarget: ``target`` can't run ``path`` so; the message names what it can run.
+        UnsupportedTarget: the target can't run the path so; the message names what it can run.
     """
-    refusals = path_refusals(target, formats, dtype, combine, activation, bias)
+    path, target = kind.path, kind.target
+    refusals = path_refusals(kind)
     kernels = [candidate for candidate in READABLE[target] if refusals[candidate] is None]
     runs = [*kernels, Path.REFERENCE] if refusals[Path.REFERENCE] is None else kernels
     chosen = path
@@ -109,7 +77,7 @@ def call_table(
     if chosen not in runs:
         raise UnsupportedTarget(
             f"path {path.value!r} has no kernel for {target.value} with"
-            f" {_described(formats, dtype, combine, activation, bias)}; it can run"
+            f" {_described(kind)}; it can run"
             f" {', '.join(p.value for p in runs) or 'nothing so'}"
         )
     reason = "The caller asked for it." if path is chosen else _why_auto(chosen, target)
@@ -117,8 +85,8 @@ def call_table(
     considered = considered_paths(chosen, reason, refusals, passed_over)
     if chosen is Path.REFERENCE:
         return CallTable((1,), (Decision(chosen, considered=considered),))
-    weights = next(form for form in readable_formats(target, chosen, combine, activation, bias) if form in formats)
-    ranges = tile_ranges(target, device_name, chosen, weights, shape, dtype, activation, bias)
+    weights = next(form for form in readable_formats(replace(kind, path=chosen)) if form in kind.formats)
+    ranges = tile_ranges(kind.on(chosen, weights))
     return CallTable(
         tuple(first for first, _ in ranges),
         tuple(
@@ -136,18 +104,9 @@ def call_table(
     )
 
 
-@checks_enums
-def path_refusals(
-    target: Target,
-    formats: frozenset[WeightFormat],
-    dtype: torch.dtype,
-    combine: Combine,
-    activation: type[Activation] = SwiGLUOAI,
-    bias: Bias = Bias.NONE,
-) -> dict[Path, str | None]:
-    """Every path with the sentence that says why it can't run; None for one that can."""
-    asked = (target, formats, dtype, combine, activation, bias)
-    return {path: _refusal(path, *asked) for path in Path if path is not Path.AUTO}
+def path_refusals(kind: CallKind) -> dict[Path, str | None]:
+    """Every path with the sentence that says why calls that differ in it can't run; None for one that can."""
+    return {path: _refusal(replace(kind, path=path)) for path in Path if path is not Path.AUTO}
 
 
 @checks_enums
@@ -169,31 +128,24 @@ def considered_paths(
     )
 
 
-def _refusal(
-    path: Path,
-    target: Target,
-    formats: frozenset[WeightFormat],
-    dtype: torch.dtype,
-    combine: Combine,
-    activation: type[Activation],
-    bias: Bias,
-) -> str | None:
-    if combine is Combine.ATOMIC and path not in FP8_PATHS:
+def _refusal(kind: CallKind) -> str | None:
+    path, formats, plain = kind.path, kind.formats, replace(kind, bias=Bias.NONE)
+    if kind.combine is Combine.ATOMIC and path not in FP8_PATHS:
         return "It does not sum routes by atomics."
     if path is Path.REFERENCE:
         return None
-    readable = readable_formats(target, path, combine)
+    readable = readable_formats(replace(plain, activation=SwiGLUOAI))
     if not readable:
-        return f"It has no kernel for {target.value}."
+        return f"It has no kernel for {kind.target.value}."
     if not formats.intersection(readable):
         kept = ", ".join(sorted(form.value for form in formats))
         return f"It reads {' or '.join(form.value for form in readable)}; what is kept is {kept}."
-    if not formats.intersection(readable_formats(target, path, combine, activation)):
-        return f"It has no code for {activation.__name__}."
-    if not formats.intersection(readable_formats(target, path, combine, activation, bias)):
+    if not formats.intersection(readable_formats(plain)):
+        return f"It has no code for {kind.activation.__name__}."
+    if not formats.intersection(readable_formats(kind)):
         return "It adds no biases."
-    if path is not Path.BF16 and not takes_beside_fp8(target, path, dtype):
-        return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
+    if path is not Path.BF16 and not takes_beside_fp8(kind):
+        return f"It takes BF16 activations, not {str(kind.dtype).removeprefix('torch.')}."
     return None
 
 
@@ -220,17 +172,15 @@ def why_not(path: Path, asked: Path, chosen: Path) -> str:
     return f"{chosen.value} comes first."
 
 
-def _described(
-    formats: frozenset[WeightFormat], dtype: torch.dtype, combine: Combine, activation: type[Activation], bias: Bias
-) -> str:
+def _described(kind: CallKind) -> str:
     """What of a call decides which paths can run."""
-    text = f"weights in {', '.join(sorted(form.value for form in formats))}"
-    if dtype != torch.bfloat16:
-        text += f", activations in {str(dtype).removeprefix('torch.')}"
-    if combine is not Combine.DETERMINISTIC:
-        text += f", combine {combine.value!r}"
-    if activation is not SwiGLUOAI:
-        text += f", activation {activation.__name__}"
-    if bias is not Bias.NONE:
+    text = f"weights in {', '.join(sorted(form.value for form in kind.formats))}"
+    if kind.dtype != torch.bfloat16:
+        text += f", activations in {str(kind.dtype).removeprefix('torch.')}"
+    if kind.combine is not Combine.DETERMINISTIC:
+        text += f", combine {kind.combine.value!r}"
+    if kind.activation is not SwiGLUOAI:
+        text += f", activation {kind.activation.__name__}"
+    if kind.bias is not Bias.NONE:
         text += ", biases"
     return text

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-
-import torch
+from dataclasses import dataclass, field, replace
 
 from epfuse.arguments import checks_enums, integer, shown
-from epfuse.config import Activation, Bias, Combine, LayerShape, Path, Policy, SwiGLUOAI, WeightFormat
+from epfuse.config import Activation, Bias, LayerShape, Path, Policy, SwiGLUOAI, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.expert_map import experts_of_rank
+from epfuse.families.family import CallKind
 from epfuse.families.registry import readable_formats, why_portable
 from epfuse.policy.decision import Decision
-from epfuse.target import REFERENCE_DEVICE, Target
+from epfuse.target import Target
 from epfuse.weights.checkpoint_format import Checkpoint
 
 
@@ -53,15 +52,13 @@ class Storage(enum.Enum):
         biases = 0 if bias is Bias.NONE or self is Storage.UNTOUCHED else 4 * (rows + hidden)
         return shape.local_experts * (expert + biases)
 
-    @checks_enums
-    def formats(
-        self, target: Target, activation: type[Activation] = SwiGLUOAI, bias: Bias = Bias.NONE
-    ) -> frozenset[WeightFormat]:
-        """The formats that ``target``'s kernels find; MXFP8 stays as loaded where none reads its order so."""
+    def formats(self, kind: CallKind) -> frozenset[WeightFormat]:
+        """The formats that the kernels of such calls find; MXFP8 stays as loaded where none reads its order so."""
+        target = kind.target
         kept: set[WeightFormat] = set()
         if self in (Storage.MXFP8, Storage.HYBRID):
             made = _PREPARED.get(target, WeightFormat.MXFP8)
-            read = readable_formats(target, Path.W8A16, Combine.DETERMINISTIC, activation, bias)
+            read = readable_formats(replace(kind, path=Path.W8A16))
             kept.add(made if made in read else WeightFormat.MXFP8)
         if self in (Storage.BF16, Storage.HYBRID):
             kept.add(WeightFormat.DENSE)
@@ -146,10 +143,12 @@ class LayerRequest:
         """I of the model, before it is split over ``tp_size`` ranks."""
         return self.shape.intermediate * self.tp_size
 
-    @property
-    def device(self) -> str:
-        """The product that runs the layer."""
-        return self.device_name or REFERENCE_DEVICE[self.target]
+    @checks_enums
+    def calls(self, storage: Storage, path: Path = Path.AUTO) -> CallKind:
+        """What kind of calls the layer has, stored so."""
+        activation, device = type(self.activation), self.device_name
+        kind = CallKind(path, self.target, self.shape, activation=activation, bias=self.bias, device_name=device)
+        return replace(kind, formats=storage.formats(kind))
 
 
 @dataclass(frozen=True)
@@ -201,10 +200,8 @@ class LayerPlan:
     @property
     def why_portable(self) -> str | None:
         """Why a GPU's own kernels don't run some of the calls, in a sentence; None if they do, or it has none."""
-        asked = self.request
-        kind = asked.shape, torch.bfloat16, type(asked.activation), asked.bias
-        paths = dict.fromkeys(part.decision.path for part in self.ranges)
-        return next((why for path in paths if (why := why_portable(asked.target, path, *kind)) is not None), None)
+        kinds = [self.request.calls(self.storage, path) for path in dict.fromkeys(p.decision.path for p in self.ranges)]
+        return next((why for kind in kinds if (why := why_portable(kind)) is not None), None)
 
     def at(self, tokens: int) -> Decision:
         """What a call with ``tokens`` tokens does.

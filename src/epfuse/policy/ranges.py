@@ -6,14 +6,12 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from epfuse.arguments import checks_enums
-from epfuse.config import Activation, Bias, Combine, LayerShape, Path
+from epfuse.config import Path
+from epfuse.families.family import CallKind
 from epfuse.families.registry import READABLE
 from epfuse.policy.call import call_table, considered_paths, path_refusals, why_not
 from epfuse.policy.layer import LayerRequest, Storage, TokenRange
-from epfuse.target import Target
 
 MOST_TOKENS = 2**31 - 1
 """T*K of a call stays below 2**31."""
@@ -50,34 +48,23 @@ def token_ranges(request: LayerRequest, storage: Storage, routes: Sequence[Route
     Raises:
         UnsupportedTarget: the target has no kernel for one of the paths on ``storage``.
     """
-    kind = type(request.activation), request.bias
-    return _ranges(request.target, request.shape, request.device, storage, tuple(routes), *kind)
+    return _ranges(request.calls(storage), tuple(routes))
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers are alike
-def _ranges(
-    target: Target,
-    shape: LayerShape,
-    device: str,
-    storage: Storage,
-    routes: tuple[Route, ...],
-    activation: type[Activation],
-    bias: Bias,
-) -> tuple[TokenRange, ...]:
-    formats = storage.formats(target, activation, bias)
-    call = torch.bfloat16, Combine.DETERMINISTIC
-    refusals = path_refusals(target, formats, *call, activation, bias)
+def _ranges(kind: CallKind, routes: tuple[Route, ...]) -> tuple[TokenRange, ...]:
+    refusals = path_refusals(kind)
     found: list[TokenRange] = []
     first = 1
     for route in routes:
-        table = call_table(route.path, target, shape, formats, *call, device, activation, bias)
+        table = call_table(replace(kind, path=route.path))
         last = MOST_TOKENS if route.max_tokens is None else route.max_tokens
         starts = [first, *(start for start in table.first_tokens if first < start <= last)]
         for start, after in zip(starts, [*starts[1:], None], strict=True):
             decision = table.at(start)
             passed_over = {path: why_not(path, Path.AUTO, decision.path) for path in refusals}
             if route.passed_over is not None:
-                passed_over |= {path: route.passed_over for path in READABLE[target]}
+                passed_over |= {path: route.passed_over for path in READABLE[kind.target]}
             considered = considered_paths(decision.path, route.reason, refusals, passed_over)
             end = route.max_tokens if after is None else after - 1
             found.append(TokenRange(start, end, replace(decision, considered=considered)))

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path as Folder
 from typing import Protocol
 
-import torch
-
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
-from epfuse.families.family import Stage
+from epfuse.families.family import CallKind, Stage
 from epfuse.families.registry import READABLE, default_ranges, serving
 from epfuse.measured import store
 from epfuse.measured.schema import Measurement, ShapeEntry, TileRow
@@ -127,38 +125,41 @@ def pending(request: TuningRequest, part: tuple[int, int] = (1, 1)) -> list[Tuni
     return [point for point in mine if (point.path, point.weights, point.tokens) not in done]
 
 
-@checks_enums
-def known_tiles(target: Target, path: Path, weights: WeightFormat, shape: LayerShape) -> list[GemmTile]:
-    """Tiles of either stage that the target's defaults and its tables hold for a path, of every layer and device."""
-    defaults = [entry.tiles for entry in default_ranges(target, path, weights, shape, torch.bfloat16)]
+def known_tiles(kind: CallKind) -> list[GemmTile]:
+    """Tiles of either stage that the target's defaults and its tables hold for a path, of every layer and device.
+
+    Args:
+        kind: of the calls, on one path and one format.
+    """
+    defaults = [entry.tiles for entry in default_ranges(kind)]
     found = [tile for tiles in defaults for tile in (tiles.gate_up, tiles.down)]
     for stage in Stage:
-        for measurement in store.shipped(target, stage).measurements:
-            if (measurement.path, measurement.weights) == (path, weights):
+        for measurement in store.shipped(kind.target, stage).measurements:
+            if (measurement.path, measurement.weights) == (kind.path, kind.form):
                 found += [row.tile.tile() for row in measurement.rows]
     return list(dict.fromkeys(found))
 
 
 def plan_of(request: TuningRequest, point: TuningPoint) -> TuningPlan:
     """What to try at a point: today's tiles, the extra ones, and the search space."""
-    target, shape = request.device.target, request.shape
-    formats = frozenset({point.weights})
-    before = decide(point.path, target, shape, point.tokens, formats, device_name=request.device.name).tiles
+    kind = CallKind(point.path, request.device.target, request.shape, device_name=request.device.name)
+    kind = kind.on(point.path, point.weights)
+    before = decide(kind, point.tokens).tiles
     assert before is not None
-    rows = rows_per_expert(point.tokens, shape)
+    rows = rows_per_expert(point.tokens, request.shape)
     given = [before, *(tiles for tokens, tiles in request.extra if tokens == point.tokens)]
-    families = serving(target, point.path, point.weights, shape, torch.bfloat16)
-    known = known_tiles(target, point.path, point.weights, shape) if request.space is Space.KNOWN else []
+    families = serving(kind)
+    known = known_tiles(kind) if request.space is Space.KNOWN else []
     tries: dict[int, dict[Stage, list[GemmTile]]] = {}
-    sizes = block_ms(families, point.weights, rows)
+    sizes = block_ms(families, rows)
     for block_m in sorted({*sizes, *(tiles.block_m for tiles in given)}):
         tries[block_m] = {}
         for stage in Stage:
             first = [getattr(tiles, stage.value) for tiles in given if tiles.block_m == block_m]
             if request.space is Space.KNOWN:
-                space = known_candidates(known, families, point.weights, shape, stage, block_m)
+                space = known_candidates(kind, known, families, stage, block_m)
             else:
-                space = candidates(target, families, point.weights, shape, stage, block_m, rows)
+                space = candidates(kind, families, stage, block_m, rows)
             tries[block_m][stage] = list(dict.fromkeys([*first, *space]))
     return TuningPlan(point, before, tries)
 

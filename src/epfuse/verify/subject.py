@@ -9,7 +9,7 @@ from epfuse.arguments import checks_enums
 from epfuse.config import Combine, Path, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.numerics.mxfp8 import BLOCK
-from epfuse.policy import FP8_PATHS, READABLE, decide
+from epfuse.policy import FP8_PATHS, READABLE, CallKind, decide
 from epfuse.target import device_name
 from epfuse.verify.problem import Problem
 
@@ -116,6 +116,6 @@ def _stored(form: WeightFormat) -> Stored:
 
 def _decide(problem: Problem, path: Path, forms: set[WeightFormat], combine: Combine) -> Path:
     """The path that every token count of the problem takes."""
-    call = (path, problem.target, problem.shape, max(problem.tokens), frozenset(forms), problem.dtype, combine)
+    kind = (path, problem.target, problem.shape, frozenset(forms), problem.dtype, combine)
     product = device_name(problem.device)
-    return decide(*call, product, activation=type(problem.activation), bias=problem.bias).path
+    return decide(CallKind(*kind, type(problem.activation), problem.bias, product), max(problem.tokens)).path

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from epfuse.arguments import checks_enums
-from epfuse.config import Activation, Combine, WeightFormat
+from epfuse.config import Activation, LayerShape, Path, WeightFormat
 from epfuse.errors import DtypeError, LayoutError, ShapeError
 from epfuse.integrations.transformers.layout import layout_of, names_of
 from epfuse.numerics.e8m0 import decode_scales
 from epfuse.numerics.mxfp8 import BLOCK as GROUP
-from epfuse.policy import READABLE, readable_formats
+from epfuse.policy import READABLE, CallKind, readable_formats
 from epfuse.target import Target
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockFP8Experts
 from epfuse.weights.dense import DENSE_DTYPES
@@ -96,8 +97,9 @@ def second_layout(weights: ExpertWeights, target: Target, activation: Activation
     if not _REARRANGED.get(target, frozenset()).intersection(weights.kept):
         return weights
     own = {form for form, made_for in PREPARED_FOR.items() if made_for is target}
-    kind = (Combine.DETERMINISTIC, type(activation), weights.bias)
-    if not any(own.intersection(readable_formats(target, path, *kind)) for path in READABLE[target]):
+    sizes = weights.hidden, weights.intermediate, weights.local_experts, weights.local_experts
+    kind = CallKind(Path.AUTO, target, LayerShape(*sizes, top_k=1), activation=type(activation), bias=weights.bias)
+    if not any(own.intersection(readable_formats(replace(kind, path=path))) for path in READABLE[target]):
         return weights
     copies = tuple(
         type(experts).rebuilt([part.clone() for _, part in experts.tensors()], weights.hidden, weights.intermediate)
