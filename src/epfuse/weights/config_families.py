@@ -182,6 +182,8 @@ _QWEN = ModelFamily(stepped, shared=shared_if("shared_expert_intermediate_size")
 _QWEN_EVERY = ModelFamily(every, shared=shared_if("shared_expert_intermediate_size"))
 _QWEN_VL = ModelFamily(stepped)
 _FIRST_DENSE = ModelFamily(listed(after_first(1)))
+_HY_V4 = ModelFamily(listed(after_first(1)), activation=clamped_silu)
+_INKLING2 = ModelFamily(every, activation=softcapped)
 _GRANITE = ModelFamily(every, ONLY_WIDTH, shared=shared_if("shared_intermediate_size"), module=_SPARSE_BLOCK)
 
 FAMILIES = {
@@ -219,14 +221,17 @@ FAMILIES = {
     "granitemoeshared": _GRANITE,
     "hunyuan_v1_moe": ModelFamily(every, (*ONLY_WIDTH, *OWN_WIDTH), shared=_one),
     "hy_v3": _FIRST_DENSE,
-    "hy_v4": ModelFamily(listed(after_first(1)), activation=clamped_silu),
-    "inkling2_text": ModelFamily(every, activation=softcapped),
+    "hy_v4": _HY_V4,
+    "hy_v4_vl_text": _HY_V4,
+    "inkling2_loop_text": _INKLING2,
+    "inkling2_text": _INKLING2,
     "inkling_text": ModelFamily(listed(every)),
     "jamba": ModelFamily(periodic, ONLY_WIDTH, module="feed_forward.experts"),
     "kimi_k2": _DEEPSEEK,
     "kimi_linear": ModelFamily(listed(after_first(1)), module=_SPARSE_BLOCK),
     "kolibri1": _QWEN_EVERY,
     "laguna": ModelFamily(listed(after_first(1)), shared=shared_if("shared_expert_intermediate_size")),
+    "lara_mini": _QWEN_EVERY,
     "lfm2_moe": ModelFamily(after_first(2, "num_dense_layers"), module="feed_forward.experts"),
     "llama4_text": ModelFamily(interleaved, ONLY_WIDTH, shared=_one, module="feed_forward.experts", weights_input=True),
     "mellum": ModelFamily(listed(every)),
@@ -267,7 +272,9 @@ OUTER = {
     "gemma4": "gemma4_text",
     "glm4v_moe": "glm4v_moe_text",
     "glm5_next": "glm5_next_text",
+    "hy_v4_vl": "hy_v4_vl_text",
     "inkling2": "inkling2_text",
+    "inkling2_loop": "inkling2_loop_text",
     "inkling_mm_model": "inkling_text",
     "kimi_k25": "deepseek_v3",
     "llama4": "llama4_text",
