@@ -17,7 +17,8 @@ from epfuse.errors import ConfigError, UnsupportedTarget
 from epfuse.policy import LayerRequest, plan_layer
 from tests.cases import make_case
 
-KINDS = {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel, "EPFUSE_NO_COMPILE": Switch}
+KINDS = {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel, "EPFUSE_NO_COMPILE": Switch,
+         "EPFUSE_LAUNCH_PLANS": Switch}  # fmt: skip
 SOURCE = pathlib.Path(environment.__file__).parent
 
 

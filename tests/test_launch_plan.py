@@ -106,3 +106,19 @@ def test_what_torch_computes_in_a_step_can_not_be_planned() -> None:
         with recording(record):
             run()
         assert record.is_whole is whole
+
+
+def test_plans_are_off_where_nobody_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from epfuse import launch_plan
+    from epfuse.environment import environment
+    from epfuse.target import Target
+
+    call = SimpleNamespace(hidden=SimpleNamespace(device=torch.device("cuda", 0)))
+    monkeypatch.setattr(launch_plan, "target_of", lambda device: Target.SM90)
+    for value, wanted in (("0", False), ("1", True)):
+        monkeypatch.setenv("EPFUSE_LAUNCH_PLANS", value)
+        environment.cache_clear()
+        assert launch_plan.can_plan(call) is wanted  # type: ignore[arg-type]
+    environment.cache_clear()

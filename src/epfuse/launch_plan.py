@@ -8,6 +8,9 @@ share it, and nothing has to be forgotten when weights move.
 
 What a plan launches is Triton's ``CompiledKernel[grid]``, which Triton 3.6 and 3.7 have alike and which runs launch
 hooks. On AMD there are no plans: which kernel Triton takes there depends on how far a tensor's memory reaches, too.
+
+Plans are off unless EPFUSE_LAUNCH_PLANS=1: launches through a stubbed driver have been compared with those of calls
+without a plan, on both versions of Triton, but no GPU has run one.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
+from epfuse.environment import environment
 from epfuse.families.family import LayerCall, Step
 from epfuse.launch_record import Record, WatchedLaunch, recording
 from epfuse.operands import overlaps
@@ -196,9 +200,9 @@ PLANS = Plans()
 
 
 def can_plan(call: LayerCall) -> bool:
-    """Whether a call's launches follow from its kind."""
+    """Whether a call's launches follow from its kind, and plans are wanted."""
     device = call.hidden.device
-    return device.type == "cuda" and target_of(device) is Target.SM90
+    return environment().launch_plans and device.type == "cuda" and target_of(device) is Target.SM90
 
 
 @functools.cache

@@ -24,7 +24,8 @@ def test_the_example_runs_and_says_what_it_says() -> None:
 
 def test_every_variable_and_value_is_there() -> None:
     rows = {name: row for name, row in re.findall(r"\| `(EPFUSE_\w+)` \|(.*?)\|", TEXT)}
-    kinds = {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel, "EPFUSE_NO_COMPILE": Switch}
+    kinds = {"EPFUSE_POLICY": Policy, "EPFUSE_PATH": Path, "EPFUSE_LOG": LogLevel, "EPFUSE_NO_COMPILE": Switch,
+             "EPFUSE_LAUNCH_PLANS": Switch}  # fmt: skip
     assert set(rows) == {*kinds, "EPFUSE_KERNELS"}
     for name, kind in kinds.items():
         assert set(re.findall(r"`([\w-]+)`", rows[name])) == {member.value for member in kind}

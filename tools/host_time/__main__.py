@@ -48,7 +48,7 @@ class Measurer:
         path, tokens, memory = case
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tools.host_time.worker", path, str(tokens), memory, "stub" if stub else "gpu"],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(source), str(ROOT)))},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(source), str(ROOT))), "EPFUSE_LAUNCH_PLANS": "1"},
             cwd=source,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
