@@ -62,7 +62,7 @@ def test_the_plan_is_for_the_gpu_that_is_there(monkeypatch):
     monkeypatch.setattr(layer, "take_over", lambda *given: found.append(given[-1].plan))
     build(M3_EP8.but(target=Target.SM90), monkeypatch)
     (plan,) = found
-    assert plan.request.device == "NVIDIA H200"
+    assert plan.request.device_name == "NVIDIA H200"
     assert "on NVIDIA H200" in plan.at(1024).tile_source
 
 
