@@ -108,7 +108,7 @@ def test_what_torch_computes_in_a_step_can_not_be_planned() -> None:
         assert record.is_whole is whole
 
 
-def test_plans_are_off_where_nobody_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_are_on_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     from epfuse import launch_plan
@@ -117,8 +117,11 @@ def test_plans_are_off_where_nobody_asks_for_them(monkeypatch: pytest.MonkeyPatc
 
     call = SimpleNamespace(hidden=SimpleNamespace(device=torch.device("cuda", 0)))
     monkeypatch.setattr(launch_plan, "target_of", lambda device: Target.SM90)
-    for value, wanted in (("0", False), ("1", True)):
-        monkeypatch.setenv("EPFUSE_LAUNCH_PLANS", value)
+    for value, wanted in (("0", False), ("1", True), (None, True)):
+        if value is None:
+            monkeypatch.delenv("EPFUSE_LAUNCH_PLANS")
+        else:
+            monkeypatch.setenv("EPFUSE_LAUNCH_PLANS", value)
         environment.cache_clear()
         assert launch_plan.can_plan(call) is wanted  # type: ignore[arg-type]
     environment.cache_clear()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from epfuse import ExpertMap, ExpertWeights, Path, Scratch, fused_experts, launch_plan, scratch_size
-from epfuse.environment import environment
 from epfuse.numerics.mxfp8 import MXFP8
 
 HIDDEN, INTERMEDIATE, EXPERTS, LOCAL, TOP_K = 512, 256, 16, 8, 4
@@ -55,14 +53,6 @@ class Layer:
 @pytest.fixture(params=[Path.W8A16, Path.W8A8, Path.BF16], ids=lambda path: path.value)
 def layer(request: pytest.FixtureRequest, device: torch.device) -> Layer:
     return Layer(request.param, device)
-
-
-@pytest.fixture(autouse=True)
-def _plans_are_wanted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("EPFUSE_LAUNCH_PLANS", "1")
-    environment.cache_clear()
-    yield
-    environment.cache_clear()
 
 
 def unplanned(layer: Layer, operands: tuple[Any, ...], **more: Any) -> torch.Tensor:

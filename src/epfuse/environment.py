@@ -7,7 +7,7 @@
 | `EPFUSE_LOG` | `debug`, `info`, `warning` (default), `error` | how much of epfuse's log goes to stderr |
 | `EPFUSE_KERNELS` | a folder | kernels that `epfuse warmup` has compiled (`epfuse.bundle`) |
 | `EPFUSE_NO_COMPILE` | `0` (default), `1` | `1`: compiling a kernel after a warm-up is an error, not a warning |
-| `EPFUSE_LAUNCH_PLANS` | `0` (default), `1` | `1`: eager calls on Hopper launch by plan (`epfuse.launch_plan`) |
+| `EPFUSE_LAUNCH_PLANS` | `1` (default), `0` | `0`: eager calls on Hopper launch without plans (`epfuse.launch_plan`) |
 
 Any other value is an error. An argument in code wins over the variable. Integrations may read variables of their own.
 """
@@ -60,7 +60,7 @@ class Environment:
         log: how much is logged (EPFUSE_LOG); None leaves logging as the application has set it.
         kernels: folder of a bundle (EPFUSE_KERNELS).
         no_compile: whether compiling after a warm-up is an error (EPFUSE_NO_COMPILE).
-        launch_plans: whether eager calls on Hopper launch by plan (EPFUSE_LAUNCH_PLANS); off, for no GPU has run it.
+        launch_plans: whether eager calls on Hopper launch by plan (EPFUSE_LAUNCH_PLANS).
     """
 
     policy: Policy = Policy.AUTO
@@ -68,7 +68,7 @@ class Environment:
     log: LogLevel | None = None
     kernels: str | None = None
     no_compile: bool = False
-    launch_plans: bool = False
+    launch_plans: bool = True
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def environment() -> Environment:
         log=_read("EPFUSE_LOG", LogLevel),
         kernels=os.environ.get("EPFUSE_KERNELS") or None,
         no_compile=_read("EPFUSE_NO_COMPILE", Switch) is Switch.ON,
-        launch_plans=_read("EPFUSE_LAUNCH_PLANS", Switch) is Switch.ON,
+        launch_plans=_read("EPFUSE_LAUNCH_PLANS", Switch) is not Switch.OFF,
     )
     if found.log is not None:
         _log_to_stderr(found.log)

@@ -9,8 +9,7 @@ share it, and nothing has to be forgotten when weights move.
 What a plan launches is Triton's ``CompiledKernel[grid]``, which Triton 3.6 and 3.7 have alike and which runs launch
 hooks. On AMD there are no plans: which kernel Triton takes there depends on how far a tensor's memory reaches, too.
 
-Plans are off unless EPFUSE_LAUNCH_PLANS=1: launches through a stubbed driver have been compared with those of calls
-without a plan, on both versions of Triton, but no GPU has run one.
+EPFUSE_LAUNCH_PLANS=0 switches plans off.
 """
 
 from __future__ import annotations

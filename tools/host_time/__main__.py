@@ -46,9 +46,10 @@ class Measurer:
         self.version, self.case = version, case
         self.us: list[float] = []
         path, tokens, memory = case
+        folders = (str(source), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))  # own first
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tools.host_time.worker", path, str(tokens), memory, "stub" if stub else "gpu"],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(source), str(ROOT))), "EPFUSE_LAUNCH_PLANS": "1"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(folders), "EPFUSE_LAUNCH_PLANS": "1"},
             cwd=source,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
