@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from epfuse.bundle import bundle
 from epfuse.environment import environment
 from epfuse.errors import NotCompiled
+from epfuse.kernel_keys import settle_key
 from epfuse.launch_record import noted
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def cached(kernel: Any) -> Any:
         def create_binder() -> Any:
             found = make()
             kernel.compile = _through_cache(kernel.compile)
+            settle_key(kernel)
             return found
 
         kernel.device_caches = defaultdict(create_binder)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from triton.runtime.jit import JITCallable
 
 from epfuse.aot.launches import Launch, launches_of
 from epfuse.api import fused_experts
@@ -15,6 +18,7 @@ from epfuse.config import MINIMAX_M3_EP8, Bias, Combine, LayerShape, Path, SwiGL
 from epfuse.expert_map import ExpertMap
 from epfuse.families.family import CallKind
 from epfuse.families.registry import scratch_size
+from epfuse.kernel_keys import settle_key
 from epfuse.scratch import Scratch
 from epfuse.target import Target
 from epfuse.weights.experts import ExpertWeights
@@ -172,3 +176,21 @@ def of_large_calls() -> list[dict[str, int]]:
         ]
         found.append({name: sum(launch.kernel == name for launch in tile) for name in {one.kernel for one in tile}})
     return found
+
+
+def by_order() -> list[dict[str, str]]:
+    """Triton's hash of every kernel of `LAYERS`, after those before it in one order, in the other, and after none."""
+    named = {launch.kernel: launch.function() for layer in LAYERS.values() for launch in kernels(layer, MOST)}
+    alone = {name: hashes for name in named for hashes in _hashes({name: named[name]}, [name]).values()}
+    return [_hashes(named, [*named]), _hashes(named, [*named][::-1]), alone]
+
+
+def _hashes(named: dict[str, Any], order: Sequence[str]) -> dict[str, str]:
+    """Of kernels in a process that looks for them in this order."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("epfuse.")]:
+        for function in vars(module).values():
+            if isinstance(function, JITCallable):
+                function.hash, function.used_global_vals = None, {}
+    for name in order:
+        settle_key(named[name])
+    return {name: str(named[name].cache_key) for name in sorted(order)}

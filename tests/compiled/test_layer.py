@@ -120,6 +120,13 @@ def test_large_tensors_have_keys_of_their_own_on_amd_alone(pool: ProcessPoolExec
     assert amd == {"gate_up_kernel": 2, "down_kernel": 3, "combine_kernel": 2}  # of down out is larger, then y too
 
 
+def test_a_kernels_key_is_the_same_whatever_was_looked_for_before(pool: ProcessPoolExecutor) -> None:
+    """Triton's own is not: each process that compiles would file kernels where others don't look."""
+    forward, backward, alone = pool.submit(keys.by_order).result()
+    assert len(forward) > 15
+    assert forward == backward == alone
+
+
 def _shifted(tensor: torch.Tensor, elements: int = 1) -> torch.Tensor:
     """The same numbers, at an address that is no multiple of 16 bytes."""
     memory = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from epfuse.arguments import checks_enums
+from epfuse.kernel_keys import settle_key
 from epfuse.target import Target, planning_for
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Launch:
     def compile(self) -> Any:
         """Compile; Triton's cache, keyed by source, constants, options and Triton's version, answers if it can."""
         function = self.function()
+        settle_key(function)
         place = {name: (index,) for index, name in enumerate(function.arg_names)}
         source = _source_kind(function)(
             fn=function,
