@@ -13,14 +13,14 @@ from epfuse.policy.rivals import EVIDENCE
 from tests.test_policy_auto import M3
 
 RUNS = {
-    (Target.SM90, "MarlinExperts"): Checkpoint.MXFP8,
-    (Target.SM90, "TritonExperts"): Checkpoint.BF16,
-    (Target.SM90, "HummingGroupedExperts"): Checkpoint.MXFP8,
-    (Target.SM90, "HummingIndexedExperts"): Checkpoint.MXFP8,
-    (Target.GFX942, "Mxfp8EmulationTritonExperts"): Checkpoint.MXFP8,
-    (Target.GFX942, "block FP8 made of MXFP8"): Checkpoint.MXFP8,
-    (Target.GFX942, "TritonExperts"): Checkpoint.BF16,
-    (Target.CPU, "Mxfp8EmulationTritonExperts"): Checkpoint.MXFP8,
+    (Target.SM90, "MarlinExperts", Path.W8A16): Checkpoint.MXFP8,
+    (Target.SM90, "TritonExperts", Path.BF16): Checkpoint.BF16,
+    (Target.SM90, "HummingGroupedExperts", Path.W8A16): Checkpoint.MXFP8,
+    (Target.SM90, "HummingIndexedExperts", Path.W8A16): Checkpoint.MXFP8,
+    (Target.GFX942, "Mxfp8EmulationTritonExperts", Path.W8A16): Checkpoint.MXFP8,
+    (Target.GFX942, "block FP8 made of MXFP8", Path.W8A16): Checkpoint.MXFP8,
+    (Target.GFX942, "TritonExperts", Path.BF16): Checkpoint.BF16,
+    (Target.CPU, "Mxfp8EmulationTritonExperts", Path.W8A16): Checkpoint.MXFP8,
 }
 """Every row of the table with the checkpoint that the rival reads."""
 
@@ -36,11 +36,28 @@ def test_the_table_is_the_one_that_is_tested() -> None:
     assert set(RUNS) == set(EVIDENCE)
 
 
-@pytest.mark.parametrize(("target", "rival"), RUNS)
-def test_a_layer_is_taken_where_there_is_evidence_and_the_reason_says_which(target: Target, rival: str) -> None:
-    plan = planned(target, rival, RUNS[target, rival])
+@pytest.mark.parametrize(("target", "rival", "path"), RUNS)
+def test_a_layer_is_taken_where_there_is_evidence_and_the_reason_says_which(
+    target: Target, rival: str, path: Path
+) -> None:
+    plan = planned(target, rival, RUNS[target, rival, path])
     assert not plan.is_untouched
-    assert plan.reason.endswith(EVIDENCE[target, rival].reason)
+    assert plan.reason.endswith(EVIDENCE[target, rival, path].reason)
+
+
+@pytest.mark.parametrize(("target", "rival", "path"), RUNS)
+@pytest.mark.parametrize("checkpoint", list(Checkpoint))
+def test_what_is_known_of_one_path_says_nothing_of_another(
+    target: Target, rival: str, path: Path, checkpoint: Checkpoint
+) -> None:
+    """Whatever the checkpoint makes of the layer: with the rival it is taken if its own paths have a row."""
+    alone = planned(target, None, checkpoint)
+    paths = {part.decision.path for part in alone.ranges}
+    known = {other for on, beside, other in EVIDENCE if (on, beside) == (target, rival)}
+    plan = planned(target, rival, checkpoint)
+    assert plan.is_untouched is not (paths <= known)
+    if plan.is_untouched:
+        assert f"says that epfuse's {paths.pop().value} is faster than {rival} on {target.value}" in plan.reason
 
 
 @pytest.mark.parametrize(
@@ -74,9 +91,6 @@ def test_what_was_measured_of_the_hopper_kernels_says_nothing_of_the_portable_on
     assert plan.is_untouched
     assert "The Hopper kernels, which are faster than TritonExperts, don't run" in plan.reason
     assert "multiples of 16, not 2888" in plan.reason
-    plan = planned(Target.SM90, "TritonExperts", Checkpoint.BLOCK_FP8)  # a path without Hopper kernels
-    assert plan.is_untouched
-    assert plan.reason.endswith("not known to be: none of them runs block_fp8.")
     # on AMD there is one kernel for all sizes
     assert planned(Target.GFX942, "TritonExperts", Checkpoint.BF16, hidden=2880).storage is Storage.BF16
     # in fragment order MXFP8 is padded to whole fragments

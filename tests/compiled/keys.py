@@ -33,6 +33,7 @@ LAYERS = {
         (Target.SM90, Path.W8A16, WeightFormat.FRAGMENT, Combine.DETERMINISTIC),
         (Target.SM90, Path.BF16, WeightFormat.DENSE, Combine.DETERMINISTIC),
         (Target.SM90, Path.W8A8, WeightFormat.ROW_FP8, Combine.DETERMINISTIC),
+        (Target.SM90, Path.BLOCK_FP8, WeightFormat.BLOCK_FP8, Combine.DETERMINISTIC),
         (Target.SM90, Path.BLOCK_FP8, WeightFormat.BLOCK_FP8, Combine.ATOMIC),
         (Target.GFX942, Path.W8A16, WeightFormat.MXFP8_FNUZ, Combine.DETERMINISTIC),
         (Target.GFX942, Path.BF16, WeightFormat.DENSE, Combine.DETERMINISTIC),

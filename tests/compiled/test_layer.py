@@ -49,6 +49,15 @@ SIZES = {
         "down_sm90_fp8_kernel": 5,
         "combine_kernel": 1,
     },
+    "sm_90-block_fp8-deterministic": {
+        "route_kernel": 11,
+        "count_kernel": 1,
+        "place_kernel": 1,
+        "quantize_packed_kernel": 4,
+        "gate_up_sm90_block_fp8_kernel": 4,
+        "down_sm90_block_fp8_kernel": 5,
+        "combine_kernel": 1,
+    },
     "sm_90-block_fp8-atomic": {
         "route_kernel": 11,
         "count_kernel": 1,

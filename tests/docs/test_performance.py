@@ -115,3 +115,14 @@ def test_host_times_are_the_record_s() -> None:
         cells = [f"`{one['path']}`", one["tokens"], one["memory"], f"{one['us']:.0f}", f"{other['us']:.0f}"]
         cells += [f"{one['us'] / other['us']:.2f}", one["python_calls"], other["python_calls"]]
         assert [cell.strip() for cell in line.split("|")[1:-1]] == [str(cell) for cell in cells]
+
+
+def test_block_fp8_on_hopper_has_its_record_s_times() -> None:
+    record = json.loads((DOCS / "records/2026-11-30-h200-block-fp8.json").read_text())
+    section = (DOCS / "performance.md").read_text().split("## `block_fp8` on Hopper\n")[1]
+    table = next(part for part in section.split("\n\n") if part.startswith("| tokens |"))
+    tokens, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert len(lines) == len(record["layers"]) == 3
+    for line, rows in zip(lines, record["layers"].values(), strict=True):
+        assert [int(count) for count in tokens[1:]] == [row["tokens"] for row in rows]
+        assert line[1:] == [f"{row['portable_us']:.1f} -> {row['us']:.1f}" for row in rows]

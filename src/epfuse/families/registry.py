@@ -10,13 +10,14 @@ from epfuse.families.family import CallKind, Family
 from epfuse.families.portable import PORTABLE
 from epfuse.families.portable_fp8 import PORTABLE_FP8
 from epfuse.families.sm90 import SM90
+from epfuse.families.sm90_block_fp8 import SM90_BLOCK_FP8
 from epfuse.families.sm90_fp8 import SM90_FP8
 from epfuse.families.sm90_packed import SM90_PACKED
 from epfuse.scratch import ScratchSize
 from epfuse.stages.tiles import LayerTiles, TileRange
 from epfuse.target import Target
 
-FAMILIES: tuple[Family, ...] = (SM90, SM90_PACKED, SM90_FP8, PORTABLE, PORTABLE_FP8, CPU)
+FAMILIES: tuple[Family, ...] = (SM90, SM90_PACKED, SM90_FP8, SM90_BLOCK_FP8, PORTABLE, PORTABLE_FP8, CPU)
 """Best first: kernels of one GPU come before those for every GPU."""
 
 PREFERENCE = (Path.W8A16, Path.BF16, Path.W8A8, Path.BLOCK_FP8)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families.family import Stage
-from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90BlockTile, Sm90PersistentTile, Sm90Tile
 from epfuse.target import Target
 
 LARGEST = 1 << 24
@@ -58,7 +58,16 @@ class Sm90PersistentEntry(PortableEntry):
         return Sm90PersistentTile(**self.model_dump(exclude={"kind"}))
 
 
-TileEntry = Annotated[PortableEntry | Sm90Entry | Sm90PersistentEntry, Field(discriminator="kind")]
+class Sm90BlockEntry(PortableEntry):
+    """A `Sm90BlockTile`."""
+
+    kind: Literal["sm90_block"] = "sm90_block"  # type: ignore[assignment]
+
+    def tile(self) -> GemmTile:
+        return Sm90BlockTile(**self.model_dump(exclude={"kind"}))
+
+
+TileEntry = Annotated[PortableEntry | Sm90Entry | Sm90PersistentEntry | Sm90BlockEntry, Field(discriminator="kind")]
 
 
 def entry_of(tile: GemmTile) -> PortableEntry:
@@ -67,6 +76,8 @@ def entry_of(tile: GemmTile) -> PortableEntry:
         return Sm90Entry(**asdict(tile))
     if isinstance(tile, Sm90PersistentTile):
         return Sm90PersistentEntry(**asdict(tile))
+    if isinstance(tile, Sm90BlockTile):
+        return Sm90BlockEntry(**asdict(tile))
     return PortableEntry(**asdict(tile))
 
 

@@ -18,7 +18,7 @@ from epfuse.hardware.time_model import PATHS, PROFILED_BF16, Kernels, predicted_
 from epfuse.measured.lookup import sources
 from epfuse.planning.model_plan import ModelPlan
 from epfuse.policy import Decision, LayerPlan
-from epfuse.policy.rivals import EVIDENCE
+from epfuse.policy.rivals import evidence_of
 from epfuse.target import Target
 
 TOKENS = tuple(1 << exponent for exponent in range(14))
@@ -116,7 +116,7 @@ def layer_times(plan: ModelPlan, rival: Rival | None) -> tuple[PlannedLayerTime,
 
 def evidence(plan: ModelPlan, rival: Rival | None) -> str | None:
     """What is known of epfuse beside the rival on this target, in a sentence."""
-    found = None if rival is None else EVIDENCE.get((plan.serving.product.target, rival.name))
+    found = None if rival is None else evidence_of(plan.groups[0].plan, rival.name)
     return None if found is None else found.reason
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from epfuse.config import Path
 from epfuse.policy.layer import LayerPlan, Storage
 from epfuse.target import Target
 from epfuse.weights.panels import STEP_K
@@ -22,37 +23,39 @@ class Evidence:
     hopper: bool = False
 
 
-EVIDENCE: dict[tuple[Target, str], Evidence] = {
-    (Target.SM90, "MarlinExperts"): Evidence(
+EVIDENCE: dict[tuple[Target, str, Path], Evidence] = {
+    (Target.SM90, "MarlinExperts", Path.W8A16): Evidence(
         "On an H100 w8a16 is measured to take 0.41 to 0.97 of MarlinExperts' time (docs/performance.md).", hopper=True
     ),
-    (Target.SM90, "TritonExperts"): Evidence(
+    (Target.SM90, "TritonExperts", Path.BF16): Evidence(
         "On an H100 bf16 is measured to take 0.63 to 0.94 of TritonExperts' time (docs/performance.md, docs/vllm.md).",
         hopper=True,
     ),
-    (Target.SM90, "HummingGroupedExperts"): Evidence(
+    (Target.SM90, "HummingGroupedExperts", Path.W8A16): Evidence(
         "On an H100 w8a16 is measured to take 0.54 to 0.97 of HummingGroupedExperts' time on five layers"
         " (docs/performance.md).",
         hopper=True,
     ),
-    (Target.SM90, "HummingIndexedExperts"): Evidence(
+    (Target.SM90, "HummingIndexedExperts", Path.W8A16): Evidence(
         "On an H100 w8a16 is measured to take 0.70 to 1.00 of HummingIndexedExperts' time on five layers"
         " (docs/performance.md).",
         hopper=True,
     ),
-    (Target.GFX942, "Mxfp8EmulationTritonExperts"): Evidence(
+    (Target.GFX942, "Mxfp8EmulationTritonExperts", Path.W8A16): Evidence(
         "On MI300X w8a16 is predicted to take 0.55 to 0.83 of the time of vLLM's BF16 GEMMs (docs/mi300x.md)."
     ),
-    (Target.GFX942, "TritonExperts"): Evidence(
+    (Target.GFX942, "TritonExperts", Path.BF16): Evidence(
         "The GEMMs are predicted to be even; TritonExperts' activation and sum pass over other ranks' rows, too."
     ),
-    (Target.GFX942, "block FP8 made of MXFP8"): Evidence(
+    (Target.GFX942, "block FP8 made of MXFP8", Path.W8A16): Evidence(
         "SGLang makes MXFP8 block FP8 when it loads it, which changes the weights; epfuse's stay exact, and w8a16 is"
         " predicted to take 0.55 to 0.83 of the time of BF16 GEMMs (docs/mi300x.md)."
     ),
-    (Target.CPU, "Mxfp8EmulationTritonExperts"): Evidence("vLLM's choice needs Triton, which vLLM has not on a CPU."),
+    (Target.CPU, "Mxfp8EmulationTritonExperts", Path.W8A16): Evidence(
+        "vLLM's choice needs Triton, which vLLM has not on a CPU."
+    ),
 }
-"""(target, class of the experts that would run otherwise) -> evidence.
+"""(target, class of the experts that would run otherwise, our path) -> evidence.
 
 A row is added when a measurement on the target, or a prediction for it, says that epfuse wins at most token counts and
 clearly loses at none. Missing so far: gfx950, where nothing is measured or predicted.
@@ -68,14 +71,14 @@ def why_declined(plan: LayerPlan) -> str | None:
     rival, target = plan.request.rival, plan.request.target
     if rival is None:
         return None
-    evidence = EVIDENCE.get((target, rival))
+    evidence = evidence_of(plan, rival)
     if evidence is None:
-        return f"No measurement or prediction says that epfuse is faster than {rival} on {target.value}."
-    portable = [part.decision for part in plan.ranges if part.decision.family is None or part.decision.family.every_gpu]
-    if evidence.hopper and portable:
+        paths = " or ".join(path.value for path in _compared(plan))
+        return f"No measurement or prediction says that epfuse's {paths} is faster than {rival} on {target.value}."
+    if evidence.hopper and plan.why_portable is not None:
         return (
             f"The Hopper kernels, which are faster than {rival}, don't run, and the portable ones are not known to be:"
-            f" {plan.why_portable or f'none of them runs {portable[0].path.value}.'}"
+            f" {plan.why_portable}"
         )
     shape = plan.request.shape
     if evidence.hopper and plan.storage is Storage.BF16 and (shape.hidden % STEP_K or shape.intermediate % STEP_K):
@@ -89,4 +92,22 @@ def why_declined(plan: LayerPlan) -> str | None:
 def why_taken(plan: LayerPlan) -> str | None:
     """The evidence for a plan that was not declined; None if nobody else would run the layer."""
     rival = plan.request.rival
-    return None if rival is None else EVIDENCE[plan.request.target, rival].reason
+    found = None if rival is None else evidence_of(plan, rival)
+    return None if found is None else found.reason
+
+
+def evidence_of(plan: LayerPlan, rival: str) -> Evidence | None:
+    """What says that all of a plan's paths are faster than a rival; None if nothing does.
+
+    Args:
+        plan: what epfuse would do.
+        rival: class of the experts that would run otherwise.
+    """
+    found = [EVIDENCE.get((plan.request.target, rival, path)) for path in _compared(plan)]
+    return found[0] if len(found) == 1 else None
+
+
+def _compared(plan: LayerPlan) -> list[Path]:
+    """The paths that have to be faster: beside W8A16 a BF16 copy runs only where it is measured to be faster still."""
+    paths = list(dict.fromkeys(part.decision.path for part in plan.ranges))
+    return [path for path in paths if path is not Path.BF16 or Path.W8A16 not in paths]

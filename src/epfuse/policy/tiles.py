@@ -10,7 +10,7 @@ from itertools import groupby
 
 import torch
 
-from epfuse.config import Bias, LayerShape, SwiGLUOAI
+from epfuse.config import Bias, Combine, LayerShape, SwiGLUOAI
 from epfuse.families.family import CallKind
 from epfuse.families.registry import default_ranges
 from epfuse.measured.fits import fit_of
@@ -50,7 +50,8 @@ def tile_ranges(kind: CallKind) -> list[tuple[int, TileChoice]]:
 
 
 def _as_measured(kind: CallKind) -> bool:
-    return kind.dtype == torch.bfloat16 and kind.activation is SwiGLUOAI
+    in_order = kind.combine is Combine.DETERMINISTIC
+    return in_order and kind.dtype == torch.bfloat16 and kind.activation is SwiGLUOAI
 
 
 def _measured(kind: CallKind) -> tuple[LayerMeasurements, ...]:
@@ -64,8 +65,9 @@ def nearest_ranges(kind: CallKind) -> list[tuple[int, TileChoice]]:
     Args:
         kind: of the calls, on one path and one format.
 
-    Tables are measured in bfloat16 with SwiGLU-OAI, and serve nothing else. They are measured without biases: those are
-    added after the products and move no more memory to speak of, so the tiles serve layers that have them, as foreign.
+    Tables are measured in bfloat16 with SwiGLU-OAI and routes summed in order, and serve nothing else. They are
+    measured without biases: those are added after the products and move no more memory to speak of, so the tiles serve
+    layers that have them, as foreign.
     """
     shape, defaults = kind.shape, default_ranges(kind)
     measured = _measured(kind)

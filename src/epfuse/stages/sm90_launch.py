@@ -13,8 +13,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epfuse.errors import ConfigError
 from epfuse.stages.grid import pieces
+from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import RouteTable
-from epfuse.stages.tiles import FEW_ROWS, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import FEW_ROWS, Sm90BlockTile, Sm90PersistentTile, Sm90Tile
+from epfuse.weights.block_fp8 import BLOCK, BlockFP8
 from epfuse.weights.fragment import FragmentMXFP8
 from epfuse.weights.panels import PANEL_ROWS, STEP_K
 from epfuse.weights.row_fp8 import RowFP8
@@ -112,6 +114,34 @@ def weight_lines(weights: FragmentMXFP8 | RowFP8, block_k: int) -> TensorDescrip
     return found
 
 
+def block_constants(routes: RouteTable, tile: Sm90BlockTile) -> dict[str, Any]:
+    """Compile-time arguments and launch options of both GEMMs with block FP8 weights."""
+    return {
+        "BLOCK_M": routes.block_m,
+        "BLOCKS": tile.blocks,
+        "GROUP_M": tile.group_m,
+        "STAGES": tile.num_stages,
+        "num_warps": tile.num_warps,
+        "launch_pdl": True,
+    }
+
+
+def weight_blocks(weights: BlockFP8) -> TensorDescriptor:
+    """The values as ``[L * N, K]``, copied 128x128 at a time; described once in their life."""
+    values = weights.values
+    known = _blocks.get(values)
+    if known is None or known.base.data_ptr() != values.data_ptr():
+        rows = values.detach().flatten(0, 1)
+        known = _blocks[values] = TensorDescriptor.from_tensor(rows, [BLOCK, BLOCK], _line_layout(8))
+    return known
+
+
+def block_rows(rows: FP8Rows, block_m: int) -> TensorDescriptor:
+    """``rows [R, K]`` as the copy engine takes a consumer's of a block, 128 columns at a time."""
+    return TensorDescriptor.from_tensor(rows.values, [min(block_m, PANEL_ROWS), BLOCK], _line_layout(8))
+
+
+_blocks: MutableMapping[torch.Tensor, TensorDescriptor] = WeakIdKeyDictionary()
 _lines: MutableMapping[torch.Tensor, dict[int, TensorDescriptor]] = WeakIdKeyDictionary()
 _line_layout = functools.cache(lambda bits: gl.NVMMASharedLayout(LINE, bits, 2))
 """Checking either anew takes the host some microseconds a launch."""

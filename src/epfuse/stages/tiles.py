@@ -127,6 +127,26 @@ def _part(rows: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Sm90BlockTile(GemmTile):
+    """A tile of the Hopper kernels of block FP8 weights, with specialised warps, one program per multiprocessor.
+
+    block_n is one or two blocks of 128 weight rows, in gate_up one of gate rows and their up rows; block_k is 128;
+    num_warps counts one consumer's (4); num_stages counts K steps in the ring.
+    """
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 128 weight rows."""
+        return self.block_n // 128
+
+    def __post_init__(self) -> None:
+        if (self.block_n, self.block_k, self.num_warps) not in ((128, 128, 4), (256, 128, 4)):
+            raise ConfigError(
+                f"tile {self.key}: with block FP8 weights on Hopper block_n is 128 or 256, block_k 128 and num_warps 4"
+            )
+
+
+@dataclass(frozen=True)
 class LibraryTile(GemmTile):
     """No tile of ours: the matrices go to a library, which cuts them as it likes."""
 
@@ -177,6 +197,11 @@ class LayerTiles:
             raise ConfigError(f"block_m is {self.block_m}; it must be a power of two, none below {least}")
         if isinstance(self.gate_up, LibraryTile) and isinstance(self.down, LibraryTile):
             return
+        if isinstance(self.gate_up, Sm90BlockTile) and self.gate_up.blocks != 2:
+            raise ConfigError(
+                f"gate_up.block_n is {self.gate_up.block_n}; with block FP8 weights on Hopper it must be 256, for 128"
+                " gate rows and their up rows"
+            )
         for name in ("gate_up", "down"):
             tile: GemmTile = getattr(self, name)
             for size in ("block_n", "block_k"):
@@ -191,8 +216,8 @@ class LayerTiles:
 
     @property
     def packed(self) -> bool:
-        """Whether the routed rows are gathered first, and both GEMMs run on packed rows."""
-        return isinstance(self.gate_up, Sm90PersistentTile)
+        """Whether the routed rows are gathered or quantised first, and both GEMMs run on packed rows."""
+        return isinstance(self.gate_up, (Sm90PersistentTile, Sm90BlockTile))
 
     @property
     def key(self) -> str:

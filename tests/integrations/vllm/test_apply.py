@@ -98,7 +98,8 @@ def test_ours_is_vllms_own_result(quantization, target, tokens, monkeypatch):
     compiled_ops.give(own.quant_method.moe_kernel.fused_experts, ACTIVATION, monkeypatch)
     expected = call(own, tokens)
     if target is Target.GFX950:  # its kernels are right, although the policy does not know of them whether they win
-        evidence = dict.fromkeys([(target, "Mxfp8NativeTritonExperts"), (target, "TritonExperts")], rivals.Evidence(""))
+        taken = [(target, "Mxfp8NativeTritonExperts", Path.W8A16), (target, "TritonExperts", Path.BF16)]
+        evidence = dict.fromkeys(taken, rivals.Evidence(""))
         monkeypatch.setattr(rivals, "EVIDENCE", evidence)
     ours = loaded(deployment, monkeypatch)
     assert type(ours.quant_method.moe_kernel.fused_experts) is EpfuseExperts

@@ -1,4 +1,4 @@
-"""Packed FP8 rows: bit for bit the reference's with one group a row, every local route's, and nothing past them."""
+"""Packed FP8 rows: bit for bit the reference's, one group a row or several, every local route's, nothing past them."""
 
 from __future__ import annotations
 
@@ -48,6 +48,28 @@ def test_rows_are_those_of_the_reference(device, tokens, columns, block_m, routi
     torch.testing.assert_close(got.scales[: order.numel()].cpu(), want.scales, rtol=0, atol=0)
     assert (codes[order.numel() :] == 0x55).all()
     assert (got.scales[order.numel() :] == 0x55).all()
+
+
+@pytest.mark.parametrize("columns", [96, 256, 352])
+def test_rows_in_groups_are_those_of_the_reference(device, columns):
+    """As block FP8 weights have them: a scale for 128 columns, the last group cut short."""
+    tokens, group = 37, 128
+    ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    routes = routed(ids, slots, LOCAL, 16)
+    order = torch.cat([found for _, found in routes.groups()])
+    x = hard_rows(tokens, columns).to(device)
+    out = FP8Rows.empty(tokens * TOP_K, columns, group, torch.float8_e4m3fn, device)
+    out.values.view(torch.uint8).fill_(0x55)
+    out.scales.fill_(0x55)
+    launch_quantize_packed(x, routes, TOP_K, out)
+    want = quantize(x[order // TOP_K].cpu(), group=group)
+    codes, scales = out.values.view(torch.uint8).cpu(), out.scales.cpu()
+    torch.testing.assert_close(codes[: order.numel()], want.values.view(torch.uint8), rtol=0, atol=0)
+    torch.testing.assert_close(scales[: order.numel()], want.scales, rtol=0, atol=0)
+    assert (codes[order.numel() :] == 0x55).all()
+    assert (scales[order.numel() :] == 0x55).all()
 
 
 def test_where_each_row_is_and_which_are_their_tokens_only_one(device):

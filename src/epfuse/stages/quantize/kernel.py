@@ -24,12 +24,18 @@ def widen(x):
 
 
 @triton.jit
+def scale_above(amax):
+    """Bit patterns of the largest magnitudes -> (biased E8M0 exponents, whether they are finite)."""
+    amax = tl.minimum(amax, 0x7F800000)
+    carried = amax + 0x1FFFFF  # into the exponent exactly if the mantissa is above 448's 1.75
+    return tl.maximum((carried >> 23) - 8, 0), amax < 0x7F800000
+
+
+@triton.jit
 def shared_scale(bits):
     """float32 bit patterns [.., G] -> (biased E8M0 exponent [..], whether all of the run is finite [..])."""
     # bit patterns order as magnitudes do, with infinity and NaN on top: the maximum can't lose a NaN
-    amax = tl.minimum(tl.max(bits & 0x7FFFFFFF, axis=-1), 0x7F800000)
-    carried = amax + 0x1FFFFF  # into the exponent exactly if the mantissa is above 448's 1.75
-    return tl.maximum((carried >> 23) - 8, 0), amax < 0x7F800000
+    return scale_above(tl.max(bits & 0x7FFFFFFF, axis=-1))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""FP8 rows with one scale each, packed in the route table's order."""
+"""FP8 rows with one scale each, or one for each of their groups, packed in the route table's order."""
 
 import triton
 import triton.language as tl
@@ -26,7 +26,7 @@ def source_of(route, row, K: tl.constexpr):
 
 @triton.jit
 def quantize_row(x, HARDWARE: tl.constexpr):
-    """quantize_block of one run, rounded up; HARDWARE: by the GPU's conversion, which rounds alike."""
+    """quantize_block of the runs of a row, rounded up; HARDWARE: by the GPU's conversion, which rounds alike."""
     if HARDWARE:
         scale, finite = shared_scale(x.to(tl.int32, bitcast=True))
         codes = (x * tl.expand_dims(inverse_of(scale), -1)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
@@ -43,10 +43,11 @@ def quantize_packed_kernel(
     x, codes, scales, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded,
     R, E, H, lone_stored,
     L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
-    HARDWARE: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, HARDWARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """codes[row of a route], scales[row] of x[route // K], or of x[row] if K is 0: then x lies packed already.
 
+    A scale for each GROUP values of a row; for all of it where GROUP is BLOCK_H.
     A row at a time; each program takes every num_programs-th slot. route_row, lone_token and lone_stored as
     note_row.
     """
@@ -55,6 +56,8 @@ def quantize_packed_kernel(
         gdc_launch_dependents()  # not before: the next kernel reads the route table at once
     columns = tl.arange(0, BLOCK_H)
     inside = columns < H
+    groups = tl.arange(0, BLOCK_H // GROUP)
+    scales_of_row = tl.cdiv(H, GROUP)
     slots = tl.load(num_padded)
     programs = tl.num_programs(0)
     first = tl.program_id(0)
@@ -70,9 +73,9 @@ def quantize_packed_kernel(
         second_row = packed_row(block_row, slot + 2 * programs, slots, BLOCK_M)
         if route < R:
             note_row(route_row, lone_token, lone_stored, topk_ids, expert_map, route, row, R, E, L, K, K_LANES)
-            code, scale = quantize_row(tl.reshape(widen(values), (1, BLOCK_H)), HARDWARE)
+            code, scale = quantize_row(tl.reshape(widen(values), (BLOCK_H // GROUP, GROUP)), HARDWARE)
             tl.store(codes + row.to(tl.int64) * H + columns, tl.reshape(code, (BLOCK_H,)), mask=inside)
-            tl.store(scales + row + tl.arange(0, 1), scale)
+            tl.store(scales + row.to(tl.int64) * scales_of_row + groups, scale, mask=groups < scales_of_row)
         route = next_route
         next_route = second_route
         row = next_row

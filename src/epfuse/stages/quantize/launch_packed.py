@@ -1,4 +1,4 @@
-"""Launch the kernel that packs rows and quantises them with one scale each."""
+"""Launch the kernel that packs rows and quantises them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def launch_quantize_packed(
     route_row: torch.Tensor | None = None,
     lone: LoneTokens | None = None,
 ) -> FP8Rows:
-    """Quantise the rows of the local routes to E4M3FN with one E8M0 scale a row, rounded up; packed.
+    """Quantise the rows of the local routes to E4M3FN with one E8M0 scale a group, rounded up; packed.
 
-    Row for row bitwise what `epfuse.stages.quantize.reference` gives with a group as long as the row.
+    Row for row bitwise what `epfuse.stages.quantize.reference` gives with such groups.
 
     Args:
         x: contiguous bfloat16: ``[T, K]``, or ``[R, K]`` packed already.
         routes: RouteTable of this call; rows lie packed in its order.
         top_k: route r has row ``r // top_k`` of x; None if x lies packed.
-        out: ``[R, K]``, one group a row; only as many rows as there are local routes are written, the first ones.
-            Allocated if None.
+        out: ``[R, K]``, in groups of a power of two or one group a row; only as many rows as there are local routes
+            are written, the first ones. Allocated if None, with one group a row.
         route_row: as `launch_gather` takes it.
         lone: as `launch_gather` takes it; needs top_k.
 
@@ -64,6 +64,7 @@ def launch_quantize_packed(
         K_LANES=power_of_two(top_k or 1),
         BLOCK_M=routes.block_m,
         BLOCK_H=power_of_two(size),
+        GROUP=power_of_two(out.group),
         HARDWARE=target is Target.SM90,  # the interpreter's conversion truncates
         num_warps=8,
         **overlap_previous(target),
