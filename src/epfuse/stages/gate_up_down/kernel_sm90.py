@@ -9,8 +9,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from epfuse.kernel_cache import cached
-from epfuse.stages.down.kernel_sm90 import store_weighted_panel
-from epfuse.stages.gate_up.kernel_sm90 import store_activated_panel
 from epfuse.stages.gate_up_down.kernel_sm90_counters import say_done, wait_until
 from epfuse.stages.gate_up_down.kernel_sm90_multiply import consume_tile, fetch_weights, make_panels
 from epfuse.stages.sm90_gemm import let_next_kernel_start, tile_of, wait_for_previous_kernel
@@ -116,25 +114,20 @@ def consume_both(
     w2_scale, I_PADDED, DOWN_PANELS, down_store = down_args
     ups = m_blocks * n_up
     total = ups + m_blocks * n_down
+    which = gl.to_tensor(consumer)  # no constant: what it calls is traced once for all consumers
     done = 0
     count = 0
     tile = read_tile(tiles, tile_full, tile_empty, count)
     while tile < total:
-        if tile < ups:
-            m, n = tile_of(tile, m_blocks, n_up, GROUP_M)
-            done = consume_tile(
-                w13_scale, H_PADDED, UP_PANELS, m, n, sorted_routes, block_expert, block_row,
-                heads, rests, panels, full, empty, done, R,
-                consumer, store_activated_panel, ACTIVATION, up_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
-            )  # fmt: skip
+        up = tile < ups
+        m, n = tile_of(gl.where(up, tile, tile - ups), m_blocks, gl.where(up, n_up, n_down), GROUP_M)
+        done = consume_tile(
+            gl.where(up, w13_scale, w2_scale), gl.where(up, H_PADDED, I_PADDED), gl.where(up, UP_PANELS, DOWN_PANELS),
+            m, n, sorted_routes, block_expert, block_row, heads, rests, panels, full, empty, done, R,
+            (up, up_store, down_store), which, ACTIVATION, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
+        )  # fmt: skip
+        if up:
             say_done(arrivals + 1 + m)
-        else:
-            m, n = tile_of(tile - ups, m_blocks, n_down, GROUP_M)
-            done = consume_tile(
-                w2_scale, I_PADDED, DOWN_PANELS, m, n, sorted_routes, block_expert, block_row,
-                heads, rests, panels, full, empty, done, R,
-                consumer, store_weighted_panel, None, down_store, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS,
-            )  # fmt: skip
         count += 1
         tile = read_tile(tiles, tile_full, tile_empty, count)
 

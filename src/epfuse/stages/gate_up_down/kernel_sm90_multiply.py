@@ -13,6 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from epfuse.stages.down.kernel_sm90 import store_weighted_panel
+from epfuse.stages.gate_up.kernel_sm90 import store_activated_panel
 from epfuse.stages.sm90_gemm import fragment_scale_pointers, group_layout, powers, register_operand
 from epfuse.stages.sm90_persistent import PANEL, head_columns, number_of_steps, rest_columns, step_of
 
@@ -52,7 +54,7 @@ def fetch_weights(w, panels, full, stage, panel, step, K_PADDED, BLOCK_K: gl.con
 
 @gluon.jit
 def multiply(
-    s_ptrs, heads, rests, panels, full, empty, done, words_of_row, consumer: gl.constexpr,
+    s_ptrs, heads, rests, panels, full, empty, done, words_of_row, consumer,
     COLUMNS: gl.constexpr, MORE: gl.constexpr,
     BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
@@ -110,51 +112,94 @@ def multiply(
 
 
 @gluon.jit
-def consume_columns(
-    s_ptrs, block_routes, first_row, expert, panel, heads, rests, panels, full, empty, done, words_of_row, R,
-    consumer: gl.constexpr, store: gl.constexpr, ACTIVATION: gl.constexpr, store_args,
-    COLUMNS: gl.constexpr, MORE: gl.constexpr,
+def store_panel(acc, place, store_args, ACTIVATION: gl.constexpr, FIRST: gl.constexpr):
+    """Store accumulators of a block's columns from FIRST on, as gate_up does or as down does."""
+    block_routes, first_row, expert, panel, R = place
+    up, up_store, down_store = store_args
+    block_routes += FIRST
+    first_row += FIRST
+    if up:
+        store_activated_panel(acc, block_routes, first_row, expert, panel, R, up_store, ACTIVATION)
+    else:
+        store_weighted_panel(acc, block_routes, first_row, expert, panel, R, down_store, None)
+
+
+@gluon.jit
+def multiply_head(
+    step, ring, place, store_args, consumer, ACTIVATION: gl.constexpr,
+    I: gl.constexpr, BLOCK_M: gl.constexpr, HEAD: gl.constexpr,
     BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """One tile of one consumer, for its first COLUMNS routes, or for COLUMNS + MORE."""
+    """`multiply` with the step-th of column_steps, which is the I-th or a later one: all of them have the whole head.
+
+    Returns the sums of the head, so that there is one copy of the code that stores them; those of the rest are stored.
+    """
+    LAST: gl.constexpr = number_of_steps(BLOCK_M, HEAD) - 1
+    if I == LAST or step == I:
+        acc, done = multiply_step(
+            ring, place, store_args, consumer, ACTIVATION, I, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS
+        )  # fmt: skip
+    else:
+        acc, done = multiply_head(
+            step, ring, place, store_args, consumer, ACTIVATION, I + 1, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS
+        )  # fmt: skip
+    return acc, done
+
+
+@gluon.jit
+def multiply_step(
+    ring, place, store_args, consumer, ACTIVATION: gl.constexpr,
+    I: gl.constexpr, BLOCK_M: gl.constexpr, HEAD: gl.constexpr,
+    BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """`multiply` with the I-th of column_steps; the rest's sums are stored, the head's returned."""
+    COLUMNS: gl.constexpr = head_columns(BLOCK_M, HEAD, I)
+    MORE: gl.constexpr = rest_columns(BLOCK_M, HEAD, I)
+    s_ptrs, heads, rests, panels, full, empty, done, words_of_row = ring
     acc, more, done = multiply(
         s_ptrs, heads, rests, panels, full, empty, done, words_of_row, consumer, COLUMNS, MORE,
         BLOCK_K, CONSUMERS, STAGES, PARTS,
     )  # fmt: skip
-    store(acc, block_routes, first_row, expert, panel, R, store_args, ACTIVATION)
     if MORE > 0:
-        store(more, block_routes + COLUMNS, first_row + COLUMNS, expert, panel, R, store_args, ACTIVATION)
-    return done
+        store_panel(more, place, store_args, ACTIVATION, COLUMNS)
+    return acc, done
 
 
 @gluon.jit
 def consume_tile(
     w_scale, K_PADDED, PANELS, m, n, sorted_routes, block_expert, block_row, heads, rests, panels, full, empty, done, R,
-    consumer: gl.constexpr, store: gl.constexpr, ACTIVATION: gl.constexpr, store_args,
+    store_args, consumer, ACTIVATION: gl.constexpr,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Multiply and store this consumer's panel of tile (m, n); done counts the ring's stages since the launch.
 
-    store is a function of (accumulators [64, columns], pointer to the columns' routes, packed row of the first one, the
-    expert, the panel, R, store_args, ACTIVATION).
+    One main loop for each of column_steps serves both GEMMs, which differ in operands and in what store_args says:
+    (whether it is gate_up, arguments of store_activated_panel, arguments of store_weighted_panel).
     """
-    STEPS: gl.constexpr = number_of_steps(BLOCK_M, HEAD)
     expert = gl.load(block_expert + m)
     panel = n * CONSUMERS + consumer
     s_ptrs = fragment_scale_pointers(
         w_scale, expert * PANELS + panel, expert * PANELS + PANELS - 1, K_PADDED, PANEL, WORD_K // PARTS
     )  # fmt: skip
     block_routes = sorted_routes + m * BLOCK_M
-    first_row = gl.load(block_row + m)
-    words_of_row = K_PADDED // WORD_K
+    place = (block_routes, gl.load(block_row + m), expert, panel, R)
+    ring = (s_ptrs, heads, rests, panels, full, empty, done, K_PADDED // WORD_K)
     step = step_of(block_routes, R, BLOCK_M, HEAD)
-    for i in gl.static_range(STEPS):
-        if step == i:
-            done = consume_columns(
-                s_ptrs, block_routes, first_row, expert, panel,
-                heads, rests, panels, full, empty, done, words_of_row, R, consumer, store, ACTIVATION, store_args,
-                head_columns(BLOCK_M, HEAD, i), rest_columns(BLOCK_M, HEAD, i),
-                BLOCK_K, CONSUMERS, STAGES, PARTS,
+    if head_columns(BLOCK_M, HEAD, 0) < HEAD:
+        if step == 0:
+            few, done = multiply_step(
+                ring, place, store_args, consumer, ACTIVATION, 0, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS
             )  # fmt: skip
+            store_panel(few, place, store_args, ACTIVATION, 0)
+        else:
+            acc, done = multiply_head(
+                step, ring, place, store_args, consumer, ACTIVATION, 1, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS
+            )  # fmt: skip
+            store_panel(acc, place, store_args, ACTIVATION, 0)
+    else:
+        acc, done = multiply_head(
+            step, ring, place, store_args, consumer, ACTIVATION, 0, BLOCK_M, HEAD, BLOCK_K, CONSUMERS, STAGES, PARTS
+        )  # fmt: skip
+        store_panel(acc, place, store_args, ACTIVATION, 0)
     return done
