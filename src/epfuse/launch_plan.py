@@ -152,9 +152,9 @@ class Plans:
         """The launches of a call, in order, each to be run once."""
         assert decision.family is not None
         assert decision.tiles is not None
-        make = partial(decision.family.steps, call, decision.tiles)
         if not can_plan(call):
-            return make().launches
+            return decision.family.steps(call, decision.tiles).launches
+        make = partial(decision.family.steps, call, decision.tiles)
         operands = _operands(call)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in operands]
         if functools.reduce(operator.or_, addresses) % ALIGNMENT:  # one of them is not aligned, and has other kernels

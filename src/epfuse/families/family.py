@@ -12,6 +12,7 @@ import torch
 
 from epfuse.arguments import checks_enums
 from epfuse.config import Activation, Bias, Combine, LayerShape, Path, SwiGLUOAI, WeightFormat
+from epfuse.families.blocks import powers_of_two
 from epfuse.scratch import Scratch, ScratchSize
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile, LayerTiles, TileRange
@@ -189,9 +190,9 @@ class Family(ABC):
             kind: of calls that it accepts.
         """
 
-    @abstractmethod
     def block_ms(self, rows: float) -> list[int]:
-        """Row blocks that are worth trying for ``rows`` expected rows per expert."""
+        """Row blocks that are worth trying for ``rows`` expected rows per expert: powers of two."""
+        return powers_of_two(rows, self.least_block_m)
 
     @abstractmethod
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
@@ -203,11 +204,10 @@ class Family(ABC):
             rows: expected rows per expert.
         """
 
-    @abstractmethod
     def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
         """Whether a tile of this family can be launched with ``block_m``, as far as that is known before compiling."""
+        return block_m >= self.least_block_m and block_m.bit_count() == 1
 
-    @abstractmethod
     def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
         """Memory of the rows between the stages, in elements of the activations' dtype.
 
@@ -216,7 +216,11 @@ class Family(ABC):
             top_k: K.
             hidden: H.
             intermediate: I.
+
+        Returns:
+            ``[R, I]`` and ``[R, H]``.
         """
+        return ScratchSize(tokens * top_k * intermediate, tokens * top_k * hidden)
 
     @abstractmethod
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:

@@ -41,18 +41,6 @@ def rows_between(call: LayerCall) -> RowsBetween:
     return RowsBetween(y, rows_in(scratch.routed, routes, shape.hidden), not overlaps(y, call.out))
 
 
-def rows_scratch(tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
-    """Scratch of `rows_between`: ``[R, I]`` and ``[R, H]``, in elements of the activations' dtype.
-
-    Args:
-        tokens: T.
-        top_k: K.
-        hidden: H.
-        intermediate: I.
-    """
-    return ScratchSize(tokens * top_k * intermediate, tokens * top_k * hidden)
-
-
 def rows_in(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """``[rows, columns]`` at the beginning of a contiguous buffer."""
     return buffer.view(-1)[: rows * columns].view(rows, columns)

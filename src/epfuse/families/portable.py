@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
 
 from epfuse.config import ACTIVATIONS, Activation, Bias, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
-from epfuse.families.memory import rows_between, rows_scratch
-from epfuse.scratch import ScratchSize
+from epfuse.families.family import CallKind, Reads
+from epfuse.families.two_gemms import TwoGemms
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, TileRange
 from epfuse.target import Target
 
 
-class Portable(Family):
+class Portable(TwoGemms):
     """route -> gate_up -> down -> combine."""
 
     name: ClassVar[str] = "portable"
@@ -41,10 +39,6 @@ class Portable(Family):
             return MXFP8[kind.target]
         return FLOAT32 if kind.dtype == torch.float32 else DENSE[kind.target]
 
-    def block_ms(self, rows: float) -> list[int]:
-        """Powers of two."""
-        return blocks.powers_of_two(rows, self.least_block_m)
-
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Tiles whose accumulators fill the warps and whose weights fit shared memory."""
         wide = (64, 128, 256) if kind.form is WeightFormat.DENSE else (64, 128)
@@ -55,32 +49,12 @@ class Portable(Family):
             if block_k <= max(64, kind.shape.hidden) and filled and block_n * block_k <= 1 << 15:
                 yield GemmTile(block_n, block_k, group_m, warps, stages)
 
-    def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
-        """The compiler has the last word."""
-        return block_m >= self.least_block_m and block_m.bit_count() == 1
-
-    def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
-        """``[R, I]`` and ``[R, H]``."""
-        return rows_scratch(tokens, top_k, hidden, intermediate)
-
-    def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
-        """A row per route between the stages."""
-        from epfuse.stages.combine.launch import launch_combine
+    def gemms(self) -> tuple[Callable[..., object], Callable[..., object]]:
+        """For every GPU."""
         from epfuse.stages.down.launch import launch_down
         from epfuse.stages.gate_up.launch import launch_gate_up
-        from epfuse.stages.route.launch import launch_route
 
-        rows, table, local = rows_between(call), call.table(tiles.block_m), call.shape.local_experts
-        x = (call.hidden, call.w13, table, call.shape.top_k, call.activation, tiles.gate_up, rows.y, call.gate_up_bias)
-        y = (rows.y, call.w2, table, call.topk_weights, tiles.down, rows.routed, call.down_bias)
-        routed = (rows.routed, call.topk_ids, call.slots, local, call.out)
-        launches: tuple[Step, ...] = (
-            ("route", partial(launch_route, call.topk_ids, call.slots, local, table)),
-            ("gate_up", partial(launch_gate_up, *x)),
-            ("down", partial(launch_down, *y)),
-            ("combine", partial(launch_combine, *routed, out_is_free=rows.out_is_free)),
-        )
-        return Steps(table, launches)
+        return launch_gate_up, launch_down
 
 
 # 16-bit weights.

@@ -39,10 +39,6 @@ class PortableFP8(Family):
         """block_k is a multiple of both groups, 32 and 128."""
         return FP8[kind.target]
 
-    def block_ms(self, rows: float) -> list[int]:
-        """Powers of two."""
-        return blocks.powers_of_two(rows, self.least_block_m)
-
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Whole groups of 128."""
         for block_n, group_m, warps, stages in itertools.product(
@@ -50,10 +46,6 @@ class PortableFP8(Family):
         ):
             if block_m * block_n <= 128 * 128:
                 yield GemmTile(block_n, 128, group_m, warps, stages)
-
-    def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
-        """The compiler has the last word."""
-        return block_m >= self.least_block_m and block_m.bit_count() == 1
 
     def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
         """FP8 rows in y; rows before and after each GEMM in routed."""

@@ -6,17 +6,15 @@ Weights are on the M side of wgmma, so that routed rows come in steps of 8.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
 
 from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
-from epfuse.families.memory import rows_between, rows_scratch
-from epfuse.scratch import ScratchSize
+from epfuse.families.family import CallKind, Reads
+from epfuse.families.two_gemms import TwoGemms
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90Tile, TileRange
 from epfuse.target import Target
 
@@ -26,7 +24,7 @@ SHARED_BYTES = 232_448
 """Shared memory of a block on sm_90 (CUDA's programming guide, compute capability 9.0)."""
 
 
-class Sm90(Family):
+class Sm90(TwoGemms):
     """route -> gate_up -> down -> combine, on dense weights or MXFP8 in fragment order."""
 
     name: ClassVar[str] = "sm90"
@@ -54,10 +52,6 @@ class Sm90(Family):
         """Measured on an H100."""
         return FRAGMENT if kind.form is WeightFormat.FRAGMENT else DENSE
 
-    def block_ms(self, rows: float) -> list[int]:
-        """Powers of two."""
-        return blocks.powers_of_two(rows, self.least_block_m)
-
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit shared memory; shared reductions where there are few rows."""
         if block_m.bit_count() > 1:
@@ -80,31 +74,12 @@ class Sm90(Family):
         shared = tile.split_k > 1 and block_m > 16
         return block_m.bit_count() == 1 and not shared and ring_fits(tile, form, block_m)
 
-    def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
-        """``[R, I]`` and ``[R, H]``."""
-        return rows_scratch(tokens, top_k, hidden, intermediate)
-
-    def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
-        """A row per route between the stages."""
-        from epfuse.stages.combine.launch import launch_combine
+    def gemms(self) -> tuple[Callable[..., object], Callable[..., object]]:
+        """For Hopper."""
         from epfuse.stages.down.launch_sm90 import launch_down_sm90
         from epfuse.stages.gate_up.launch_sm90 import launch_gate_up_sm90
-        from epfuse.stages.route.launch import launch_route
 
-        assert isinstance(tiles.gate_up, Sm90Tile)
-        assert isinstance(tiles.down, Sm90Tile)
-        shape, rows = call.shape, rows_between(call)
-        table = call.table(tiles.block_m, tiles.arrivals(shape.hidden, shape.intermediate))
-        x = (call.hidden, call.w13, table, shape.top_k, call.activation, tiles.gate_up, rows.y, call.gate_up_bias)
-        y = (rows.y, call.w2, table, call.topk_weights, tiles.down, rows.routed, call.down_bias)
-        routed = (rows.routed, call.topk_ids, call.slots, shape.local_experts, call.out)
-        launches: tuple[Step, ...] = (
-            ("route", partial(launch_route, call.topk_ids, call.slots, shape.local_experts, table)),
-            ("gate_up", partial(launch_gate_up_sm90, *x)),
-            ("down", partial(launch_down_sm90, *y)),
-            ("combine", partial(launch_combine, *routed, out_is_free=rows.out_is_free)),
-        )
-        return Steps(table, launches)
+        return launch_gate_up_sm90, launch_down_sm90
 
 
 def ring_fits(tile: Sm90Tile, form: WeightFormat, block_m: int) -> bool:

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 
 from epfuse.config import Bias, Path, WeightFormat
-from epfuse.families import blocks
 from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
 from epfuse.families.sm90 import SHARED_BYTES
@@ -46,10 +45,6 @@ class Sm90BlockFP8(Family):
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H200."""
         return BLOCK_FP8
-
-    def block_ms(self, rows: float) -> list[int]:
-        """Powers of two."""
-        return blocks.powers_of_two(rows, self.least_block_m)
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit."""

@@ -13,9 +13,8 @@ from typing import ClassVar
 from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import CallKind, Family, LayerCall, Reads, Stage, Step, Steps
-from epfuse.families.memory import rows_between, rows_scratch
+from epfuse.families.memory import rows_between
 from epfuse.families.sm90 import SHARED_BYTES
-from epfuse.scratch import ScratchSize
 from epfuse.stages.route.table import LoneTokens
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90PersistentTile, TileRange
 from epfuse.target import Target
@@ -64,10 +63,6 @@ class Sm90Packed(Family):
         """Whether the block can be cut so, and the ring and the accumulators have room."""
         assert isinstance(tile, Sm90PersistentTile)
         return block_m >= self.least_block_m and tile.cuts(block_m) and _ring_fits(tile, block_m)
-
-    def scratch(self, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:
-        """``[R, I]`` and ``[R, H]``."""
-        return rows_scratch(tokens, top_k, hidden, intermediate)
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
         """Down's results of a block are written where its gathered rows were, which are dead by then."""

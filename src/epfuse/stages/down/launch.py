@@ -8,6 +8,7 @@ from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel import down_kernel
 from epfuse.stages.extent import extents
 from epfuse.stages.grid import pieces
+from epfuse.stages.portable_launch import constants, operands_of
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
 from epfuse.target import target_of
@@ -42,28 +43,17 @@ def launch_down(
     hidden = w2.shape[1]
     if out is None:
         out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
-    weights, scales = (w2.values, w2.scales) if isinstance(w2, MXFP8) else (w2, None)
     grid = (routes.max_blocks * pieces(hidden, tile.block_n),)
     rows, router, results = extents(target_of(out.device), y, topk_weights, out)
     down_kernel[grid](
         rows,
-        weights,
-        scales,
+        *operands_of(w2),
         bias,
         router,
         results,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.num_padded,
-        routes.num_routes,
+        *routes.blocks,
         hidden,
         intermediate,
-        BLOCK_M=routes.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
-        EVEN_K=intermediate % tile.block_k == 0,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **constants(routes, tile, intermediate),
     )
     return out

@@ -10,6 +10,7 @@ from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.down.kernel_fp8 import down_fp8_kernel
 from epfuse.stages.extent import extents
 from epfuse.stages.grid import pieces
+from epfuse.stages.portable_launch import constants
 from epfuse.stages.quantize.rows import FP8Rows, require_alike
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
@@ -60,23 +61,14 @@ def launch_down_fp8(
         bias,
         router,
         results,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.num_padded,
-        routes.num_routes,
+        *routes.blocks,
         hidden,
         intermediate,
         y.scales.shape[1],
         K=topk_weights.shape[1],
-        BLOCK_M=routes.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
         GROUP=y.group,
         SCALE_ROWS=scale_block(w2)[0],
-        EVEN_K=intermediate % tile.block_k == 0,
         ATOMIC=combine is Combine.ATOMIC,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **constants(routes, tile, intermediate),
     )
     return out

@@ -9,6 +9,7 @@ from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.extent import extents
 from epfuse.stages.gate_up.kernel import gate_up_kernel
 from epfuse.stages.grid import pieces
+from epfuse.stages.portable_launch import constants, operands_of
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
 from epfuse.target import target_of
@@ -46,31 +47,20 @@ def launch_gate_up(
     intermediate = w13.shape[1] // activation.inputs
     if out is None:
         out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
-    weights, scales = (w13.values, w13.scales) if isinstance(w13, MXFP8) else (w13, None)
     grid = (routes.max_blocks * pieces(intermediate, tile.block_n // activation.inputs),)
     rows, results = extents(target_of(out.device), x, out)
     gate_up_kernel[grid](
         rows,
-        weights,
-        scales,
+        *operands_of(w13),
         bias,
         results,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.num_padded,
-        routes.num_routes,
+        *routes.blocks,
         hidden,
         intermediate,
         activation.parameters,
         K=top_k,
-        BLOCK_M=routes.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
-        EVEN_K=hidden % tile.block_k == 0,
         ACTIVATION=activation.kind,
         INPUTS=activation.inputs,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **constants(routes, tile, hidden),
     )
     return out

@@ -8,6 +8,7 @@ from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.stages.extent import extents
 from epfuse.stages.gate_up.kernel_fp8 import gate_up_fp8_kernel
 from epfuse.stages.grid import pieces
+from epfuse.stages.portable_launch import constants
 from epfuse.stages.quantize.rows import FP8Rows, require_alike
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import GemmTile
@@ -60,23 +61,14 @@ def launch_gate_up_fp8(
         w13.scales,
         bias,
         results,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.num_padded,
-        routes.num_routes,
+        *routes.blocks,
         hidden,
         outputs // inputs,
         x.scales.shape[1],
         K=top_k,
-        BLOCK_M=routes.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
         GROUP=x.group,
         SCALE_ROWS=scale_block(w13)[0],
-        EVEN_K=hidden % tile.block_k == 0,
         INPUTS=inputs,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **constants(routes, tile, hidden),
     )
     return out

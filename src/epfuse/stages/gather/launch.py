@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from epfuse.stages.gather.kernel import gather_kernel
@@ -37,31 +39,45 @@ def launch_gather(
 
     Host syncs: none; graph-capturable.
     """
-    hidden = x.shape[1]
-    of_row, topk_ids, expert_map = (None,) * 3 if lone is None else (lone.of_row, lone.topk_ids, lone.expert_map)
     if out is None:
-        out = torch.empty(routes.num_routes, hidden, dtype=x.dtype, device=x.device)
-    programs = min(routes.max_padded, PROGRAMS_PER_UNIT * compute_units(x.device))
-    gather_kernel[(programs,)](
-        x,
-        out,
-        route_row,
-        of_row,
-        topk_ids,
-        expert_map,
-        routes.sorted_routes,
-        routes.block_row,
-        routes.num_padded,
-        routes.num_routes,
-        0 if expert_map is None else expert_map.numel(),
-        hidden,
-        int(lone is not None and lone.stored),
-        L=0 if lone is None else lone.local,
-        K=top_k,
-        K_LANES=power_of_two(top_k),
-        BLOCK_M=routes.block_m,
-        BLOCK_H=power_of_two(hidden),
-        num_warps=8,
-        **overlap_previous(target_of(x.device)),
-    )
+        out = torch.empty(routes.num_routes, x.shape[1], dtype=x.dtype, device=x.device)
+    grid, operands, options = packing(routes, top_k, x.shape[1], x.device, PROGRAMS_PER_UNIT, route_row, lone)
+    gather_kernel[grid](x, out, *operands, **options)
     return out
+
+
+def packing(
+    routes: RouteTable,
+    top_k: int | None,
+    hidden: int,
+    device: torch.device,
+    programs_per_unit: int,
+    route_row: torch.Tensor | None,
+    lone: LoneTokens | None,
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """Grid, last operands and options of a kernel that writes rows in the route table's order.
+
+    Args:
+        routes: RouteTable of this call.
+        top_k: route r has row ``r // top_k`` of the rows that are read; None if they lie packed.
+        hidden: columns.
+        device: where.
+        programs_per_unit: at the most.
+        route_row: as `launch_gather` takes it.
+        lone: as `launch_gather` takes it; needs top_k.
+    """
+    of_row, topk_ids, expert_map = (None,) * 3 if lone is None else (lone.of_row, lone.topk_ids, lone.expert_map)
+    experts = 0 if expert_map is None else expert_map.numel()
+    sizes = (routes.num_routes, experts, hidden, int(lone is not None and lone.stored))
+    table = (routes.sorted_routes, routes.block_row, routes.num_padded)
+    options: dict[str, Any] = {
+        "L": 0 if lone is None else lone.local,
+        "K": top_k or 0,
+        "K_LANES": power_of_two(top_k or 1),
+        "BLOCK_M": routes.block_m,
+        "BLOCK_H": power_of_two(hidden),
+        "num_warps": 8,
+        **overlap_previous(target_of(device)),
+    }
+    programs = min(routes.max_padded, programs_per_unit * compute_units(device))
+    return (programs,), (route_row, of_row, topk_ids, expert_map, *table, *sizes), options

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from epfuse.stages.gather.launch import packing
 from epfuse.stages.grid import power_of_two
 from epfuse.stages.quantize.kernel_packed import quantize_packed_kernel
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import LoneTokens, RouteTable
-from epfuse.target import Target, compute_units, overlap_previous, target_of
+from epfuse.target import Target, target_of
 
 PROGRAMS_PER_UNIT = 6
 
@@ -39,34 +40,11 @@ def launch_quantize_packed(
 
     Host syncs: none; graph-capturable; bitwise repeatable.
     """
-    size, target = x.shape[1], target_of(x.device)
-    of_row, topk_ids, expert_map = (None,) * 3 if lone is None else (lone.of_row, lone.topk_ids, lone.expert_map)
+    size, device = x.shape[1], x.device
     if out is None:
-        out = FP8Rows.empty(routes.num_routes, size, size, torch.float8_e4m3fn, x.device)
-    programs = min(routes.max_padded, PROGRAMS_PER_UNIT * compute_units(x.device))
-    quantize_packed_kernel[(programs,)](
-        x,
-        out.values.view(torch.uint8),
-        out.scales,
-        route_row,
-        of_row,
-        topk_ids,
-        expert_map,
-        routes.sorted_routes,
-        routes.block_row,
-        routes.num_padded,
-        routes.num_routes,
-        0 if expert_map is None else expert_map.numel(),
-        size,
-        int(lone is not None and lone.stored),
-        L=0 if lone is None else lone.local,
-        K=top_k or 0,
-        K_LANES=power_of_two(top_k or 1),
-        BLOCK_M=routes.block_m,
-        BLOCK_H=power_of_two(size),
-        GROUP=power_of_two(out.group),
-        HARDWARE=target is Target.SM90,  # the interpreter's conversion truncates
-        num_warps=8,
-        **overlap_previous(target),
-    )
+        out = FP8Rows.empty(routes.num_routes, size, size, torch.float8_e4m3fn, device)
+    grid, operands, options = packing(routes, top_k, size, device, PROGRAMS_PER_UNIT, route_row, lone)
+    hardware = target_of(device) is Target.SM90  # the interpreter's conversion truncates
+    options |= {"GROUP": power_of_two(out.group), "HARDWARE": hardware}
+    quantize_packed_kernel[grid](x, out.values.view(torch.uint8), out.scales, *operands, **options)
     return out

@@ -62,6 +62,11 @@ class RouteTable:
         return self.sorted_routes.numel()
 
     @property
+    def blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """What a kernel finds its block's routes and expert by: sorted_routes, block_expert, num_padded, num_routes."""
+        return self.sorted_routes, self.block_expert, self.num_padded, self.num_routes
+
+    @property
     def max_blocks(self) -> int:
         return self.block_expert.numel()
 
