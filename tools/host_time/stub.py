@@ -16,13 +16,13 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import triton.compiler
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
-import epfuse.target
+from epfuse.aot import launches
+from epfuse.target import Target
 
+_NoDevice: Any = getattr(launches, "NoDevice", None) or launches._NoDevice  # as older versions call it
 _NUMBERS = itertools.count(7001)
 """Of such devices. Triton keeps by them what it has compiled: they are no real one's, and each has its own."""
 PRODUCT = "NVIDIA H200"
@@ -48,7 +48,7 @@ class StubLaunch(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class StubGPU(DriverBase):
+class StubGPU(_NoDevice):
     """Triton's driver of such a GPU.
 
     Attributes:
@@ -59,34 +59,18 @@ class StubGPU(DriverBase):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Target.SM90)
         self.utils = SimpleNamespace(fill_tma_descriptor=_IN_C, fill_tma_descriptor_tiled=_IN_C)
         self.number = next(_NUMBERS)
         self.stream = 0
         self.launches: list[StubLaunch] | None = None
         self.compiled = 0
 
-    @classmethod
-    def is_active(cls) -> bool:
-        return False
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
     def get_current_device(self) -> int:
         return self.number
 
     def get_current_stream(self, device: int) -> int:
         return self.stream
-
-    def get_active_torch_device(self) -> Any:
-        raise NotImplementedError
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
 
 
 class StubKernel(CompiledKernel):
@@ -141,7 +125,7 @@ def stub_gpu() -> Iterator[StubGPU]:
         return StubKernel(gpu, source, options or {})
 
     answers = {
-        "target_of": functools.lru_cache(lambda device: epfuse.target.Target.SM90),
+        "target_of": functools.lru_cache(lambda device: Target.SM90),
         "compute_units": functools.lru_cache(lambda device: 132),
         "device_name": functools.lru_cache(lambda device: PRODUCT),
         "can_plan": lambda call: True,

@@ -154,13 +154,13 @@ def launches_of(
         )
         return True
 
-    with planning_for(target, product, stand_in), _asking(note), _driving(NoDevice(target)):
+    with planning_for(target, product, stand_in), _asking(note), driving(NoDevice(target)):
         call()
     return found
 
 
 @contextmanager
-def _driving(driver: DriverBase) -> Any:
+def driving(driver: DriverBase) -> Any:
     """Have Triton use ``driver``; afterwards the one before, which in a server runs kernels."""
     config = triton.runtime.driver
     before = config._active  # the property would look for a GPU

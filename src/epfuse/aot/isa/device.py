@@ -22,7 +22,7 @@ from epfuse.aot.amdgcn import LDS
 from epfuse.aot.isa.definedness import Definedness
 from epfuse.aot.isa.program import Program, parse
 from epfuse.aot.isa.recorded import Launched, Recorded, regions_of
-from epfuse.aot.launches import NoDevice
+from epfuse.aot.launches import NoDevice, driving
 from epfuse.arguments import checks_enums
 from epfuse.errors import ConfigError
 from epfuse.stages.extent import Extent
@@ -74,15 +74,12 @@ def executing(target: Target, seed: int = 0) -> Iterator[Session]:
         raise ConfigError("TRITON_INTERPRET is 1; compiled code is executed only where Triton's interpreter is off")
     session = Session(seed)
     driver = _Driver(target, session)
-    before = triton.runtime.driver._active
     loading = knobs.runtime.kernel_load_start_hook
-    with planning_for(target, stand_in="cpu"), session.defined:
+    with planning_for(target, stand_in="cpu"), session.defined, driving(driver):
         loading.add(driver.loads)
-        triton.runtime.driver.set_active(driver)
         try:
             yield session
         finally:
-            triton.runtime.driver.set_active(before)
             loading.remove(driver.loads)
 
 
