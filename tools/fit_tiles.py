@@ -84,13 +84,13 @@ def rows_of(device: str) -> list[Row]:
     for measurement in tables[Stage.GATE_UP]:
         if (measurement.device, measurement.path, measurement.weights) != (device, PATH, WEIGHTS):
             continue
-        shape = measurement.shape.shape()
+        shape = measurement.shape
         weights = 2 * shape.intermediate * shape.hidden * WEIGHT_BYTES
         others = {(row.tokens, row.block_m): row for row in downs[measurement.key].rows}
         for row in measurement.rows:
             down = others[row.tokens, row.block_m]
             assert row.layer_microseconds is not None
-            tiles = LayerTiles(row.block_m, row.tile.tile(), down.tile.tile())
+            tiles = LayerTiles(row.block_m, row.tile, down.tile)
             load = load_of(row.block_m, tiles.gate_up, shape, row.tokens)
             if row.tokens * shape.top_k / shape.experts < FEW_ROWS:
                 factor = row.roofline * row.microseconds * READ[device] * 1e6 / weights / load.active
@@ -265,7 +265,7 @@ def _without(device: str, is_out: Callable[[Row], bool], rows: Sequence[Row], ne
     out = {(row.shape, row.tokens, row.tiles.block_m) for row in rows if is_out(row)}
 
     def kept(measurement: Measurement) -> Measurement:
-        shape = measurement.shape.shape()
+        shape = measurement.shape
         left = [
             row
             for row in measurement.rows

@@ -13,7 +13,7 @@ from epfuse import Path, Target
 from epfuse.errors import ConfigError
 from epfuse.families.family import Stage
 from epfuse.measured import store
-from epfuse.measured.schema import TileTable, entry_of
+from epfuse.measured.schema import TileTable
 from epfuse.stages.tiles import GemmTile, Sm90PersistentTile, Sm90Tile
 from tests.tuning.tables import H200, measurement, row, write
 
@@ -27,10 +27,10 @@ TILES = [
 
 @pytest.mark.parametrize("tile", TILES)
 def test_every_kind_of_tile_survives_the_disk(tmp_path: FilePath, tile: GemmTile) -> None:
-    write(tmp_path, measurement(row(1, block_m=64, tile=entry_of(tile))))
+    write(tmp_path, measurement(row(1, block_m=64, tile=tile)))
     (read,) = store.read_table(tmp_path, Target.SM90, Stage.DOWN).measurements
-    assert read.rows[0].tile.tile() == tile
-    assert type(read.rows[0].tile.tile()) is type(tile)
+    assert read.rows[0].tile == tile
+    assert type(read.rows[0].tile) is type(tile)
 
 
 def test_a_table_that_is_not_there_is_empty(tmp_path: FilePath) -> None:
@@ -138,7 +138,7 @@ def test_a_writer_that_fails_leaves_the_old_table(tmp_path: FilePath, monkeypatc
 def test_the_shipped_tables_are_right(target: Target, stage: Stage) -> None:
     table = store.read_table(store.TABLES, target, stage)
     for entry in table.measurements:
-        assert entry.shape.shape().hidden % 32 == 0
+        assert entry.shape.hidden % 32 == 0
         assert all(r.roofline <= 1.0 for r in entry.rows)
         other = store.read_table(store.TABLES, target, next(s for s in Stage if s is not stage))
         assert entry.key in {m.key for m in other.measurements}

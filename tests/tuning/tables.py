@@ -14,15 +14,16 @@ from epfuse import LayerShape, Path, Target
 from epfuse.config import WeightFormat
 from epfuse.families.family import Stage
 from epfuse.measured import store
-from epfuse.measured.schema import Measurement, PortableEntry, ShapeEntry, TileRow
+from epfuse.measured.schema import Measurement, TileRow
 from epfuse.policy import auto, call, ranges
+from epfuse.stages.tiles import GemmTile
 
 M3 = LayerShape(hidden=6144, intermediate=3072, experts=128, local_experts=16, top_k=4)
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
 
 def row(tokens: int, block_m: int = 16, microseconds: float = 10.0, block_n: int = 64, **changes: Any) -> TileRow:
-    tile = PortableEntry(block_n=block_n, block_k=128, group_m=0, num_warps=4, num_stages=2)
+    tile = GemmTile(block_n=block_n, block_k=128, group_m=0, num_warps=4, num_stages=2)
     values = {"tokens": tokens, "block_m": block_m, "tile": tile, "microseconds": microseconds, "roofline": 0.5}
     return TileRow(**(values | changes))
 
@@ -32,7 +33,7 @@ def measurement(*rows: TileRow, shape: LayerShape = M3, **changes: Any) -> Measu
         "device": H100,
         "path": Path.BF16,
         "weights": WeightFormat.DENSE,
-        "shape": ShapeEntry.of(shape),
+        "shape": shape,
         "torch": "2.11.0",
         "triton": "3.6.0",
         "date": datetime.date(2026, 11, 24),

@@ -16,14 +16,14 @@ import pytest
 from epfuse import Path, Target
 from epfuse.errors import ConfigError
 from epfuse.measured import store
-from epfuse.measured.schema import Stage, entry_of
+from epfuse.measured.schema import Stage
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
 from epfuse.tuning import vllm_files
 from epfuse.tuning.trials import plans_of, read_trials
 from tests.mutations import mutated_bytes, mutated_values
 from tests.tuning.tables import H200, M3, measurement, row, write
 
-HOPPER = entry_of(Sm90Tile(64, 128, 0, 4, 3))
+HOPPER = Sm90Tile(64, 128, 0, 4, 3)
 
 
 def _fill(folder: FilePath) -> None:
@@ -43,9 +43,8 @@ def test_a_mutated_table_is_read_in_full_or_refused(tmp_path: FilePath, part: in
         path.write_bytes(text)
         with contextlib.suppress(ConfigError):
             for entry in store.read_table(tmp_path, Target.SM90, Stage.DOWN).measurements:
-                entry.shape.shape()
                 for each in entry.rows:  # what a call makes of it
-                    LayerTiles(each.block_m, each.tile.tile(), each.tile.tile())
+                    LayerTiles(each.block_m, each.tile, each.tile)
                     assert each.tokens / each.microseconds < float("inf")
             read += 1
     assert read > 3

@@ -157,10 +157,8 @@ def test_known_tiles_are_those_of_defaults_and_tables_of_every_layer(tmp_path: F
     plan = plan_of(request, point)
     tried = {tile for stages in plan.tries.values() for tiles in stages.values() for tile in tiles}
     measured = store.shipped(Target.SM90, Stage.GATE_UP).measurements
-    (of_m3,) = (
-        entry for entry in measured if (entry.device, entry.path, entry.shape.shape()) == (H100, Path.W8A16, M3)
-    )
-    rows = [row.tile.tile() for row in of_m3.rows if row.tokens == 2048]
+    (of_m3,) = (entry for entry in measured if (entry.device, entry.path, entry.shape) == (H100, Path.W8A16, M3))
+    rows = [row.tile for row in of_m3.rows if row.tokens == 2048]
     assert rows
     assert set(rows) <= tried
     assert plan.steps < plan_of(replace(request, space=Space.FULL), point).steps / 2

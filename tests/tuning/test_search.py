@@ -68,7 +68,7 @@ def test_the_fastest_pair_wins(bench: FakeBench) -> None:
     assert outcome.tiles == LayerTiles(16, FAST, FAST)
     assert (outcome.before_us, outcome.after_us) == (24.0, 14.0)
     (row,) = outcome.rows[Stage.DOWN]
-    assert (row.tile.tile(), row.microseconds, row.layer_microseconds, row.roofline) == (FAST, 5.0, 14.0, 0.4)
+    assert (row.tile, row.microseconds, row.layer_microseconds, row.roofline) == (FAST, 5.0, 14.0, 0.4)
 
 
 def test_a_wrong_tile_can_not_win(bench: FakeBench) -> None:
@@ -94,7 +94,7 @@ def test_todays_tiles_stay_if_nothing_is_faster(bench: FakeBench) -> None:
     outcome = search(plan(SLOW), bench, 1000.0, bench.clock)
     assert outcome.tiles == LayerTiles(16, TODAY, TODAY)
     assert outcome.after_us == outcome.before_us
-    assert [row.tile.tile() for row in outcome.rows[Stage.GATE_UP]] == [TODAY]
+    assert [row.tile for row in outcome.rows[Stage.GATE_UP]] == [TODAY]
 
 
 def test_every_block_m_has_a_row_and_the_best_one_wins() -> None:

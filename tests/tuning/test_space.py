@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from pydantic import TypeAdapter
 
 from epfuse import Path, Target
 from epfuse.config import WeightFormat
@@ -15,7 +16,7 @@ from epfuse.families.registry import serving
 from epfuse.families.sm90 import SM90
 from epfuse.families.sm90_fp8 import SM90_FP8
 from epfuse.families.sm90_packed import SM90_PACKED
-from epfuse.measured.schema import entry_of
+from epfuse.measured.schema import TileEntry
 from epfuse.policy import READABLE
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.tuning.space import block_ms, candidates, known_candidates
@@ -24,6 +25,7 @@ from tests.tuning.tables import M3
 FRAGMENT = (SM90, SM90_PACKED)
 HOPPER = CallKind(Path.W8A16, Target.SM90, M3, frozenset({WeightFormat.FRAGMENT}))
 GPUS = [target for target in Target if target.is_gpu]
+ENTRIES: TypeAdapter[GemmTile] = TypeAdapter(TileEntry)
 KINDS = [(target, path, form) for target in GPUS for path, forms in READABLE[target].items() for form in forms]
 
 
@@ -39,7 +41,7 @@ def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form:
             assert tiles == candidates(kind, families, stage, block_m, rows)
             for tile in tiles:
                 LayerTiles(block_m, tile, tile)
-                assert entry_of(tile).tile() == tile
+                assert ENTRIES.validate_json(ENTRIES.dump_json(tile)) == tile
                 if path in (Path.W8A8, Path.BLOCK_FP8):
                     assert tile.block_k % 128 == 0
                 if form is WeightFormat.ROW_FP8:

@@ -29,15 +29,8 @@ FORMS = (
         "`src/epfuse/measured/tables/TARGET/STAGE.json`. `epfuse tune` writes them, every call's policy reads them"
         " ([how a call finds its row](../policy.md#tuned-tables)).",
         {
-            "epfuse.measured.schema": (
-                "TileTable",
-                "Measurement",
-                "TileRow",
-                "ShapeEntry",
-                "PortableEntry",
-                "Sm90Entry",
-                "Sm90PersistentEntry",
-            )
+            "epfuse.measured.schema": ("TileTable", "Measurement", "TileRow"),
+            "epfuse.stages.tiles": ("GemmTile", "Sm90Tile", "Sm90PersistentTile", "Sm90BlockTile"),
         },
     ),
     Form(

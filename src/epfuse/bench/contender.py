@@ -11,6 +11,7 @@ import torch
 
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums
+from epfuse.bench.amounts import Text
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Call, TimingMethod
@@ -76,7 +77,7 @@ class Absent:
         reason: why not.
     """
 
-    name: str
+    name: Text
     reason: str
 
 

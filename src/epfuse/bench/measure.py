@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from epfuse.arguments import checks_enums
+from epfuse.bench.amounts import Amount, Positive, Size, Text
 
 Call = Callable[[], torch.Tensor]
 
@@ -56,14 +57,14 @@ class Timing:
         method: `TimingMethod`'s value.
     """
 
-    median_us: float
-    q1_us: float
-    q3_us: float
-    min_us: float
-    max_us: float
-    samples: int
-    calls: int
-    method: str
+    median_us: Positive
+    q1_us: Amount
+    q3_us: Positive
+    min_us: Amount
+    max_us: Positive
+    samples: Size
+    calls: Size
+    method: Text
 
     @classmethod
     @checks_enums

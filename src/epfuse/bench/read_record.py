@@ -4,68 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from epfuse.bench.contender import Absent, ContenderKind
+from epfuse.bench.amounts import Text
+from epfuse.bench.contender import Absent
 from epfuse.bench.layers import Layer
-from epfuse.bench.measure import Timing
 from epfuse.bench.record import FORMAT, BenchRecord, BenchRow
 from epfuse.bench.roofline import MatrixOperand, Roof, Roofs
 from epfuse.config import LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_file
 
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=1000)]
-"""A name that a terminal shows: without control characters."""
-Size = Annotated[int, Field(ge=1, le=1 << 40)]
-Amount = Annotated[float, Field(ge=0, le=1e30)]
-Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # ratios of two stay finite
-
 
 class _RecordPart(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class _Timing(_RecordPart):
-    median_us: Positive
-    q1_us: Amount
-    q3_us: Positive
-    min_us: Amount
-    max_us: Positive
-    samples: Size
-    calls: Size
-    method: Text
-
-
-class _BenchRow(_RecordPart):
-    contender: Annotated[Text, Field(min_length=1)]
-    weights: Text
-    kind: ContenderKind
-    routing: Text
-    tokens: Size
-    rows: Amount
-    active_experts: Amount
-    weight_bytes: Amount
-    flops: Amount
-    floor_us: Amount
-    floor_bound: Text
-    variants: Size
-    rotated_bytes: Amount
-    error_limit: Amount
-    block_m: Size | None
-    relative_error: Amount | None
-    time: _Timing | None
-    failure: str | None
-    wrong: bool
-    over_floor: Amount | None
-    over_best_peer: Amount | None = None
-    ok: bool
-
-    def row(self) -> BenchRow:
-        plain = self.model_dump(exclude={"over_floor", "over_best_peer", "ok", "time"})
-        return BenchRow(**plain, time=Timing(**self.time.model_dump()) if self.time else None)
 
 
 class _Activation(_RecordPart):
@@ -90,17 +44,6 @@ class _Layer(_RecordPart):
         return Layer(self.name, shape, SwiGLUOAI(gate.alpha, gate.beta, limit))
 
 
-class _Roof(_RecordPart):
-    rate: Positive | None
-    method: str
-    spread: Amount
-
-
-class _Absent(_RecordPart):
-    name: Text
-    reason: str
-
-
 class _Commit(_RecordPart):
     hash: Text
     changed: bool
@@ -123,16 +66,15 @@ class _Device(BaseModel):
     name: Text
 
 
-def _roofs(entries: dict[str, _Roof]) -> Roofs:
+def _roofs(entries: dict[str, Roof]) -> Roofs:
     if "read" not in entries:
         raise ValueError("the roof 'read' is missing")
-    roofs = {name: Roof(**entry.model_dump()) for name, entry in entries.items()}
-    read = roofs.pop("read")
-    return Roofs(read, {MatrixOperand(name.removeprefix("matmul_")): roof for name, roof in roofs.items()})
+    matmul = {name.removeprefix("matmul_"): roof for name, roof in entries.items() if name != "read"}
+    return Roofs(entries["read"], {MatrixOperand(name): roof for name, roof in matmul.items()})
 
 
 class _File(BaseModel):
-    """A record as it stands in a file."""
+    """A record as it stands in a file; what follows from its fields is in it too, and is not read."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -141,22 +83,21 @@ class _File(BaseModel):
     run: _Run
     device: _Device
     layer: _Layer
-    roofs: dict[str, _Roof]
-    rows: list[_BenchRow]
-    absent: list[_Absent]
+    roofs: dict[str, Roof]
+    rows: list[BenchRow]
+    absent: list[Absent]
     notes: dict[str, str]
 
     def record(self) -> BenchRecord:
         """As data; ValueError for what each part may be and the whole may not."""
-        rows = [entry.row() for entry in self.rows]
-        if len({row.key for row in rows}) != len(rows):
+        if len({row.key for row in self.rows}) != len(self.rows):
             raise ValueError("two rows are of one contender, weights, routing and token count")
         return BenchRecord(
             layer=self.layer.layer(),
             device=self.device.model_dump(),
             roofs=_roofs(self.roofs),
-            rows=rows,
-            absent=[Absent(**peer.model_dump()) for peer in self.absent],
+            rows=self.rows,
+            absent=self.absent,
             notes=self.notes,
             run=self.run.model_dump(exclude_unset=True),
             complete=self.complete,

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic_core import to_jsonable_python
 
 from epfuse.arguments import checks_enums
+from epfuse.bench.amounts import Amount, Size, Text
 from epfuse.bench.contender import Absent, ContenderKind
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Timing
@@ -44,22 +48,22 @@ class BenchRow:
         wrong: whether a result was wrong.
     """
 
-    contender: str
-    weights: str
+    contender: Annotated[Text, Field(min_length=1)]
+    weights: Text
     kind: ContenderKind
-    routing: str
-    tokens: int
-    rows: float
-    active_experts: float
-    weight_bytes: float
-    flops: float
-    floor_us: float
-    floor_bound: str
-    variants: int
-    rotated_bytes: float
-    error_limit: float
-    block_m: int | None = None
-    relative_error: float | None = None
+    routing: Text
+    tokens: Size
+    rows: Amount
+    active_experts: Amount
+    weight_bytes: Amount
+    flops: Amount
+    floor_us: Amount
+    floor_bound: Text
+    variants: Size
+    rotated_bytes: Amount
+    error_limit: Amount
+    block_m: Size | None = None
+    relative_error: Amount | None = None
     time: Timing | None = None
     failure: str | None = None
     wrong: bool = False
@@ -86,10 +90,8 @@ class BenchRow:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values; an error that is not finite becomes null."""
-        values = asdict(self) | {"kind": self.kind.value, "over_floor": self.over_floor, "ok": self.ok}
-        error = self.relative_error
-        values["relative_error"] = error if error is not None and math.isfinite(error) else None
-        return values
+        values: dict[str, Any] = to_jsonable_python(self, inf_nan_mode="null")
+        return values | {"over_floor": self.over_floor, "ok": self.ok}
 
 
 @dataclass(frozen=True)
@@ -144,21 +146,20 @@ class BenchRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-ready values. Times in microseconds, rates in bytes and FLOPs a second."""
-        activation = asdict(self.layer.activation)
-        if not math.isfinite(self.layer.activation.limit):
-            activation["limit"] = None
-        return {
+        layer = {"name": self.layer.name, **asdict(self.layer.shape), "activation": self.layer.activation}
+        values = {
             "format": FORMAT,
             "ok": self.ok,
             "complete": self.complete,
             "run": self.run,
             "device": self.device,
-            "layer": {"name": self.layer.name, **asdict(self.layer.shape), "activation": activation},
+            "layer": layer,
             "roofs": self.roofs.to_json(),
             "rows": [row.to_json() | {"over_best_peer": self.over_best_peer(row)} for row in self.rows],
-            "absent": [asdict(peer) for peer in self.absent],
+            "absent": self.absent,
             "notes": self.notes,
         }
+        return dict(to_jsonable_python(values, inf_nan_mode="null"))
 
 
 def to_text(record: BenchRecord) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from epfuse.arguments import checks_enums
+from epfuse.bench.amounts import Amount, Positive
 
 
 class MatrixOperand(enum.Enum):
@@ -27,9 +28,9 @@ class Roof:
         spread: interquartile range over the median of the measurement.
     """
 
-    rate: float | None
+    rate: Positive | None
     method: str
-    spread: float = 0.0
+    spread: Amount = 0.0
 
 
 @dataclass(frozen=True)

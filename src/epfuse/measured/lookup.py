@@ -127,7 +127,7 @@ def sources(
     downs = {measurement.key: measurement for measurement in tables[Stage.DOWN].measurements}
     found = []
     for gate_up in tables[Stage.GATE_UP].measurements:
-        measured = gate_up.shape.shape()
+        measured = gate_up.shape
         same_layer = (measured.hidden, measured.intermediate) == (shape.hidden, shape.intermediate)
         if (gate_up.path, gate_up.weights) != (path, weights) or not same_layer or gate_up.key not in downs:
             continue
@@ -149,7 +149,7 @@ def all_points(target: Target, device_name: str, path: Path, weights: WeightForm
     downs = {measurement.key: measurement for measurement in shipped(target, Stage.DOWN).measurements}
     for gate_up in shipped(target, Stage.GATE_UP).measurements:
         if (gate_up.device, gate_up.path, gate_up.weights) == (device_name, path, weights) and gate_up.key in downs:
-            yield from _points(gate_up, downs[gate_up.key], gate_up.shape.shape())
+            yield from _points(gate_up, downs[gate_up.key], gate_up.shape)
 
 
 def find(choices: tuple[LayerMeasurements, ...], rows: float) -> FoundTiles | None:
@@ -189,7 +189,7 @@ def _points(gate_up: Measurement, down: Measurement, shape: LayerShape) -> tuple
         ]
         if pairs:
             first, second = min(pairs, key=_time)
-            tiles = LayerTiles(first.block_m, first.tile.tile(), second.tile.tile())
+            tiles = LayerTiles(first.block_m, first.tile, second.tile)
             rows = tokens * shape.top_k / shape.experts
             found.append(MeasuredTiles(tokens, rows, tiles, _time((first, second))))
     return tuple(found)

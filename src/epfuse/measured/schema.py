@@ -6,103 +6,52 @@ import datetime
 from dataclasses import asdict
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    model_validator,
+)
 
 from epfuse.config import LayerShape, Path, WeightFormat
 from epfuse.families.family import Stage
-from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90BlockTile, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import LARGEST, GemmTile, LayerTiles, Sm90BlockTile, Sm90PersistentTile, Sm90Tile
 from epfuse.target import Target
-
-LARGEST = 1 << 24
-"""No size in a table is as large."""
 
 
 class _TableEntry(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class PortableEntry(_TableEntry):
-    """A `GemmTile`."""
-
-    kind: Literal["portable"] = "portable"
-    block_n: Annotated[int, Field(ge=16, le=LARGEST)]
-    block_k: Annotated[int, Field(ge=16, le=LARGEST)]
-    group_m: Annotated[int, Field(ge=0, le=LARGEST)]
-    num_warps: Annotated[int, Field(ge=1, le=LARGEST)]
-    num_stages: Annotated[int, Field(ge=1, le=LARGEST)]
-
-    def tile(self) -> GemmTile:
-        """As the launchers take it."""
-        return GemmTile(**self.model_dump(exclude={"kind"}))
+_NAMES: dict[object, str] = {
+    GemmTile: "portable",
+    Sm90Tile: "sm90",
+    Sm90PersistentTile: "sm90_persistent",
+    Sm90BlockTile: "sm90_block",
+}
 
 
-class Sm90Entry(PortableEntry):
-    """A `Sm90Tile`."""
-
-    kind: Literal["sm90"] = "sm90"  # type: ignore[assignment]
-    split_k: Annotated[int, Field(ge=1, le=LARGEST)] = 1
-    guess_bytes: Annotated[int, Field(ge=0, le=LARGEST, multiple_of=16)] = 0
-
-    def tile(self) -> GemmTile:
-        return Sm90Tile(**self.model_dump(exclude={"kind"}))
+def _kind(value: object) -> object:
+    return value.get("kind", "portable") if isinstance(value, dict) else _NAMES.get(type(value))
 
 
-class Sm90PersistentEntry(PortableEntry):
-    """A `Sm90PersistentTile`."""
-
-    kind: Literal["sm90_persistent"] = "sm90_persistent"  # type: ignore[assignment]
-    parts: Annotated[int, Field(ge=1, le=LARGEST)] = 2
-    head: Annotated[int, Field(ge=0, le=LARGEST)] = 0
-
-    def tile(self) -> GemmTile:
-        return Sm90PersistentTile(**self.model_dump(exclude={"kind"}))
+def _fields(value: object) -> object:
+    return {key: one for key, one in value.items() if key != "kind"} if isinstance(value, dict) else value
 
 
-class Sm90BlockEntry(PortableEntry):
-    """A `Sm90BlockTile`."""
-
-    kind: Literal["sm90_block"] = "sm90_block"  # type: ignore[assignment]
-
-    def tile(self) -> GemmTile:
-        return Sm90BlockTile(**self.model_dump(exclude={"kind"}))
-
-
-TileEntry = Annotated[PortableEntry | Sm90Entry | Sm90PersistentEntry | Sm90BlockEntry, Field(discriminator="kind")]
-
-
-def entry_of(tile: GemmTile) -> PortableEntry:
-    """A tile as it stands in a table."""
-    if isinstance(tile, Sm90Tile):
-        return Sm90Entry(**asdict(tile))
-    if isinstance(tile, Sm90PersistentTile):
-        return Sm90PersistentEntry(**asdict(tile))
-    if isinstance(tile, Sm90BlockTile):
-        return Sm90BlockEntry(**asdict(tile))
-    return PortableEntry(**asdict(tile))
-
-
-class ShapeEntry(_TableEntry):
-    """A `LayerShape`."""
-
-    hidden: int
-    intermediate: int
-    experts: int
-    local_experts: int
-    top_k: int
-
-    @model_validator(mode="after")
-    def _check(self) -> ShapeEntry:
-        self.shape()
-        return self
-
-    @classmethod
-    def of(cls, shape: LayerShape) -> ShapeEntry:
-        """``shape`` as it stands in a table."""
-        return cls(**asdict(shape))
-
-    def shape(self) -> LayerShape:
-        """As the policy takes it."""
-        return LayerShape(**self.model_dump())
+TileEntry = Annotated[
+    Annotated[GemmTile, BeforeValidator(_fields), Tag("portable")]
+    | Annotated[Sm90Tile, BeforeValidator(_fields), Tag("sm90")]
+    | Annotated[Sm90PersistentTile, BeforeValidator(_fields), Tag("sm90_persistent")]
+    | Annotated[Sm90BlockTile, BeforeValidator(_fields), Tag("sm90_block")],
+    Discriminator(_kind),
+    PlainSerializer(lambda tile: {"kind": _NAMES[type(tile)], **asdict(tile)}),
+]
+"""A tile; in a file ``kind`` says which class's."""
 
 
 class TileRow(_TableEntry):
@@ -127,8 +76,8 @@ class TileRow(_TableEntry):
 
     @model_validator(mode="after")
     def _check(self) -> TileRow:
-        tile = self.tile.tile()
-        LayerTiles(self.block_m, tile, tile)  # here, where the file is known, not in the first call that takes it
+        # here, where the file is known, not in the first call that takes it
+        LayerTiles(self.block_m, self.tile, self.tile)
         return self
 
 
@@ -153,7 +102,7 @@ class Measurement(_TableEntry):
     device: Annotated[str, Field(min_length=1)]
     path: Path
     weights: WeightFormat
-    shape: ShapeEntry
+    shape: LayerShape
     torch: str
     triton: str
     date: datetime.date

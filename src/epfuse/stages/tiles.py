@@ -7,10 +7,15 @@ taller than that computes padding, a shorter one reads the weights again for eve
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
+from typing import Annotated
+
+from pydantic import Field
 
 from epfuse.config import LayerShape
 from epfuse.errors import ConfigError
 
+LARGEST = 1 << 24
+"""No size in a table is as large."""
 FEW_ROWS = 16
 """Rows that a persistent tile copies of a block's rest if it has no more."""
 
@@ -33,7 +38,7 @@ class RouteTiles:
 
 @dataclass(frozen=True)
 class GemmTile:
-    """One program's tile of a grouped GEMM.
+    """One program's tile of a grouped GEMM; the bounds hold for what is read from a table.
 
     Args:
         block_n: weight rows (output columns; in gate_up half of them are gate and half are up).
@@ -43,11 +48,11 @@ class GemmTile:
         num_stages: software pipeline depth of the loads.
     """
 
-    block_n: int
-    block_k: int
-    group_m: int
-    num_warps: int
-    num_stages: int
+    block_n: Annotated[int, Field(ge=16, le=LARGEST)]
+    block_k: Annotated[int, Field(ge=16, le=LARGEST)]
+    group_m: Annotated[int, Field(ge=0, le=LARGEST)]
+    num_warps: Annotated[int, Field(ge=1, le=LARGEST)]
+    num_stages: Annotated[int, Field(ge=1, le=LARGEST)]
 
     @property
     def key(self) -> str:
@@ -69,8 +74,8 @@ class Sm90Tile(GemmTile):
             being made, on the guess that every expert has rows; a multiple of 16, 0 for nothing.
     """
 
-    split_k: int = 1
-    guess_bytes: int = 0
+    split_k: Annotated[int, Field(ge=1, le=LARGEST)] = 1
+    guess_bytes: Annotated[int, Field(ge=0, le=LARGEST, multiple_of=16)] = 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ class Sm90PersistentTile(GemmTile):
             0 for the largest power of two in the block.
     """
 
-    parts: int = 2
-    head: int = 0
+    parts: Annotated[int, Field(ge=1, le=LARGEST)] = 2
+    head: Annotated[int, Field(ge=0, le=LARGEST)] = 0
 
     @property
     def consumers(self) -> int:

@@ -14,7 +14,7 @@ from epfuse.errors import UnsupportedTarget
 from epfuse.families.family import CallKind, Stage
 from epfuse.families.registry import READABLE, default_ranges, serving
 from epfuse.measured import store
-from epfuse.measured.schema import Measurement, ShapeEntry, TileRow
+from epfuse.measured.schema import Measurement, TileRow
 from epfuse.policy.call import decide
 from epfuse.stages.tiles import GemmTile, LayerTiles, rows_per_expert
 from epfuse.target import Target
@@ -136,7 +136,7 @@ def known_tiles(kind: CallKind) -> list[GemmTile]:
     for stage in Stage:
         for measurement in store.shipped(kind.target, stage).measurements:
             if (measurement.path, measurement.weights) == (kind.path, kind.form):
-                found += [row.tile.tile() for row in measurement.rows]
+                found += [row.tile for row in measurement.rows]
     return list(dict.fromkeys(found))
 
 
@@ -214,7 +214,7 @@ def _measurement(request: TuningRequest, path: Path, weights: WeightFormat, rows
         device=request.device.name,
         path=path,
         weights=weights,
-        shape=ShapeEntry.of(request.shape),
+        shape=request.shape,
         torch=request.device.torch,
         triton=request.device.triton,
         date=datetime.datetime.now(datetime.UTC).date(),

@@ -15,7 +15,7 @@ from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import TuningError
 from epfuse.families.family import Stage
-from epfuse.measured.schema import TileRow, entry_of
+from epfuse.measured.schema import TileRow
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.tuning.space import GUESSES, guessing
 
@@ -185,7 +185,7 @@ def row_of(tokens: int, block_m: int, tile: GemmTile, stage_us: float, floor_us:
     return TileRow(
         tokens=tokens,
         block_m=block_m,
-        tile=entry_of(tile),
+        tile=tile,
         microseconds=_rounded(stage_us),
         roofline=_rounded(floor_us / stage_us),
         layer_microseconds=_rounded(layer_us),

@@ -45,7 +45,7 @@ class Trial(BaseModel):
 
     def tiles(self) -> LayerTiles:
         """As a call takes them; ConfigError if no kernel does."""
-        return LayerTiles(self.block_m, self.gate_up.tile(), self.down.tile())
+        return LayerTiles(self.block_m, self.gate_up, self.down)
 
 
 @checks_enums
