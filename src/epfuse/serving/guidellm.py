@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from epfuse.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from epfuse.errors import ConfigError, first_fault
 from epfuse.serving.point import Client
 
-VERSION = 2
-"""Of the report's format."""
-GROUPS = ("successful", "errored", "incomplete")
 MOST_REQUESTS = 1 << 20
+Moment = Annotated[float, Field(ge=0, lt=1e12)]
+"""Seconds since 1970."""
 
 
 def guidellm_command(client: Client, model: str, host: str, port: int, result: Path) -> tuple[str, ...]:
@@ -61,6 +62,53 @@ def is_report(content: Mapping[str, Any]) -> bool:
     return "benchmarks" in content and "metadata" in content
 
 
+class _GuidellmPart(BaseModel):
+    model_config: ClassVar[ConfigDict] = ConfigDict(strict=True)
+
+
+class _Timings(_GuidellmPart):
+    request_start: Moment | None = None
+    request_end: Moment | None = None
+    resolve_start: Moment | None = None
+    resolve_end: Moment | None = None
+    first_token_iteration: Moment | None = None
+    last_token_iteration: Moment | None = None
+
+
+class _Info(_GuidellmPart):
+    timings: _Timings
+    error: str | None = None
+
+
+class _Tokens(_GuidellmPart):
+    total_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
+class _Request(_GuidellmPart):
+    info: _Info
+    input_metrics: _Tokens = _Tokens()
+    output_metrics: _Tokens = _Tokens()
+
+
+class _Requests(_GuidellmPart):
+    successful: list[_Request]
+    errored: list[_Request]
+    incomplete: list[_Request]
+
+
+class _Benchmark(_GuidellmPart):
+    requests: _Requests
+
+
+class _Metadata(_GuidellmPart):
+    version: Literal[2]
+
+
+class _GuidellmReport(_GuidellmPart):
+    metadata: _Metadata
+    benchmarks: Annotated[list[_Benchmark], Field(min_length=1)]
+
+
 def in_vllms_words(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A report's last benchmark as ``vllm bench serve --save-detailed`` would have written it.
 
@@ -73,26 +121,23 @@ def in_vllms_words(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ConfigError: it has another version, or a value that is missing or of another type.
     """
-    metadata = _of(content, "metadata", dict, where)
-    if metadata.get("version") != VERSION:
-        raise ConfigError(f"{where} is guidellm's report of version {metadata.get('version')!r}; {VERSION} is read")
-    benchmarks = _of(content, "benchmarks", list, where)
-    if not benchmarks:
-        raise ConfigError(f"{where} has no benchmark")
-    place = f"{where}: benchmarks[{len(benchmarks) - 1}]"
-    groups = _of(_object(benchmarks[-1], place), "requests", dict, place)
-    requests = []
-    for group in GROUPS:
-        found = _of(groups, group, list, f"{place}.requests")
-        requests += [(group, request, f"{place}.requests.{group}[{n}]") for n, request in enumerate(found)]
+    try:
+        found = _GuidellmReport.model_validate(content).benchmarks[-1].requests
+    except ValidationError as error:
+        place, fault = first_fault(error, "the top")
+        raise ConfigError(f"{where}: guidellm's report is wrong at {place}: {fault}") from None
+    groups = {"successful": found.successful, "errored": found.errored, "incomplete": found.incomplete}
+    requests = [
+        (name, request, f"{where}: {name}[{n}]") for name, group in groups.items() for n, request in enumerate(group)
+    ]
     if len(requests) > MOST_REQUESTS:
         raise ConfigError(f"{where} has {len(requests)} requests; {MOST_REQUESTS} are the most")
-    words: dict[str, Any] = {"backend": "guidellm", "completed": len(groups["successful"])}
+    words: dict[str, Any] = {"backend": "guidellm", "completed": len(found.successful)}
     names = ("input_lens", "output_lens", "ttfts", "latencies", "start_times", "errors")
     words |= {name: [] for name in names}
     begun, ended = [], []
     for group, request, at in requests:
-        values, start, end = _request(group, _object(request, at), at)
+        values, start, end = _values(group, request, at)
         begun.append(start)
         ended.append(end)
         for name, value in zip(names, values, strict=True):
@@ -102,44 +147,25 @@ def in_vllms_words(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     return words
 
 
-def _request(group: str, request: dict[str, Any], at: str) -> tuple[tuple[Any, ...], float, float]:
+def _values(group: str, request: _Request, at: str) -> tuple[tuple[Any, ...], float, float]:
     """A request's values in the order of `in_vllms_words`, when it began and when it ended."""
-    info = _of(request, "info", dict, at)
-    timings = _of(info, "timings", dict, f"{at}.info")
-    end = _time(timings, "request_end", "resolve_end", at)
-    start = _time(timings, "request_start", "resolve_start", at) if group != "incomplete" else end
+    timings = request.info.timings
+    end = _time(timings, at, "request_end", "resolve_end")
+    start = _time(timings, at, "request_start", "resolve_start") if group != "incomplete" else end
     if group != "successful":
-        return (0, 0, 0.0, 0.0, start, str(info.get("error") or group)), start, end
-    first, last = _time(timings, "first_token_iteration", "", at), _time(timings, "last_token_iteration", "", at)
+        return (0, 0, 0.0, 0.0, start, request.info.error or group), start, end
+    first, last = _time(timings, at, "first_token_iteration"), _time(timings, at, "last_token_iteration")
     if not start <= first <= last <= end:
         raise ConfigError(f"{at}: its start, first token, last token and end do not follow each other in time")
-    tokens = [_tokens(request, name, at) for name in ("input_metrics", "output_metrics")]
+    tokens = (request.input_metrics.total_tokens, request.output_metrics.total_tokens)
+    if not all(tokens):  # guidellm writes 0 where the server's usage does not have the number
+        raise ConfigError(f"{at}: its tokens, in and out, are {tokens}; the server must say both in its usage")
     return (*tokens, first - start, last - start, start, ""), start, end
 
 
-def _tokens(request: dict[str, Any], name: str, at: str) -> int:
-    count = _of(request, name, dict, at).get("total_tokens")
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        # guidellm writes 0 where the server's usage does not have the number
-        raise ConfigError(f"{at}: {name}.total_tokens is {str(count)[:40]!r}; the server must say it in its usage")
-    return count
-
-
-def _time(timings: dict[str, Any], name: str, other: str, at: str) -> float:
-    value = timings.get(name) if timings.get(name) is not None else timings.get(other)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise ConfigError(f"{at}: {name} is {str(value)[:40]!r}; it must be seconds since 1970")
-    return float(value)
-
-
-def _object(value: object, at: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{at} is a {type(value).__name__}; it must be an object")
-    return value
-
-
-def _of(content: Mapping[str, Any], name: str, kind: type[Any], at: str) -> Any:
-    value = content.get(name)
-    if not isinstance(value, kind):
-        raise ConfigError(f"{at}: {name} is a {type(value).__name__}; it must be a {kind.__name__}")
-    return value
+def _time(timings: _Timings, at: str, *names: str) -> float:
+    """The first of these that is there."""
+    for name in names:
+        if (value := getattr(timings, name)) is not None:
+            return float(value)
+    raise ConfigError(f"{at}: {names[0]} is not there; it must be seconds since 1970")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
 
@@ -52,43 +52,38 @@ def attempt_of(key: str, run: str, point: str) -> int:
     return int(found[1])
 
 
+class FileIn:
+    """A path in the folder that it is asked of.
+
+    Args:
+        name: relative to the folder.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name: str = name
+
+    def __get__(self, folder: Any, kind: type[object]) -> Path:
+        path: Path = folder.path
+        return path / self.name
+
+
 @dataclass(frozen=True)
 class LegFolder:
     """One server's files in an attempt."""
 
     path: Path
 
-    @property
-    def server_log(self) -> Path:
-        return self.path / "server.log"
-
-    @property
-    def client_log(self) -> Path:
-        return self.path / "client.log"
-
-    @property
-    def result(self) -> Path:
-        """The load tool's own result, as it wrote it, with per-request data."""
-        return self.path / "result.json"
-
-    @property
-    def gate(self) -> Path:
-        """Log probabilities and tokens that the gate saw."""
-        return self.path / "gate.json"
-
-    @property
-    def gpu_samples(self) -> Path:
-        """CSV, one line a sample and GPU."""
-        return self.path / "gpu.csv"
-
-    @property
-    def trace(self) -> Path:
-        return self.path / "trace.json.gz"
-
-    @property
-    def profile(self) -> Path:
-        """What ``epfuse profile --json`` says of the trace."""
-        return self.path / "profile.json"
+    server_log: ClassVar[FileIn] = FileIn("server.log")
+    client_log: ClassVar[FileIn] = FileIn("client.log")
+    result: ClassVar[FileIn] = FileIn("result.json")
+    """The load tool's own result, as it wrote it, with per-request data."""
+    gate: ClassVar[FileIn] = FileIn("gate.json")
+    """Log probabilities and tokens that the gate saw."""
+    gpu_samples: ClassVar[FileIn] = FileIn("gpu.csv")
+    """CSV, one line a sample and GPU."""
+    trace: ClassVar[FileIn] = FileIn("trace.json.gz")
+    profile: ClassVar[FileIn] = FileIn("profile.json")
+    """What ``epfuse profile --json`` says of the trace."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +92,10 @@ class AttemptFolder:
 
     path: Path
 
-    @property
-    def job_log(self) -> Path:
-        """Standard output and error of the job's script."""
-        return self.path / "job.log"
-
-    @property
-    def versions(self) -> Path:
-        """JSON object: packages, driver, image digest, plugin's hash, clocks, node."""
-        return self.path / "versions.json"
+    job_log: ClassVar[FileIn] = FileIn("job.log")
+    """Standard output and error of the job's script."""
+    versions: ClassVar[FileIn] = FileIn("versions.json")
+    """JSON object: packages, driver, image digest, plugin's hash, clocks, node."""
 
     def leg(self, number: int, arm: str) -> LegFolder:
         """The folder of the ``number``-th server (from 1)."""
@@ -118,27 +108,13 @@ class PointFolder:
 
     path: Path
 
-    @property
-    def job(self) -> Path:
-        return self.path / "point.json"
-
-    @property
-    def running(self) -> Path:
-        return self.path / "running"
-
-    @property
-    def claim(self) -> Path:
-        """Text: the key of the attempt that holds the point."""
-        return self.running / "key"
-
-    @property
-    def done(self) -> Path:
-        return self.path / "done.json"
-
-    @property
-    def cancel(self) -> Path:
-        """It is asked that the point end; the dispatcher that runs it sees it, or the next one."""
-        return self.path / "cancel"
+    job: ClassVar[FileIn] = FileIn("point.json")
+    running: ClassVar[FileIn] = FileIn("running")
+    claim: ClassVar[FileIn] = FileIn("running/key")
+    """Text: the key of the attempt that holds the point."""
+    done: ClassVar[FileIn] = FileIn("done.json")
+    cancel: ClassVar[FileIn] = FileIn("cancel")
+    """It is asked that the point end; the dispatcher that runs it sees it, or the next one."""
 
     def attempt(self, key: str) -> AttemptFolder:
         """The folder of one attempt."""
@@ -151,18 +127,10 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def run(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def journal(self) -> Path:
-        return self.path / "journal.jsonl"
-
-    @property
-    def lock(self) -> Path:
-        """Of the run's one dispatcher (`epfuse.serving.lock`)."""
-        return self.path / "dispatcher.lock"
+    run: ClassVar[FileIn] = FileIn("run.json")
+    journal: ClassVar[FileIn] = FileIn("journal.jsonl")
+    lock: ClassVar[FileIn] = FileIn("dispatcher.lock")
+    """Of the run's one dispatcher (`epfuse.serving.lock`)."""
 
     def point(self, name: str) -> PointFolder:
         """The folder of the point of this name."""

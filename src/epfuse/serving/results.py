@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from epfuse.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_json
 from epfuse.serving.guidellm import in_vllms_words, is_report
 
@@ -23,6 +25,8 @@ LARGEST_RESULT = 512 << 20
 """Bytes. 2560 requests with 1024 intervals each have about 60 MiB."""
 MOST_REQUESTS = 1 << 20
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+Seconds = Annotated[float, Field(ge=0, lt=1e12)]
+Tokens = Annotated[int, Field(ge=0, lt=1 << 40)]
 LEAST_STEADY = 3.0
 """Times that a steady window must hold a median request; below, it is no window."""
 
@@ -144,6 +148,46 @@ class MeasuredLoad:
         return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl, "e2el": self.e2el}
 
 
+class _Raw(BaseModel):
+    """The lists of a result, an entry a request; start_times, latencies, itls and errors may be missing or empty."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
+
+    duration: Annotated[Seconds, Field(gt=0)]
+    ttfts: Annotated[list[Seconds], Field(max_length=MOST_REQUESTS)]
+    input_lens: list[Tokens]
+    output_lens: list[Tokens]
+    start_times: list[Seconds] | None = None
+    latencies: list[Seconds] | None = None
+    itls: list[list[Seconds]] | None = None
+    errors: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _as_many(self) -> _Raw:
+        for name in ("input_lens", "output_lens", "start_times", "latencies", "itls", "errors"):
+            values = getattr(self, name)
+            if values and len(values) != len(self.ttfts):
+                raise ValueError(f"{name} has {len(values)} values; ttfts has {len(self.ttfts)}")
+        if not self.latencies and len(self.itls or ()) != len(self.ttfts):
+            raise ValueError("itls is not there, nor are latencies")
+        return self
+
+    def answered(self, where: str) -> Iterator[AnsweredRequest]:
+        """The requests that were.
+
+        Raises:
+            ConfigError: one had its last token before its first.
+        """
+        for n, (ttft, inputs, outputs) in enumerate(zip(self.ttfts, self.input_lens, self.output_lens, strict=True)):
+            if outputs and not (self.errors and self.errors[n]):
+                itls = tuple(self.itls[n]) if self.itls else None
+                latency = self.latencies[n] if self.latencies else ttft + math.fsum(itls or ())
+                if latency < ttft * (1 - 1e-9):
+                    raise ConfigError(f"{where}: latencies[{n}] is {latency}, less than its ttft, {ttft}")
+                start = self.start_times[n] if self.start_times else None
+                yield AnsweredRequest(start, ttft, itls, max(latency, ttft), inputs, outputs)
+
+
 def percentile(ordered: Sequence[float], share: float) -> float:
     """Linear between the two nearest ranks, as numpy has it.
 
@@ -174,16 +218,18 @@ def read_result(path: Path, concurrency: int) -> MeasuredLoad:
         raise ConfigError(f"{where} is a {type(content).__name__}; it must be an object")
     if is_report(content):
         content = in_vllms_words(content, where)
-    requests, failed = _requests(content, where)
-    duration = _number(content.get("duration"), f"{where}: duration")
-    if duration <= 0:
-        raise ConfigError(f"{where}: duration is {duration}; it must be above 0")
+    try:
+        raw = _Raw.model_validate(content)
+    except ValidationError as error:
+        place, fault = first_fault(error, "the top")
+        raise ConfigError(f"{where} is wrong at {place}: {fault} (--save-detailed writes all requests)") from None
+    requests = list(raw.answered(where))
     if not requests:
         raise ConfigError(f"{where} has no request that was answered")
     return MeasuredLoad(
-        duration=duration,
+        duration=raw.duration,
         completed=len(requests),
-        failed=failed,
+        failed=len(raw.ttfts) - len(requests),
         inputs=sum(request.inputs for request in requests),
         outputs=sum(request.outputs for request in requests),
         ttft=Spread.of([request.ttft for request in requests]),
@@ -192,63 +238,6 @@ def read_result(path: Path, concurrency: int) -> MeasuredLoad:
         e2el=Spread.of([request.latency for request in requests]),
         steady=steady_window(requests, concurrency),
     )
-
-
-def _requests(content: dict[str, Any], where: str) -> tuple[list[AnsweredRequest], int]:
-    """The answered ones, and how many were not."""
-    ttfts = _list(content, "ttfts", where)
-    count = len(ttfts)
-    if count > MOST_REQUESTS:
-        raise ConfigError(f"{where} has {count} requests; {MOST_REQUESTS} are the most")
-    lists = {name: _list(content, name, where, count) for name in ("input_lens", "output_lens")}
-    starts = _list(content, "start_times", where, count) if content.get("start_times") else None
-    latencies = _list(content, "latencies", where, count) if content.get("latencies") else None
-    gaps = _list(content, "itls", where, count) if latencies is None or "itls" in content else None
-    errors = _list(content, "errors", where, count) if content.get("errors") else [""] * count
-    found = []
-    for n in range(count):
-        outputs = _count(lists["output_lens"][n], f"{where}: output_lens[{n}]")
-        if errors[n] or not outputs:
-            continue
-        itls = None if gaps is None else _gaps(gaps[n], f"{where}: itls[{n}]")
-        ttft = _number(ttfts[n], f"{where}: ttfts[{n}]")
-        latency = (
-            ttft + math.fsum(itls or ()) if latencies is None else _number(latencies[n], f"{where}: latencies[{n}]")
-        )
-        if latency < ttft * (1 - 1e-9):
-            raise ConfigError(f"{where}: latencies[{n}] is {latency}, less than its ttft, {ttft}")
-        start = None if starts is None else _number(starts[n], f"{where}: start_times[{n}]")
-        inputs = _count(lists["input_lens"][n], f"{where}: input_lens[{n}]")
-        found.append(AnsweredRequest(start, ttft, itls, max(latency, ttft), inputs, outputs))
-    return found, count - len(found)
-
-
-def _gaps(value: object, where: str) -> tuple[float, ...]:
-    if not isinstance(value, list):
-        raise ConfigError(f"{where} is a {type(value).__name__}; it must be a list")
-    return tuple(_number(gap, where) for gap in value)
-
-
-def _list(content: dict[str, Any], name: str, where: str, count: int | None = None) -> list[Any]:
-    found = content.get(name)
-    if not isinstance(found, list):
-        what = "is not there (--save-detailed writes it)" if found is None else f"is a {type(found).__name__}"
-        raise ConfigError(f"{where}: {name} {what}; it must be a list")
-    if count is not None and len(found) != count:
-        raise ConfigError(f"{where}: {name} has {len(found)} values; ttfts has {count}")
-    return found
-
-
-def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:  # NaN is neither
-        raise ConfigError(f"{where} is {str(value)[:40]!r}; it must be a number, 0 or more and below 1e12")
-    return float(value)
-
-
-def _count(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
-        raise ConfigError(f"{where} is {str(value)[:40]!r}; it must be a number of tokens")
-    return value
 
 
 def steady_window(requests: Sequence[AnsweredRequest], concurrency: int) -> Steady | None:
