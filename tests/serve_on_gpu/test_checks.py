@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +57,25 @@ def test_log_probabilities(place, folder, monkeypatch, ours, passed) -> None:
     assert (record["complete"], record["passed"], not found.failed) == (True, passed, passed)
     assert record["mean_error"]["none"] == 0
     assert "3" in record["reason"]
+
+
+def test_a_format_alone_has_its_own_record(place, folder) -> None:
+    answers.logprobs({"bf16": place}, stub_reading, folder, TimeBudget(500), {})
+    answers.logprobs({"mxfp8": place}, stub_reading, folder, TimeBudget(500), {})
+    assert [record["model"][-5:].strip() for record in records(folder)] == ["mxfp8", "bf16"]
+
+
+def test_a_long_run_ends_in_time(place, folder, monkeypatch) -> None:
+    """As many requests as there is time for, and the checks that follow them."""
+    monkeypatch.setattr(endure, "START_SECONDS", -60.0)
+    monkeypatch.setattr(endure, "STOP", 1.0)
+    monkeypatch.setattr(endure, "PROBE_SECONDS", 2.0)
+    monkeypatch.setattr(endure, "_send", lambda running, numbers, tally: time.sleep(1.0))
+    found = endure.run(place, 50, folder, TimeBudget(9), {})
+    (record,) = records(folder)
+    assert not found.left
+    assert 1 <= len(record["memory"]) < 10
+    assert "only 0 of 50 requests" in record["reason"]
 
 
 def test_errors_are_compared_by_their_scatter() -> None:

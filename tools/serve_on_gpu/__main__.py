@@ -167,8 +167,11 @@ def checkpoint_places(place: Place, kind: str) -> tuple[dict[str, Workplace], An
 
 
 @main.command("logprobs", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu logprobs --out records")
+@click.option(
+    "--format", "formats", multiple=True, type=click.Choice(["mxfp8", "bf16"]), help="Of the weights; both without it."
+)
 @of_a_part
-def logprobs(**options: Any) -> None:
+def logprobs(formats: tuple[str, ...], **options: Any) -> None:
     """Log probabilities of a seeded checkpoint, MXFP8 and BF16, with epfuse and without, against float32.
 
     Exit code 1: epfuse's error is larger than vLLM's own, or a server failed; 75: there was no time for both.
@@ -177,6 +180,7 @@ def logprobs(**options: Any) -> None:
 
     place = Place("minimax-m3", options)
     places, model = checkpoint_places(place, "reading")
+    places = {form: at for form, at in places.items() if not formats or form in formats}
     reference = functools.partial(checkpoint.read, model, answers.TEXTS)
     answers.logprobs(places, reference, place.folder, place.budget, machine_facts()).finish()
 

@@ -35,6 +35,8 @@ SHARED, BROKEN = 0.3, 0.03
 AT_ONCE = 64
 START_SECONDS = 120.0
 ANSWER_SECONDS = 120.0
+PROBE_SECONDS = 15.0
+"""The questions at the end are taken to need so long."""
 PROBES = 6
 GPU_MIB, HOST_MIB = 64.0, 512.0
 """What may be more at the end than after the first tenth."""
@@ -78,12 +80,14 @@ def run(place: Workplace, requests: int, folder: Folder, budget: TimeBudget, fac
 def _one(running: Running, requests: int, budget: TimeBudget) -> dict[str, Any]:
     ready = time.time()
     before = running.during(lambda: probe(running, "before"))
-    tally, memory, begun = Tally(), [], time.monotonic()
+    tally, memory, begun, longest = Tally(), [], time.monotonic(), 0.0
     for part in range(10):
-        if budget.left < STOP + ANSWER_SECONDS:
+        if budget.left < STOP + PROBE_SECONDS + 1.5 * longest:
             break
+        since = time.monotonic()
         numbers = range(part * requests // 10, (part + 1) * requests // 10)
         running.during(lambda numbers=numbers: _send(running, numbers, tally))
+        longest = max(longest, time.monotonic() - since)
         memory.append(memory_of(running.mark))
         say(f"{tally.good} answered, {tally.broken} broken off, {len(tally.wrong)} wrong; {memory[-1]}")
     took = time.monotonic() - begun
