@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +98,46 @@ def test_descriptions() -> None:
     assert describe(ConfigError("size is 3")) == "size is 3"
     assert describe(ValueError("one\ntwo")) == "ValueError: one"
     assert describe(AssertionError()) == "AssertionError"
+
+
+def grouped_product(a, b, out: torch.Tensor, groups: torch.Tensor) -> None:
+    """What DeepGEMM's contiguous layout asks for and computes: blocks of 128 rows of one group each, or of none."""
+    (rows, scales), (weights, blocks) = a, b
+    assert scales.stride() == (1, rows.shape[0])
+    assert rows.shape[0] % 128 == 0
+    for first in range(0, rows.shape[0], 128):
+        at = slice(first, first + 128)
+        owners = set(groups[at].tolist())
+        assert len(owners) == 1
+        owner = owners.pop()
+        if owner >= 0:
+            wide = scales[at].repeat_interleave(128, 1)
+            block = blocks[owner].repeat_interleave(128, 0).repeat_interleave(128, 1)
+            out[at] = ((rows[at].float() * wide) @ (weights[owner].float() * block).T).to(out.dtype)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "all-to:1"])
+def test_deep_gemm_computes_the_same_layer(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for its product: what lies around that is ours."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(find, "find_spec", lambda package: object())
+    stand_in = SimpleNamespace(m_grouped_fp8_gemm_nt_contiguous=grouped_product)
+    monkeypatch.setitem(sys.modules, "deep_gemm", stand_in)
+    layer = Layer("", LayerShape(256, 128, 16, 4, 4), SwiGLUOAI())
+    weights = LayerWeights(layer, 0, CPU)
+    (peer,), absent = find_peers(["deepgemm"], weights)
+    assert absent == []
+    for inputs in draw_inputs(layer, Routing.parse(routing), 37, 0, CPU, 0)[:2]:
+        oracle = weights.oracle(inputs)
+        result = peer.bind(inputs)()
+        assert compare(result, oracle).within(peer.tolerance)
+        result[int(oracle.norm(dim=1).argmax())] = 0
+        assert not compare(result, oracle).within(peer.tolerance)
+
+
+def test_sizes_that_deep_gemm_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "find_spec", lambda package: object())
+    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace())
+    found, absent = find_peers(["deepgemm"], LayerWeights(SHARDED, 0, CPU))
+    assert found == []
+    assert absent[0].reason == "H is 128 and I 64; DeepGEMM's block FP8 wants multiples of 128"

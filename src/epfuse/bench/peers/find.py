@@ -14,6 +14,7 @@ PEERS = {
     "vllm": ("vllm", "epfuse.bench.peers.vllm_experts"),
     "transformers": ("transformers", "epfuse.bench.peers.transformers_experts"),
     "torch": ("torch", "epfuse.bench.peers.torch_grouped_mm"),
+    "deepgemm": ("deep_gemm", "epfuse.bench.peers.deep_gemm_experts"),
 }
 """Name -> the package that it needs, and the module whose ``CONTENDERS`` names its makers.
 
