@@ -57,14 +57,17 @@ class PlainLanguage:
 
 
 @contextmanager
-def plain(*modules: ModuleType, **others: Callable[..., object]) -> Iterator[PlainLanguage]:
+def plain(
+    *modules: ModuleType, machine: type[PlainLanguage] = PlainLanguage, **others: object
+) -> Iterator[PlainLanguage]:
     """Within, the device functions of these modules are plain functions, all for one program.
 
     Args:
         modules: the function's own and those of what it calls.
+        machine: the language that they run on.
         others: stand-ins for functions by name.
     """
-    language = PlainLanguage()
+    language = machine()
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
             functions = {name: value.fn for name, value in vars(module).items() if isinstance(value, GluonJITFunction)}

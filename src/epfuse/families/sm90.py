@@ -25,14 +25,21 @@ SHARED_BYTES = 232_448
 
 
 class Sm90(TwoGemms):
-    """route -> gate_up -> down -> combine, on dense weights or MXFP8 in fragment order."""
+    """route -> gate_up -> down -> combine, on dense weights, MXFP8 in fragment order or FP8 with one scale a row.
+
+    Activations are in BF16 here, for W8A8 too: few rows don't gain by FP8 products what quantising them costs.
+    """
 
     name: ClassVar[str] = "sm90"
     tile: ClassVar[type[GemmTile]] = Sm90Tile
     biases: ClassVar[frozenset[Bias]] = frozenset(Bias)
     least_block_m: ClassVar[int] = 8
     reads: ClassVar[Reads] = {
-        Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,), Path.BF16: (WeightFormat.DENSE,)},
+        Target.SM90: {
+            Path.W8A16: (WeightFormat.FRAGMENT,),
+            Path.W8A8: (WeightFormat.ROW_FP8,),
+            Path.BF16: (WeightFormat.DENSE,),
+        },
     }
 
     def accepts(self, kind: CallKind) -> str | None:
@@ -49,14 +56,14 @@ class Sm90(TwoGemms):
         return None
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
-        """Measured on an H100."""
-        return FRAGMENT if kind.form is WeightFormat.FRAGMENT else DENSE
+        """Measured on an H100. With one scale a row none: the tuner may choose these kernels."""
+        return {WeightFormat.FRAGMENT: FRAGMENT, WeightFormat.DENSE: DENSE}.get(kind.form, ())
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit shared memory; shared reductions where there are few rows."""
         if block_m.bit_count() > 1:
             return
-        packed = kind.form is WeightFormat.FRAGMENT
+        packed = kind.form is not WeightFormat.DENSE
         for block_k, (block_n, warps), group_m, stages, split_k in itertools.product(
             (128,) if packed or block_m < 64 else (64, 128),
             ((64, 4), (128, 4), (128, 8), (256, 8)),
@@ -84,7 +91,7 @@ class Sm90(TwoGemms):
 
 def ring_fits(tile: Sm90Tile, form: WeightFormat, block_m: int) -> bool:
     """Whether the ring fits shared memory, and the tile is not wasted on few rows."""
-    bytes_of_weight = 1 if form is WeightFormat.FRAGMENT else 2
+    bytes_of_weight = 2 if form is WeightFormat.DENSE else 1
     ring = tile.num_stages * tile.block_k * (tile.block_n * bytes_of_weight + block_m * 2)
     # a column of 256 weight rows leaves one program a multiprocessor, and too few of them for few rows
     return ring <= SHARED_BYTES and not (tile.block_n == 256 and block_m < 32)

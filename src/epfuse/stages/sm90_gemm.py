@@ -7,6 +7,10 @@ Dense weights are multiplied from there. MXFP8 weights lie in fragment order (we
 16 bytes at a time is what it multiplies with, so they go shared memory -> registers in 16-byte loads, become BF16 by
 bit operations and enter wgmma as its register operand, a part of a stage at a time: one part is made while the part
 before is multiplied.
+
+FP8 weights with one scale a row (weights/row_fp8.py) lie in their own order, which the FP8 tensor cores read. Here a
+thread multiplies with 16 adjacent codes of a row all the same: what wgmma takes for the k of its fragments is another
+order of the same 64 k (`k_of_pair`), and the rows of x are copied in that order, two numbers at a time.
 """
 
 from triton.experimental import gluon
@@ -42,6 +46,42 @@ def fragment_shared(block_n, block_k):
 
 
 @gluon.constexpr_function
+def code_bits():
+    """The 16 adjacent codes of a thread, and the 4 threads that share 64 k of a row, as bits of wgmma's k."""
+    return [[0, 1], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4]]
+
+
+@gluon.constexpr_function
+def code_shared(block_n):
+    """Shared memory offset -> (row, k) of 64 k of codes in their own order."""
+    own, across = code_bits()
+    return gl.SharedLinearLayout(own + across + [[n, 0] for n in powers(1, block_n)])
+
+
+@gluon.constexpr_function
+def code_layout(block_n, warps):
+    """Register operand of wgmma, [BLOCK_N, 64], but for the order of a thread's registers: adjacent codes first."""
+    own, across = code_bits()
+    panels = powers(64, block_n)
+    few = len(powers(4, warps))  # as in group_layout
+    registers = own + [[8, 0]] + [[n, 0] for n in panels[few:]]
+    warp = [[16, 0], [32, 0]] + [[n, 0] for n in panels[:few]]
+    return gl.DistributedLinearLayout(registers, [*across, [1, 0], [2, 0], [4, 0]], warp, [], [block_n, 64])
+
+
+@gluon.jit
+def k_of_pair(pair):
+    """Which pair of a row's numbers wgmma takes for its ``pair`` of k, as `code_bits` has them."""
+    return pair // 32 * 32 + pair % 4 * 8 + pair % 32 // 4
+
+
+@gluon.constexpr_function
+def in_pairs(scales):
+    """Whether weights with such scales are multiplied in the order of `k_of_pair`: those with one scale a row."""
+    return scales is not None and scales.dtype.element_ty == gl.float32
+
+
+@gluon.constexpr_function
 def group_layout(block_n, columns, warps):
     """Register operand of wgmma, [BLOCK_N, columns], as [BLOCK_N, columns / 32, 32]: a scale for the last one."""
     registers = [[0, 0, 1], [8, 0, 0], [0, 0, 8], [0, 0, 16]] + [[0, g, 0] for g in powers(1, columns // 32)]
@@ -54,15 +94,29 @@ def group_layout(block_n, columns, warps):
 
 
 @gluon.constexpr_function
-def row_copy_layout(block_k, warps):
-    """Copies of [rows, BLOCK_K] BF16: 16 bytes a thread, a warp on as many whole rows as it spans."""
+def row_copy_layout(block_k, warps, pairs=False):
+    """Copies of [rows, BLOCK_K] BF16: 16 bytes a thread, a warp on as many whole rows as it spans; or in pairs."""
+    if pairs:
+        return gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
     return gl.BlockedLayout([1, 8], [256 // block_k, block_k // 8], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def fragment_copy_layout(warps):
-    """Copies of [parts, panels, bytes]: 16 bytes a thread."""
-    return gl.BlockedLayout([1, 1, 16], [1, 1, 32], [1, 1, warps], [2, 1, 0])
+def sum_layout(block_m, warps):
+    """The sums of wgmma, [BLOCK_N, BLOCK_M]."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, block_m, 16])
+
+
+@gluon.constexpr_function
+def fragment_copy_layout(shape, warps, pairs):
+    """Copies of [2, panels, bytes], 16 bytes a thread; if pairs, 8 threads a row of 128 bytes, half in each part."""
+    if not pairs:
+        return gl.BlockedLayout([1, 1, 16], [1, 1, 32], [1, 1, warps], [2, 1, 0])
+    inside = [[0, 0, offset] for offset in powers(1, shape[2])]
+    panels = [[0, panel, 0] for panel in powers(1, shape[1])]
+    lanes = [*inside[4:6], [1, 0, 0], *inside[6:8]]
+    warp = len(powers(1, warps))
+    return gl.DistributedLinearLayout(inside[:4] + inside[8 + warp :] + panels, lanes, inside[8 : 8 + warp], [], shape)
 
 
 @gluon.constexpr_function
@@ -137,22 +191,58 @@ def dequantize(codes, scales):
 
 
 @gluon.jit
+def codes_to_bf16(codes):
+    """E4M3 codes, none of them NaN, -> BF16 of their values times 2^-8, four adjacent ones at a time.
+
+    2^-8, so that no sum of their products overflows that those of the weights would not. As in `dequantize` a code is
+    put into a BF16's low exponent bits, subnormals included: its sign comes to fill the upper byte, a shift brings the
+    rest to its place, and a mask clears what is between them.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, scale;
+        prmt.b32 a, $2, 0, 0x9180;
+        prmt.b32 b, $2, 0, 0xb3a2;
+        shl.b32 a, a, 4;
+        shl.b32 b, b, 4;
+        and.b32 a, a, 0x87f087f0;
+        and.b32 b, b, 0x87f087f0;
+        mov.b32 scale, 0x77807780;
+        mul.rn.bf16x2 $0, a, scale;
+        mul.rn.bf16x2 $1, b, scale;
+        }""",
+        "=&r,=&r,r",
+        [codes],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
 def fragment_pointers(
-    w, panel, last_panel, K_PADDED, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PARTS: gl.constexpr
-):
+    w, panel, last_panel, K_PADDED, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PARTS: gl.constexpr,
+    PAIRS: gl.constexpr = False,
+):  # fmt: skip
     """Pointers to this tile's codes at k = 0, ``[PARTS, panels, bytes of a part of a stage]``.
 
     Args:
-        w: ``[panels, K_PADDED / 32, 2048]`` codes.
+        w: ``[panels, K_PADDED / 32, 2048]`` codes; ``[panels, K_PADDED / 128, 64, 128]`` if PAIRS, where a part is
+            64 k of each row.
         panel: first panel of the tile; past last_panel that one is read again, for rows that are not stored.
     """
     BYTES: gl.constexpr = 64 * BLOCK_K // PARTS
-    layout: gl.constexpr = fragment_copy_layout(gl.num_warps())
+    layout: gl.constexpr = fragment_copy_layout([PARTS, BLOCK_N // 64, BYTES], gl.num_warps(), PAIRS)
     part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     panels = panel + gl.arange(0, BLOCK_N // 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     panels = gl.minimum(panels, last_panel).to(gl.int64)
     inside = gl.arange(0, BYTES, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    offsets = (panels * K_PADDED * 64)[None, :] + (part * BYTES)[:, None]
+    if PAIRS:
+        part *= 64
+        inside += inside // 64 * 64
+    else:
+        part *= BYTES
+    offsets = (panels * K_PADDED * 64)[None, :] + part[:, None]
     return w + offsets[:, :, None] + inside[None, None, :]
 
 
@@ -172,20 +262,46 @@ def fragment_scale_pointers(w_scale, panel, last_panel, K_PADDED, ROWS: gl.const
 
 
 @gluon.jit
-def row_pointers(base, offsets, BLOCK_K: gl.constexpr):
-    """Pointers ``[rows, BLOCK_K]`` at k = 0, from each row's element offset in ``SliceLayout(1, row_copy_layout)``."""
-    layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
-    return base + offsets[:, None] + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))[None, :]
+def row_scale_pointers(w_scale, panel, last_panel, ROWS: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Pointers to the scales of ROWS weight rows, as the sums' rows lie; panels as for `fragment_pointers`.
+
+    Args:
+        w_scale: ``[panels, 64]`` float32.
+    """
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, sum_layout(BLOCK_M, gl.num_warps())))
+    return w_scale + gl.minimum(panel + rows // 64, last_panel) * 64 + rows % 64
+
+
+@gluon.jit
+def row_pointers(base, offsets, BLOCK_K: gl.constexpr, PAIRS: gl.constexpr = False):
+    """Pointers ``[rows, BLOCK_K]`` at k = 0, from each row's element offset in ``SliceLayout(1, row_copy_layout)``.
+
+    If PAIRS, to int32: ``[rows, BLOCK_K / 2]`` pairs of BF16 in the order of `k_of_pair`.
+    """
+    layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps(), PAIRS)
+    if PAIRS:
+        pairs = k_of_pair(gl.arange(0, BLOCK_K // 2, layout=gl.SliceLayout(0, layout)))
+        ptrs = base.to(gl.pointer_type(gl.int32), bitcast=True) + (offsets // 2)[:, None] + pairs[None, :]
+    else:
+        ptrs = base + offsets[:, None] + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))[None, :]
+    return ptrs
 
 
 @gluon.jit
 def copy_rows(stage, ptrs, live, k, K, EVEN_K: gl.constexpr):
     """Start the copy of one stage of rows; zeros, and no traffic, for padding rows and past K."""
+    PAIRS: gl.constexpr = ptrs.dtype.element_ty == gl.int32
     inside = live[:, None]
     if not EVEN_K:
         columns = gl.arange(0, ptrs.shape[1], layout=gl.SliceLayout(0, ptrs.type.layout))
+        if PAIRS:
+            columns = k_of_pair(columns) * 2
         inside = inside & (columns < K - k)[None, :]
-    async_copy.async_copy_global_to_shared(stage, ptrs + k, mask=inside)
+    if PAIRS:
+        pairs = stage._reinterpret(gl.int32, ptrs.shape, gl.NVMMASharedLayout(128, 32, 2))
+        async_copy.async_copy_global_to_shared(pairs, ptrs + k // 2, mask=inside)
+    else:
+        async_copy.async_copy_global_to_shared(stage, ptrs + k, mask=inside)
 
 
 @gluon.jit
@@ -261,7 +377,7 @@ def weights_times_rows(
 
     Args:
         w_ptrs: from `row_pointers` (dense) or `fragment_pointers`.
-        s_ptrs: from `fragment_scale_pointers`; None for dense weights.
+        s_ptrs: from `fragment_scale_pointers`, or `row_scale_pointers`; None for dense weights.
         x_ptrs: from `row_pointers`.
         live: bool ``[BLOCK_M]`` in the rows' layout; the others are padding.
         K: columns of x, and of dense weights, that are left from the pointers on.
@@ -272,7 +388,8 @@ def weights_times_rows(
     DENSE: gl.constexpr = s_ptrs is None
     W_STEP: gl.constexpr = BLOCK_K if DENSE else 64 * BLOCK_K
     MASKED: gl.constexpr = DENSE and not EVEN_K
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    PAIRS: gl.constexpr = in_pairs(s_ptrs)
+    acc_layout: gl.constexpr = sum_layout(BLOCK_M, WARPS)
     row_shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], row_shared)
     if DENSE:
@@ -281,12 +398,17 @@ def weights_times_rows(
         w_ring = gl.allocate_shared_memory(
             gl.uint8, [STAGES, 2, BLOCK_N // 64, 32 * BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
         )
-        fragments = w_ring._reinterpret(
-            gl.uint8, [STAGES * 2, BLOCK_N, BLOCK_K // 2], fragment_shared(BLOCK_N, BLOCK_K // 2)
-        )
         a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-        groups_layout: gl.constexpr = group_layout(BLOCK_N, BLOCK_K // 2, WARPS)
-        next_words = gl.load(s_ptrs)
+        next_words = gl.load(s_ptrs)  # if PAIRS the rows' scales
+        if PAIRS:
+            gl.static_assert(BLOCK_K == 128)
+            codes_layout: gl.constexpr = code_layout(BLOCK_N, WARPS)
+            fragments = w_ring._reinterpret(gl.uint8, [STAGES * 2, BLOCK_N, 64], code_shared(BLOCK_N))
+        else:
+            fragments = w_ring._reinterpret(
+                gl.uint8, [STAGES * 2, BLOCK_N, BLOCK_K // 2], fragment_shared(BLOCK_N, BLOCK_K // 2)
+            )
+            groups_layout: gl.constexpr = group_layout(BLOCK_N, BLOCK_K // 2, WARPS)
 
     if WAIT:
         for early in gl.static_range(STAGES - 1):
@@ -307,12 +429,17 @@ def weights_times_rows(
         if DENSE:
             acc = warpgroup_mma(w_ring.index(stage), x_ring.index(stage).permute((1, 0)), acc, is_async=True)
         else:
-            # after the fence, which would wait for a load that is under way
-            words = next_words
-            next_words = gl.load(s_ptrs + gl.minimum(step + 1, steps - 1) * 64)
+            if not PAIRS:
+                # after the fence, which would wait for a load that is under way
+                words = next_words
+                next_words = gl.load(s_ptrs + gl.minimum(step + 1, steps - 1) * 64)
             for half in gl.static_range(2):
-                codes = fragments.index(stage * 2 + half).load(a_layout)
-                a = register_operand(codes, words, half, a_layout, groups_layout)
+                if PAIRS:
+                    codes = fragments.index(stage * 2 + half).load(codes_layout)
+                    a = gl.convert_layout(codes_to_bf16(codes), a_layout, assert_trivial=True)
+                else:
+                    codes = fragments.index(stage * 2 + half).load(a_layout)
+                    a = register_operand(codes, words, half, a_layout, groups_layout)
                 rows = x_ring.index(stage).slice(half * (BLOCK_K // 2), BLOCK_K // 2, dim=1)
                 acc = warpgroup_mma(a, rows.permute((1, 0)), acc, is_async=True)
         # the stage to refill was multiplied in the step before, which every warp has left behind at the barrier above
@@ -322,4 +449,6 @@ def weights_times_rows(
             copy_rows(x_ring.index(ahead % STAGES), x_ptrs, live, ahead * BLOCK_K, K, EVEN_K)
         async_copy.commit_group()
         acc = warpgroup_mma_wait(0, deps=[acc])
+    if PAIRS:
+        acc *= (next_words * 256)[:, None]  # codes_to_bf16's 2^-8
     return acc

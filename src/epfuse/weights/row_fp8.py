@@ -7,6 +7,9 @@ rounds to a multiple of at most 2^-16 of it. (Weights of a normal distribution l
 up to 2e-6: docs/notebook/performance.md, 44.)
 
 A panel is 64 weight rows. Its codes lie as ``[K / 128][64 rows][128]``, so that what one step multiplies is adjacent.
+
+A row that holds NaN has the scale NaN too. Whatever is multiplied with it is NaN anyway, and kernels that make BF16 of
+the codes need not look for the one that is NaN.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class RowFP8(PanelStack):
 
     Attributes:
         codes: ``[L, panels, K_padded / 128, 64, 128]`` float8_e4m3fn.
-        scales: ``[L, panels * 64]`` float32, powers of two.
+        scales: ``[L, panels * 64]`` float32, powers of two; NaN for a row that holds NaN.
     """
 
     @property
@@ -105,7 +108,9 @@ def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
         weights.consume("codes with one scale a row", "values")
     for expert in range(local):
         moved, row_scales = one_scale_a_row(values[expert], bytes_[expert])
-        packed = take_rows(moved.view(torch.uint8), source, steps * STEP_K, 0)
+        bits = moved.view(torch.uint8)
+        row_scales.masked_fill_(((bits & 0x7F) == 0x7F).any(1), float("nan"))
+        packed = take_rows(bits, source, steps * STEP_K, 0)
         codes[expert] = packed.view(moved.dtype).view(-1, PANEL_ROWS, steps, STEP_K).transpose(1, 2)
         scales[expert] = torch.where(source >= 0, row_scales[source.clamp(min=0)], 1.0)
     return RowFP8(codes, scales, rows, columns, order)

@@ -7,9 +7,11 @@ from epfuse.kernel_cache import cached
 from epfuse.stages.sm90_gemm import (
     fragment_pointers,
     fragment_scale_pointers,
+    in_pairs,
     let_next_kernel_start,
     row_copy_layout,
     row_pointers,
+    row_scale_pointers,
     row_store_layout,
     share_of,
     sum_of_shares,
@@ -71,7 +73,8 @@ def down_tile(
     STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_N weight rows of one expert, for the BLOCK_M routes at block_routes."""
-    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
+    PAIRS: gl.constexpr = in_pairs(w2_scale)
+    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps(), PAIRS)
     routes = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout)))
     first, steps = share_of(I_PADDED // BLOCK_K, split, SPLIT_K)
     if w2_scale is None:
@@ -81,11 +84,14 @@ def down_tile(
         s_ptrs = w2_scale
     else:
         panel, last_panel = expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1
-        w_ptrs = fragment_pointers(w2 + first * (64 * BLOCK_K), panel, last_panel, I_PADDED, BLOCK_N, BLOCK_K, 2)
-        s_ptrs = fragment_scale_pointers(
-            w2_scale + first * (BLOCK_K // 2), panel, last_panel, I_PADDED, BLOCK_N, BLOCK_K // 2
-        )
-    y_ptrs = row_pointers(y + first * BLOCK_K, routes.to(gl.int64) * I, BLOCK_K)
+        w_ptrs = fragment_pointers(w2 + first * (64 * BLOCK_K), panel, last_panel, I_PADDED, BLOCK_N, BLOCK_K, 2, PAIRS)
+        if PAIRS:
+            s_ptrs = row_scale_pointers(w2_scale, panel, last_panel, BLOCK_N, BLOCK_M)
+        else:
+            s_ptrs = fragment_scale_pointers(
+                w2_scale + first * (BLOCK_K // 2), panel, last_panel, I_PADDED, BLOCK_N, BLOCK_K // 2
+            )
+    y_ptrs = row_pointers(y + first * BLOCK_K, routes.to(gl.int64) * I, BLOCK_K, PAIRS)
     acc = weights_times_rows(
         w_ptrs, s_ptrs, y_ptrs, routes < R, I - first * BLOCK_K, steps,
         BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, WAIT=True,
@@ -113,8 +119,9 @@ def down_sm90_kernel(
 
     Args:
         y: BF16 [R, I]; only rows of local routes are read.
-        w2: dense BF16 [L, H, I], or codes in fragment order, uint8 [L, PANELS, I_PADDED / 32, 2048].
-        w2_scale: int32 [L, PANELS, I_PADDED / 128, 64] of fragments; None for dense weights.
+        w2: dense BF16 [L, H, I], or codes, uint8: in fragment order [L, PANELS, I_PADDED / 32, 2048], or with one
+            scale a row [L, PANELS, I_PADDED / 128, 64, 128].
+        w2_scale: int32 [L, PANELS, I_PADDED / 128, 64] of fragments, FP32 [L, PANELS * 64] of rows; None if dense.
         bias: FP32 [L, H]; None for none.
         topk_weights: FP32 [T, K], by route.
         out: BF16 [R, H]; row r is written if route r is local.

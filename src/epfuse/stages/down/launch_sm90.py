@@ -9,11 +9,12 @@ from epfuse.stages.route.table import RouteTable
 from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums
 from epfuse.stages.tiles import Sm90Tile
 from epfuse.weights.fragment import FragmentMXFP8
+from epfuse.weights.row_fp8 import RowFP8
 
 
 def launch_down_sm90(
     y: torch.Tensor,
-    w2: torch.Tensor | FragmentMXFP8,
+    w2: torch.Tensor | FragmentMXFP8 | RowFP8,
     routes: RouteTable,
     topk_weights: torch.Tensor,
     tile: Sm90Tile,
@@ -24,7 +25,7 @@ def launch_down_sm90(
 
     Args:
         y: ``[R, I]`` BF16 contiguous, from `launch_gate_up_sm90`; only rows of local routes count.
-        w2: ``[L, H, I]``: dense BF16, or MXFP8 in fragment order with rows in order PLAIN.
+        w2: ``[L, H, I]``: dense BF16, MXFP8 in fragment order, or FP8 with one scale a row, in order PLAIN.
         routes: RouteTable of this call; with arrivals if the tile shares reductions. Like w2 not written by the launch
             right before this one, which may still be running when they are read.
         topk_weights: ``[T, K]`` float32 contiguous.

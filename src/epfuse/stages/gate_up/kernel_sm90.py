@@ -9,9 +9,11 @@ from epfuse.stages.sm90_gemm import (
     fetch_into_l2,
     fragment_pointers,
     fragment_scale_pointers,
+    in_pairs,
     let_next_kernel_start,
     row_copy_layout,
     row_pointers,
+    row_scale_pointers,
     row_store_layout,
     share_of,
     sum_of_shares,
@@ -102,7 +104,8 @@ def gate_up_tile(
     STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_N weight rows of one expert, for the BLOCK_M routes at block_routes."""
-    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps())
+    PAIRS: gl.constexpr = in_pairs(w13_scale)
+    copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps(), PAIRS)
     routes = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout)))
     first, steps = share_of(H_PADDED // BLOCK_K, split, SPLIT_K)
     if w13_scale is None:
@@ -112,11 +115,16 @@ def gate_up_tile(
         s_ptrs = w13_scale
     else:
         panel, last_panel = expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1
-        w_ptrs = fragment_pointers(w13 + first * (64 * BLOCK_K), panel, last_panel, H_PADDED, BLOCK_N, BLOCK_K, 2)
-        s_ptrs = fragment_scale_pointers(
-            w13_scale + first * (BLOCK_K // 2), panel, last_panel, H_PADDED, BLOCK_N, BLOCK_K // 2
+        w_ptrs = fragment_pointers(
+            w13 + first * (64 * BLOCK_K), panel, last_panel, H_PADDED, BLOCK_N, BLOCK_K, 2, PAIRS
         )
-    x_ptrs = row_pointers(x + first * BLOCK_K, (routes // K).to(gl.int64) * H, BLOCK_K)
+        if PAIRS:
+            s_ptrs = row_scale_pointers(w13_scale, panel, last_panel, BLOCK_N, BLOCK_M)
+        else:
+            s_ptrs = fragment_scale_pointers(
+                w13_scale + first * (BLOCK_K // 2), panel, last_panel, H_PADDED, BLOCK_N, BLOCK_K // 2
+            )
+    x_ptrs = row_pointers(x + first * BLOCK_K, (routes // K).to(gl.int64) * H, BLOCK_K, PAIRS)
     acc = weights_times_rows(
         w_ptrs, s_ptrs, x_ptrs, routes < R, H - first * BLOCK_K, steps,
         BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, WAIT=False,
@@ -148,8 +156,9 @@ def gate_up_sm90_kernel(
 
     Args:
         x: BF16 [T, H].
-        w13: dense BF16 [L, 2I, H], or codes in fragment order, uint8 [L, PANELS, H_PADDED / 32, 2048].
-        w13_scale: int32 [L, PANELS, H_PADDED / 128, 64] of fragments; None for dense weights.
+        w13: dense BF16 [L, 2I, H], or codes, uint8: in fragment order [L, PANELS, H_PADDED / 32, 2048], or with one
+            scale a row [L, PANELS, H_PADDED / 128, 64, 128].
+        w13_scale: int32 [L, PANELS, H_PADDED / 128, 64] of fragments, FP32 [L, PANELS * 64] of rows; None if dense.
         bias: FP32 [L, 2I], gate before up; None for none.
         out: BF16 [R, I]; row r is written if route r is local.
         sorted_routes: int32, routes by expert, R where padding; see RouteTable, as the next two.

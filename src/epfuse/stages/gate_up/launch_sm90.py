@@ -11,11 +11,12 @@ from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_s
 from epfuse.stages.tiles import Sm90Tile
 from epfuse.target import compute_units
 from epfuse.weights.fragment import FragmentMXFP8
+from epfuse.weights.row_fp8 import RowFP8
 
 
 def launch_gate_up_sm90(
     x: torch.Tensor,
-    w13: torch.Tensor | FragmentMXFP8,
+    w13: torch.Tensor | FragmentMXFP8 | RowFP8,
     routes: RouteTable,
     top_k: int,
     activation: Activation,
@@ -27,7 +28,8 @@ def launch_gate_up_sm90(
 
     Args:
         x: ``[T, H]`` BF16, contiguous.
-        w13: ``[L, 2I, H]``: dense BF16, or MXFP8 in fragment order with rows in order GATE_UP.
+        w13: ``[L, 2I, H]``: dense BF16, MXFP8 in fragment order, or FP8 with one scale a row; with rows in order
+            GATE_UP unless dense.
         routes: RouteTable of this call; row r reads token ``r // K``; with arrivals if the tile shares reductions.
         top_k: K.
         activation: between the two GEMMs.
