@@ -55,7 +55,7 @@ SIZES = {
         "place_kernel": 1,
         "quantize_packed_kernel": 4,
         "gate_up_sm90_block_fp8_kernel": 4,
-        "down_sm90_block_fp8_kernel": 5,
+        "down_sm90_block_fp8_kernel": 4,
         "combine_kernel": 1,
     },
     "sm_90-block_fp8-atomic": {

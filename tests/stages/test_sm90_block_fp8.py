@@ -22,7 +22,8 @@ pytestmark = pytest.mark.gpu
 
 ACTIVATION = SwiGLUOAI()
 OTHER_CODES = 0.03
-"""Of y's codes: a sum in another order may be rounded to the next BF16, and that to the next E4M3."""
+"""Of y's codes: the tensor cores add FP8 products with fewer bits than FP32 has, so that a sum may be rounded to the
+next BF16, and that to the next E4M3. Some 2 % are, in the portable kernels too."""
 TILES = {
     "16": (16, 6, 128, 10),
     "32": (32, 5, 256, 5),
@@ -51,6 +52,15 @@ def empty_rows(rows: int, columns: int, device) -> FP8Rows:
     out.values.view(torch.uint8).fill_(0x55)
     out.scales.fill_(0x55)
     return out
+
+
+def check_codes(codes: torch.Tensor, made: torch.Tensor, want: FP8Rows) -> None:
+    """Few codes differ, as many as so few of them may by chance, and each by a step, or by little where sums cancel."""
+    differ, count = int((codes.view(torch.uint8) != want.values.view(torch.uint8)).sum()), codes.numel()
+    assert differ < OTHER_CODES * count + 4 * (OTHER_CODES * count) ** 0.5
+    numbers = want.dequantize(torch.float64)
+    largest = numbers.abs().view(numbers.shape[0], -1, BLOCK).amax(2).repeat_interleave(BLOCK, 1)
+    assert ((made - numbers).abs() <= numbers.abs() / 8 + largest / 128).all()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -85,9 +95,8 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name, bias):
         sums = quantised[found // TOP_K] @ w13.matrix(expert, torch.float64).T
         sums = sums if up_bias is None else sums + up_bias[expert].double()
         want = quantize(activated(sums.bfloat16().float(), ACTIVATION), BLOCK)
-        codes = y.values[at].view(torch.uint8) != want.values.view(torch.uint8)
-        assert codes.float().mean() < OTHER_CODES
         made = FP8Rows(y.values[at], y.scales[at], BLOCK).dequantize(torch.float64)
+        check_codes(y.values[at], made, want)
         result = made @ w2.matrix(expert, torch.float64).T
         result = result if down_bias is None else result + down_bias[expert].double()
         check(out[at], result * topk_weights.view(-1)[found, None].double())

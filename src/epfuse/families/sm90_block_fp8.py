@@ -107,7 +107,6 @@ def _tiles(block_m: int, group_m: int, stages: int, down: int, down_stages: int)
 
 # The best of nine on an H200 (docs/performance.md). Up to 32 rows weights stand on the M side of wgmma.
 BLOCK_FP8 = (
-    TileRange(2, _tiles(16, 0, 6, 128, 10)),
     TileRange(12, _tiles(16, 0, 6, 256, 6)),
     TileRange(24, _tiles(32, 0, 5, 256, 5)),
     TileRange(48, _tiles(64, 0, 5, 256, 5)),
