@@ -3,8 +3,8 @@
     PYTHONPATH=src python3 -m tools.output_bits bits.json
     PYTHONPATH=src python3 -m tools.output_bits bits.json --compare before.json
 
-Inputs are drawn on the device by a seed, so records of one kind of device and one version of torch can be compared. Of
-each layer the host's time of a call with one token is measured too: 300 calls enqueued, nothing waited for.
+Inputs are drawn on the device by a seed, so records of one kind of device and one version of torch can be compared.
+`tools.host_time` measures the host's time of a call.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,26 +83,6 @@ def bits_of(layer: str, kind: str, device_name: str) -> dict[str, Any]:
     return found
 
 
-def host_time_us(device: torch.device) -> dict[str, float]:
-    """Kind -> median over 7 rounds of the host's microseconds a call, MiniMax-M3 EP8 with one token."""
-    times = {}
-    shape, activation = LAYERS["minimax-m3-ep8"]
-    expert_map = ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0, device)
-    for kind in ("bf16", "w8a16", "w8a8"):
-        weights, path = weights_of(kind, shape, device)
-        hidden = torch.randn(1, shape.hidden, device=device).bfloat16()
-        topk_weights, ids = torch.rand(1, shape.experts, device=device).topk(shape.top_k)
-        rounds = []
-        for _ in range(8):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(300):
-                fused_experts(hidden, weights, topk_weights, ids, expert_map, activation=activation, path=path)
-            rounds.append((time.perf_counter() - start) / 300 * 1e6)
-        times[kind] = round(statistics.median(rounds[1:]), 1)
-    return times
-
-
 @click.command(help=__doc__)
 @click.argument("record", type=click.Path(path_type=Path))
 @click.option("--compare", "before", type=click.Path(exists=True, path_type=Path), help="Record of another version.")
@@ -135,18 +113,17 @@ def main(record: Path, before: Path | None, jobs: int, kinds: str) -> None:
         "commit": commit(),
         "versions": versions(),
         "device": describe_device(device),
-        "host_us": host_time_us(device) if device.type == "cuda" else {},
         "refused": dict(sorted(refused.items())),
         "bits": dict(sorted(bits.items())),
     }
     write_atomic(record, json.dumps(found, indent=1) + "\n")
-    click.echo(f"{len(bits)} results, host us a call {found['host_us']}")
+    click.echo(f"{len(bits)} results")
     for name, reason in found["refused"].items():
         click.echo(f"  refused {name}: {reason}")
     if old is None:
         return
     differ = sorted(name for name in bits.keys() | old["bits"].keys() if bits.get(name) != old["bits"].get(name))
-    click.echo(f"against {old['commit']}: {len(differ)} differ; host us before {old['host_us']}")
+    click.echo(f"against {old['commit']}: {len(differ)} differ")
     for name in differ:
         click.echo(f"  {name}: {old['bits'].get(name)} -> {bits.get(name)}")
     if differ:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import time
-from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+import torch
+from tools.layer_on_gpu import the_gpu, timed, write_json
 
+from epfuse.bench.record import BenchRecord
 from epfuse.cli.exits import EXIT_CHECK_FAILED
-
-if TYPE_CHECKING:
-    import torch
-
-    from epfuse.bench.record import BenchRecord
 
 TOKENS = (1, 16, 37, 64, 256, 1024, 4096, 8192)
 QUICK_TOKENS = (1, 37, 64, 1024)
@@ -41,14 +35,8 @@ def main(json_file: Path | None, quick: bool, budget: float) -> None:
 
     Exit status: 0 good; 1 a result was wrong, or a runner could not be timed; 2 usage, or no GPU to run on.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise click.UsageError("there is no GPU that torch can use")
     end = time.monotonic() + budget
-    record = measure(
-        QUICK_TOKENS if quick else TOKENS, torch.device("cuda", torch.cuda.current_device()), end, json_file
-    )
+    record = measure(QUICK_TOKENS if quick else TOKENS, the_gpu(), end, json_file)
     report(record)
     timed = all(row.time is not None for row in record.rows)
     sys.exit(0 if record.rows and record.ok and timed else EXIT_CHECK_FAILED)
@@ -70,49 +58,20 @@ def measure(tokens: tuple[int, ...], device: torch.device, end: float, json_file
 
     from epfuse.bench import machine
     from epfuse.bench.layers import LAYERS
-    from epfuse.bench.measure import Sampling
-    from epfuse.bench.record import BenchRecord
-    from epfuse.bench.roofs import measure_roofs
-    from epfuse.bench.routing import Routing, RoutingKind
-    from epfuse.bench.run import BenchPlan, on_device, run_points
+    from epfuse.bench.run import on_device
     from epfuse.bench.weights import LayerWeights
     from epfuse.integrations.sglang import releases
 
-    layer, uniform, sampling = LAYERS[LAYER], Routing(RoutingKind.UNIFORM), Sampling(samples=9, seconds=0.01)
+    layer = LAYERS[LAYER]
     install_plugin()
     with on_device(device), first_rank(layer, max(tokens)):
         click.echo("building SGLang's layers; ours compile their kernels", err=True)
         weights = LayerWeights(layer, 0, device)
-        candidates = contenders(weights)
-        roofs = measure_roofs(device, sampling)
-        record = BenchRecord(
-            layer=layer,
-            device=machine.describe_device(device),
-            roofs=roofs,
-            notes={f"{each.name} {each.weights}": each.note for each in candidates},
-            run={
-                "command": shlex.join(["python3", "-m", "tools.sglang_on_gpu", *sys.argv[1:]]),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seed": 0,
-                "commit": machine.commit(),
-                "versions": machine.versions() | {"sglang": releases.installed()},
-                "stood in for": list(missing),
-                "clocks": {"after the roofs": machine.read_clocks(device)},
-            },
-            complete=False,
-        )
-        for count in tokens:
-            if time.monotonic() + RESERVE > end:
-                click.echo(f"not timed, for want of time: T={count} and above", err=True)
-                return record
-            click.echo(f"checking and timing T={count}", err=True)
-            plan = BenchPlan(layer, (count,), (uniform,), device, 0, sampling)
-            for rows in run_points(plan, weights, candidates, roofs):
-                record.rows.extend(rows)
-            _write(record, json_file)
-    record = replace(record, complete=True)
-    _write(record, json_file)
-    return record
+        run = machine.run_facts(["python3", "-m", "tools.sglang_on_gpu"], seed=0)
+        run["versions"]["sglang"] = releases.installed()
+        run["stood in for"] = list(missing)
+        save = partial(_write, json_file)
+        return timed(weights, contenders(weights), tokens, end - RESERVE, run, save)
 
 
 def report(record: BenchRecord) -> None:
@@ -123,11 +82,8 @@ def report(record: BenchRecord) -> None:
     print_record(record, None, stdout(120))
 
 
-def _write(record: BenchRecord, json_file: Path | None) -> None:
-    from epfuse.report.write import write_atomic
-
-    if json_file is not None:
-        write_atomic(json_file, json.dumps(record.to_json(), indent=2, allow_nan=False) + "\n")
+def _write(json_file: Path | None, record: BenchRecord) -> None:
+    write_json(json_file, record.to_json())
 
 
 if __name__ == "__main__":

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import sys
 import time
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import torch
+from tools.layer_on_gpu import UNIFORM, the_gpu, timed, write_json
+
+from epfuse.bench.record import BenchRecord
 
 if TYPE_CHECKING:
-    import torch
     from tools.vllm_on_gpu.checks import OracleCheck
     from tools.vllm_on_gpu.kernels import ExpertsCandidate
-
-    from epfuse.bench.record import BenchRecord
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -87,7 +85,7 @@ def main(json_file: Path | None, quick: bool, budget: float) -> None:
     run = RunFindings()
     measure(run, tokens, device, began + budget, json_file)
     run.seconds["all"] = time.monotonic() - began
-    _write(run, json_file)
+    write_json(json_file, run.to_json())
     report(run)
     sys.exit(0 if run.ok else 1)
 
@@ -109,56 +107,33 @@ def measure(
     from epfuse.bench import machine
     from epfuse.bench.inputs import cache_bytes_of, draw_inputs
     from epfuse.bench.layers import LAYERS
-    from epfuse.bench.measure import Sampling
-    from epfuse.bench.record import BenchRecord
-    from epfuse.bench.roofs import measure_roofs
-    from epfuse.bench.routing import Routing, RoutingKind
-    from epfuse.bench.run import BenchPlan, on_device, run_points
+    from epfuse.bench.run import on_device
 
-    layer, uniform, sampling = LAYERS[LAYER], Routing(RoutingKind.UNIFORM), Sampling(samples=9, seconds=0.01)
+    def save(record: BenchRecord) -> None:
+        run.record = record
+        write_json(json_file, run.to_json())
+
+    layer = LAYERS[LAYER]
     began = time.monotonic()
     with on_device(device):
         weights, candidates = _candidates(device)
-        most = draw_inputs(layer, uniform, max(tokens), 0, device, cache_bytes_of(device))[0]
+        most = draw_inputs(layer, UNIFORM, max(tokens), 0, device, cache_bytes_of(device))[0]
         reserve_workspaces(candidates, most)
         run.seconds["load"] = time.monotonic() - began
         began = time.monotonic()
         for count in sorted({*tokens, ODD_TOKENS}):
-            _say(f"checking T={count}")
-            cases = Cases.of(draw_inputs(layer, uniform, count, 1, device, 0), weights)
+            click.echo(f"checking T={count}", err=True)
+            cases = Cases.of(draw_inputs(layer, UNIFORM, count, 1, device, 0), weights)
             for candidate in candidates:
                 run.checks += check_candidate(candidate, cases)
         run.seconds["check"] = time.monotonic() - began
-        _write(run, json_file)
+        write_json(json_file, run.to_json())
         began = time.monotonic()
-        roofs = measure_roofs(device, sampling)
+        facts = machine.run_facts(["python3", "-m", "tools.vllm_on_gpu"], seed=0)
         contenders = [candidate.contender() for candidate in candidates]
-        run.record = BenchRecord(
-            layer=layer,
-            device=machine.describe_device(device),
-            roofs=roofs,
-            notes={candidate.label: candidate.note for candidate in candidates},
-            run={
-                "command": shlex.join(["python3", "-m", "tools.vllm_on_gpu", *sys.argv[1:]]),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seed": 0,
-                "commit": machine.commit(),
-                "versions": machine.versions(),
-                "clocks": {"after the roofs": machine.read_clocks(device)},
-            },
-            complete=False,
-        )
-        for place, count in enumerate(tokens):
-            if time.monotonic() + RESERVE > end:
-                run.left_out = list(tokens[place:])
-                break
-            _say(f"timing T={count}")
-            for rows in run_points(
-                BenchPlan(layer, (count,), (uniform,), device, 0, sampling), weights, contenders, roofs
-            ):
-                run.record.rows.extend(rows)
-            _write(run, json_file)
-        run.record = replace(run.record, complete=not run.left_out)
+        run.record = timed(weights, contenders, tokens, end - RESERVE, facts, save)
+        timed_counts = {row.tokens for row in run.record.rows}
+        run.left_out = [count for count in tokens if count not in timed_counts]
         run.seconds["time"] = time.monotonic() - began
 
 
@@ -221,27 +196,13 @@ def _device() -> torch.device:
     Raises:
         click.UsageError: there is none, or no vLLM of the release that this was written for.
     """
-    import torch
-
     from epfuse.integrations.vllm import releases
 
-    if not torch.cuda.is_available():
-        raise click.UsageError("there is no GPU that torch can use")
+    gpu = the_gpu()
     found = releases.installed().partition("+")[0]
     if found != RELEASE:
         raise click.UsageError(f"the vLLM on the path is {found}; this needs {RELEASE}")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _write(run: RunFindings, json_file: Path | None) -> None:
-    from epfuse.report.write import write_atomic
-
-    if json_file is not None:
-        write_atomic(json_file, json.dumps(run.to_json(), indent=2, allow_nan=False) + "\n")
-
-
-def _say(what: str) -> None:
-    click.echo(what, err=True)
+    return gpu
 
 
 if __name__ == "__main__":

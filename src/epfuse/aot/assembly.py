@@ -6,6 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 
 @dataclass
@@ -38,18 +41,10 @@ class InstructionCounts:
     bulk_copies: int = 0
     private: int = 0
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {
-            "matrix": dict(self.matrix),
-            "load_widths": {str(width): count for width, count in sorted(self.load_widths.items())},
-            "store_widths": {str(width): count for width, count in sorted(self.store_widths.items())},
-            "atomics": dict(self.atomics),
-            "waits": self.waits,
-            "barriers": self.barriers,
-            "vector": self.vector,
-            "bulk_copies": self.bulk_copies,
-        }
+        values: dict[str, Any] = to_jsonable_python(self, exclude={"matrix_macs", "matrix_warps", "private"})
+        return values
 
 
 @dataclass(frozen=True)

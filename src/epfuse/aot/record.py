@@ -41,9 +41,7 @@ class TargetRecord:
         """JSON-ready values."""
         return {
             "target": self.target.value,
-            "kernels": [kernel.to_json() for kernel in self.kernels],
-            "compared": [kernel.to_json() for kernel in self.compared],
-            "gates": [gate.to_json() for gate in self.gates],
+            **{name: [one.to_json() for one in getattr(self, name)] for name in ("kernels", "compared", "gates")},
             "ok": self.ok,
         }
 

@@ -96,26 +96,35 @@ def problem_of(layer: Layer, tokens: tuple[int, ...], device: torch.device, seed
 
 
 def paths_of(problem: Problem, choice: tuple[str, ...], weights: LayerWeights) -> list[Contender]:
-    """The paths that were asked for.
+    """The paths that were asked for; arguments and errors as of `chosen_subjects`.
+
+    Args:
+        problem: sizes, device.
+        choice: names of paths.
+        weights: where contenders get theirs; nothing is made before a contender is bound.
+    """
+    return [_path(subject, problem, weights) for subject in chosen_subjects(problem, choice)]
+
+
+def chosen_subjects(problem: Problem, choice: tuple[str, ...]) -> list[Subject]:
+    """The paths that were asked for, each on weights that it reads.
 
     Args:
         problem: sizes, device.
         choice: names of paths; ``auto`` for what the policy chooses for each kind of weights; ``all`` for every path,
             in every format that it reads, with every way to sum routes, and the reference. Empty: each path that has
             a kernel, on the weights that it reads best; where there is none, the reference.
-        weights: where contenders get theirs; nothing is made before a contender is bound.
 
     Raises:
         ConfigError, UnsupportedTarget: no such path, or not on this device or these sizes.
     """
     if not choice:
-        found = each_path_once(problem)
-    else:
-        found = []
-        for name in choice:
-            subjects = list(subjects_of(problem, name))
-            found += subjects if name in ("all", Path.AUTO.value) else subjects[:1]
-    return [_path(subject, problem, weights) for subject in dict.fromkeys(found)]
+        return each_path_once(problem)
+    found: list[Subject] = []
+    for name in choice:
+        subjects = subjects_of(problem, name)
+        found += subjects if name in ("all", Path.AUTO.value) else subjects[:1]
+    return list(dict.fromkeys(found))
 
 
 def each_path_once(problem: Problem) -> list[Subject]:

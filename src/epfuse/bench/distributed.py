@@ -286,7 +286,7 @@ def time_together(context: RankContext, calls: Sequence[Call], sampling: Samplin
     sample(many)
     method = TimingMethod.GRAPH if captures else TimingMethod.PLAIN
     own = Timing.of([sample(many) for _ in range(sampling.samples)], repeats * len(calls), method)
-    return [Timing(**json.loads(text)) for text in gather_text(group, json.dumps(own.to_json()))]
+    return [Timing(**json.loads(text)) for text in gather_text(group, json.dumps(asdict(own)))]
 
 
 def _slowest(timings: list[Timing]) -> Timing:

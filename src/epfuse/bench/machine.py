@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,6 +92,17 @@ def commit() -> dict[str, Any] | None:
     head = _run(["git", "-C", str(root), "rev-parse", "HEAD"])
     changes = _run(["git", "-C", str(root), "status", "--porcelain"])
     return {"hash": head, "changed": bool(changes)} if head else None
+
+
+def run_facts(program: Sequence[str], **more: Any) -> dict[str, Any]:
+    """What a record says of its run: ``program`` as it was called, date, commit, versions, and ``more``."""
+    return {
+        "command": shlex.join([*program, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        **more,
+    }
 
 
 def _run(command: list[str]) -> str | None:

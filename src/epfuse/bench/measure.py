@@ -6,8 +6,7 @@ import enum
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -79,10 +78,6 @@ class Timing:
     def spread_us(self) -> float:
         """The interquartile range."""
         return self.q3_us - self.q1_us
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

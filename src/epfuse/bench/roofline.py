@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from epfuse.arguments import checks_enums
@@ -48,7 +48,7 @@ class Roofs:
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values; rates in bytes and FLOPs a second."""
         named = {"read": self.read} | {f"matmul_{operand.value}": roof for operand, roof in self.matmul.items()}
-        return {name: {"rate": r.rate, "method": r.method, "spread": r.spread} for name, r in named.items()}
+        return {name: asdict(roof) for name, roof in named.items()}
 
 
 @checks_enums

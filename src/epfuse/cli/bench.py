@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
-import shlex
-import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from epfuse.cli.delivery import STDOUT, Delivery
-from epfuse.cli.names import SIZE, comma_names, token_count
+from epfuse.cli.names import comma_names, layer_sizes, token_count
 
 if TYPE_CHECKING:
     from epfuse.bench.compare import RecordComparison
@@ -57,11 +54,7 @@ def _counts(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option(
     "--shape", type=click.Choice(SHAPE_NAMES), help="The layer.  [default: minimax-m3-ep8 on a GPU, small on a CPU]"
 )
-@click.option("--hidden", type=SIZE, metavar="H", help="Model dimension, in place of the shape's.")
-@click.option("--intermediate", type=SIZE, metavar="I", help="Width of an expert on this rank.")
-@click.option("--experts", type=SIZE, metavar="E", help="Experts over all ranks.")
-@click.option("--top-k", type=SIZE, metavar="K", help="Routes per token.")
-@click.option("--ep-size", type=SIZE, metavar="P", help="Expert-parallel ranks, of which the first is measured.")
+@layer_sizes("Expert-parallel ranks, of which the first is measured.")
 @click.option("--activation", type=click.Choice(["swiglu-oai", "silu"]), help="Between the two projections.")
 @click.option(
     "--tokens",
@@ -128,11 +121,7 @@ def _counts(context: click.Context, parameter: click.Parameter, values: tuple[st
 )
 def bench(
     shape: str | None,
-    hidden: int | None,
-    intermediate: int | None,
-    experts: int | None,
-    top_k: int | None,
-    ep_size: int | None,
+    sizes: dict[str, int | None],
     activation: str | None,
     tokens: tuple[int, ...],
     paths: tuple[str, ...] | None,
@@ -167,12 +156,11 @@ def bench(
         from epfuse.cli.bench_distributed import bench_distributed
 
         for option, given in (
-            ("--device", device), ("--ep-size", ep_size), ("--peers", peers), ("--html", html),
+            ("--device", device), ("--ep-size", sizes["ep_size"]), ("--peers", peers), ("--html", html),
             ("--pictures", pictures), ("--compare", older),
         ):  # fmt: skip
             if given is not None:
                 raise click.UsageError(f"{option} does not go with --distributed")
-        sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k}
         bench_distributed(shape, sizes, activation, tokens, paths, routing, json_file, seed, quick)
     kept = None if json_file in (None, "-") else Path(str(json_file))
     delivery = Delivery({"--json": kept, "--html": html}, folders={"--pictures": pictures})
@@ -188,8 +176,7 @@ def bench(
     if html is not None or pictures is not None:
         import epfuse.report.page  # noqa: F401  (refuses now, not after the run, if jinja2 is missing)
     where = choose_device(device)
-    every = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size}
-    layer = make_layer(shape or ("small" if where.type == "cpu" else "minimax-m3-ep8"), every, activation)
+    layer = make_layer(shape or ("small" if where.type == "cpu" else "minimax-m3-ep8"), sizes, activation)
     default = QUICK_TOKENS[where.type] if quick else CPU_TOKENS if where.type == "cpu" else GPU_TOKENS
     plan = BenchPlan(
         layer=layer,
@@ -243,14 +230,7 @@ def _run(plan: BenchPlan, paths: tuple[str, ...], peers: tuple[str, ...], kept: 
             roofs=roofs,
             absent=absent,
             notes={contender.name: contender.note for contender in contenders if contender.kind is ContenderKind.PEER},
-            run={
-                "command": shlex.join(["epfuse", *sys.argv[1:]]),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seed": plan.seed,
-                "commit": machine.commit(),
-                "versions": machine.versions(),
-                "clocks": clocks,
-            },
+            run=machine.run_facts(["epfuse"], seed=plan.seed, clocks=clocks),
             complete=False,
         )
         progress.update(task, total=len(plan.points) * len(contenders), completed=0)

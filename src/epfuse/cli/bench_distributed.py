@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
-import shlex
 import sys
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import torch
 from rich.box import SIMPLE_HEAD
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from epfuse.bench import distributed, machine
-from epfuse.bench.contender import each_path_once, problem_of
+from epfuse.bench.contender import chosen_subjects, problem_of
 from epfuse.bench.layers import make_layer
 from epfuse.bench.measure import QUICK, THOROUGH
 from epfuse.bench.routing import Routing
 from epfuse.cli.delivery import STDOUT, Delivery
+from epfuse.cli.ranks import first_ranks_bar, ranks_of
 from epfuse.parallel.launch import RankContext
 from epfuse.parallel.torchrun import torchrun_ranks
 from epfuse.report.terminal import Console
 from epfuse.report.write import write_atomic
-from epfuse.verify.problem import Problem
-from epfuse.verify.subject import Subject, subjects_of
 
 GPU_TOKENS = (1, 16, 64, 256, 1024, 8192)
 CPU_TOKENS = (1, 16, 64)
@@ -62,16 +58,10 @@ def bench_distributed(
         )
         for one in plan.routings:
             one.check(layer.shape)
-        subjects = _subjects(problem_of(layer, plan.tokens, context.device, seed), paths)
+        subjects = chosen_subjects(problem_of(layer, plan.tokens, context.device, seed), paths or ())
         record = _about(context, plan)
         rows: list[distributed.DistributedRow] = []
-        with contextlib.ExitStack() as stack:
-            advance = _nothing
-            if first:
-                columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-                progress = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-                task = progress.add_task("starting", total=None)
-                advance = lambda what: progress.update(task, description=what)  # noqa: E731
+        with first_ranks_bar(context, "starting", None) as advance:
             for row in distributed.run(context, plan, subjects, advance):
                 rows.append(row)
                 if kept is not None and first:
@@ -89,45 +79,13 @@ def bench_distributed(
     delivery.exit(passed=all(row.failure is None for row in rows))
 
 
-def _nothing(what: str) -> None:
-    """Ranks other than the first show no progress."""
-
-
-def _subjects(problem: Problem, paths: tuple[str, ...] | None) -> list[Subject]:
-    if not paths:
-        return each_path_once(problem)
-    found: list[Subject] = []
-    for name in paths:
-        subjects = subjects_of(problem, name)
-        found += subjects if name in ("all", "auto") else subjects[:1]
-    return list(dict.fromkeys(found))
-
-
 def _about(context: RankContext, plan: distributed.DistributedPlan) -> dict[str, Any]:
-    shape = plan.layer.shape
-    nccl = context.group.backend == "nccl"
     return {
         "format": distributed.FORMAT,
-        "run": {
-            "command": shlex.join(["epfuse", *sys.argv[1:]]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seed": plan.seed,
-            "commit": machine.commit(),
-            "versions": machine.versions(),
-        },
+        "run": machine.run_facts(["epfuse"], seed=plan.seed),
         "device": machine.describe_device(context.device),
-        "ranks": {
-            "size": context.group.size,
-            "backend": context.group.backend,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,  # type: ignore[no-untyped-call]
-        },
-        "layer": {
-            "name": plan.layer.name,
-            "hidden": shape.hidden,
-            "intermediate": shape.intermediate,
-            "experts": shape.experts,
-            "top_k": shape.top_k,
-        },
+        "ranks": ranks_of(context),
+        "layer": {"name": plan.layer.name, **asdict(plan.layer.shape)},
     }
 
 

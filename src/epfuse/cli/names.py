@@ -1,9 +1,11 @@
-"""Options that take names or token counts with commas between them."""
+"""Options that several commands have: names or token counts with commas between them, and a layer's sizes."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import click
 
@@ -29,6 +31,32 @@ def comma_names(
         return chosen
 
     return split
+
+
+def layer_sizes(ranks: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add options for a layer's sizes; the command gets ``sizes``, None for those that are the named shape's.
+
+    Args:
+        ranks: what --ep-size says.
+    """
+    options = (
+        ("hidden", "H", "Model dimension."),
+        ("intermediate", "I", "Width of an expert on this rank."),
+        ("experts", "E", "Experts over all ranks."),
+        ("top_k", "K", "Routes per token."),
+        ("ep_size", "P", ranks),
+    )
+
+    def added(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_sizes(**given: Any) -> None:
+            command(sizes={name: given.pop(name) for name, _, _ in options}, **given)
+
+        for name, letter, words in reversed(options):
+            click.option(f"--{name.replace('_', '-')}", type=SIZE, metavar=letter, help=words)(with_sizes)
+        return with_sizes
+
+    return added
 
 
 def token_counts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:

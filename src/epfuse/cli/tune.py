@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, make_layer
-from epfuse.cli.names import SIZE, comma_names, token_counts
+from epfuse.cli.names import comma_names, layer_sizes, token_counts
 from epfuse.config import Path as LayerPath
 from epfuse.errors import MissingDependency
 
@@ -54,11 +54,7 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling t
     metavar="NAME,..",
     help=f"Layers: some of {', '.join(LAYERS)}; or {CUSTOM}. What they try alike is compiled once.",
 )
-@click.option("--hidden", type=SIZE, metavar="H", help="Model dimension.")
-@click.option("--intermediate", type=SIZE, metavar="I", help="Width of an expert on this rank.")
-@click.option("--experts", type=SIZE, metavar="E", help="Experts over all ranks.")
-@click.option("--top-k", type=SIZE, metavar="K", help="Routes per token.")
-@click.option("--ep-size", type=SIZE, metavar="P", help="Ranks that share the experts.")
+@layer_sizes("Ranks that share the experts.")
 @click.option("--activation", type=click.Choice(list(ACTIVATIONS)), help="[default: the shape's]")
 @click.option(
     "--path", "paths", callback=comma_names(PATHS), default="w8a16,bf16", show_default=True, metavar="NAME,.."
@@ -87,11 +83,7 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling t
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON instead of a table.")
 def tune(
     shapes: tuple[str, ...],
-    hidden: int | None,
-    intermediate: int | None,
-    experts: int | None,
-    top_k: int | None,
-    ep_size: int | None,
+    sizes: dict[str, int | None],
     activation: str | None,
     paths: tuple[str, ...],
     tokens: tuple[int, ...],
@@ -119,9 +111,6 @@ def tune(
     With --trials nothing is searched: the tiles of the file are judged and timed, and with --keep the fastest right
     ones are written to the tables.
     """
-    sizes = {
-        "hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k, "ep_size": ep_size,
-    }  # fmt: skip
     layers = [make_layer(shape, sizes, activation) for shape in shapes]
     for option, value in (("--trials", trials), ("--from-vllm", from_vllm), ("--to-vllm", to_vllm)):
         if value is not None and len(layers) > 1:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from epfuse.cli.delivery import STDOUT, Delivery
-from epfuse.cli.names import SIZE, token_count
+from epfuse.cli.names import layer_sizes, token_count
 from epfuse.config import Bias, Combine, Path
 from epfuse.errors import DeviceError
 from epfuse.report.terminal import Console, bars, figures, make_table
@@ -40,11 +40,7 @@ Examples:
     "--shape", type=click.Choice(SHAPE_NAMES), default="small", show_default=True, help="Sizes to start from."
 )
 @click.option("--tokens", multiple=True, callback=_tokens, metavar="T", help="Token count; may be given several times.")
-@click.option("--hidden", type=SIZE, metavar="H", help="Model dimension.")
-@click.option("--intermediate", type=SIZE, metavar="I", help="Width of an expert.")
-@click.option("--experts", type=SIZE, metavar="E", help="Experts over all ranks.")
-@click.option("--top-k", type=SIZE, metavar="K", help="Routes per token.")
-@click.option("--ep-size", type=SIZE, metavar="P", help="Ranks; the device plays them in turn.")
+@layer_sizes("Ranks; the device plays them in turn.")
 @click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="bfloat16", show_default=True)
 @click.option("--activation", type=click.Choice(ACTIVATION_NAMES), default="swiglu-oai", show_default=True)
 @click.option("--bias", type=click.Choice([bias.value for bias in Bias]), default="none", show_default=True)
@@ -60,11 +56,7 @@ Examples:
 def verify(
     shape: str,
     tokens: tuple[int, ...],
-    hidden: int | None,
-    intermediate: int | None,
-    experts: int | None,
-    top_k: int | None,
-    ep_size: int | None,
+    sizes: dict[str, int | None],
     dtype: str,
     activation: str,
     bias: str,
@@ -86,27 +78,25 @@ def verify(
     what is judged: tokens on every rank or on their own, experts in order and strided, sums in float32 and in the
     dtype, on GPUs also in captured graphs with the collectives in them. Rank 0 shows the record.
     """
-    sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k}
+    from epfuse.verify.problem import ACTIVATIONS, DEFAULT_TOKENS, DTYPES, SHAPES, Problem
+
+    named, ep_size = SHAPES[shape], sizes.pop("ep_size")
+    whole = {name: size or getattr(named, name) for name, size in sizes.items()}
     if distributed:
         from epfuse.cli.verify_distributed import verify_distributed
 
         for option, value in (("--device", device), ("--ep-size", ep_size)):
             if value is not None:
                 raise click.UsageError(f"{option} does not go with --distributed: torchrun says which ranks there are")
-        verify_distributed(shape, sizes, tokens, dtype, seed, choice, as_json)
+        verify_distributed(whole, tokens, dtype, seed, choice, as_json)
     import torch
 
     from epfuse.cli.device import check_memory, choose_device
     from epfuse.verify import suite
-    from epfuse.verify.problem import ACTIVATIONS, DEFAULT_TOKENS, DTYPES, SHAPES, Problem
     from epfuse.verify.subject import subjects_of
 
-    named = SHAPES[shape]
     problem = Problem(
-        hidden=hidden or named.hidden,
-        intermediate=intermediate or named.intermediate,
-        experts=experts or named.experts,
-        top_k=top_k or named.top_k,
+        **whole,
         ep_size=ep_size or named.experts // named.local_experts,
         tokens=tokens or DEFAULT_TOKENS,
         dtype=DTYPES[dtype],

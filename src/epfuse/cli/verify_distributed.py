@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
-import torch
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from epfuse.cli.delivery import STDOUT, Delivery
+from epfuse.cli.ranks import first_ranks_bar, ranks_of
 from epfuse.config import Path
 from epfuse.parallel.torchrun import torchrun_ranks
 from epfuse.report.terminal import Console
 from epfuse.verify import distributed
-from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, SHAPES, Problem
+from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, Problem
 from epfuse.verify.record import VerifyRecord
 from epfuse.verify.subject import subjects_of
 
-SIZES = ("hidden", "intermediate", "experts", "top_k")
 FILE_WIDTH = 110
 """Columns of the table where no terminal says how many it has."""
 
 
 def verify_distributed(
-    shape: str,
-    sizes: dict[str, int | None],
+    sizes: dict[str, Any],
     tokens: tuple[int, ...],
     dtype: str,
     seed: int,
@@ -37,14 +33,10 @@ def verify_distributed(
     as_json: bool,
 ) -> NoReturn:
     """Run the suite on every rank; rank 0 shows the record, all end with its exit code."""
-    delivery, named = Delivery(), SHAPES[shape]
+    delivery = Delivery()
     with torchrun_ranks() as context:
-        hidden, intermediate, experts, top_k = (sizes[size] or getattr(named, size) for size in SIZES)
         problem = Problem(
-            hidden=hidden,
-            intermediate=intermediate,
-            experts=experts,
-            top_k=top_k,
+            **sizes,
             ep_size=context.group.size,
             tokens=tokens or DEFAULT_TOKENS,
             dtype=DTYPES[dtype],
@@ -54,22 +46,11 @@ def verify_distributed(
         subjects = subjects_of(problem, choice)
         if choice == "all" and problem.target.is_gpu:  # of whose paths it is the oracle, and slow at true size
             subjects = tuple(subject for subject in subjects if subject.path is not Path.REFERENCE)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         first = context.group.rank == 0
-        with contextlib.ExitStack() as stack:
-            advance = _nothing
-            if first:
-                progress = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-                task = progress.add_task(
-                    f"verifying over {context.group.size} ranks", total=distributed.steps_of(problem, subjects)
-                )
-                advance = lambda: progress.advance(task)  # noqa: E731
+        words, steps = f"verifying over {context.group.size} ranks", distributed.steps_of(problem, subjects)
+        with first_ranks_bar(context, words, steps) as advance:
             record = distributed.run(context, problem, subjects, advance)
-        ranks = {
-            "size": context.group.size,
-            "backend": context.group.backend,
-            "nccl": _nccl() if context.group.backend == "nccl" else None,
-        }
+        ranks = ranks_of(context)
         if first:  # before the others end: torchrun ends all when one has
             with delivery.of(STDOUT):
                 if as_json:
@@ -77,14 +58,6 @@ def verify_distributed(
                 else:
                     _show(record, ranks)
     delivery.exit(passed=record.ok)
-
-
-def _nothing() -> None:
-    """Ranks other than the first show no progress."""
-
-
-def _nccl() -> str:
-    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def _show(record: VerifyRecord, ranks: dict[str, object]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from epfuse.arguments import checks_enums
 
@@ -185,18 +186,10 @@ class DemoRecord:
 
     def as_json(self) -> dict[str, Any]:
         """The record in JSON's types; a number that is not finite, which JSON lacks, becomes null."""
-        return {"schema": SCHEMA, "passed": self.passed, **_finite(asdict(self))}
+        return {"schema": SCHEMA, "passed": self.passed, **to_jsonable_python(self, inf_nan_mode="null")}
 
 
 def layer_label(module: str) -> str:
     """``layer 3`` for a module inside the model's third layer; the name itself where there is no layer number."""
     number = next((part for part in module.split(".") if part.isdigit()), None)
     return module if number is None else f"layer {number}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

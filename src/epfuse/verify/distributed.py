@@ -61,8 +61,10 @@ class RankCase(CaseResult):
 
     def to_json(self) -> dict[str, Any]:
         """As `CaseResult`."""
-        own = {"placement": self.placement, "exchange": self.exchange}
-        return own | super().to_json() | ({"digest": self.digest} if self.digest else {})
+        values = super().to_json()
+        if not self.digest:
+            del values["digest"]
+        return values
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 
 import epfuse
 from epfuse.verify.budget import Difference, Tolerance
@@ -65,19 +66,8 @@ class CaseResult:
 
     def to_json(self) -> dict[str, Any]:
         """A figure that is not finite becomes null."""
-        return {
-            "name": self.name,
-            "path": self.path,
-            "weights": self.weights,
-            "combine": self.combine,
-            "tokens": self.tokens,
-            "ok": self.ok,
-            "snr_db": self.snr_db if math.isfinite(self.snr_db) else None,
-            "max_error": self.max_error if math.isfinite(self.max_error) else None,
-            "relative_error": self.relative_error if math.isfinite(self.relative_error) else None,
-            "tolerance": asdict(self.tolerance) if self.tolerance else None,
-            "failures": self.failures,
-        }
+        values: dict[str, Any] = to_jsonable_python(self, inf_nan_mode="null")
+        return values | {"ok": self.ok}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -97,7 +97,7 @@ class CaseRecord:
             "launches": self.found.launches,
             "instructions": self.found.instructions,
             "seconds": round(self.found.seconds, 2),
-            "gemms": [work.to_json() for work in self.found.work],
+            "gemms": [asdict(work) for work in self.found.work],
         }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from epfuse.aot.isa.recorded import Launched
 
@@ -45,10 +44,6 @@ class GemmWork:
     assumed_bytes: int
     lds_passes: int
     lds_conflicts: int
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return dict(vars(self))
 
 
 def work_of(launched: Launched) -> GemmWork | None:
