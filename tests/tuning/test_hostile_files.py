@@ -17,6 +17,7 @@ from epfuse import Path, Target
 from epfuse.errors import ConfigError
 from epfuse.measured import store
 from epfuse.measured.schema import Stage
+from epfuse.report import folder_lock
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
 from epfuse.tuning import vllm_files
 from epfuse.tuning.trials import plans_of, read_trials
@@ -163,13 +164,13 @@ def test_a_lock_that_another_holds_is_waited_for_with_a_limit(
     tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _fill(tmp_path)
-    monkeypatch.setattr(store, "PATIENCE", 0.1)
+    monkeypatch.setattr(folder_lock, "PATIENCE", 0.1)
     code = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), 2); print('.'); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path / "sm_90")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        with pytest.raises(ConfigError, match="another process has had"):
+        with pytest.raises(ConfigError, match="holds the lock on"):
             write(tmp_path, measurement(row(2)))
         holder.send_signal(signal.SIGKILL)
     write(tmp_path, measurement(row(2), path=Path.W8A8))

@@ -30,7 +30,7 @@ from epfuse.errors import ConfigError
 from epfuse.numerics.e8m0 import decode_scales
 from epfuse.numerics.mxfp8 import BLOCK as GROUP
 from epfuse.numerics.mxfp8 import MXFP8
-from epfuse.report.write import check_output_folder, write_atomic
+from epfuse.report.write import check_output_folder, sync, write_atomic
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockScale
 from epfuse.weights.checkpoint_format import Checkpoint
 
@@ -238,7 +238,7 @@ def make_checkpoint(
         if form is not Checkpoint.BF16:
             _write_quantization(work, form, plain, tensors)
         for file in work.iterdir():
-            _sync(file)
+            sync(file)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -356,15 +356,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder.parent)
 
 
 @contextmanager

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import json
 import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
 from typing import TypeVar
@@ -20,6 +16,7 @@ from epfuse.errors import ConfigError, first_fault
 from epfuse.families.family import Stage
 from epfuse.input_file import read_file
 from epfuse.measured.schema import Measurement, TileTable
+from epfuse.report.folder_lock import locked
 from epfuse.report.write import remove_leftovers, write_atomic
 from epfuse.target import Target
 
@@ -28,8 +25,6 @@ TABLES = Path(__file__).parent / "tables"
 JOURNAL = "merging.json"
 LARGEST_TABLE = 64 << 20
 """Bytes; the largest that ships has some 50 KiB."""
-PATIENCE = 60.0
-"""Seconds that a merge waits for others; it takes milliseconds."""
 
 
 @functools.cache
@@ -92,7 +87,7 @@ def merge(folder: Path, target: Target, measurements: dict[Stage, Measurement]) 
     """
     place = folder / target.value
     place.mkdir(parents=True, exist_ok=True)
-    with _locked(place):
+    with locked(place):
         tables = _unfinished(folder, target)
         for stage, measurement in measurements.items():
             tables[stage] = read_table(folder, target, stage).merged(measurement)
@@ -158,22 +153,3 @@ def _text(table: TileTable) -> str:
         measurements.append(f'{json.dumps(measurement, indent=2)[:-2]},\n  "rows": [\n{indent(rows, "  ")}\n  ]\n}}')
     listed = indent(",\n".join(measurements), "    ")
     return f'{json.dumps(values, indent=2)[:-2]},\n  "measurements": [\n{listed}\n  ]\n}}\n'
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; it ends with the process, so none is ever stale, and there is no file to leave behind."""
-    handle = os.open(folder, os.O_RDONLY)
-    end = time.monotonic() + PATIENCE
-    try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise ConfigError(f"another process has had {folder} locked for {PATIENCE:.0f} seconds") from None
-                time.sleep(0.05)
-        yield
-    finally:
-        os.close(handle)

@@ -201,11 +201,20 @@ def _probe(target: Path) -> None:
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut, where the file system can."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(folder)
     except OSError as error:
         if error.errno not in NO_FOLDER_SYNC:
             raise
+
+
+def sync(path: Path) -> None:
+    """Let a file's bytes, or the renames and removals in a folder, reach the disk.
+
+    Raises:
+        OSError: they can't.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -22,6 +22,7 @@ from typing import Any
 
 from epfuse.errors import ConfigError, EpfuseError
 from epfuse.input_file import read_object
+from epfuse.report.write import sync
 
 RUNNING = "running"
 KEY = "key"
@@ -87,7 +88,7 @@ class Claim:
             _write_synced(made / KEY, key.encode())
             _write_synced(made / HOLDER, json.dumps(vars(holder)).encode())
             _write_synced(made / _end_of(holder), bytes(RESERVE))
-            _sync(made)
+            sync(made)
             os.rename(made, point / RUNNING)
         except OSError as error:
             # a file system over a network may have done it, lost the answer and asked again
@@ -95,7 +96,7 @@ class Claim:
                 raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
-        _sync(point)
+        sync(point)
         claim = cls(point, holder)
         return claim if claim.held else None
 
@@ -130,7 +131,7 @@ class Claim:
             os.rename(made, path)
         except FileNotFoundError:
             raise Revoked(f"attempt {self.holder.key} no longer holds the point") from None
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def holder_of(point: Path) -> Holder | None:
@@ -176,8 +177,8 @@ def revoke(point: Path, key: str) -> bool:
         os.rename(point / RUNNING, grave)
     except FileNotFoundError:
         return False
-    _sync(graves)
-    _sync(point)
+    sync(graves)
+    sync(point)
     return True
 
 
@@ -197,11 +198,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -155,21 +155,29 @@ def _read(
     ticket = group.access("read", wave.number, places, size, instruction.line)
     _count(wave, name, places, size)
     if size < 4:
-        shadow = np.zeros(len(places), np.uint32)
-        value = np.zeros(len(places), np.uint32)
-        for byte in range(size):
-            value |= group.data[places + byte].astype(np.uint32) << np.uint32(8 * byte)
-            shadow |= group.undefined[places + byte].astype(np.uint32) << np.uint32(8 * byte)
-        if extend:
-            up, down = np.uint32(32 - 8 * size), np.int32(32 - 8 * size)
-            value = ((value << up).view(np.int32) >> down).view(np.uint32)
-            shadow = ((shadow << up).view(np.int32) >> down).view(np.uint32)
+        value, shadow = (bytes_at(kind, places, size, extend) for kind in (group.data, group.undefined))
         put(wave, first, value, shadow)
         return ticket
     for word in range(size // 4):
         where = (places >> 2) + word
         put(wave, first + word, group.words[where], group.undefined_words[where])
     return ticket
+
+
+def bytes_at(data: NDArray[np.uint8], places: NDArray[np.int64], size: int, extend: bool) -> NDArray[np.uint32]:
+    """The words of 1 or 2 bytes at each place; ``extend`` by their sign."""
+    found = np.zeros(len(places), np.uint32)
+    for byte in range(size):
+        found |= data[places + byte].astype(np.uint32) << np.uint32(8 * byte)
+    if extend:
+        found = ((found << np.uint32(32 - 8 * size)).view(np.int32) >> np.int32(32 - 8 * size)).view(np.uint32)
+    return found
+
+
+def put_bytes(data: NDArray[np.uint8], places: NDArray[np.int64], size: int, value: NDArray[np.uint32]) -> None:
+    """The low 1 or 2 bytes of each value to its place."""
+    for byte in range(size):
+        data[places + byte] = (value >> np.uint32(8 * byte)).astype(np.uint8)
 
 
 def put(wave: Wave, row: int, value: NDArray[np.uint32], shadow: NDArray[np.uint32]) -> None:
@@ -206,9 +214,8 @@ def _write(
         if size >= 4:
             group.words[(places >> 2) + word], group.undefined_words[(places >> 2) + word] = value, shadow
             continue
-        for byte in range(size):
-            group.data[places + byte] = (value >> np.uint32(8 * byte)).astype(np.uint8)
-            group.undefined[places + byte] = (shadow >> np.uint32(8 * byte)).astype(np.uint8)
+        put_bytes(group.data, places, size, value)
+        put_bytes(group.undefined, places, size, shadow)
     return ticket
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from epfuse.aot.isa.errors import AccessError, IsaError
 from epfuse.aot.isa.hazards import PendingAccess
-from epfuse.aot.isa.lds import put, take
+from epfuse.aot.isa.lds import bytes_at, put, put_bytes, take
 from epfuse.aot.isa.memory import BASE
 from epfuse.aot.isa.operands import expect, mask_of, register, scalar_source, unknown
 from epfuse.aot.isa.program import Constant, Instruction, Off, Operand
@@ -205,14 +205,7 @@ def _load(wave: Wave, first: int, where: Places, inside: NDArray[np.bool_] | Non
     kept = where if inside is None else np.where(inside, where, 0)
     for word in range(max(size // 4, 1)):
         if size < 4:
-            value, shadow = np.zeros(len(kept), np.uint32), np.zeros(len(kept), np.uint32)
-            for byte in range(size):
-                value |= memory.data[kept + byte].astype(np.uint32) << np.uint32(8 * byte)
-                shadow |= memory.undefined[kept + byte].astype(np.uint32) << np.uint32(8 * byte)
-            if extend:
-                up, down = np.uint32(32 - 8 * size), np.int32(32 - 8 * size)
-                value = ((value << up).view(np.int32) >> down).view(np.uint32)
-                shadow = ((shadow << up).view(np.int32) >> down).view(np.uint32)
+            value, shadow = (bytes_at(kind, kept, size, extend) for kind in (memory.data, memory.undefined))
         else:
             value = memory.data.view(np.uint32)[(kept >> 2) + word]
             shadow = memory.undefined.view(np.uint32)[(kept >> 2) + word]
@@ -236,9 +229,8 @@ def _store(wave: Wave, first: int, where: Places, inside: NDArray[np.bool_] | No
         if inside is not None:
             value, shadow, kept = value[inside], shadow[inside], where[inside]
         if size < 4:
-            for byte in range(size):
-                memory.data[kept + byte] = (value >> np.uint32(8 * byte)).astype(np.uint8)
-                memory.undefined[kept + byte] = (shadow >> np.uint32(8 * byte)).astype(np.uint8)
+            put_bytes(memory.data, kept, size, value)
+            put_bytes(memory.undefined, kept, size, shadow)
         else:
             memory.data.view(np.uint32)[(kept >> 2) + word] = value
             memory.undefined.view(np.uint32)[(kept >> 2) + word] = shadow

@@ -12,10 +12,11 @@ import pytest
 
 from epfuse.errors import ConfigError
 from epfuse.integrations.interfaces import What
-from epfuse.integrations.vllm.patch import block, lock, run
+from epfuse.integrations.vllm.patch import block, run
 from epfuse.integrations.vllm.patch.journal import journal
 from epfuse.integrations.vllm.patch.run import PatchState
 from epfuse.integrations.vllm.patch.site import Site, find_site
+from epfuse.report import folder_lock as lock
 from tests.integrations.vllm.fake import use_of
 from tests.integrations.vllm.patch.killed import killed_at
 from tests.integrations.vllm.patch.sites import TARGET, make_site, snapshot

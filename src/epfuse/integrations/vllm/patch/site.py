@@ -15,8 +15,8 @@ from pathlib import Path
 
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_file
-from epfuse.integrations.vllm.patch.lock import locked
 from epfuse.integrations.vllm.releases import DISTRIBUTIONS
+from epfuse.report.folder_lock import locked
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_file
+from epfuse.report.write import sync
 
 
 def temporary(path: Path) -> Path:
@@ -35,7 +36,7 @@ def swap(path: Path, content: bytes) -> None:
         with suppress(OSError):
             discard(prepared)
         raise
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def keep_link(path: Path) -> None:
@@ -47,7 +48,7 @@ def keep_link(path: Path) -> None:
     discard(kept_link(path))  # of an installation that was here before
     if path.is_symlink():
         os.symlink(os.readlink(path), kept_link(path))
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 def bring_back(path: Path, content: bytes) -> None:
@@ -55,7 +56,7 @@ def bring_back(path: Path, content: bytes) -> None:
     link = kept_link(path)
     if link.is_symlink() and _holds(link, content):
         os.replace(link, path)
-        sync_directory(path.parent)
+        sync(path.parent)
     else:
         swap(path, content)
         discard(link)
@@ -74,13 +75,4 @@ def discard(path: Path) -> None:
         os.unlink(path)
     except FileNotFoundError:
         return
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Let renames and removals in ``path`` reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -1,4 +1,4 @@
-"""A lock on a directory: one process at a time, no file left; an error names who holds it."""
+"""A lock on a directory: one process at a time, no file left; an error names who holds it. It ends with the process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from epfuse.errors import ConfigError
 
-log: logging.Logger = logging.getLogger("epfuse.vllm")
+log: logging.Logger = logging.getLogger("epfuse.lock")
 
 PATIENCE = 60.0
-"""Seconds that another process may hold the lock; a patch takes milliseconds."""
+"""Seconds that another process may hold the lock; what is done under one takes milliseconds."""
 SILENCE = 1.0
 """Seconds of waiting before a line says so."""
 
