@@ -139,19 +139,12 @@ def measure(
 
 def report(run: RunFindings) -> None:
     """The tables on stdout."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from epfuse.bench.console import print_record
+    from epfuse.report.terminal import figures, make_table, stdout
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    table = Table(title="relative error against float64", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("experts")
-    table.add_column("how")
-    counts = sorted({check.tokens for check in run.checks})
-    for count in counts:
-        table.add_column(f"T={count}", justify="right")
+    console, counts = stdout(WIDTH), sorted({check.tokens for check in run.checks})
+    numbers = (figures(f"T={count}") for count in counts)
+    table = make_table("experts", "how", *numbers, title="relative error against float64")
     cells = {(check.experts, check.what, check.tokens): check for check in run.checks}
     for experts, what in dict.fromkeys((check.experts, check.what) for check in run.checks):
         table.add_row(experts, what, *(_cell(cells.get((experts, what, count))) for count in counts))

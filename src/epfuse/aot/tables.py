@@ -15,7 +15,7 @@ from epfuse.aot.record import AotRecord, TargetRecord
 from epfuse.hardware.h100 import FITTED_TOKENS, H100, h100
 from epfuse.hardware.published import BF16_POINTS
 from epfuse.hardware.time_model import MI300X, MI300X_ROUTING, mean_error
-from epfuse.report.terminal import make_table
+from epfuse.report.terminal import print_rows
 from epfuse.verify.record import versions
 
 
@@ -51,10 +51,7 @@ def tables_of(record: AotRecord) -> list[TextTable]:
 def show(tables: Iterable[TextTable], console: Console) -> None:
     """Print tables."""
     for table in tables:
-        shown = make_table(*table.columns, title=table.title)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        print_rows(console, table.title, table.columns, table.rows)
 
 
 def markdown(tables: Iterable[TextTable], command: str) -> str:

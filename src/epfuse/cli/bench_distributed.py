@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from epfuse.bench import distributed, machine
 from epfuse.bench.contender import chosen_subjects, problem_of
@@ -22,7 +19,7 @@ from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.ranks import first_ranks_bar, ranks_of
 from epfuse.parallel.launch import RankContext
 from epfuse.parallel.torchrun import torchrun_ranks
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import figures, make_table, stdout
 from epfuse.report.write import write_atomic
 
 GPU_TOKENS = (1, 16, 64, 256, 1024, 8192)
@@ -96,7 +93,7 @@ def _text(record: dict[str, Any], rows: list[distributed.DistributedRow], comple
 
 
 def _show(record: dict[str, Any], rows: list[distributed.DistributedRow]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    console = stdout(FILE_WIDTH)
     layer, ranks = record["layer"], record["ranks"]
     console.print(
         f"{layer['name']}: H={layer['hidden']} I={layer['intermediate']} E={layer['experts']} K={layer['top_k']},"
@@ -107,11 +104,8 @@ def _show(record: dict[str, Any], rows: list[distributed.DistributedRow]) -> Non
         highlight=False,
     )
     others = list(dict.fromkeys(name for row in rows for name in row.exchanges if name not in distributed.SUMS))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("path", "routing"):
-        table.add_column(name, no_wrap=True)
-    for name in ("T", "imbalance", "shard", "sum f32", "sum", "step f32", "step", "step/parts", *others):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("T", "imbalance", "shard", "sum f32", "sum", "step f32", "step", "step/parts", *others)
+    table = make_table("path", "routing", *map(figures, numbers))
     for row in rows:
         if row.failure is not None:
             continue

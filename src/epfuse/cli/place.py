@@ -81,20 +81,14 @@ def place(load: Path, ranks: int, redundant: int, as_json: bool) -> None:
 
 
 def _show(found: list[dict[str, Any]], ranks: int, redundant: int) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from epfuse.report.terminal import Console
+    from epfuse.report.terminal import Console, figures, make_table
 
     console = Console()
     console.print(
         f"{ranks} ranks, {redundant} redundant slots a layer. Imbalance: the busiest rank's load over the mean.",
         highlight=False,
     )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("layer", no_wrap=True)
-    for name in ("contiguous", "strided", "balanced"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = make_table("layer", *map(figures, ("contiguous", "strided", "balanced")))
     for layer in found:
         table.add_row(layer["layer"], *(f"{value:.3f}" for value in layer["imbalance"].values()))
     console.print(table)

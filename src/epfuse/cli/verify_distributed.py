@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any, NoReturn
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.ranks import first_ranks_bar, ranks_of
 from epfuse.config import Path
 from epfuse.parallel.torchrun import torchrun_ranks
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import figures, make_table, stdout
 from epfuse.verify import distributed
 from epfuse.verify.problem import DEFAULT_TOKENS, DTYPES, Problem
 from epfuse.verify.record import VerifyRecord
@@ -61,19 +58,15 @@ def verify_distributed(
 
 
 def _show(record: VerifyRecord, ranks: dict[str, object]) -> None:
-    console, problem = Console(width=None if sys.stdout.isatty() else FILE_WIDTH), record.problem
+    console, problem = stdout(FILE_WIDTH), record.problem
     console.print(
         f"H={problem.hidden} I={problem.intermediate} E={problem.experts} K={problem.top_k} {problem.dtype},"
         f" {ranks['size']} ranks on {problem.device.type} ({problem.target.value}), {ranks['backend']}\n"
         "Worst of all scenarios, token counts and ranks. SNR: of a token; error: of a call, norm over the oracle's.",
         highlight=False,
     )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("path, weights", "placement", "exchange"):
-        table.add_column(name, no_wrap=True)
-    for name in ("cases", "SNR dB", "error", "replays"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("result", no_wrap=True)
+    numbers = map(figures, ("cases", "SNR dB", "error", "replays"))
+    table = make_table("path, weights", "placement", "exchange", *numbers, "result")
     groups: dict[tuple[str, ...], list[distributed.RankCase]] = {}
     for case in record.cases:
         assert isinstance(case, distributed.RankCase)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
 from rich.console import Console
-from rich.table import Column
 
 from epfuse.errors import ConfigError
 from epfuse.planning.layer_times import NOT_FITTED, Rival, Time, layer_times
 from epfuse.planning.model_plan import ModelPlan, plan_model, storages
 from epfuse.planning.predict import CONCURRENCIES, chosen_ms, stored_ms
 from epfuse.policy.auto import expert_budget
-from epfuse.report.terminal import figures, in_parts, make_table
+from epfuse.report.terminal import figures, in_parts, print_rows
 
 SHOWN_TOKENS = (1, 16, 64, 256, 1024, 8192)
 """Token counts of the table of one layer's times."""
@@ -40,25 +38,25 @@ def show(plan: ModelPlan, rival: Rival | None, console: Console) -> None:
     if len(ranks) > 1:
         held = ", ".join(f"{count} hold {experts}" for count, experts in ranks)
         console.print(f"E is no multiple of P: {held} experts. L and bytes are those of a rank that holds more.")
-    _print(console, "Layers", ("layers", "storage", figures("GB a rank"), "why"), _layers(plan))
+    print_rows(console, "Layers", ("layers", "storage", figures("GB a rank"), "why"), _layers(plan))
     if next(plan.ranges(), None) is not None:
         columns = ("layers that keep", figures("T"), "path", "block_m / gate_up / down", figures("why"))
-        _print(console, "Calls", columns, _calls(plan))
+        print_rows(console, "Calls", columns, _calls(plan))
         for number, reason in enumerate(_reasons(plan), 1):
             console.print(f"{number}: {reason}", markup=False, highlight=False)
         console.print()
-        _print(console, "Tiles", (figures("T"), "from"), _tiles(plan))
-    _print(console, "Not taken", ("path", "why"), [(path.value, reason) for path, reason in plan.refused()])
+        print_rows(console, "Tiles", (figures("T"), "from"), _tiles(plan))
+    print_rows(console, "Not taken", ("path", "why"), [(path.value, reason) for path, reason in plan.refused()])
     beside = "vLLM" if rival is None else rival.name
     title = "One layer beside vLLM's choice, microseconds: m measured, p predicted"
-    _print(console, title, (figures("T"), "path", *map(figures, ("epfuse", beside, "floor"))), _times(plan, rival))
+    print_rows(console, title, (figures("T"), "path", *map(figures, ("epfuse", beside, "floor"))), _times(plan, rival))
     if rival is not None:
         console.print(f"{rival.plugin}\n", markup=False, highlight=False)
     if any(kind.why_portable for kind in plan.kinds()) and serving.product.machine is not None:
         console.print(f"Predicted times are the time model's as it is: {NOT_FITTED}.\n", highlight=False)
     machine = serving.product.machine
     title = "Experts of one rank, and PREDICTED ms of both expert GEMMs in all layers of a decode step"
-    _print(console, title, ("stored as", figures("GB a rank"), "fits", *map(figures, CONCURRENCIES)), _stored(plan))
+    print_rows(console, title, ("stored as", figures("GB a rank"), "fits", *map(figures, CONCURRENCIES)), _stored(plan))
     if machine is None:
         console.print(f"No times: nothing is calibrated for {serving.product.device_name}.", highlight=False)
     else:
@@ -168,10 +166,3 @@ def _gigabytes(nbytes: int | None) -> str:
 
 def _milliseconds(time: float | None) -> str:
     return "" if time is None else f"{time:.2f}"
-
-
-def _print(console: Console, title: str, columns: Sequence[Column | str], rows: Sequence[Sequence[str]]) -> None:
-    table = make_table(*columns, title=title)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Iterable, Sequence
 
 import rich.console
 from rich.box import SIMPLE_HEAD
@@ -49,6 +50,16 @@ def make_table(*columns: Column | str, title: str | None = None) -> Table:
         else:
             table.add_column(column, overflow="fold")
     return table
+
+
+def print_rows(
+    console: rich.console.Console, title: str, columns: Iterable[Column | str], rows: Iterable[Sequence[str]]
+) -> None:
+    """A table of rows that are there already."""
+    table = make_table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def in_parts(tiles: str) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +16,7 @@ from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import SIZE
 from epfuse.errors import ConfigError
 from epfuse.report.late_bar import LateBar
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import Console, make_table, stdout
 
 if TYPE_CHECKING:
     from epfuse.planning.folder import FolderRecord
@@ -62,7 +60,7 @@ def inspect(folder: Path, ep_size: int, max_model_len: int, rank: int | None, as
         if as_json:
             click.echo(json.dumps({**record.model_dump(mode="json"), "loaded": loaded}, indent=2))
         else:
-            _show(record, loaded, Console(width=None if sys.stdout.isatty() else 200))
+            _show(record, loaded, stdout(200))
     delivery.exit(passed=True)
 
 
@@ -97,12 +95,12 @@ def _show(record: FolderRecord, loaded: dict[str, Any] | None, console: Console)
     for name, value in facts.items():
         grid.add_row(name, Text(value))
     console.print(grid)
-    ranks = Table("rank", "experts a layer", "read", box=SIMPLE_HEAD)
+    ranks = make_table("rank", "experts a layer", "read")
     for entry in record.ranks:
         name = str(entry.first) if entry.first == entry.last else f"{entry.first}-{entry.last}"
         ranks.add_row(name, str(entry.experts), _size(entry.bytes))
     console.print(ranks)
-    targets = Table("GPU", "keeps", "paths", "why", box=SIMPLE_HEAD)
+    targets = make_table("GPU", "keeps", "paths", "why")
     for target in record.targets:
         targets.add_row(target.target, target.storage, ", ".join(target.paths), Text(target.reason))
     console.print(targets)

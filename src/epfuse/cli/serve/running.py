@@ -26,7 +26,7 @@ from rich.live import Live
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.exits import EXIT_CHECK_FAILED, EXIT_UNFINISHED
 from epfuse.errors import ConfigError
-from epfuse.report.terminal import Console
+from epfuse.report.terminal import Console, stdout
 
 if TYPE_CHECKING:
     from epfuse.serving.dispatch import Dispatcher
@@ -235,7 +235,7 @@ def print_status(status: RunStatus, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(status.record(), indent=2))
         return
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = stdout(200)
     console.print(status.table(time.time()))
     for note in status.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
