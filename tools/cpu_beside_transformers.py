@@ -1,4 +1,6 @@
-"""Time a layer on this CPU with epfuse beside each of transformers' own experts implementations.
+"""Time a layer on this CPU with "epfuse" beside each of transformers' own experts implementations.
+
+All are called as a model calls them: the experts module, with the implementation that its configuration names.
 
     python -m tools.cpu_beside_transformers
     python -m tools.cpu_beside_transformers --dtype bf16 --tokens 1,16 --repeats 40 --json
@@ -23,13 +25,13 @@ from typing import Any
 import click
 import torch
 
-from epfuse import ExpertMap, ExpertWeights, fused_experts
 from epfuse.bench.machine import versions
 from epfuse.cli.exits import PlainCommand
 from epfuse.cli.names import token_counts
-from epfuse.config import silu_gate
+from epfuse.integrations.transformers import register
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OURS = "epfuse"
 RIVALS = ("eager", "batched_mm", "grouped_mm")
 HOPELESS = 30
 MOST_COPIED = 2 << 30
@@ -50,10 +52,9 @@ def contenders(dtype: torch.dtype, tokens: int) -> dict[str, Callable[[], torch.
     hidden = torch.randn(tokens, H).to(dtype)
     scores, ids = torch.rand(tokens, E).topk(K)
     scores = scores / scores.sum(-1, keepdim=True)
-    weights, whole = ExpertWeights.dense(module.gate_up_proj.data, module.down_proj.data), ExpertMap.all_local(E)
     cast = scores.to(dtype)
 
-    def rival(name: str) -> Callable[[], torch.Tensor]:
+    def implementation(name: str) -> Callable[[], torch.Tensor]:
         def call() -> torch.Tensor:
             config._experts_implementation = name
             return module(hidden, ids, cast)
@@ -61,10 +62,8 @@ def contenders(dtype: torch.dtype, tokens: int) -> dict[str, Callable[[], torch.
         return call
 
     copied = tokens * K * 3 * H * I * dtype.itemsize
-    rivals = [name for name in RIVALS if name != "batched_mm" or copied <= MOST_COPIED]
-    calls: dict[str, Callable[[], torch.Tensor]] = {name: rival(name) for name in rivals}
-    calls["epfuse"] = lambda: fused_experts(hidden, weights, scores, ids, whole, activation=silu_gate())
-    return calls
+    names = [name for name in (*RIVALS, OURS) if name != "batched_mm" or copied <= MOST_COPIED]
+    return {name: implementation(name) for name in names}
 
 
 def timed(call: Callable[[], torch.Tensor]) -> float:
@@ -81,7 +80,7 @@ def measure(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, Any]:
         RuntimeError: epfuse's result is not the others'.
     """
     calls = contenders(dtype, tokens)
-    error = (calls["epfuse"]().double() - calls["eager"]().double()).norm() / calls["eager"]().double().norm()
+    error = (calls[OURS]().double() - calls["eager"]().double()).norm() / calls["eager"]().double().norm()
     if not error < 4 * torch.finfo(dtype).eps:
         raise RuntimeError(f"epfuse is {error:.1e} off transformers' eager experts at {tokens} tokens")
     first = {name: timed(call) for name, call in calls.items()}
@@ -92,9 +91,9 @@ def measure(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, Any]:
         for name in shuffle.sample(names, len(names)):
             times[name].append(timed(calls[name]))
     medians = {name: statistics.median(found) for name, found in times.items()}
-    best = min((name for name in names if name != "epfuse"), key=lambda name: medians[name])
+    best = min((name for name in names if name != OURS), key=lambda name: medians[name])
     low, ratio, high = statistics.quantiles(
-        [own / other for own, other in zip(times["epfuse"], times[best], strict=True)], n=4
+        [own / other for own, other in zip(times[OURS], times[best], strict=True)], n=4
     )
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -112,11 +111,13 @@ def measure(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, Any]:
 @click.option("--tokens", callback=token_counts, default="1,16,256,1024", show_default=True, help="Token counts.")
 @click.option("--repeats", type=click.IntRange(3, 10_000), default=20, show_default=True, help="Of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@torch.no_grad()
 def main(dtypes: tuple[str, ...], tokens: tuple[int, ...], repeats: int, as_json: bool) -> None:
     """The whole run."""
+    register()
     torch.manual_seed(0)
     rows = []
-    head = f"{'dtype':9}{'tokens':>7}  " + "".join(f"{name:>12}" for name in (*RIVALS, "epfuse")) + "   epfuse/best"
+    head = f"{'dtype':9}{'tokens':>7}  " + "".join(f"{name:>12}" for name in (*RIVALS, OURS)) + "   epfuse/best"
     if not as_json:
         print(f"H {H}, I {I}, E {E}, K {K}, {torch.get_num_threads()} threads; milliseconds, medians of {repeats}")
         print(head)
@@ -126,12 +127,10 @@ def main(dtypes: tuple[str, ...], tokens: tuple[int, ...], repeats: int, as_json
             row = measure(DTYPES[dtype], count, repeats)
             rows.append(row)
             if not as_json:
-                cells = [row["milliseconds"].get(name) for name in (*RIVALS, "epfuse")]
+                cells = [row["milliseconds"].get(name) for name in (*RIVALS, OURS)]
                 shown = "".join(f"{'-' if cell is None else format(cell, '.2f'):>12}" for cell in cells)
                 low, high = row["middle_half"]
-                fastest = row["fastest"]["epfuse"] / min(
-                    row["fastest"][name] for name in row["fastest"] if name in RIVALS
-                )
+                fastest = row["fastest"][OURS] / min(row["fastest"][name] for name in row["fastest"] if name in RIVALS)
                 best = f"{row['ratio']:.2f} ({low:.2f}..{high:.2f}) of {row['best']}, {fastest:.2f}"
                 print(f"{row['dtype']:9}{count:>7}  {shown}   {best}")
     if as_json:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch.nn.functional import grouped_mm, linear
 
 from epfuse.config import Activation, Bias, Path, WeightFormat
 from epfuse.families.family import CallKind, Family, LayerCall, Reads, Steps
@@ -29,8 +30,12 @@ RUN = 64
 """Experts are taken together until they have so many rows."""
 NATIVE_RUN = 1024
 """The same where all products are made in the activations' dtype: there the library takes many experts in one call."""
+FEW_EXPERTS = 1024
+"""E up to which a whole map becomes a list for a few look-ups."""
 FEW_ADDED = 8
 """Rows that are added one by one: to wake torch's other threads for so few takes longer."""
+DENSE_RUN = 0.5
+"""Of the experts from a run's first to its last, how many must have rows for a grouped product."""
 WIDENS = 6
 """Rows from which it pays to widen an expert's BF16 or FP16 weights to FP32, where the CPU multiplies those alone."""
 ALIGNED = 16
@@ -86,35 +91,24 @@ class Cpu(Family):
         return Steps(None, (("experts", partial(run_experts, call, tiles.block_m)),))
 
 
-class ExpertRun(NamedTuple):
-    """Experts one after another whose rows are worked on together.
+class ExpertRows(NamedTuple):
+    """One expert and how many rows it has, at least one."""
 
-    Attributes:
-        first: the first expert.
-        ends: of each, where its rows end, counted from the run's first row; some may have none.
-    """
-
-    first: int
-    ends: list[int]
-
-    @property
-    def rows(self) -> int:
-        """Of all its experts."""
-        return self.ends[-1]
+    expert: int
+    rows: int
 
 
-def runs_of(counts: list[int], least: int) -> Iterator[ExpertRun]:
-    """Experts with ``counts`` rows, taken together until they have ``least``; a run begins with one that has rows."""
-    first, ends = 0, [0]
-    for expert, count in enumerate(counts):
-        if not ends[-1]:
-            first, ends = expert, []
-        ends.append((ends[-1] if ends else 0) + count)
-        if ends[-1] >= least:
-            yield ExpertRun(first, ends)
-            ends = [0]
-    if ends[-1]:
-        yield ExpertRun(first, ends)
+def runs_of(held: list[ExpertRows], least: int) -> Iterator[list[ExpertRows]]:
+    """Experts, in their order, taken together until they have ``least`` rows."""
+    run, rows = list[ExpertRows](), 0
+    for one in held:
+        run.append(one)
+        rows += one.rows
+        if rows >= least:
+            yield run
+            run, rows = [], 0
+    if run:
+        yield run
 
 
 def run_experts(call: LayerCall, least: int) -> None:
@@ -124,26 +118,47 @@ def run_experts(call: LayerCall, least: int) -> None:
         call: on a CPU.
         least: rows of a run of experts.
     """
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return run_experts(call, least)
     # out may be made in inference mode, and then is written in it alone
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        slots = local_experts(call.topk_ids, call.slots)
-        order = table_order(slots)
-        counts = torch.bincount(slots[order], minlength=call.shape.local_experts).tolist()
-        tokens = order // call.shape.top_k
-        factors = call.topk_weights.reshape(-1)[order].unsqueeze(1)
-        total = call.out if call.out.dtype == torch.float32 else torch.empty_like(call.out, dtype=torch.float32)
-        total.zero_()
+    with torch.inference_mode():
         first = Products(call.w13, call.hidden.dtype, call.gate_up_bias)
         second = Products(call.w2, call.hidden.dtype, call.down_bias)
+        if call.hidden.shape[0] == 1:
+            call.out.copy_(_sum_of_token(call, first, second))
+            return
+        total = call.out if call.out.dtype == torch.float32 else torch.empty_like(call.out, dtype=torch.float32)
+        total.zero_()
+        slots = local_experts(call.topk_ids, call.slots)
+        order = table_order(slots)
+        counts = enumerate(torch.bincount(slots[order]).tolist())
+        tokens = order // call.shape.top_k
+        factors = call.topk_weights.view(-1, 1)[order]
         begin = 0
-        for run in runs_of(counts, least):
-            mine = slice(begin, begin + run.rows)
-            begin += run.rows
+        for run in runs_of([ExpertRows(expert, count) for expert, count in counts if count], least):
+            mine = slice(begin, begin + sum(one.rows for one in run))
+            begin = mine.stop
             gate_up = first(call.hidden.index_select(0, tokens[mine]), run)
             rows = second(activated_(gate_up, call.activation), run)
             _add(total, tokens[mine], rows.mul_(factors[mine]))
         if total is not call.out:
             call.out.copy_(total)
+
+
+def _sum_of_token(call: LayerCall, first: Products, second: Products) -> torch.Tensor:
+    """A call's only token: ``[1, H]`` float32. Its routes need no order, and looking at them in Python is quickest."""
+    of = call.slots.tolist() if call.slots.numel() <= FEW_EXPERTS else call.slots
+    ids = call.topk_ids[0].tolist()
+    slots = [int(of[expert]) if 0 <= expert < len(of) else -1 for expert in ids]
+    local = [route for route, slot in enumerate(slots) if slot >= 0]
+    if not local:
+        return torch.zeros_like(call.out, dtype=torch.float32)
+    run = [ExpertRows(slots[route], 1) for route in local]
+    gate_up = first.one_by_one(call.hidden.repeat(len(run), 1), run)
+    rows = second.one_by_one(activated_(gate_up, call.activation), run)
+    factors = call.topk_weights if len(local) == len(slots) else call.topk_weights[:, local]
+    return rows.mul_(factors.T).sum(0, keepdim=True)
 
 
 def _add(total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
@@ -178,32 +193,52 @@ class Products:
         elif isinstance(stack, MXFP8) and dtype == torch.bfloat16 and multiplies(dtype):
             self.widens = ALL  # E4M3 x 2^e is a BF16 number; block FP8's scales are any numbers, and FP16 is too narrow
 
-    def __call__(self, x: torch.Tensor, run: ExpertRun) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
         """``[n, K]``, the rows of a run, times each expert's matrix, its bias added -> ``[n, N]`` float32."""
-        counts = [end - start for start, end in pairwise([0, *run.ends])]
-        out = self._products(x, run, counts)
+        first, past = run[0].expert, run[-1].expert + 1
+        few = x.shape[0] < self.widens * len(run)
+        # torch's grouped product takes its time for an expert without rows, too
+        if self.grouped and few and DENSE_RUN * (past - first) <= len(run):
+            return self._with_bias(self._grouped(x, run, first, past), run)
+        return self.one_by_one(x, run)
+
+    def one_by_one(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
+        """The same in one call of torch's for each entry of ``run``, whose experts may come in any order, and again."""
+        return self._with_bias(self._one_by_one(x, run), run)
+
+    def _with_bias(self, out: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
         if self.bias is not None:
-            for expert, (count, end) in enumerate(zip(counts, run.ends, strict=True), run.first):
-                out[end - count : end].add_(self.bias[expert])
+            parts = torch.split_with_sizes(out, [one.rows for one in run])
+            for (expert, _), rows in zip(run, parts, strict=True):
+                rows.add_(self.bias[expert])
         return out
 
-    def _products(self, x: torch.Tensor, run: ExpertRun, counts: list[int]) -> torch.Tensor:
-        """Of the rows of each expert of a run and its matrix."""
-        few = run.rows < self.widens * sum(count > 0 for count in counts)
-        if self.grouped and isinstance(self.stack, torch.Tensor) and few:
-            stack = self.stack[run.first : run.first + len(counts)].transpose(1, 2)
-            ends = torch.tensor(run.ends, dtype=torch.int32, device="cpu")
-            return torch.nn.functional.grouped_mm(x.to(self.dtype), stack, offs=ends).float()
+    def _grouped(self, x: torch.Tensor, run: list[ExpertRows], first: int, past: int) -> torch.Tensor:
+        """Without the bias, in one call of torch's; experts from ``first`` on, not ``past``, some without rows."""
+        assert isinstance(self.stack, torch.Tensor)
+        counts = [0] * (past - first)
+        for expert, rows in run:
+            counts[expert - first] = rows
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device="cpu")
+        stack = self.stack[first:past].transpose(1, 2)
+        return grouped_mm(x.to(self.dtype), stack, offs=ends).float()
+
+    def _one_by_one(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
+        """Without the bias."""
+        counts = [one.rows for one in run]
+        if max(counts) < self.widens:
+            parts = torch.split_with_sizes(x.to(self.dtype), counts)  # Tensor.split takes four times as long
+            products = [
+                linear(rows, self._matrix(one.expert, self.dtype)) for one, rows in zip(run, parts, strict=True)
+            ]
+            return torch.cat(products).float()
         out = x.new_empty(x.shape[0], self.stack.shape[1], dtype=torch.float32)
-        for expert, (count, end) in enumerate(zip(counts, run.ends, strict=True), run.first):
-            if not count:
-                continue
-            dtype = self.dtype if count < self.widens else torch.float32
-            rows, into, matrix = x[end - count : end].to(dtype), out[end - count : end], self._matrix(expert, dtype)
-            if dtype == torch.float32:
-                torch.mm(rows, matrix.T, out=into)
+        pairs = (torch.split_with_sizes(rows, counts) for rows in (x.float(), out))
+        for (expert, count), rows, into in zip(run, *pairs, strict=True):
+            if count < self.widens:
+                into.copy_(linear(rows.to(self.dtype), self._matrix(expert, self.dtype)))
             else:
-                into.copy_(rows @ matrix.T)
+                torch.mm(rows, self._matrix(expert, torch.float32).T, out=into)
         return out
 
     def _matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:

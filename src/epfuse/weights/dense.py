@@ -38,6 +38,13 @@ class DenseExperts(Projections[torch.Tensor]):
                 )
 
     @classmethod
+    def of_checked(cls, w13: torch.Tensor, w2: torch.Tensor) -> Self:
+        """Of tensors that were checked when they made such experts before, and have the same sizes still."""
+        found = cls.__new__(cls)
+        vars(found).update(w13=w13, w2=w2)
+        return found
+
+    @classmethod
     @checks_enums
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
         """The matrices themselves."""

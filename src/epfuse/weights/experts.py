@@ -119,6 +119,14 @@ class ExpertWeights:
         return _laid_out(DenseExperts(w13, w2), gate_up_bias, down_bias, layout)
 
     @classmethod
+    def of_checked(cls, experts: AnyProjections) -> ExpertWeights:
+        """Without biases, in one format, and not checked again: for who makes the same weights anew at each call."""
+        found = cls.__new__(cls)
+        local, hidden, intermediate = experts.sizes
+        vars(found).update(formats=(experts,), local_experts=local, hidden=hidden, intermediate=intermediate)
+        return found
+
+    @classmethod
     def bf16(cls, w13: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
         """`dense` for BF16 only: refuses any other dtype rather than convert it silently.
 

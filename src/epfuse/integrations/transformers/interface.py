@@ -25,12 +25,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums, member
-from epfuse.config import Activation, Path
+from epfuse.config import Activation, Bias, Path
 from epfuse.errors import EpfuseError, LayoutError, UnsupportedTarget
 from epfuse.expert_map import ExpertMap
 from epfuse.integrations.transformers.activation import activation_of
 from epfuse.integrations.transformers.layout import check_in_place, layout_of, names_of
-from epfuse.integrations.transformers.read import scales_of, second_layout, weights_of
+from epfuse.integrations.transformers.read import checked_weights_of, scales_of, second_layout, weights_of
 from epfuse.target import target_of
 from epfuse.weights.experts import ExpertWeights
 
@@ -102,6 +102,7 @@ class _State:
         tensors: which tensors the rest was found out from, and how often those had been written by then.
         scales: of FP8 weights, as epfuse reads them.
         second: the weights in the device's own order, where it has one.
+        plain: whether `checked_weights_of` may read the module.
         expert_map: all of the module's experts.
     """
 
@@ -110,6 +111,7 @@ class _State:
     tensors: tuple[object, ...] = ()
     scales: tuple[torch.Tensor, ...] = ()
     second: ExpertWeights | None = None
+    plain: bool = False
     expert_map: ExpertMap | None = None
 
 
@@ -130,7 +132,7 @@ def _forward_of(interface: Any, settings: _Settings) -> Forward:
         state = _state_of(module, settings)
         if state.activation is None or state.expert_map is None:
             return _default(interface, module, state.refused or "")(module, *operands)
-        weights = weights_of(module, state.scales) if state.second is None else state.second
+        weights = state.second or (checked_weights_of if state.plain else weights_of)(module, state.scales)
         # as grouped_mm does where autocast left another dtype
         own = weights.activation_dtypes
         x = hidden_states if hidden_states.dtype in own else hidden_states.to(own[0])
@@ -176,8 +178,8 @@ def _warn_once(text: str) -> None:
 def _state_of(module: nn.Module, settings: _Settings) -> _State:
     """What is known of a module with its present tensors."""
     names = names_of(module)
-    mine = (*names.weights, *names.biases, *names.scales)
-    tensors = tuple(_identity(module.__dict__["_parameters"].get(name)) for name in mine)
+    mine = module.__dict__["_parameters"]
+    tensors = tuple([_identity(mine.get(name)) for name in names.all])
     state = _STATES.get(module)
     if state is not None and tensors == state.tensors:
         return state
@@ -198,6 +200,8 @@ def _state_of(module: nn.Module, settings: _Settings) -> _State:
         if settings.layout is Layout.OWN:
             second = second_layout(weights, target_of(weights.device), state.activation)
             state.second = None if is_ours and second is weights else second
+        whole = all(type(module._parameters.get(name)) is nn.Parameter for name in names.weights)
+        state.plain = whole and is_ours and not state.scales and weights.bias is Bias.NONE
         state.expert_map = ExpertMap.all_local(weights.local_experts, weights.device)
     except EpfuseError as reason:
         state.refused = str(reason)

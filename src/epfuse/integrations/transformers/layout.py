@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,11 @@ class Names:
         """Beside FP8 weights: FP8Experts calls them so."""
         first, second = self.weights
         return f"{first}_scale_inv", f"{second}_scale_inv"
+
+    @functools.cached_property
+    def all(self) -> tuple[str, ...]:
+        """Weights, biases and scales."""
+        return (*self.weights, *self.biases, *self.scales)
 
 
 GATED = Names(("gate_up_proj", "down_proj"))
