@@ -101,8 +101,9 @@ def _path(target: Target, activation: type[Activation], bias: Bias) -> str:
 
 
 def _planned(family: str) -> str:
-    if family in FAMILIES or f"{family}_text" in FAMILIES:
-        return "yes"
+    known = FAMILIES.get(family, FAMILIES.get(f"{family}_text"))
+    if known is not None:
+        return "yes" if known.groups == 1 else f"yes, {known.groups} groups a layer; no checkpoint is loaded"
     return f"no: {UNPLANNED[family]}" if family in UNPLANNED else "no"
 
 

@@ -13,12 +13,22 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from epfuse.config import Activation, SwiGLUOAI, silu_gate
-from epfuse.errors import ConfigError
+from epfuse.compiled.model import model_layers
+from epfuse.config import Activation, Policy, SwiGLUOAI, silu_gate
+from epfuse.errors import ConfigError, EpfuseError
+from epfuse.hardware.products import PRODUCTS
 from epfuse.integrations.transformers import activation_of, check_layout
+from epfuse.integrations.transformers.layout import check_in_place
+from epfuse.integrations.vllm.explain import Deployment, explain
+from epfuse.planning.model_plan import Serving, plan_model
+from epfuse.policy import Storage
+from epfuse.policy.facts import model_facts
+from epfuse.policy.refusals import layer_refusal
 from epfuse.stages.activation_reference import swiglu_oai
+from epfuse.target import Target
+from epfuse.weights.checkpoint import ExpertCheckpoint
 from epfuse.weights.config_families import FAMILIES, OUTER, UNPLANNED
-from epfuse.weights.model_config import ExpertModel, read_model
+from epfuse.weights.model_config import ExpertModel, load_config, model_of, read_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -80,6 +90,9 @@ MODELS = {
         {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     ),
     "dots3_note_text": Built("dots3_note", "Dots3NoteTextConfig", "Dots3NoteTextModel"),
+    "ernie4_5_vl_moe_text": Built(
+        "ernie4_5_vl_moe", "Ernie4_5_VLMoeTextConfig", "Ernie4_5_VLMoeTextModel", {"moe_intermediate_size": [192, 64]}
+    ),
     "ernie4_5_moe": Built("ernie4_5_moe", "Ernie4_5_MoeConfig", "Ernie4_5_MoeModel", {"moe_layer_interval": 2}),
     "exaone_moe": Built("exaone_moe", "ExaoneMoeConfig", "ExaoneMoeModel"),
     "flex_olmo": Built("flex_olmo", "FlexOlmoConfig", "FlexOlmoModel"),
@@ -188,8 +201,6 @@ def test_no_family_of_transformers_is_forgotten() -> None:
 @pytest.mark.parametrize(
     ("module", "config", "words"),
     [
-        ("ernie4_5_vl_moe", "Ernie4_5_VLMoeConfig", "two kinds of experts, of text and of images"),
-        ("ernie4_5_vl_moe", "Ernie4_5_VLMoeTextConfig", "two kinds of experts, of text and of images"),
         ("muse_spark", "MuseSparkConfig", "a norm stands between the experts and the router weights"),
         ("muse_spark", "MuseSparkTextConfig", "a norm stands between the experts and the router weights"),
         ("longcat_flash", "LongcatFlashConfig", "some of its experts have no weights"),
@@ -202,6 +213,25 @@ def test_a_family_without_plans_is_refused_with_the_reason(
     getattr(configs, config)().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"no plan is made: .*{words}"):
         read_model(tmp_path)
+
+
+def test_a_layer_with_two_groups_of_experts_is_planned_explained_and_not_loaded(tmp_path: Path) -> None:
+    """Ernie-VL: experts of text and of images, E of each, with an I each."""
+    module = importlib.import_module("transformers.models.ernie4_5_vl_moe.configuration_ernie4_5_vl_moe")
+    module.Ernie4_5_VLMoeConfig().save_pretrained(tmp_path)
+    model = read_model(tmp_path)
+    assert (model.intermediate, model.beside) == (1536, (512,))
+    deployment = Deployment(Target.SM90, "0.33.0", 1, True, 4096)
+    assert [group.intermediate for group in explain(model, deployment)] == [1536, 512]
+    kinds = model_layers(model, Target.SM90, None, 1, 1).layers
+    assert {kind.shape.intermediate for kind in kinds} == {1536, 512}
+    with pytest.raises(ConfigError, match="2 groups of experts in a layer"):
+        ExpertCheckpoint(tmp_path)
+    for widths in (1536, [1536], [1536, 0], [1536, 512, 512], ["1536", 512], [True, 512]):
+        content = load_config(tmp_path / "config.json")
+        content["text_config"]["moe_intermediate_size"] = widths
+        with pytest.raises(ConfigError, match="moe_intermediate_size"):
+            model_of(content, "ernie")
 
 
 def build(built: Built, tmp_path: Path) -> tuple[Any, nn.Module, ExpertModel]:
@@ -220,22 +250,55 @@ def build(built: Built, tmp_path: Path) -> tuple[Any, nn.Module, ExpertModel]:
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_sizes_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     config, whole, found = build(MODELS[name], tmp_path)
-    experts = {int(path.split(".")[1]): module for path, module in whole.named_modules() if _has_experts(module)}
+    experts: dict[int, list[nn.Module]] = {}
+    for path, module in whole.named_modules():
+        if _has_experts(module):
+            experts.setdefault(int(path.split(".")[1]), []).append(module)
     assert found.moe_layers == tuple(sorted(experts))
     assert found.layers == config.num_hidden_layers
-    for layer, module in experts.items():
+    assert {len(modules) for modules in experts.values()} == {len(found.parts)}
+    for layer, module, part in (
+        (layer, *pair) for layer, modules in experts.items() for pair in zip(modules, found.parts, strict=True)
+    ):
         first, second = tuple(_first(module).shape), tuple(module.down_proj.shape)
         if name in TRANSPOSED:
             first, second = (first[0], first[2], first[1]), (second[0], second[2], second[1])
         if name != "llama4_text":  # the router weight is applied to its inputs
             check_layout(name, module)
-        assert first == (found.experts, found.activation.inputs * found.intermediate, found.hidden)
-        assert second == (found.experts, found.hidden, found.intermediate)
+        assert first == (part.experts, part.activation.inputs * part.intermediate, part.hidden)
+        assert second == (part.experts, part.hidden, part.intermediate)
         _check_activation(name, module, found.activation_at(layer))
     assert (found.shared_experts > 0) == any("shared" in path for path, _ in whole.named_modules())
+    _check_plan(found, {layer: all(map(_is_taken, modules)) for layer, modules in experts.items()})
     routers = {module.top_k for module in whole.modules() if isinstance(getattr(module, "top_k", None), int)}
     routers |= {config.top_k_experts} if hasattr(config, "top_k_experts") else set()  # Gemma's router asks it
     assert found.top_k in routers
+
+
+def _is_taken(module: nn.Module) -> bool:
+    """By the rules of `register`, which `replace_experts` has too."""
+    try:
+        check_in_place("", module)
+        activation_of("experts", module)
+    except EpfuseError:
+        return False
+    return True
+
+
+def _check_plan(found: ExpertModel, taken: dict[int, bool]) -> None:
+    """`epfuse plan` and `epfuse vllm explain` take the layers that transformers' integration takes, and no other."""
+    product = PRODUCTS["h200"]
+    plan = plan_model(found, Serving(product, 1, 4096, 2**50), Policy.AUTO)  # whatever its size
+    planned = {layer: not group.plan.is_untouched for group in plan.groups for layer in group.layers}
+    assert planned == taken
+    for part in found.parts:
+        facts = [model_facts(part, layer, target=product.target, max_model_len=4096) for layer in taken]
+        assert {fact.layer: layer_refusal(fact) is None for fact in facts} == taken
+    widths = [part.intermediate for part in found.parts]
+    matrices = found.activation.inputs + 1
+    biases = 4 * found.experts * (found.activation.inputs * sum(widths) + found.hidden) * found.has_bias
+    weights = 2 * found.experts * found.hidden * matrices * sum(widths)
+    assert plan.stored_bytes(Storage.BF16) == len(taken) * (weights + biases)
 
 
 def _check_activation(name: str, module: Any, activation: Activation | None) -> None:

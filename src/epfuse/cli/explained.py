@@ -18,9 +18,11 @@ def layer_table(groups: Sequence[ChoiceGroup], title: str) -> Table:
         title: model, server, GPUs and ranks.
     """
     table = make_table("layers", "without epfuse", "with epfuse", "why", title=title)
+    several = len({group.intermediate for group in groups}) > 1
     for group in groups:
         own = f"{group.own.name}. {group.own.effect}"
-        table.add_row(_indices(group.layers), own, _ours(group), group.choice.reason)
+        layers = _indices(group.layers) + (f", I {group.intermediate}" if several else "")
+        table.add_row(layers, own, _ours(group), group.choice.reason)
     return table
 
 

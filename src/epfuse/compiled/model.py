@@ -44,8 +44,8 @@ def model_layers(model: ExpertModel, target: Target, product: str | None, ep_siz
     found: dict[CallKind, None] = {}
     left: dict[int, str] = {}
     held = {len(experts_of_rank(model.experts, ep_size, rank)) for rank in (0, ep_size - 1)}
-    for index in model.moe_layers:
-        facts = model_facts(model, index, target=target, max_model_len=1, ep_size=ep_size, tp_size=tp_size)
+    for part, index in [(part, index) for part in model.parts for index in model.moe_layers]:
+        facts = model_facts(part, index, target=target, max_model_len=1, ep_size=ep_size, tp_size=tp_size)
         for local in sorted(held):
             shape = None if facts.shape is None else replace(facts.shape, local_experts=local)
             choice = choose(replace(facts, shape=shape, device_name=product))

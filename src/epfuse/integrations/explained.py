@@ -32,18 +32,21 @@ class ChoiceGroup:
         own: what runs them without epfuse.
         ours: epfuse's class of experts in that server.
         choice: what epfuse does, shown by the first of them.
+        intermediate: I of these experts.
     """
 
     layers: tuple[int, ...]
     own: OwnExperts
     ours: str
     choice: Choice
+    intermediate: int
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values; bytes are of one layer on one rank."""
         plan = self.choice.plan
         return {
             "layers": list(self.layers),
+            "intermediate": self.intermediate,
             "without_epfuse": {"experts": self.own.name, "effect": self.own.effect},
             "with_epfuse": {
                 "experts": self.own.name if plan is None else self.ours,
@@ -55,20 +58,21 @@ class ChoiceGroup:
         }
 
 
-def grouped(choices: Iterable[tuple[int, Choice]], own: OwnExperts, ours: str) -> list[ChoiceGroup]:
+def grouped(choices: Iterable[tuple[int, Choice]], own: OwnExperts, ours: str, intermediate: int) -> list[ChoiceGroup]:
     """Neighbours with one outcome, together.
 
     Args:
         choices: index of each layer, ascending, and what epfuse does with it.
         own: what runs them without epfuse.
         ours: epfuse's class of experts in that server.
+        intermediate: I of all of them.
     """
     groups: list[ChoiceGroup] = []
     for layer, choice in choices:
         if groups and _same(groups[-1].choice, choice):
-            groups[-1] = ChoiceGroup((*groups[-1].layers, layer), own, ours, groups[-1].choice)
+            groups[-1] = ChoiceGroup((*groups[-1].layers, layer), own, ours, groups[-1].choice, intermediate)
         else:
-            groups.append(ChoiceGroup((layer,), own, ours, choice))
+            groups.append(ChoiceGroup((layer,), own, ours, choice, intermediate))
     return groups
 
 

@@ -34,6 +34,13 @@ def show(plan: ModelPlan, rival: Rival | None, console: Console) -> None:
         f" {_gigabytes(serving.hbm_bytes)} GB each, max_model_len {serving.max_model_len}, policy {plan.policy.value}",
         highlight=False,
     )
+    if model.beside:
+        widths = ", ".join(f"I={width}" for width in model.beside)
+        console.print(
+            f"Each of these layers has experts for other tokens too (images), {widths}: their bytes count here, their"
+            " calls and times don't.",
+            highlight=False,
+        )
     ranks = serving.ranks(model)
     if len(ranks) > 1:
         held = ", ".join(f"{count} hold {experts}" for count, experts in ranks)

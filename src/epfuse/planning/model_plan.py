@@ -70,7 +70,8 @@ class Serving:
         Raises:
             ConfigError: there are more ranks than experts.
         """
-        layer = storage.bytes_of(self.shape(model), type(model.activation), model.bias)
+        shapes = [self.shape(part) for part in model.parts]
+        layer = sum(storage.bytes_of(shape, type(model.activation), model.bias) for shape in shapes)
         return layer * len(model.moe_layers)
 
     def ranks(self, model: ExpertModel) -> tuple[tuple[int, int], ...]:
@@ -248,8 +249,10 @@ def _plan(model: ExpertModel, serving: Serving, policy: Policy, layer: int) -> L
         shared_experts=model.shared_experts,
         hbm_bytes=serving.hbm_bytes,
         device_name=serving.product.device_name,
+        beside=tuple(serving.shape(part) for part in model.parts[1:]),
     )
-    reason = layer_refusal(facts)
+    refusals = (layer_refusal(serving.facts(part, layer)) for part in model.parts)
+    reason = next(filter(None, refusals), None)
     if reason is not None:
         return LayerPlan(policy, request, Storage.UNTOUCHED, reason[0].upper() + reason[1:])
     return plan_layer(request, policy)

@@ -93,6 +93,8 @@ class LayerRequest:
         rival: class of the experts that run the layer if epfuse does not; `auto` then takes it only where epfuse is
             known to be faster. None where nobody else would.
         bias: of both projections or none.
+        beside: the sizes of further groups of experts in each of these layers, for other tokens; they are stored as
+            the layer is and share its memory.
 
     Raises:
         ConfigError: the values contradict each other.
@@ -113,6 +115,7 @@ class LayerRequest:
     device_name: str | None = None
     rival: str | None = None
     bias: Bias = Bias.NONE
+    beside: tuple[LayerShape, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("ep_size", "max_model_len", "tp_size"):
@@ -135,8 +138,8 @@ class LayerRequest:
 
     @checks_enums
     def bytes_of(self, storage: Storage) -> int:
-        """Bytes of this rank's experts in this layer, stored so."""
-        return storage.bytes_of(self.shape, type(self.activation), self.bias)
+        """Bytes of this rank's experts in this layer, stored so, with those beside."""
+        return sum(storage.bytes_of(shape, type(self.activation), self.bias) for shape in (self.shape, *self.beside))
 
     @property
     def model_intermediate(self) -> int:

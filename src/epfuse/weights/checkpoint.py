@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from epfuse.errors import CheckpointError, MissingDependency, ShapeError
+from epfuse.errors import CheckpointError, ConfigError, MissingDependency, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.reinterpret import reinterpret
 from epfuse.parallel.shard import check_whole, held_experts
@@ -53,6 +53,11 @@ class ExpertCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder: Path = Path(folder)
         self.model: ExpertModel = read_model(self.folder)
+        if self.model.beside:
+            raise ConfigError(
+                f"folder {self.folder} has {1 + len(self.model.beside)} groups of experts in a layer, for text and for"
+                " other tokens; experts of one group are loaded"
+            )
         self.layers: Mapping[int, LayerTensors] = find_layers(TensorFolder(self.folder), self.model)
 
     def bytes_of(self, expert_map: ExpertMap) -> int:

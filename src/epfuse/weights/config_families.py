@@ -161,6 +161,8 @@ class ModelFamily:
         gate_up: how gate and up rows lie in stacks of all experts.
         has_bias: the projections have biases, in every checkpoint of the family.
         weights_input: the router weight is applied to the experts' inputs.
+        groups: how many groups of experts a layer has, one for each kind of tokens; I is a list of so many where there
+            are several.
     """
 
     layers: LayerRule = every
@@ -173,6 +175,21 @@ class ModelFamily:
     gate_up: GateUpRows = GateUpRows.HALVES
     has_bias: bool = False
     weights_input: bool = False
+    groups: int = 1
+
+    def widths(self, config: Fields) -> list[int]:
+        """I of each group of experts of a layer.
+
+        Raises:
+            ConfigError: the config gives no such sizes.
+        """
+        if self.groups == 1:
+            return [config.size(*self.width)]
+        (key,) = self.width
+        found = config.array(key, int, "widths") or []
+        if len(found) != self.groups or min(found) < 1:
+            raise config.refuse(f"{key} is {found!r:.60}; it must be a list of {self.groups} positive integers")
+        return found
 
 
 _SPARSE_BLOCK = "block_sparse_moe.experts"
@@ -203,6 +220,7 @@ FAMILIES = {
     "dots1": ModelFamily(after_first(0)),
     "dots3_note_text": _FIRST_DENSE,
     "ernie4_5_moe": ModelFamily(ernie),
+    "ernie4_5_vl_moe_text": ModelFamily(listed(after_first(1)), groups=2),
     "exaone_moe": _FIRST_DENSE,
     "flex_olmo": ModelFamily(every, ONLY_WIDTH),
     "flint": ModelFamily(
@@ -269,6 +287,7 @@ OUTER = {
     "deepseek_ocr2": "deepseek_ocr2_text",
     "diffusion_gemma": "diffusion_gemma_text",
     "dots3_note": "dots3_note_text",
+    "ernie4_5_vl_moe": "ernie4_5_vl_moe_text",
     "gemma4": "gemma4_text",
     "glm4v_moe": "glm4v_moe_text",
     "glm5_next": "glm5_next_text",
@@ -289,7 +308,6 @@ OUTER = {
 }
 """Model type of a model around a language model -> the latter's, where it does not say it itself."""
 UNPLANNED = {
-    "ernie4_5_vl_moe": "a layer has two kinds of experts, of text and of images, with an I each",
     "longcat_flash": "some of its experts have no weights",
     "muse_spark": "a norm stands between the experts and the router weights",
 }

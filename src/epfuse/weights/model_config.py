@@ -66,6 +66,8 @@ class ExpertModel:
         other_activations: layers with an activation of their own, ascending, and what it is; None for one that epfuse
             does not compute.
         dtype: of the activations, as torch names it.
+        beside: I of further groups of experts that each of the layers has, for tokens of another kind (images); all
+            else is as in the first.
     """
 
     name: str
@@ -82,6 +84,13 @@ class ExpertModel:
     weights_input: bool = False
     other_activations: tuple[tuple[int, Activation | None], ...] = ()
     dtype: str = "bfloat16"
+    beside: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[ExpertModel, ...]:
+        """Each group of experts as a model of its own; the first one's tokens are text."""
+        alone = replace(self, beside=())
+        return (alone, *(replace(alone, intermediate=width) for width in self.beside))
 
     @property
     def bias(self) -> Bias:
@@ -267,11 +276,12 @@ def _sizes(kind: str, config: Fields, family: ModelFamily) -> tuple[ExpertModel,
     if not moe_layers:
         raise config.refuse("no layer has experts")
     activation, others = family.activation(config, layers)
+    width, *beside = family.widths(config)
     input_flags = [config.flag(key) for key in ("apply_router_weight_on_input", "moe_apply_router_weight_on_input")]
     model = ExpertModel(
         name=kind,
         hidden=family.hidden(config),
-        intermediate=config.size(*family.width),
+        intermediate=width,
         experts=config.size(*EXPERTS),
         top_k=config.size(*TOP_K),
         layers=layers,
@@ -282,6 +292,7 @@ def _sizes(kind: str, config: Fields, family: ModelFamily) -> tuple[ExpertModel,
         has_bias=family.has_bias,
         weights_input=family.weights_input or any(input_flags),
         other_activations=tuple((layer, others[layer]) for layer in moe_layers if layer in others),
+        beside=tuple(beside),
     )
     if model.top_k > model.experts:
         raise config.refuse(f"{model.top_k} experts a token are more than the {model.experts} that there are")

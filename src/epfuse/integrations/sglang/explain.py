@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from epfuse.arguments import checks_enums
@@ -115,13 +116,17 @@ def explain(
     Raises:
         ConfigError: the experts can't be spread, or their width divided, so.
     """
-    offers = [offer(model, quant_method, deployment, layer) for layer in model.moe_layers]
-    choices = [decide(each, policy) for each in offers]
-    own = _own_experts(offers[0], quant_method)
-    stops = filter(None, map(why_it_stops, offers, choices))
+    offers = [[offer(part, quant_method, deployment, layer) for layer in part.moe_layers] for part in model.parts]
+    choices = [[decide(each, policy) for each in found] for found in offers]
+    own = _own_experts(offers[0][0], quant_method)
+    stops = filter(None, map(why_it_stops, chain(*offers), chain(*choices)))
+    groups = (
+        grouped(zip(part.moe_layers, found, strict=True), own, OURS, part.intermediate)
+        for part, found in zip(model.parts, choices, strict=True)
+    )
     is_bf16 = makes_linears_bf16(quant_method == "mxfp8", deployment.target, deployment.gemm)
     return Explained(
-        grouped(zip(model.moe_layers, choices, strict=True), own, OURS),
+        list(chain(*groups)),
         "MXFP8 weights become BF16 at load: twice the bytes, and exact." if is_bf16 else None,
         next(stops, None),
     )

@@ -113,8 +113,11 @@ def explain(model: ExpertModel, deployment: Deployment, policy: Policy | None = 
         ConfigError: the experts can't be spread so, or nothing is known of this release, GPU and checkpoint.
     """
     own = own_experts(model, deployment)
-    choices = ((layer, choose(facts(model, deployment, own, layer), policy)) for layer in model.moe_layers)
-    return grouped(choices, own, "EpfuseExperts")
+    groups: list[ChoiceGroup] = []
+    for part in model.parts:
+        choices = ((layer, choose(facts(part, deployment, own, layer), policy)) for layer in part.moe_layers)
+        groups += grouped(choices, own, "EpfuseExperts", part.intermediate)
+    return groups
 
 
 def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: int) -> LayerFacts:
