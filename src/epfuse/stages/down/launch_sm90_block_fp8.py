@@ -6,7 +6,7 @@ import torch
 
 from epfuse.stages.grid import pieces
 from epfuse.stages.quantize.rows import FP8Rows
-from epfuse.stages.route.table import LoneTokens, RouteTable
+from epfuse.stages.route.table import LoneTokens, RouteTable, where_stored
 from epfuse.stages.tiles import Sm90BlockTile
 from epfuse.target import compute_units
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8
@@ -44,7 +44,6 @@ def launch_down_sm90_block_fp8(
     from epfuse.stages.down.kernel_sm90_block_fp8 import down_sm90_block_fp8_kernel
     from epfuse.stages.sm90_launch import block_constants, block_rows, weight_blocks
 
-    assert routes.arrivals is not None
     _, hidden, intermediate = w2.values.shape
     if out is None:
         out = torch.empty(routes.num_routes, hidden, dtype=torch.bfloat16, device=y.values.device)
@@ -56,14 +55,8 @@ def launch_down_sm90_block_fp8(
         bias,
         topk_weights,
         out,
-        None if lone is None else lone.of_row,
-        None if lone is None else lone.out,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.block_row,
-        routes.num_padded,
-        routes.arrivals[1:],
-        routes.num_routes,
+        *where_stored(lone),
+        *routes.packed(1),
         hidden,
         pieces(intermediate, BLOCK),
         **block_constants(routes, tile),

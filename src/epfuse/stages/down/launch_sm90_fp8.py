@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from epfuse.stages.quantize.rows import FP8Rows
-from epfuse.stages.route.table import LoneTokens, RouteTable
+from epfuse.stages.route.table import LoneTokens, RouteTable, where_stored
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
 from epfuse.weights.row_fp8 import RowFP8
@@ -47,7 +47,6 @@ def launch_down_sm90_fp8(
     from epfuse.stages.sm90_launch import check_fp8_tile, constants, row_parts, weight_lines
 
     check_fp8_tile(tile)
-    assert routes.arrivals is not None
     if out is None:
         out = torch.empty(routes.num_routes, w2.rows, dtype=torch.bfloat16, device=y.values.device)
     head, rest = tile.rows_of(routes.block_m)
@@ -59,14 +58,8 @@ def launch_down_sm90_fp8(
         bias,
         topk_weights,
         out,
-        None if lone is None else lone.of_row,
-        None if lone is None else lone.out,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.block_row,
-        routes.num_padded,
-        routes.arrivals[1:],
-        routes.num_routes,
+        *where_stored(lone),
+        *routes.packed(1),
         w2.rows,
         w2.steps,
         w2.panels,

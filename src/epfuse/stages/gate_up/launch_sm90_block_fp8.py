@@ -45,7 +45,6 @@ def launch_gate_up_sm90_block_fp8(
     from epfuse.stages.gate_up.kernel_sm90_block_fp8 import gate_up_sm90_block_fp8_kernel
     from epfuse.stages.sm90_launch import block_constants, block_rows, weight_blocks
 
-    assert routes.arrivals is not None
     assert tile.blocks == 2
     intermediate = w13.values.shape[1] // 2
     if out is None:
@@ -58,12 +57,7 @@ def launch_gate_up_sm90_block_fp8(
         bias,
         out.values.view(torch.uint8),
         out.scales,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.block_row,
-        routes.num_padded,
-        routes.arrivals,
-        routes.num_routes,
+        *routes.packed(),
         intermediate,
         pieces(w13.values.shape[2], BLOCK),
         activation.parameters,

@@ -48,7 +48,6 @@ def launch_gate_up_sm90_fp8(
     from epfuse.stages.sm90_launch import check_fp8_tile, constants, row_parts, weight_lines
 
     check_fp8_tile(tile)
-    assert routes.arrivals is not None
     if out is None:
         out = torch.empty(routes.num_routes, w13.rows // 2, dtype=torch.bfloat16, device=x.values.device)
     head, rest = tile.rows_of(routes.block_m)
@@ -59,12 +58,7 @@ def launch_gate_up_sm90_fp8(
         w13.scales,
         bias,
         out,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.block_row,
-        routes.num_padded,
-        routes.arrivals,
-        routes.num_routes,
+        *routes.packed(),
         out.shape[1],
         w13.steps,
         w13.panels,

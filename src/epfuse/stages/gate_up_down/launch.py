@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from epfuse.config import Activation
-from epfuse.stages.route.table import LoneTokens, RouteTable
+from epfuse.stages.route.table import LoneTokens, RouteTable, where_stored
 from epfuse.stages.tiles import Sm90PersistentTile
 from epfuse.target import compute_units
 from epfuse.weights.fragment import FragmentMXFP8
@@ -50,7 +50,6 @@ def launch_gate_up_down(
     from epfuse.stages.gate_up_down.kernel_sm90 import gate_up_down_sm90_kernel
     from epfuse.stages.sm90_launch import constants, operand_of, row_parts, weight_lines
 
-    assert routes.arrivals is not None
     up_weights = w2 if w13 is None else w13
     down_weights = w13 if w2 is None else w2
     assert up_weights is not None
@@ -69,14 +68,8 @@ def launch_gate_up_down(
         down_bias,
         topk_weights,
         out,
-        None if lone is None else lone.of_row,
-        None if lone is None else lone.out,
-        routes.sorted_routes,
-        routes.block_expert,
-        routes.block_row,
-        routes.num_padded,
-        routes.arrivals,
-        routes.num_routes,
+        *where_stored(lone),
+        *routes.packed(),
         out.shape[1],
         y.shape[1],
         up.columns,

@@ -66,6 +66,17 @@ class RouteTable:
         """What a kernel finds its block's routes and expert by: sorted_routes, block_expert, num_padded, num_routes."""
         return self.sorted_routes, self.block_expert, self.num_padded, self.num_routes
 
+    def packed(
+        self, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """The same for kernels of packed rows that count arrivals, from the ``first`` counter on.
+
+        In the order of their operands: sorted_routes, block_expert, block_row, num_padded, arrivals, num_routes.
+        """
+        assert self.arrivals is not None
+        arrivals = self.arrivals[first:] if first else self.arrivals
+        return self.sorted_routes, self.block_expert, self.block_row, self.num_padded, arrivals, self.num_routes
+
     @property
     def max_blocks(self) -> int:
         return self.block_expert.numel()
@@ -107,6 +118,11 @@ class LoneTokens:
     ) -> LoneTokens:
         """With new memory for ``of_row``; arguments as of the class."""
         return cls(topk_ids, expert_map, local, expert_map.new_empty(topk_ids.numel()), out, stored)
+
+
+def where_stored(lone: LoneTokens | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``of_row`` and ``out`` of lone tokens, as kernels take them; None for both where there are none."""
+    return (None, None) if lone is None else (lone.of_row, lone.out)
 
 
 def max_padded(num_routes: int, local_experts: int, block_m: int) -> int:
