@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from epfuse.bench.compare import compare_records
 from epfuse.bench.page import bench_page
 from epfuse.bench.read_record import read_record
 from epfuse.bench.record import to_text
+from epfuse.config import Bias
 from epfuse.errors import ConfigError
 from tests.bench.records import peer, record, row
 from tests.mutations import mutated_bytes, mutated_values
@@ -37,6 +39,16 @@ def test_a_mutated_record_is_read_in_full_or_refused(tmp_path: Path, part: int) 
                     bench_page(NOW, comparison)
                 read += 1
     assert read > 3  # else the mutations are too coarse to say anything
+
+
+def test_biases_are_read_and_a_record_of_before_they_were_said_has_none(tmp_path: Path) -> None:
+    biased = replace(NOW, layer=replace(NOW.layer, bias=Bias.ADDED))
+    (tmp_path / "record.json").write_text(to_text(biased))
+    assert read_record(tmp_path / "record.json").layer.bias is Bias.ADDED
+    values = json.loads(to_text(NOW))
+    assert values["layer"].pop("bias") == "none"
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    assert read_record(tmp_path / "record.json").layer == NOW.layer
 
 
 def test_two_rows_of_one_point_are_refused(tmp_path: Path) -> None:

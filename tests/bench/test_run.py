@@ -6,14 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from epfuse.bench.compare import check_comparable
 from epfuse.bench.contender import Contender, ContenderKind, paths_of, problem_of
 from epfuse.bench.inputs import Inputs
-from epfuse.bench.layers import LAYERS
+from epfuse.bench.layers import LAYERS, SIZES, make_layer
 from epfuse.bench.measure import Call, Sampling
+from epfuse.bench.peers.find import find_peers
 from epfuse.bench.record import BenchRow
 from epfuse.bench.routing import Routing
 from epfuse.bench.run import BenchPlan, run_points
 from epfuse.bench.weights import LayerWeights
+from epfuse.config import Bias
+from epfuse.errors import ConfigError
 from tests.bench.records import ROOFS
 
 CPU = torch.device("cpu")
@@ -119,3 +123,19 @@ def test_points_come_in_order_and_progress_names_them(weights: LayerWeights, our
     assert found == [("uniform", 1), ("uniform", 2), ("all-to:2", 1), ("all-to:2", 2)]
     assert said[0] == "T=1 uniform, bf16"
     assert len(said) == 4
+
+
+def test_a_layer_with_biases_is_right_alone_beside_no_peer_and_its_record_says_so() -> None:
+    sizes = dict(zip(SIZES, (64, 64, 8, 2, 2), strict=True))
+    layer = make_layer("gpt-oss-20b-biases", sizes, None)
+    assert layer.bias is Bias.ADDED
+    plan = replace(PLAN, layer=layer)
+    mine = LayerWeights(layer, 0, CPU)
+    contenders = paths_of(problem_of(layer, (3,), CPU, 0), ("bf16", "w8a16"), mine)
+    assert all(row.ok for rows in run_points(plan, mine, contenders, ROOFS) for row in rows)
+    plain = paths_of(problem_of(layer, (3,), CPU, 0), ("bf16",), LayerWeights(replace(layer, bias=Bias.NONE), 0, CPU))
+    assert not any(row.ok for rows in run_points(plan, mine, plain, ROOFS) for row in rows)
+    found, absent = find_peers(("torch", "transformers"), mine)
+    assert (found, len(absent)) == ([], 2)
+    with pytest.raises(ConfigError, match=r"biases added; this run is of .* biases none"):
+        check_comparable(layer, replace(layer, bias=Bias.NONE))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,14 +10,15 @@ from epfuse.bench.inputs import draw_inputs
 from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.routing import Routing
 from epfuse.bench.weights import LayerWeights
-from epfuse.config import LayerShape, SwiGLUOAI, WeightFormat
+from epfuse.config import Bias, LayerShape, SwiGLUOAI, WeightFormat
 from epfuse.reference import run_reference
 
 CPU = torch.device("cpu")
 ODD = Layer("", LayerShape(40, 24, 8, 4, 2), SwiGLUOAI())
+BIASED = replace(LAYERS["small"], bias=Bias.ADDED)
 
 
-@pytest.mark.parametrize("layer", [LAYERS["small"], ODD], ids=["mxfp8", "dense"])
+@pytest.mark.parametrize("layer", [LAYERS["small"], ODD, BIASED], ids=["mxfp8", "dense", "biases"])
 def test_the_oracle_agrees_with_the_reference_in_float64(layer: Layer) -> None:
     weights = LayerWeights(layer, 0, CPU)
     assert weights.quantised == (layer is not ODD)
@@ -33,6 +36,19 @@ def test_every_format_has_the_same_numbers() -> None:
     exact = packed.mxfp8_experts.w13.dequantize(torch.float64)
     assert torch.equal(dense.dense_experts.w13.double(), exact)
     assert float(exact.std()) == pytest.approx(512**-0.5, rel=0.02)
+
+
+def test_every_format_has_the_same_biases() -> None:
+    weights = LayerWeights(BIASED, 0, CPU)
+    source = weights.source
+    assert source.gate_up_bias is not None
+    assert source.down_bias is not None
+    assert not torch.equal(source.gate_up_bias[0], source.gate_up_bias[1])
+    for form in (WeightFormat.DENSE, WeightFormat.MXFP8, WeightFormat.BLOCK_FP8):
+        made = weights.in_format(form)
+        assert torch.equal(made.gate_up_bias, source.gate_up_bias)
+        assert torch.equal(made.down_bias, source.down_bias)
+    assert LayerWeights(LAYERS["small"], 0, CPU).source.biases == []
 
 
 def test_a_format_is_made_once_and_alone() -> None:

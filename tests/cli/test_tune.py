@@ -36,6 +36,10 @@ def tune(*arguments: str) -> Result:
         (("--path", "w4a4"), "'w4a4' is not one of w8a16, bf16, w8a8, block_fp8"),
         (("--part", "3/2"), "'3/2' is no part"),
         (("--shape", "custom"), "shape 'custom' needs"),
+        (
+            ("--shape", "gpt-oss-20b-biases"),
+            "tiles are measured without, and such layers take those: tune 'gpt-oss-20b'",
+        ),
     ],
 )
 def test_usage_errors(arguments: tuple[str, ...], words: str) -> None:

@@ -118,15 +118,16 @@ class RecordComparison:
 
 
 def check_comparable(before: Layer, after: Layer) -> None:
-    """Two records can be compared if their layers have the same sizes and activation; names don't matter.
+    """Two records can be compared if their layers have the same sizes, activation and biases; names don't matter.
 
     Raises:
-        ConfigError: sizes or activation differ.
+        ConfigError: one of these differs.
     """
-    if (before.shape, before.activation) != (after.shape, after.activation):
+    if (before.shape, before.activation, before.bias) != (after.shape, after.activation, after.bias):
         raise ConfigError(
-            f"the older record is of {before.name}, {before.shape}, {before.activation}; this run is of {after.name},"
-            f" {after.shape}, {after.activation}"
+            f"the older record is of {before.name}, {before.shape}, {before.activation}, biases"
+            f" {before.bias.value}; this run is of {after.name}, {after.shape}, {after.activation}, biases"
+            f" {after.bias.value}"
         )
 
 

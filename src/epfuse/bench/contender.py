@@ -85,14 +85,14 @@ def problem_of(layer: Layer, tokens: tuple[int, ...], device: torch.device, seed
     """The layer as the correctness suite knows it, in bfloat16.
 
     Args:
-        layer: its sizes, ranks and activation.
+        layer: its sizes, ranks, activation and biases.
         tokens: T of each point.
         device: where it runs.
         seed: of weights, activations and routings.
     """
     shape = layer.shape
     sizes = (shape.hidden, shape.intermediate, shape.experts, shape.top_k, layer.ep_size)
-    return Problem(*sizes, tokens, torch.bfloat16, device, seed, layer.activation)
+    return Problem(*sizes, tokens, torch.bfloat16, device, seed, layer.activation, layer.bias)
 
 
 def paths_of(problem: Problem, choice: tuple[str, ...], weights: LayerWeights) -> list[Contender]:
@@ -167,7 +167,8 @@ def _path(subject: Subject, problem: Problem, weights: LayerWeights) -> Contende
 
     def block_m(tokens: int) -> int | None:
         forms, product = frozenset({subject.form}), device_name(problem.device)
-        kind = CallKind(path, problem.target, problem.shape, forms, problem.dtype, combine, device_name=product)
+        layer = (path, problem.target, problem.shape, forms, problem.dtype, combine)
+        kind = CallKind(*layer, type(problem.activation), problem.bias, product)
         tiles = decide(kind, tokens).tiles
         return tiles.block_m if tiles else None
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from epfuse.config import GPT_OSS_20B, GPT_OSS_120B, MINIMAX_M3, QWEN3_235B, LayerShape, SwiGLUOAI, silu_gate
+from epfuse.arguments import checks_enums
+from epfuse.config import GPT_OSS_20B, GPT_OSS_120B, MINIMAX_M3, QWEN3_235B, Bias, LayerShape, SwiGLUOAI, silu_gate
 from epfuse.errors import ConfigError
 
 
+@checks_enums
 @dataclass(frozen=True)
 class Layer:
     """One rank's expert layer.
@@ -16,11 +18,13 @@ class Layer:
         name: for people; two layers are the same if the rest is.
         shape: its sizes.
         activation: between the two projections.
+        bias: of both projections, as large as their products, or of none.
     """
 
     name: str
     shape: LayerShape
     activation: SwiGLUOAI
+    bias: Bias = Bias.NONE
 
     @property
     def ep_size(self) -> int:
@@ -49,12 +53,15 @@ LAYERS = {
         Layer("minimax-m3-tp8", MINIMAX_M3.rank_of(tp_size=8), SwiGLUOAI()),
         Layer("gpt-oss-120b", GPT_OSS_120B, SwiGLUOAI()),
         Layer("gpt-oss-20b", GPT_OSS_20B, SwiGLUOAI()),
+        Layer("gpt-oss-120b-biases", GPT_OSS_120B, SwiGLUOAI(), Bias.ADDED),
+        Layer("gpt-oss-20b-biases", GPT_OSS_20B, SwiGLUOAI(), Bias.ADDED),
         Layer("qwen3-235b", QWEN3_235B, silu_gate()),
         Layer("small", LayerShape(512, 256, 16, 4, 4), SwiGLUOAI()),
     )
 }
-"""gpt-oss is without its biases, and with gate rows before up rows: a checkpoint's interleaved rows are put into this
-order when they are loaded. ``small`` is for a CPU.
+"""gpt-oss is with its biases under the names that say so, without them as other people's kernels are timed; and with
+gate rows before up rows: a checkpoint's interleaved rows are put into this order when they are loaded. ``small`` is for
+a CPU.
 """
 
 SIZES = ("hidden", "intermediate", "experts", "top_k", "ep_size")
@@ -74,12 +81,12 @@ def make_layer(name: str, sizes: dict[str, int | None], activation: str | None) 
     """
     given = {size: value for size, value in sizes.items() if value is not None}
     known: dict[str, int] = {"ep_size": 1}
-    gate = SwiGLUOAI()
+    gate, bias = SwiGLUOAI(), Bias.NONE
     if name != CUSTOM:
         named = LAYERS[name]
         if not given and activation is None:
             return named
-        shape, gate = named.shape, named.activation
+        shape, gate, bias = named.shape, named.activation, named.bias
         known = {size: getattr(shape, size) for size in SIZES[:-1]} | {"ep_size": named.ep_size}
     missing = [size for size in SIZES if size not in known | given]
     if missing:
@@ -97,4 +104,4 @@ def make_layer(name: str, sizes: dict[str, int | None], activation: str | None) 
         changes.append(activation)
     shape = LayerShape(chosen["hidden"], chosen["intermediate"], experts, experts // ep_size, chosen["top_k"])
     shape.with_distinct_experts()
-    return Layer(name if name == CUSTOM else f"{name} with {', '.join(changes)}", shape, gate)
+    return Layer(name if name == CUSTOM else f"{name} with {', '.join(changes)}", shape, gate, bias)

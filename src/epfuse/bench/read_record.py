@@ -13,7 +13,7 @@ from epfuse.bench.contender import Absent
 from epfuse.bench.layers import Layer
 from epfuse.bench.record import FORMAT, BenchRecord, BenchRow
 from epfuse.bench.roofline import MatrixOperand, Roof, Roofs
-from epfuse.config import LayerShape, SwiGLUOAI
+from epfuse.config import Bias, LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_file
 
@@ -36,12 +36,13 @@ class _Layer(_RecordPart):
     local_experts: int
     top_k: int
     activation: _Activation
+    bias: Literal["none", "added"] = "none"
 
     def layer(self) -> Layer:
         gate = self.activation
         limit = math.inf if gate.limit is None else gate.limit
         shape = LayerShape(self.hidden, self.intermediate, self.experts, self.local_experts, self.top_k)
-        return Layer(self.name, shape, SwiGLUOAI(gate.alpha, gate.beta, limit))
+        return Layer(self.name, shape, SwiGLUOAI(gate.alpha, gate.beta, limit), Bias(self.bias))
 
 
 class _Commit(_RecordPart):

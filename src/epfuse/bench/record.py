@@ -147,6 +147,7 @@ class BenchRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-ready values. Times in microseconds, rates in bytes and FLOPs a second."""
         layer = {"name": self.layer.name, **asdict(self.layer.shape), "activation": self.layer.activation}
+        layer |= {"bias": self.layer.bias.value}
         values = {
             "format": FORMAT,
             "ok": self.ok,

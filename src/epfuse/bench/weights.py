@@ -10,7 +10,7 @@ import torch
 from epfuse.arguments import checks_enums
 from epfuse.bench.inputs import Inputs
 from epfuse.bench.layers import Layer
-from epfuse.config import WeightFormat
+from epfuse.config import Bias, WeightFormat
 from epfuse.numerics.mxfp8 import BLOCK, MXFP8
 from epfuse.target import target_of
 from epfuse.verify.experts import in_format
@@ -50,7 +50,8 @@ class LayerWeights:
     def source(self) -> ExpertWeights:
         """As a checkpoint has them: MXFP8, or BF16 if the sizes are no multiples of its block."""
         self._say(f"making weights of {self.layer.name}")
-        return self._draw_mxfp8() if self.quantised else self._draw_dense()
+        drawn = self._draw_mxfp8() if self.quantised else self._draw_dense()
+        return ExpertWeights(drawn.formats, *self._biases())
 
     @checks_enums
     def in_format(self, form: WeightFormat) -> ExpertWeights:
@@ -78,7 +79,8 @@ class LayerWeights:
             else:
                 assert dense is not None
                 w13, w2 = dense.w13[slot : slot + 1], dense.w2[slot : slot + 1]
-            add_experts(total, slot, w13, w2, call, self.layer.activation)
+            own = {name: bias[slot : slot + 1] for name, bias in self.source.biases}
+            add_experts(total, slot, w13, w2, call, self.layer.activation, **own)
         return total
 
     def _draw_mxfp8(self) -> ExpertWeights:
@@ -111,10 +113,18 @@ class LayerWeights:
         for stack, source in zip(stacks, (packed.w13, packed.w2), strict=True):
             for slot in range(stack.shape[0]):  # one by one: the float32 copy in between is one expert's
                 stack[slot].copy_(source[slot].dequantize(torch.bfloat16))
-        return ExpertWeights.bf16(*stacks)
+        return ExpertWeights(ExpertWeights.bf16(*stacks).formats, *self._biases())
 
     def _generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self._seed)
+
+    def _biases(self) -> list[torch.Tensor]:
+        """Float32, gate_up's and down's, the same at each call; none where the layer has none."""
+        if self.layer.bias is Bias.NONE:
+            return []
+        rng = torch.Generator(self.device).manual_seed(self._seed + 1)
+        rows = [shape[:2] for shape in self._shapes()]
+        return [torch.randn(size, generator=rng, device=self.device) for size in rows]
 
     def _matrix(self, stack: torch.Size, rng: torch.Generator) -> torch.Tensor:
         """``[N, K]`` float32, the next expert's."""

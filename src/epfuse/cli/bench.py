@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SHAPE_NAMES = [
     "minimax-m3-ep8", "minimax-m3-ep4", "minimax-m3-ep16", "minimax-m3-tp8",
-    "gpt-oss-120b", "gpt-oss-20b", "qwen3-235b", "small", "custom",
+    "gpt-oss-120b", "gpt-oss-20b", "gpt-oss-120b-biases", "gpt-oss-20b-biases", "qwen3-235b", "small", "custom",
 ]  # fmt: skip
 PEER_NAMES = ("vllm", "transformers", "torch", "deepgemm")
 PATH_NAMES = ("auto", "all", "reference", "bf16", "w8a16", "w8a8", "block_fp8")

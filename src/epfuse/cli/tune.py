@@ -11,8 +11,9 @@ from click.core import ParameterSource
 
 from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, make_layer
 from epfuse.cli.names import comma_names, layer_sizes, token_counts
+from epfuse.config import Bias
 from epfuse.config import Path as LayerPath
-from epfuse.errors import MissingDependency
+from epfuse.errors import ConfigError, MissingDependency
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 SEARCH_OPTIONS = ("paths", "tokens", "space", "budget", "part", "again", "from_vllm", "to_vllm")
@@ -112,6 +113,12 @@ def tune(
     ones are written to the tables.
     """
     layers = [make_layer(shape, sizes, activation) for shape in shapes]
+    for layer in layers:
+        if layer.bias is not Bias.NONE:
+            raise ConfigError(
+                f"shape is {layer.name!r}, with biases; tiles are measured without, and such layers take those: tune"
+                f" {layer.name.replace('-biases', '')!r}"
+            )
     for option, value in (("--trials", trials), ("--from-vllm", from_vllm), ("--to-vllm", to_vllm)):
         if value is not None and len(layers) > 1:
             raise click.UsageError(f"{option} is for one shape; --shape names {len(layers)}")

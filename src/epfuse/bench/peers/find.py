@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from epfuse.bench.contender import Absent, Contender
 from epfuse.bench.weights import LayerWeights
+from epfuse.config import Bias
 from epfuse.errors import EpfuseError
 
 PEERS = {
@@ -37,6 +38,9 @@ def find_peers(
     for name in names:
         package, module = PEERS[name]
         advance(name)
+        if weights.layer.bias is not Bias.NONE:
+            absent.append(Absent(name, "it is driven without biases, and the layer has some"))
+            continue
         if find_spec(package) is None:
             absent.append(Absent(name, f"the package {package} is not installed"))
             continue
