@@ -123,16 +123,16 @@ def test_deep_gemm_computes_the_same_layer(routing: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(find, "find_spec", lambda package: object())
     stand_in = SimpleNamespace(m_grouped_fp8_gemm_nt_contiguous=grouped_product)
     monkeypatch.setitem(sys.modules, "deep_gemm", stand_in)
-    layer = Layer("", LayerShape(256, 128, 16, 4, 4), SwiGLUOAI())
+    layer = Layer("", LayerShape(256, 128, 8, 2, 2), SwiGLUOAI())
     weights = LayerWeights(layer, 0, CPU)
     (peer,), absent = find_peers(["deepgemm"], weights)
     assert absent == []
-    for inputs in draw_inputs(layer, Routing.parse(routing), 37, 0, CPU, 0)[:2]:
-        oracle = weights.oracle(inputs)
-        result = peer.bind(inputs)()
-        assert compare(result, oracle).within(peer.tolerance)
-        result[int(oracle.norm(dim=1).argmax())] = 0
-        assert not compare(result, oracle).within(peer.tolerance)
+    inputs = draw_inputs(layer, Routing.parse(routing), 9, 0, CPU, 0)[0]
+    oracle = weights.oracle(inputs)
+    result = peer.bind(inputs)()
+    assert compare(result, oracle).within(peer.tolerance)
+    result[int(oracle.norm(dim=1).argmax())] = 0
+    assert not compare(result, oracle).within(peer.tolerance)
 
 
 def test_sizes_that_deep_gemm_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
