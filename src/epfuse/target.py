@@ -160,11 +160,12 @@ def _forget_devices() -> None:
     compute_units.cache_clear()
 
 
+@functools.cache
 @checks_enums
 def overlap_previous(target: Target) -> dict[str, bool]:
     """Launch arguments of a Triton kernel that may start while the kernel before it drains, where the target can.
 
     Hopper's programmatic dependent launch: the kernel waits by itself, under its constexpr PDL, before it reads what
-    the one before it wrote.
+    the one before it wrote. The same dictionary every time: not to be changed.
     """
     return {"PDL": True, "launch_pdl": True} if target is Target.SM90 else {"PDL": False}
