@@ -7,6 +7,8 @@ import math
 import os
 import random
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -461,3 +463,54 @@ def test_settings_are_checked() -> None:
     register(layout=Layout.CHECKPOINT)
     assert "epfuse" in ALL_EXPERTS_FUNCTIONS
     assert "epfuse" in ALL_FP8_EXPERTS_FUNCTIONS
+
+
+def test_a_thread_sees_all_of_a_module_or_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A call that comes while another thread finds out about the module runs on epfuse, and finds out nothing twice."""
+    model = built("gpt_oss", "epfuse")
+    found: list[str] = []
+    inside = threading.Event()
+    right = interface.activation_of
+
+    def slow(name: str, module: Any) -> Any:
+        found.append(name)
+        inside.set()
+        time.sleep(0.3)
+        return right(name, module)
+
+    monkeypatch.setattr(interface, "activation_of", slow)
+    experts = next(module for module in model.modules() if hasattr(module, "gate_up_proj"))
+    hidden = torch.randn(3, SIZES["hidden_size"])
+    scores, ids = torch.rand(3, SIZES["num_local_experts"]).topk(2)
+    results: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def call() -> None:
+        results.append(experts(hidden, ids, scores))
+
+    first, second = threading.Thread(target=call), threading.Thread(target=call)
+    first.start()
+    assert inside.wait(30)
+    second.start()
+    first.join(30)
+    second.join(30)
+    assert torch.equal(results[0], results[1])
+    assert (len(found), said(caplog)) == (1, [])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "copied"), [("gpt_oss", True), ("qwen3_moe", False)])
+def test_forget_is_for_writes_that_torch_does_not_count(kind: str, copied: bool) -> None:
+    """A copy in another order goes on with the old weights until then; weights that are read in place never do."""
+    model = built(kind, "epfuse")
+    before = model(tokens()).logits
+    for name, parameter in model.named_parameters():
+        if name.endswith("down_proj"):
+            parameter.data.mul_(3)
+    assert torch.equal(model(tokens()).logits, before) is copied
+    forget()
+    mine = model(tokens()).logits
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(mine, model(tokens()).logits, rtol=1e-4, atol=1e-4)

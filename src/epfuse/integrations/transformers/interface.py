@@ -14,6 +14,7 @@ import enum
 import functools
 import inspect
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -81,7 +82,11 @@ def register(path: Path = Path.AUTO, layout: Layout = Layout.OWN) -> None:
 
 
 def forget() -> None:
-    """Drop what was made from modules' weights: second layouts and converted scales. The next call makes them anew."""
+    """Drop what was made from modules' weights: second layouts and converted scales. The next call makes them anew.
+
+    Call it after writing to weights where torch does not count it: through ``.data``, NumPy or DLPack, or to a tensor
+    made in inference mode.
+    """
     _STATES.clear()
 
 
@@ -116,6 +121,8 @@ class _State:
 
 
 _STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+_FINDING: threading.RLock = threading.RLock()
+"""Held while a module is found out about: another thread that calls it must see all of it or nothing."""
 
 
 def _forward_of(interface: Any, settings: _Settings) -> Forward:
@@ -183,8 +190,21 @@ def _state_of(module: nn.Module, settings: _Settings) -> _State:
     state = _STATES.get(module)
     if state is not None and tensors == state.tensors:
         return state
-    # before the next: two second layouts at once may not fit
-    _STATES[module] = state = _State(tensors=tensors, activation=None if state is None else state.activation)
+    with _FINDING:
+        state = _STATES.get(module)
+        if state is None or tensors != state.tensors:
+            activation = None if state is None else state.activation
+            state = None
+            _STATES.pop(module, None)  # before the next is made: two second layouts at once may not fit
+            _STATES[module] = state = _found(module, tensors, activation, settings)
+    return state
+
+
+def _found(
+    module: nn.Module, tensors: tuple[object, ...], activation: Activation | None, settings: _Settings
+) -> _State:
+    """All that is to be known of a module; ``activation`` is what it had with other tensors."""
+    state, names = _State(tensors=tensors, activation=activation), names_of(module)
     try:
         check_in_place("", module)
         if state.activation is None:
