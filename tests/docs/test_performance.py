@@ -89,6 +89,27 @@ def test_fp8_products_have_their_record_s_times(run: str) -> None:
     assert shown["`w8a8` over its floor"] == pytest.approx(floors, abs=0.0051)
 
 
+def test_few_tokens_have_their_record_s_times() -> None:
+    rows = json.loads((DOCS / "records/2026-11-30-h200-w8a8-small.json").read_text())["rows"]
+    table = (DOCS / "performance.md").read_text().split("**Few tokens.**")[1].split("\n\n")[1]
+    tokens, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    kinds = {
+        "`w8a16`": lambda row: row["path"] == "w8a16",
+        "`w8a8`, tiles of 192 rows": lambda row: row["tiles"].startswith("16/192x128.g0.4w.5s"),
+        "`w8a8`, tiles of 128 rows": lambda row: row["tiles"].startswith(
+            f"16/128x128.g0.4w.{8 if row['tokens'] >= 16 else 6}s"
+        ),
+        "`w8a8`, BF16 activations": lambda row: row["path"] == "w8a8" and row["activations"] == "BF16",
+    }
+    for label, *shown in lines[:-1]:
+        for count, cell in zip(tokens[1:], shown, strict=True):
+            assert float(cell) == min(row["us"] for row in rows if row["tokens"] == int(count) and kinds[label](row))
+    for count, cell in zip(tokens[1:], lines[-1][1:], strict=True):
+        assert {float(cell)} == {
+            row["floor_us"] for row in rows if row["tokens"] == int(count) and row["path"] == "w8a8"
+        }
+
+
 def test_the_other_layers_have_their_record_s_times() -> None:
     """Each cell is our time and, in brackets, the ratio to the fastest peer."""
     layers = json.loads((DOCS / "records/2026-11-26-h100-other-layers.json").read_text())["layers"]

@@ -27,7 +27,7 @@ SHARED_BYTES = 232_448
 class Sm90(TwoGemms):
     """route -> gate_up -> down -> combine, on dense weights, MXFP8 in fragment order or FP8 with one scale a row.
 
-    Activations are in BF16 here, for W8A8 too: few rows don't gain by FP8 products what quantising them costs.
+    Activations are in BF16 here, for W8A8 too: very few rows don't gain by FP8 products what quantising them costs.
     """
 
     name: ClassVar[str] = "sm90"
@@ -56,8 +56,8 @@ class Sm90(TwoGemms):
         return None
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
-        """Measured on an H100. With one scale a row none: the tuner may choose these kernels."""
-        return {WeightFormat.FRAGMENT: FRAGMENT, WeightFormat.DENSE: DENSE}.get(kind.form, ())
+        """Measured on an H100; with one scale a row on an H200."""
+        return {WeightFormat.FRAGMENT: FRAGMENT, WeightFormat.ROW_FP8: ROW_FP8, WeightFormat.DENSE: DENSE}[kind.form]
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit shared memory; shared reductions where there are few rows."""
@@ -108,6 +108,8 @@ FRAGMENT = (
     TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
 )
+# Measured on an H200 (docs/performance.md). With more rows FP8 products are faster, though rows are quantised for them.
+ROW_FP8 = (TileRange(0.1, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, split_k=4))),)
 DENSE = (
     TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
     TileRange(4, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
