@@ -54,9 +54,12 @@ def test_a_tuned_row_of_this_product_and_layer_is_a_measurement() -> None:
     assert found.theirs is None
     assert found.ours is not None
     assert (found.ours.kind, round(found.ours.microseconds, 1)) == ("measured", 459.2)
-    elsewhere = at(4096, "h200").ours
-    assert elsewhere is not None
-    assert elsewhere.kind == "predicted"
+    later = at(4096, "h200").ours
+    assert later is not None
+    assert (later.kind, round(later.microseconds, 1)) == ("measured", 429.6)
+    between = at(4000, "h200").ours
+    assert between is not None
+    assert between.kind == "predicted"
 
 
 def test_mi300x_is_predicted_as_in_docs_mi300x() -> None:
