@@ -57,7 +57,7 @@ def test_a_tuned_row_of_this_product_and_layer_is_a_measurement() -> None:
     later = at(4096, "h200").ours
     assert later is not None
     assert (later.kind, round(later.microseconds, 1)) == ("measured", 429.6)
-    between = at(4000, "h200").ours
+    between = at(4096, "h200", 4).ours
     assert between is not None
     assert between.kind == "predicted"
 
