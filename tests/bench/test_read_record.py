@@ -57,6 +57,14 @@ def test_two_rows_of_one_point_are_refused(tmp_path: Path) -> None:
         read_record(tmp_path / "record.json")
 
 
+def test_a_row_with_neither_a_time_nor_a_failure_is_refused(tmp_path: Path) -> None:
+    values = json.loads(to_text(THEN))
+    del values["rows"][0]["time"]
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="must have a time or a failure, and not both"):
+        read_record(tmp_path / "record.json")
+
+
 def test_a_name_that_would_steer_a_terminal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(to_text(record(row("\x1b[2J"))))
     with pytest.raises(ConfigError, match=r"rows\.0\.contender"):

@@ -93,6 +93,9 @@ class _File(BaseModel):
         """As data; ValueError for what each part may be and the whole may not."""
         if len({row.key for row in self.rows}) != len(self.rows):
             raise ValueError("two rows are of one contender, weights, routing and token count")
+        for row in self.rows:
+            if (row.time is None) is (row.failure is None):
+                raise ValueError(f"the row {row.key} must have a time or a failure, and not both")
         return BenchRecord(
             layer=self.layer.layer(),
             device=self.device.model_dump(),
