@@ -185,6 +185,32 @@ def pairs() -> list[str]:
     return found
 
 
+def one_bias_for_both() -> list[str]:
+    """What goes wrong in layers with two biases after calls of layers whose biases are one tensor."""
+    found = []
+    for name, (_, _, bias, _) in LAYERS.items():
+        if bias is Bias.NONE:
+            continue
+        with stub_gpu() as gpu:
+            _fresh_plans()
+            for shared in (True, False):
+                (hidden, weights, *rest), more = Layers().operands(Drawn(name, 3))
+                biases = dict(weights.biases)
+                one = biases["gate_up_bias"]
+                assert one.shape == biases["down_bias"].shape
+                weights = ExpertWeights(weights.formats, one, one if shared else biases["down_bias"])
+                given = (hidden, weights, *rest)
+
+                def run(given: Any = given, more: Any = more) -> object:
+                    return fused_experts(*given, **more)
+
+                for _ in range(3):
+                    wanted = _launches(gpu, _without_plans(run))
+                    ours = _launches(gpu, run)
+                    found += [f"{name}: {what}" for what in _compare(wanted, ours, _own(given, more))]
+    return found
+
+
 def _own(given: Any, more: Any) -> list[torch.Tensor]:
     """The caller's tensors."""
     hidden, weights, factors, ids, expert_map = given

@@ -60,6 +60,11 @@ def test_calls_that_differ_in_one_thing_are_of_two_kinds_or_share_all_that_is_pl
     assert pool.submit(planned_calls.pairs).result() == []
 
 
+def test_an_operand_that_is_two_at_once_is_not_planned(pool: ProcessPoolExecutor) -> None:
+    """Later calls of the kind may have a tensor of its own for each."""
+    assert pool.submit(planned_calls.one_bias_for_both).result() == []
+
+
 def test_every_family_that_can_is_planned(pool: ProcessPoolExecutor) -> None:
     """All but sums by atomics, where torch clears and rounds the sums."""
     planned = pool.submit(planned_calls.planned).result()

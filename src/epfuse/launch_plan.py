@@ -325,9 +325,10 @@ def _place(
     ``scratch.y`` may lie in ``out``. Launches are given ``out`` itself, and parts of y.
     """
     begin, within = tensor.data_ptr(), []
+    same = [index for index, operand in enumerate(operands) if operand is tensor]
+    if same:  # if it is two operands at once, another call may have a tensor for each
+        return (same[0], 0) if len(same) == 1 else None
     for index, operand in enumerate(operands):
-        if operand is tensor:
-            return index, 0
         if operand is not None and operand.data_ptr() <= begin < operand.data_ptr() + operand.nbytes:
             within.append(index)
     if len(within) > 1:
