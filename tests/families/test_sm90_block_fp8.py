@@ -137,8 +137,8 @@ def calls(shape: LayerShape, combine: Combine = Combine.DETERMINISTIC) -> CallKi
 
 
 def test_sizes_that_it_has_no_kernels_for_run_on_the_portable_ones() -> None:
-    """Where gate and up rows share a scale, or a row of weights can't be copied."""
-    for hidden, intermediate in ((6144, 192), (6152, 256)):
+    """Where gate and up rows share a scale, a row of weights can't be copied, or rows are less than a group."""
+    for hidden, intermediate in ((6144, 192), (6152, 256), (112, 256)):
         kind = calls(LayerShape(hidden, intermediate, 128, 16, 4))
         assert serving(kind) == (PORTABLE_FP8,)
         reason = why_portable(kind)

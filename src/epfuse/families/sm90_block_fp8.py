@@ -31,14 +31,14 @@ class Sm90BlockFP8(Family):
     reads: ClassVar[Reads] = {Target.SM90: {Path.BLOCK_FP8: (WeightFormat.BLOCK_FP8,)}}
 
     def accepts(self, kind: CallKind) -> str | None:
-        """Not where gate and up rows share a scale, or rows of weights can't be copied."""
+        """Not where gate and up rows share a scale, rows of weights can't be copied, or are less than a step."""
         if (refusal := super().accepts(kind)) is not None:
             return refusal
         shape = kind.shape
-        if shape.intermediate % BLOCK or shape.hidden % 16:
+        if shape.intermediate % BLOCK or shape.hidden % 16 or shape.hidden < BLOCK:
             return (
-                f"It takes block FP8 weights with I in multiples of {BLOCK} and H in multiples of 16, not"
-                f" {shape.intermediate} and {shape.hidden}."
+                f"It takes block FP8 weights with I in multiples of {BLOCK} and H in multiples of 16, from {BLOCK} on,"
+                f" not {shape.intermediate} and {shape.hidden}."
             )
         return None
 
