@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +78,27 @@ def test_out_is_written_and_returned() -> None:
     result = call(case, out=out)
     assert result is out
     assert torch.equal(out, call(case))
+
+
+def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asks for the current device, at a plan's look-up and at each launch."""
+    events: list[object] = []
+
+    @contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        events.append(device)
+        yield
+        events.append("left")
+
+    def steps(decision: object, call: object) -> Iterator[tuple[str, Callable[[], object]]]:
+        events.append("looked up")
+        yield "one", lambda: events.append("launched")
+
+    monkeypatch.setattr("epfuse.api.on_device", on_device)
+    monkeypatch.setattr("epfuse.api.PLANS", SimpleNamespace(steps=steps))
+    case = make_case(CPU, 3, dtype=torch.float32)
+    call(case, path=Path.BF16)
+    assert events == [CPU, "looked up", "launched", "left"]
 
 
 def test_no_tokens() -> None:

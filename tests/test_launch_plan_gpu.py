@@ -91,6 +91,20 @@ def test_planned_calls_are_captured_and_replayed(layer: Layer) -> None:
         assert torch.equal(out, unplanned(layer, operands))
 
 
+@pytest.mark.two_gpus
+@pytest.mark.parametrize("path", [Path.W8A16, Path.BF16], ids=lambda path: path.value)
+def test_calls_run_on_the_device_of_their_tensors(path: Path) -> None:
+    """Whichever is current, as torch's operators do."""
+    layer = Layer(path, torch.device("cuda", 1))
+    operands = layer.operands(7)
+    with torch.cuda.device(1):
+        wanted = unplanned(layer, operands)
+    assert torch.cuda.current_device() == 0
+    for _ in range(4):
+        assert torch.equal(fused_experts(*operands, path=path), wanted)
+    assert torch.cuda.current_device() == 0
+
+
 def test_planned_calls_run_on_the_current_stream(layer: Layer) -> None:
     operands = layer.operands(7)
     wanted = unplanned(layer, operands)

@@ -22,7 +22,7 @@ from epfuse.policy.call import table_of
 from epfuse.reference import run_reference
 from epfuse.scratch import Scratch, check_scratch
 from epfuse.stages.extent import ALIGNMENT, aligned
-from epfuse.target import device_name, target_of
+from epfuse.target import device_name, on_device, target_of
 from epfuse.weights.experts import ExpertWeights
 
 MINIMAX_M3 = SwiGLUOAI()
@@ -126,12 +126,13 @@ def fused_experts(
     )
     # a range that nobody reads costs as much as a launch; the second asks for profilers of other threads
     watched = _profiler_enabled() or profiler._is_profiler_enabled
-    for name, launch in PLANS.steps(decision, call):
-        if watched:
-            with record_function(f"epfuse::{name}"):
+    with on_device(device):
+        for name, launch in PLANS.steps(decision, call):
+            if watched:
+                with record_function(f"epfuse::{name}"):
+                    launch()
+            else:
                 launch()
-        else:
-            launch()
     if result is not out:
         with torch.inference_mode():  # out may be made in it, and then is written in it alone
             out.copy_(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -129,6 +129,16 @@ def compute_units(device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the current one: Triton launches there, wherever the operands are, and graphs are captured there.
+
+    Nothing happens if it is, or on a CPU.
+    """
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @functools.cache

@@ -58,9 +58,9 @@ def measure(tokens: tuple[int, ...], device: torch.device, end: float, json_file
 
     from epfuse.bench import machine
     from epfuse.bench.layers import LAYERS
-    from epfuse.bench.run import on_device
     from epfuse.bench.weights import LayerWeights
     from epfuse.integrations.sglang import releases
+    from epfuse.target import on_device
 
     layer = LAYERS[LAYER]
     install_plugin()

@@ -107,7 +107,7 @@ def measure(
     from epfuse.bench import machine
     from epfuse.bench.inputs import cache_bytes_of, draw_inputs
     from epfuse.bench.layers import LAYERS
-    from epfuse.bench.run import on_device
+    from epfuse.target import on_device
 
     def save(record: BenchRecord) -> None:
         run.record = record

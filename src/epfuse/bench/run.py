@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from statistics import mean
 
@@ -18,6 +17,7 @@ from epfuse.bench.record import BenchRow
 from epfuse.bench.roofline import Roofs, floor_of
 from epfuse.bench.routing import Routing
 from epfuse.bench.weights import LayerWeights
+from epfuse.target import on_device
 from epfuse.verify.budget import Difference, compare
 from epfuse.verify.suite import poisoned_memory
 
@@ -78,11 +78,6 @@ def run_points(
                 empty = _row_without_time(plan, contender, routing, drawn, roofs)
                 rows.append(_measure(contender, drawn, oracles, plan, empty))
             yield rows
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make ``device`` the current one: graphs are captured on it."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _measure(

@@ -207,10 +207,11 @@ def _run(plan: BenchPlan, paths: tuple[str, ...], peers: tuple[str, ...], kept: 
     from epfuse.bench.peers.find import find_peers
     from epfuse.bench.record import BenchRecord, to_text
     from epfuse.bench.roofs import measure_roofs
-    from epfuse.bench.run import on_device, run_points
+    from epfuse.bench.run import run_points
     from epfuse.bench.weights import LayerWeights
     from epfuse.report.terminal import bars
     from epfuse.report.write import write_atomic
+    from epfuse.target import on_device
 
     device = plan.device
     problem = problem_of(plan.layer, plan.tokens, device, plan.seed)
