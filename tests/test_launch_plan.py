@@ -113,6 +113,14 @@ def test_what_torch_computes_in_a_step_can_not_be_planned() -> None:
         assert record.is_whole is whole
 
 
+def test_what_torch_computes_is_not_missed_where_python_sees_no_operators() -> None:
+    """A plan without what they do would be a wrong one."""
+    record = Record()
+    with torch._C._DisableTorchDispatch(), recording(record):
+        torch.empty(8).zero_()
+    assert not record.is_whole
+
+
 def test_plans_are_on_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 

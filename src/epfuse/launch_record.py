@@ -44,7 +44,9 @@ def recording(record: Record) -> Iterator[None]:
     """Inside, in this thread, ``record`` is written."""
     token = _record.set(record)
     try:
-        with _Operators(record):
+        with _Operators(record) as operators:
+            torch.empty(0, device="cpu")
+            record.is_whole &= operators.sees  # nothing, where a caller has switched dispatch to Python off
             yield
     finally:
         _record.reset(token)
@@ -76,8 +78,10 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, record: Record) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._record = record
+        self.sees = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.sees = True
         if not func.is_view and func.overloadpacket not in _MEMORY:
             self._record.is_whole = False
         return func(*args, **(kwargs or {}))
