@@ -57,9 +57,18 @@ def test_two_rows_of_one_point_are_refused(tmp_path: Path) -> None:
         read_record(tmp_path / "record.json")
 
 
+@pytest.mark.parametrize("name", ["wrong", "time", "block_m"])
+def test_a_row_that_lacks_a_field_is_refused(tmp_path: Path, name: str) -> None:
+    values = json.loads(to_text(THEN))
+    del values["rows"][0][name]
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=f"wrong at rows: .*a row has no {name}"):
+        read_record(tmp_path / "record.json")
+
+
 def test_a_row_with_neither_a_time_nor_a_failure_is_refused(tmp_path: Path) -> None:
     values = json.loads(to_text(THEN))
-    del values["rows"][0]["time"]
+    values["rows"][0]["time"] = None
     (tmp_path / "record.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="must have a time or a failure, and not both"):
         read_record(tmp_path / "record.json")

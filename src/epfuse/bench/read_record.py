@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from epfuse.bench.amounts import Text
 from epfuse.bench.contender import Absent
@@ -16,6 +17,9 @@ from epfuse.bench.roofline import MatrixOperand, Roof, Roofs
 from epfuse.config import Bias, LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_file
+
+ROW_FIELDS = {field.name for field in fields(BenchRow)}
+"""What a file's row has, those with a default too: a row that does not say `wrong` must not read as right."""
 
 
 class _RecordPart(BaseModel):
@@ -88,6 +92,14 @@ class _File(BaseModel):
     rows: list[BenchRow]
     absent: list[Absent]
     notes: dict[str, str]
+
+    @field_validator("rows", mode="before")
+    @classmethod
+    def _whole(cls, rows: Any) -> Any:
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and (missing := sorted(ROW_FIELDS - row.keys())):
+                raise ValueError(f"a row has no {', '.join(missing)}")
+        return rows
 
     def record(self) -> BenchRecord:
         """As data; ValueError for what each part may be and the whole may not."""
