@@ -73,7 +73,12 @@ def test_a_sound_trace_has_no_warnings(profile: Callable[..., Profile]) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DATA.glob("*.json.gz")))
 def test_real_traces_have_none(name: str) -> None:
-    assert read_trace(DATA / name).warnings == []
+    """But where kernels begin early by dependent launches, or a graph has branches: that is said, and true."""
+    warnings = read_trace(DATA / name).warnings
+    if name.startswith("h200-vllm-decode-m3"):
+        assert len(warnings) == 1
+        assert "activities run beside another one" in warnings.pop()
+    assert warnings == []
 
 
 @pytest.mark.parametrize("ts", [1697123456789012.25, 1697123456789012])
