@@ -63,7 +63,7 @@ def test_forcing_registers_with_an_untested_release(registry, monkeypatch):
 
 @pytest.mark.parametrize("target", [Target.GFX942, Target.GFX950, Target.SM90])
 @pytest.mark.parametrize("checkpoint", [Checkpoint.MXFP8, Checkpoint.BF16])
-def test_explain_knows_what_vllm_chooses(checkpoint, target, monkeypatch):
+def test_explain_knows_what_vllm_chooses(checkpoint, target, monkeypatch, registry):
     quantization = "modelopt" if checkpoint is Checkpoint.MXFP8 else None
     own = build(M3_EP8.but(target=target, quantization=quantization), monkeypatch, RoutedExperts)
     known = explain.OWN_EXPERTS[releases.installed()][target, checkpoint]
