@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from epfuse.bench.compare import compare_records
+from epfuse.bench.contender import Absent
 from epfuse.bench.page import bench_page
 from epfuse.bench.read_record import read_record
 from epfuse.bench.record import to_text
@@ -62,7 +63,18 @@ def test_a_row_that_lacks_a_field_is_refused(tmp_path: Path, name: str) -> None:
     values = json.loads(to_text(THEN))
     del values["rows"][0][name]
     (tmp_path / "record.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=f"wrong at rows: .*a row has no {name}"):
+    with pytest.raises(ConfigError, match=rf"wrong at rows\.0: .*it has no {name}"):
+        read_record(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("at", [("rows", 0), ("rows", 0, "time"), ("roofs", "read"), ("absent", 0)])
+def test_a_field_that_nothing_has_is_refused(tmp_path: Path, at: tuple[str | int, ...]) -> None:
+    values = part = json.loads(to_text(replace(THEN, absent=[Absent("humming", "not installed")])))
+    for key in at:
+        part = part[key]
+    part["wrnog"] = 1
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="wrnog"):
         read_record(tmp_path / "record.json")
 
 

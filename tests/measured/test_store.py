@@ -89,6 +89,16 @@ def test_a_wrong_file_is_named_with_the_place(tmp_path: FilePath, changes: dict[
     assert str(path) in str(caught.value)
 
 
+def test_a_tile_that_does_not_say_its_kind_is_refused(tmp_path: FilePath) -> None:
+    write(tmp_path, measurement(row(1)))
+    path = store.table_path(tmp_path, Target.SM90, Stage.DOWN)
+    table = json.loads(path.read_text())
+    del table["measurements"][0]["rows"][0]["tile"]["kind"]
+    path.write_text(json.dumps(table))
+    with pytest.raises(ConfigError, match=r"measurements\.0\.rows\.0\.tile"):
+        store.read_table(tmp_path, Target.SM90, Stage.DOWN)
+
+
 def test_what_a_measurement_can_not_be() -> None:
     with pytest.raises(ValidationError, match="ascend"):
         measurement(row(64), row(1))

@@ -7,8 +7,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from pydantic import ConfigDict
 
 from epfuse.arguments import checks_enums
 from epfuse.bench.amounts import Amount, Positive, Size, Text
@@ -55,6 +57,8 @@ class Timing:
         calls: in each sample, which is their mean.
         method: `TimingMethod`'s value.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     median_us: Positive
     q1_us: Amount

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from epfuse.bench.amounts import Text
 from epfuse.bench.contender import Absent
@@ -18,8 +18,24 @@ from epfuse.config import Bias, LayerShape, SwiGLUOAI
 from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_file
 
-ROW_FIELDS = {field.name for field in fields(BenchRow)}
-"""What a file's row has, those with a default too: a row that does not say `wrong` must not read as right."""
+FOLLOWS = frozenset({"over_floor", "over_best_peer", "ok"})
+"""Of a row in a file: what follows from its fields, and is not read."""
+
+
+def _whole(kind: type[Any]) -> BeforeValidator:
+    """In a file each field is said, those with a default too: a row without `wrong` must not read as right."""
+    names = {field.name for field in fields(kind)}
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if missing := sorted(names - value.keys()):
+            raise ValueError(f"it has no {', '.join(missing)}")
+        if unknown := sorted(value.keys() - names - FOLLOWS):
+            raise ValueError(f"it has {unknown[0][:40]!r}, which is not known")
+        return value
+
+    return BeforeValidator(check)
 
 
 class _RecordPart(BaseModel):
@@ -88,18 +104,10 @@ class _File(BaseModel):
     run: _Run
     device: _Device
     layer: _Layer
-    roofs: dict[str, Roof]
-    rows: list[BenchRow]
-    absent: list[Absent]
+    roofs: dict[str, Annotated[Roof, _whole(Roof)]]
+    rows: list[Annotated[BenchRow, _whole(BenchRow)]]
+    absent: list[Annotated[Absent, _whole(Absent)]]
     notes: dict[str, str]
-
-    @field_validator("rows", mode="before")
-    @classmethod
-    def _whole(cls, rows: Any) -> Any:
-        for row in rows if isinstance(rows, list) else ():
-            if isinstance(row, dict) and (missing := sorted(ROW_FIELDS - row.keys())):
-                raise ValueError(f"a row has no {', '.join(missing)}")
-        return rows
 
     def record(self) -> BenchRecord:
         """As data; ValueError for what each part may be and the whole may not."""

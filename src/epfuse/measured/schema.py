@@ -36,7 +36,7 @@ _NAMES: dict[object, str] = {
 
 
 def _kind(value: object) -> object:
-    return value.get("kind", "portable") if isinstance(value, dict) else _NAMES.get(type(value))
+    return value.get("kind") if isinstance(value, dict) else _NAMES.get(type(value))
 
 
 def _fields(value: object) -> object:
