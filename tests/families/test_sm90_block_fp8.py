@@ -23,7 +23,7 @@ from epfuse.tuning.calls import bind_stage, layer_call
 from epfuse.verify.suite import poisoned_memory, same_bits
 from epfuse.weights.block_fp8 import BlockFP8, BlockFP8Experts
 from tests.cases import Case, make_case, run_in_tiles, snr_db
-from tests.families.test_sm90_fp8 import rows_by_expert, unchanged
+from tests.families.test_sm90_fp8 import down, rows_by_expert, unchanged
 
 TILES = LayerTiles(16, Sm90BlockTile(256, 128, 0, 4, 4), Sm90BlockTile(128, 128, 0, 4, 4))
 PORTABLE_TILES = LayerTiles.both(16, GemmTile(128, 128, 0, 4, 2))
@@ -41,20 +41,6 @@ def gate_up(x, w13, routes, activation, tile, out, bias=None):
             out.values[rows], out.scales[rows] = made.values, made.scales
 
     unchanged(x, run)
-    return out
-
-
-def down(y, w2, routes, topk_weights, tile, out, lone, bias=None):
-    def run() -> None:
-        numbers = y.dequantize()
-        for expert, rows, found in rows_by_expert(routes):
-            sums = numbers[rows] @ w2.matrix(expert, torch.float32).T
-            sums = (sums if bias is None else sums + bias[expert]) * topk_weights.view(-1)[found, None]
-            alone = lone.of_row[rows] >= 0
-            out[rows] = torch.where(alone[:, None], torch.nan, sums).bfloat16()
-            lone.out[lone.of_row[rows][alone].long()] = sums[alone].bfloat16()
-
-    unchanged(y, run)
     return out
 
 
