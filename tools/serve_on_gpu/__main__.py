@@ -151,12 +151,11 @@ def offline(model: str, runs: str, sizes: tuple[int, int, int], **options: Any) 
     part.run(place.work, place.folder, wanted, sizes, place.budget, machine_facts()).finish()
 
 
-def checkpoint_places(place: Place, kind: str) -> tuple[dict[str, Workplace], Any]:
-    """Where the servers of a checkpoint in each format run, and its model in transformers."""
+def checkpoint_places(place: Place, kind: str, forms: tuple[str, ...]) -> tuple[dict[str, Workplace], Any]:
+    """Where the servers of a checkpoint in each of these formats run, and its model in transformers."""
     from tools.serve_on_gpu import checkpoint
 
     wanted = {"reading": checkpoint.READING, "reciting": checkpoint.RECITING}[kind]
-    forms = checkpoint.FORMS if kind == "reading" else checkpoint.FORMS[:1]
     at = place.work.path / kind
     model = checkpoint.write(at, wanted, forms)
     change = {
@@ -179,8 +178,7 @@ def logprobs(formats: tuple[str, ...], **options: Any) -> None:
     from tools.serve_on_gpu import answers, checkpoint
 
     place = Place("minimax-m3", options)
-    places, model = checkpoint_places(place, "reading")
-    places = {form: at for form, at in places.items() if not formats or form in formats}
+    places, model = checkpoint_places(place, "reading", formats or checkpoint.FORMS)
     reference = functools.partial(checkpoint.read, model, answers.TEXTS)
     answers.logprobs(places, reference, place.folder, place.budget, machine_facts()).finish()
 
@@ -196,7 +194,7 @@ def recite(**options: Any) -> None:
     from tools.serve_on_gpu import answers
 
     place = Place("minimax-m3", options)
-    places, _ = checkpoint_places(place, "reciting")
+    places, _ = checkpoint_places(place, "reciting", ("mxfp8",))
     sentences = {sentence[:PROMPT]: sentence[PROMPT:] for sentence in SENTENCES}
     answers.recite(places["mxfp8"], sentences, place.folder, place.budget, machine_facts()).finish()
 
@@ -226,7 +224,7 @@ def sleep(**options: Any) -> None:
     from tools.serve_on_gpu import sleep as part
 
     place = Place("minimax-m3", options)
-    places, _ = checkpoint_places(place, "reading")
+    places, _ = checkpoint_places(place, "reading", ("mxfp8",))
     part.run(places["mxfp8"], place.folder, place.budget, machine_facts()).finish()
 
 
