@@ -59,6 +59,44 @@ def test_servers_in_turn(tmp_path: Path, model: Path, monkeypatch: pytest.Monkey
     assert rows["kernels of epfuse compiled or loaded after ready"]["reached"] is True
 
 
+def test_servers_side_by_side_take_turns(tmp_path: Path, model: Path) -> None:
+    done = call(tmp_path, model, "alternate", "--points", "8/3@1,2", "--rounds", "2", "--waves", "1")
+    assert done.exit_code == 0, done.output
+    turns = [line.split()[1:4] for line in done.output.splitlines() if "TPOT" in line]
+    order = ["none", "epfuse", "epfuse", "none"]
+    assert turns == [[arm, "8/3", f"c{c}:"] for c in (1, 2) for arm in order]
+    found = {record["arm"]: record for record in merge([tmp_path / "out"]) if record["part"] == "alternate"}
+    for record in found.values():
+        assert record["complete"]
+        seen = [(point["concurrency"], point["round"], point["completed"]) for point in record["points"]]
+        assert seen == [(1, 0, 4), (1, 1, 4), (2, 0, 4), (2, 1, 4)]
+    assert (found["none"]["runs"], found["epfuse"]["runs"]) == (False, True)
+    (row,) = [row for row in rows_of(list(found.values())) if row.what.endswith("in turn: TPOT, 8/3 c2, ms")]
+    assert (len(row.none), len(row.epfuse)) == (2, 2)
+    again = call(tmp_path, model, "alternate", "--points", "8/3@1,2")
+    assert (again.exit_code, again.output) == (0, "")
+
+
+def test_of_servers_side_by_side_none_stays_when_one_does_not_start(tmp_path, model, monkeypatch) -> None:
+    monkeypatch.setenv("STUB_OURS", "dies")
+    done = call(tmp_path, model, "alternate", "--points", "8/3@1", "--rounds", "1", "--waves", "1")
+    assert done.exit_code == 1
+    assert "the server died" in done.output
+    records = [record for record in merge([tmp_path / "out"]) if record["part"] == "alternate"]
+    assert [(record["arm"], record["complete"]) for record in records] == [("epfuse", False), ("none", False)]
+    assert all("the server died" in record["error"] for record in records)
+    mark = str(tmp_path).encode()
+    left = [pid for pid in os.listdir("/proc") if pid.isdigit() and pid != str(os.getpid()) and _runs_in(pid, mark)]
+    assert not left
+
+
+def _runs_in(pid: str, mark: bytes) -> bool:
+    try:
+        return mark in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 def test_a_kernel_that_is_compiled_after_ready_is_counted(tmp_path, model, monkeypatch) -> None:
     monkeypatch.setenv("STUB_LATE", "1000")
     done = call(tmp_path, model, "serve", "--servers", "none,epfuse", "--new", "", "--warm", "")

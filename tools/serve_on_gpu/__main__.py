@@ -28,8 +28,10 @@ from epfuse.serving.node import Gpus, answer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ORDER = "none:cold,epfuse:cold,epfuse,none,none,epfuse,epfuse,none"
+SIDE_BY_SIDE = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes")
+"""vLLM then measures no memory, which another server's would disturb; how much its cache has follows."""
 FROM_DISK = ("--attention-backend", "TRITON_ATTN", "--block-size", "128", "--max-model-len", "4096",
-             "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.5")  # fmt: skip
+             "--no-enable-prefix-caching", *SIDE_BY_SIDE, "4G")  # fmt: skip
 NEW_POINTS, WARM_POINTS = "128/256@64,256", "128/256@1,16,64,256"
 
 
@@ -124,6 +126,30 @@ def serve(model: str, servers: str, new_points: str, warm_points: str, waves: in
     with bench_for(place.work, place.logs) as bench:
         outcome = part.run(place.work, place.folder, wanted, loads, bench, place.budget, machine_facts())
     outcome.finish()
+
+
+@main.command(
+    "alternate", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu alternate --out records --rounds 3"
+)
+@of_a_model
+@click.option("--points", default=WARM_POINTS, show_default=True, help="IN/OUT@C,C.")
+@click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Of each point, in turn.")
+@click.option("--waves", type=click.IntRange(min=1), default=3, show_default=True, help="Requests over concurrency.")
+@click.option("--cache", default="12G", show_default=True, help="Of keys and values, in each server on each GPU.")
+@of_a_part
+def alternate(model: str, points: str, rounds: int, waves: int, cache: str, **options: Any) -> None:
+    """A server without epfuse and one with it, side by side on the same GPUs; each point is measured in turn.
+
+    Exit code 1: a server failed; 75: there was no time for all of it.
+    """
+    from tools.serve_on_gpu import alternate as part
+    from tools.serve_on_gpu import servers
+
+    loads, place = parse_loads(points, False, waves), Place(model, options)
+    work = replace(place.work, arguments=(*SIDE_BY_SIDE, cache, *place.work.arguments))
+    servers.check_lengths(loads, work.engine_arguments)
+    with bench_for(work, place.logs) as bench:
+        part.run(work, loads, rounds, bench, place.folder, place.budget, machine_facts()).finish()
 
 
 @main.command(

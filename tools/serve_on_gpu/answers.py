@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,8 @@ NUMBERS = {"mxfp8": 1, "bf16": 2}
 """Of the formats' records."""
 WAYS = (1, 8)
 """Texts that a server gets at once."""
-SECONDS = 85.0
-"""A server with its questions is taken to need so long."""
+SECONDS, PAIR_SECONDS = 85.0, 150.0
+"""A server with its questions is taken to need so long, and two that start at the same time."""
 ERRORS = 2.0
 """Standard errors that the mean difference may lie above 0: the same errors in another order."""
 
@@ -93,6 +94,26 @@ def serving(
         server.stop(STOP)
 
 
+@contextmanager
+def serving_both(place: Workplace, name: str, budget: TimeBudget) -> Iterator[dict[ServerArm, Running]]:
+    """A server of each arm, started at the same time: both take the time of one.
+
+    Args:
+        place: where they run; its arguments say how much memory each takes.
+        name: of their folders of logs.
+        budget: of the part.
+
+    Raises:
+        ServerFault: one does not start, or is not what its arm says.
+    """
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(len(ServerArm)) as pool:
+            begun = {
+                arm: pool.submit(stack.enter_context, serving(place, arm, f"{name}-{arm}", budget)) for arm in ServerArm
+            }
+        yield {arm: future.result() for arm, future in begun.items()}
+
+
 def logprobs(
     places: dict[str, Workplace],
     reference: Callable[[], gate.Reading],
@@ -100,7 +121,7 @@ def logprobs(
     budget: TimeBudget,
     facts: dict[str, Any],
 ) -> Outcome:
-    """Each format's servers, without epfuse and with it, read the texts; errors against the reference are compared.
+    """Each format's pair of servers reads the texts; errors against the reference are compared.
 
     Args:
         places: format -> its checkpoint's.
@@ -118,10 +139,11 @@ def logprobs(
         keep = partial(folder.keep, "logprobs", number, ServerArm.EPFUSE, record)
         with (
             outcome.attempt(f"log probabilities of {form}", record, keep, " and those after it"),
-            budget.work("a pair of servers", 2 * SECONDS),
+            budget.work("a pair of servers", PAIR_SECONDS),
         ):
             known = known or reference()
-            errors = {arm: _errors(place, arm, f"{form}-{arm}", known, budget) for arm in ServerArm}
+            with serving_both(place, f"logprobs-{form}", budget) as running:
+                errors = {arm: _errors(server, known) for arm, server in running.items()}
             record |= compare(errors[ServerArm.EPFUSE], errors[ServerArm.NONE]) | {"complete": True}
             say(f"{form}: {record['reason']}")
         if outcome.left:
@@ -129,13 +151,12 @@ def logprobs(
     return outcome
 
 
-def _errors(place: Workplace, arm: ServerArm, name: str, known: gate.Reading, budget: TimeBudget) -> list[float]:
+def _errors(running: Running, known: gate.Reading) -> list[float]:
     """Of each token in each way, absolute, nats."""
     wanted = AccuracyGate(prompts=TEXTS, greedy_tokens=0)
-    with serving(place, arm, f"logprobs-{name}", budget) as running:
-        readings = [
-            running.during(lambda way=way: gate.read(running.port, running.model, wanted, way, 120.0)) for way in WAYS
-        ]
+    readings = [
+        running.during(lambda way=way: gate.read(running.port, running.model, wanted, way, 120.0)) for way in WAYS
+    ]
     found = []
     for reading in readings:
         gate.distance(reading, known)  # the same tokens, or it raises

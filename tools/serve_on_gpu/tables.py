@@ -56,6 +56,7 @@ def rows_of(records: Sequence[Record]) -> list[FigureRow]:
     for model in dict.fromkeys(record["model"] for record in complete if "model" in record):
         of_model = [record for record in complete if record.get("model") == model]
         found += _server_rows(model, [record for record in of_model if record["part"] == "serve"])
+        found += _turn_rows(model, [record for record in of_model if record["part"] == "alternate"])
         found += _offline_rows(model, [record for record in of_model if record["part"] == "offline"])
     return found
 
@@ -67,19 +68,36 @@ def _server_rows(model: str, servers: Sequence[Record]) -> list[FigureRow]:
         if of_kind:
             found.append(_row(f"{model}: ready, {words}, s", of_kind, lambda record: record["ready_s"], digits=0))
             found.append(_first(f"{model}: first requests, {words}, s", of_kind))
+    found += _point_rows(model, model, servers)
+    if servers:
+        found.append(_late(f"{model}: kernels of epfuse compiled or loaded after ready", servers))
+    return found
+
+
+def _turn_rows(model: str, servers: Sequence[Record]) -> list[FigureRow]:
+    """Of servers side by side, in which a point was measured in several rounds: each round counts as a server."""
+    turns = [
+        record | {"points": [point for point in record["points"] if point["round"] == number]}
+        for record in servers
+        for number in sorted({point["round"] for point in record["points"]})
+    ]
+    return _point_rows(model, f"{model}, in turn", turns)
+
+
+def _point_rows(model: str, words: str, servers: Sequence[Record]) -> list[FigureRow]:
+    found = []
     points = {(point["isl"], point["osl"], point["concurrency"], point["new"])
               for record in servers for point in record["points"]}  # fmt: skip
     for isl, osl, concurrency, new in sorted(points, key=lambda point: (not point[3], *point[:3])):
         size = f"{isl}/{osl} c{concurrency}"
         at = _at(isl, osl, concurrency, new)
         if new:
-            found.append(_p99(f"{model}: p99 TTFT of a new server, {size}, ms", servers, at))
+            found.append(_p99(f"{words}: p99 TTFT of a new server, {size}, ms", servers, at))
         else:
             aimed = TPOT_RATIOS.get(concurrency) if (model, (isl, osl)) == (AIMED_MODEL, AIMED_SIZE) else 1.0
-            found.append(_tpot(f"{model}: TPOT, {size}, ms", servers, at, aimed))
-            found.append(_row(f"{model}: total tokens/s, {size}", servers, _of(at, "total_token_throughput"), digits=0))
-    if servers:
-        found.append(_late(f"{model}: kernels of epfuse compiled or loaded after ready", servers))
+            found.append(_tpot(f"{words}: TPOT, {size}, ms", servers, at, aimed))
+            found.append(_row(f"{words}: p99 TTFT, {size}, ms", servers, _of(at, "p99_ttft_ms"), digits=0))
+            found.append(_row(f"{words}: total tokens/s, {size}", servers, _of(at, "total_token_throughput"), digits=0))
     return found
 
 

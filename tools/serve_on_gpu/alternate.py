@@ -1,0 +1,80 @@
+"""Part ``alternate``: a server without epfuse and one with it live side by side, and each point is measured in turn.
+
+Both are started at once, so two servers take the time of one, and what is compared was measured seconds apart. The one
+whose turn it is not has no request. How long they take to start says nothing here: they compile at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from tools.serve_on_gpu.answers import PAIR_SECONDS, Running, serving_both
+from tools.serve_on_gpu.arms import ServerArm, Workplace, what_the_log_says
+from tools.serve_on_gpu.bench import ServingBench
+from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
+from tools.serve_on_gpu.servers import KEPT, Load, first_requests
+
+
+def run(
+    place: Workplace,
+    loads: Sequence[Load],
+    rounds: int,
+    bench: ServingBench,
+    folder: Folder,
+    budget: TimeBudget,
+    facts: dict[str, Any],
+) -> Outcome:
+    """Both servers and all rounds; what was measured when the time was over is kept.
+
+    Args:
+        place: where they run.
+        loads: points.
+        rounds: each point is measured so often in each server: without, with, with, without, and so on.
+        bench: measures them.
+        folder: gets a record of each arm.
+        budget: of the part.
+        facts: of the machine.
+    """
+    outcome = Outcome()
+    if all(folder.has("alternate", 1, arm) for arm in ServerArm):
+        return outcome
+    records: dict[ServerArm, dict[str, Any]] = {
+        arm: {"complete": False, "model": place.served, "facts": facts, "points": []} for arm in ServerArm
+    }
+
+    def keep() -> None:
+        for arm, record in records.items():
+            folder.keep("alternate", 1, arm, record)
+
+    failure: dict[str, Any] = {}
+    with (
+        outcome.attempt("servers side by side", failure, keep),
+        budget.work("a pair of servers", PAIR_SECONDS),
+        serving_both(place, "alternate", budget) as running,
+    ):
+        for arm, server in running.items():
+            records[arm] |= what_the_log_says(server.log, arm)
+            records[arm]["first"] = server.during(partial(first_requests, server.port, server.model))
+        for load in loads:
+            for number in range(rounds):
+                for arm in list(ServerArm)[:: -1 if number % 2 else 1]:
+                    point = _measured(running[arm], bench, load, number)
+                    records[arm]["points"].append(point)
+                    say(f"{arm} {load.isl}/{load.osl} c{load.concurrency}: TPOT {point['median_tpot_ms']:.3f} ms")
+                keep()
+        for record in records.values():
+            record["complete"] = True
+    if failure:
+        for record in records.values():
+            record |= failure
+        keep()
+    return outcome
+
+
+def _measured(server: Running, bench: ServingBench, load: Load, number: int) -> dict[str, Any]:
+    result = server.log.parent / f"{load.isl}-{load.osl}-{load.concurrency}-{number}.json"
+    seen = server.during(lambda: bench.measure(load.client, server.model, server.port, result))
+    about = {"isl": load.isl, "osl": load.osl, "concurrency": load.concurrency, "new": False, "round": number}
+    return about | {key: round(seen[key], 4) for key in KEPT if key in seen}
