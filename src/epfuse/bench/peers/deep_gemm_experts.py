@@ -25,7 +25,9 @@ ROWS = 128
 def make(weights: LayerWeights) -> Contender:
     """Route, pack and quantise rows, multiply, activate and quantise, multiply, add up: seven launches or so.
 
-    vLLM's own glue takes more of them: it quantises before it packs, and counts, scatters and fills on the way.
+    vLLM's own glue takes more of them: it quantises before it packs, and counts, scatters and fills on the way. The
+    host knows how many rows are local, as it does after an all-to-all; DeepGEMM loads what blocks without a row would
+    read.
 
     Raises:
         ConfigError: DeepGEMM can't have the layer's sizes.
@@ -40,13 +42,14 @@ def make(weights: LayerWeights) -> Contender:
     def bind(inputs: Inputs) -> Call:
         from epfuse.bench.peers.deep_gemm_kernel import activate_rows_kernel, add_rows_kernel, pack_kernel
         from epfuse.stages.route.launch import launch_route
-        from epfuse.stages.route.table import RouteTable
+        from epfuse.stages.route.table import RouteTable, max_padded
 
         experts = weights.in_format(WeightFormat.BLOCK_FP8).held(BlockFP8Experts)
         assert experts is not None
         device, (tokens, top_k) = inputs.hidden.device, inputs.topk_ids.shape
         table = RouteTable.empty(tokens * top_k, shape.local_experts, ROWS, device)
-        rows, slots = table.max_padded, inputs.expert_map.on(device)
+        rows = max_padded(inputs.rows, shape.local_experts, ROWS)
+        slots = inputs.expert_map.on(device)
         x, y = _rows(rows, hidden, device), _rows(rows, between, device)
         gate_up, routed = (inputs.hidden.new_empty(rows, size) for size in (2 * between, hidden))
         group_of_row, row_of_route = (slots.new_empty(count) for count in (rows, tokens * top_k))
@@ -84,7 +87,8 @@ def make(weights: LayerWeights) -> Contender:
         tolerance=fp8_tolerance(),
         method=TimingMethod.GRAPH if weights.device.type == "cuda" else TimingMethod.PLAIN,
         bind=bind,
-        note="m_grouped_fp8_gemm_nt_contiguous twice; our routing and Triton kernels around it in place of vLLM's",
+        note="m_grouped_fp8_gemm_nt_contiguous twice; our routing and Triton kernels around it in place of vLLM's; the"
+        " number of local rows is known to the host",
         block_m=lambda tokens: ROWS,
     )
 
