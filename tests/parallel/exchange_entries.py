@@ -157,7 +157,8 @@ def many_calls(context: RankContext, calls: int) -> dict[str, Any]:
 
     def round_of_calls() -> None:
         for mode in modes:
-            mode(hidden, weights, ids, lambda x, topk_weights, topk_ids: x * 2, lambda: torch.zeros(1))
+            rows = len(SequenceParallel(group).rows_of(3)) if isinstance(mode, SequenceParallel) else 3
+            mode(hidden, weights, ids, lambda x, topk_weights, topk_ids: x * 2, lambda rows=rows: torch.zeros(rows, H))
 
     def open_files() -> int:
         time.sleep(0.02)

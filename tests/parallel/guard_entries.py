@@ -11,7 +11,9 @@ import torch
 
 import epfuse
 from epfuse import ExpertMap, ExpertWeights
+from epfuse.errors import ConfigError
 from epfuse.parallel.agreement import RanksDisagree, agree_on_layer, check_agreement
+from epfuse.parallel.exchange import Dispatch
 from epfuse.parallel.launch import RankContext
 from epfuse.parallel.placement import ExpertPlacement
 from epfuse.parallel.torchrun import torchrun_ranks
@@ -66,6 +68,10 @@ def disagree(context: RankContext) -> dict[str, str]:
     biased, one_bias = (replace(dense, down_bias=torch.full((2, 32), 0.5)) for _ in range(2))
     if one_bias.down_bias is not None and odd:
         one_bias.down_bias[1, 5] = 0.25
+    doubled = ExpertPlacement(((0, 0), (1, 2), (3, 4)))  # expert 0 twice on one rank
+    stacked = weights_of(2)
+    if rank == 0 and stacked.dense_experts is not None:
+        stacked.dense_experts.w2[1, 3, 3] = 7.0
     ungated = ExpertWeights.dense(torch.ones(2, 32, 32), torch.ones(2, 32, 32))
     cases = {
         "nothing": (dense, own, {}, None),
@@ -82,6 +88,15 @@ def disagree(context: RankContext) -> dict[str, str]:
         "another placement": (dense, own, {}, ExpertPlacement.strided(6, group.size) if odd else placement),
         "a map of another placement": (dense, ExpertPlacement.strided(6, group.size).expert_map(rank), {}, placement),
         "copies": (bent, copied.expert_map(rank), {}, copied),
+        "copies on one rank": (stacked, doubled.expert_map(rank), {}, doubled),
+        "more weights than the map": (weights_of(3) if odd else dense, own, {}, placement),
+        "activations": (
+            dense,
+            own,
+            Dispatch(group, placement, 4).facts(torch.float16 if odd else torch.bfloat16, 2),
+            None,
+        ),
+        "room": (dense, own, Dispatch(group, placement, 4 + odd).facts(torch.bfloat16, 2), None),
         "copies of biases": (one_bias, copied.expert_map(rank), {}, copied),
     }
     for kind, arguments in cases.items():
@@ -91,6 +106,10 @@ def disagree(context: RankContext) -> dict[str, str]:
             told[kind] = ""
         except RanksDisagree as error:
             told[kind] = str(error)
+    try:
+        agree_on_layer(group, dense, own, {"weights": "a checkpoint"})
+    except ConfigError as error:
+        told["a fact in place of another"] = str(error)
     before = epfuse.__version__
     epfuse.__version__ = "0.0.1" if odd else before
     try:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from epfuse import ExpertWeights
 from epfuse import Path as LayerPath
-from epfuse.errors import ConfigError, DtypeError, ShapeError
+from epfuse.errors import ConfigError, DtypeError, LayoutError, ShapeError
 from epfuse.parallel.exchange import AllGather, CompactDispatch, Dispatch, Exchange, Replicated, SequenceParallel
-from epfuse.parallel.group import EPGroup
+from epfuse.parallel.group import EPGroup, SumIn
 from epfuse.parallel.launch import Placement, launch_ranks
 from epfuse.parallel.payload import AS_GIVEN, FP8, pack, payload_for, unpack
 from epfuse.parallel.placement import ExpertPlacement
@@ -67,6 +67,50 @@ def test_one_rank_needs_no_torch_distributed(mode: Exchange) -> None:
         mode(hidden[:2], weights, ids, experts)
     with pytest.raises(DtypeError, match="topk_weights has dtype"):
         mode(hidden, weights.double(), ids, experts)
+    for dtype in (torch.float32, torch.uint8, torch.bool):
+        with pytest.raises(DtypeError, match=f"topk_ids has dtype {dtype}; it must be int32 or int64"):
+            mode(hidden, weights, ids.to(dtype), experts)
+    with pytest.raises(LayoutError, match=r"hidden has strides \(1, 3\)"):
+        mode(torch.randn(8, 3).T, weights, ids, experts)
+
+
+@pytest.mark.parametrize("mode", one_rank_modes(), ids=lambda mode: type(mode).__name__)
+def test_what_callables_return_must_fit(mode: Exchange) -> None:
+    """torch would add one row to all rows, and widen a dtype; with NCCL other bytes would be sent than are awaited."""
+    hidden, weights, ids = torch.randn(3, 8), torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(ShapeError, match=r"experts returned shape \(1, 8\); it must be \(3, 8\)"):
+        mode(hidden, weights, ids, lambda x, *routes: x[:1])
+    with pytest.raises(DtypeError, match=r"experts returned dtype torch\.bfloat16"):
+        mode(hidden, weights, ids, lambda x, *routes: x.bfloat16())
+    with pytest.raises(ShapeError, match=r"overlap returned shape \(1, 8\)"):
+        mode(hidden, weights, ids, experts, lambda: torch.ones(1, 8))
+    with pytest.raises(DtypeError, match=r"overlap returned dtype torch\.float64"):
+        mode(hidden, weights, ids, experts, lambda: torch.ones(3, 8, dtype=torch.float64))
+
+
+def test_the_facts_of_a_mode_are_what_ranks_must_share() -> None:
+    group, placement = EPGroup(1, 2), ExpertPlacement.contiguous(4, 2)
+    facts = CompactDispatch(group, placement, 4, 2, FP8(32)).facts(torch.bfloat16, 2)
+    assert facts == {
+        "exchange": "CompactDispatch",
+        "activations": "torch.bfloat16",
+        "K": "2",
+        "room": "4",
+        "capacity": "2",
+        "payload": "FP8(group=32)",
+    }
+    for other in (
+        CompactDispatch(group, placement, 5, 2, FP8(32)).facts(torch.bfloat16, 2),
+        CompactDispatch(group, placement, 4, 1, FP8(32)).facts(torch.bfloat16, 2),
+        CompactDispatch(group, placement, 4, 2).facts(torch.bfloat16, 2),
+        CompactDispatch(group, placement, 4, 2, FP8(32)).facts(torch.float16, 2),
+        CompactDispatch(group, placement, 4, 2, FP8(32)).facts(torch.bfloat16, 3),
+        Dispatch(group, placement, 4, FP8(32)).facts(torch.bfloat16, 2),
+    ):
+        assert other != facts
+    assert CompactDispatch(EPGroup(0, 2), placement, 4, 2, FP8(32)).facts(torch.bfloat16, 2) == facts
+    sums = [Replicated(group, sum_in).facts(torch.bfloat16, 2) for sum_in in SumIn]
+    assert sums[0] != sums[1]
 
 
 def test_more_tokens_than_room_are_refused() -> None:

@@ -141,11 +141,15 @@ def test_ranks_that_hold_other_layers_are_told_before_anything_is_summed(tmp_pat
         "an expert on two ranks": "expert 0 of the expert maps is on ranks 0, 1, so it would count 2 times; expert 1"
         " of the expert maps is on ranks 0, 1, so it would count 2 times; expert 2 of the expert maps is on no rank;"
         " 1 more",
-        "an expert on none": "expert 3 of the expert maps is on no rank",
+        "an expert on none": "rank 1 has weights of 2 experts and an expert map of 1; expert 3 of the expert maps is on no rank",
         "another placement": "placement: rank 1 has '((0, 3), (1, 4), (2, 5))'; the others have"
         " '((0, 1), (2, 3), (4, 5))'",
         "a map of another placement": "rank 0's expert map is not the placement's; rank 1's expert map is not the"
         " placement's; rank 2's expert map is not the placement's",
+        "more weights than the map": "rank 1 has weights of 3 experts and an expert map of 2",
+        "activations": "activations: rank 1 has 'torch.float16'; the others have 'torch.bfloat16'",
+        "room": "room: rank 1 has '5'; the others have '4'",
+        "a fact in place of another": "facts has 'weights', which is compared anyway; give it another name",
         "version": f"epfuse: rank 1 has '0.0.1'; the others have '{version}'",
         "all different": "room: rank 0 has '0', rank 1 has '1', rank 2 has '2'",
     }
@@ -153,4 +157,8 @@ def test_ranks_that_hold_other_layers_are_told_before_anything_is_summed(tmp_pat
         assert re.fullmatch(
             r"copies of expert 0 have different weights or biases: rank 0\+2 \w{8}, rank 1 \w{8}", copies
         )
+    assert re.fullmatch(
+        r"copies of expert 0 have different weights or biases: rank 0 \w{8}, rank 0 \w{8}",
+        told.pop("copies on one rank"),
+    )
     assert told == wanted

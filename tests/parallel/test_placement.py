@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epfuse.errors import ConfigError, ShapeError
+from epfuse.errors import ConfigError, DtypeError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.parallel.placement import ExpertPlacement, PhysicalIds, imbalance, rank_loads
 
@@ -69,6 +69,13 @@ def test_where_each_expert_is_once_physical_ids_are_the_routers() -> None:
     ids = torch.tensor([[0, 3], [-1, 9], [2**32, 1]])
     wanted = torch.tensor([[0, 3], [-1, -1], [-1, 1]])
     assert torch.equal(PhysicalIds(ExpertPlacement.strided(4, 3))(ids), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])
+def test_ids_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
+    """Floats would be cut down to experts."""
+    with pytest.raises(DtypeError, match=f"topk_ids has dtype {dtype}; it must be int32 or int64"):
+        PhysicalIds(ExpertPlacement.strided(4, 3))(torch.zeros(2, 2).to(dtype))
 
 
 def test_load_of_the_ranks() -> None:

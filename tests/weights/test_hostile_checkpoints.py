@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from epfuse import ExpertMap, ExpertWeights
-from epfuse.errors import EpfuseError
+from epfuse.errors import ConfigError, EpfuseError, ShapeError
+from epfuse.parallel.placement import ExpertPlacement
 from epfuse.weights.checkpoint import ExpertCheckpoint
 from epfuse.weights.projections import expert_matrix
 from epfuse.weights.tensor_file import TensorFile
@@ -190,6 +191,18 @@ HOSTILE = {
     ),
     "an expert less": (edit_tensors(lambda t: t.pop(WEIGHT)), "lacks the weight of expert 1's down"),
     "an expert more": (edit_tensors(lambda t: t.update({WEIGHT.replace(".1.", ".4."): t[WEIGHT].clone()})), "expert 4"),
+    "more experts than there is memory": (
+        edit_tensors(nothing, num_local_experts=2**31 - 1),
+        "lacks the .* expert 4's",
+    ),
+    "experts in a dense layer": (
+        edit_tensors(
+            lambda t: t.update({n.replace("layers.0", "layers.1"): v.clone() for n, v in tensors().items()}),
+            num_hidden_layers=2,
+            moe_layer_freq=[1, 0],
+        ),
+        "has model.layers.1.block_sparse_moe.experts, and its config says that layer 1 has no experts",
+    ),
     "a scale twice": (edit_tensors(lambda t: t.update({WEIGHT + "_scale": t[SCALE].clone()})), "the same part of one"),
     "both layouts": (
         edit_tensors(lambda t: t.update({f"{MODULE}.gate_up_proj": torch.ones(1)})),
@@ -295,6 +308,47 @@ def test_fuzz_what_safetensors_refuses_is_refused(folder: Path) -> None:
         except SafetensorError as error:
             pytest.fail(f"{changed[:300]!r}: {error}")
     assert accepted > 20
+
+
+def of_stacks(folder: Path) -> Path:
+    """The same sizes in BF16, the matrices of all experts in one tensor, and another tensor behind them."""
+    for name in (*SHARDS, INDEX):
+        (folder / name).unlink()
+    module, generator = "model.layers.0.mlp.experts", torch.Generator().manual_seed(0)
+    sizes = {"down_proj": (EXPERTS, HIDDEN, WIDTH), "gate_up_proj": (EXPERTS, 2 * WIDTH, HIDDEN)}
+    held = {f"{module}.{name}": torch.randn(size, generator=generator).bfloat16() for name, size in sizes.items()}
+    save_file(held | {"z": torch.full((1 << 16,), 7.0)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": None}))
+    return folder
+
+
+@pytest.mark.parametrize("stacks", [False, True])
+@pytest.mark.parametrize("experts", [EXPERTS // 2, 2 * EXPERTS])
+def test_a_map_of_other_experts_is_refused_for_one_layer_too(folder: Path, experts: int, stacks: bool) -> None:
+    """A row past the last one of a stack is another tensor's bytes."""
+    checkpoint = ExpertCheckpoint(of_stacks(folder) if stacks else folder)
+    expert_map = ExpertMap.contiguous(experts, 1, 0)
+    with pytest.raises(ShapeError, match=f"is of E={experts} experts; the model has {EXPERTS}"):
+        checkpoint.load_layer(0, expert_map)
+    with pytest.raises(ShapeError, match=f"is of E={experts} experts; the model has {EXPERTS}"):
+        checkpoint.bytes_of(expert_map)
+    with pytest.raises(ConfigError, match="an expert of a slot is 4"):
+        checkpoint.load_layer(0, [3, EXPERTS])
+
+
+def test_copies_of_experts_are_loaded_by_slot(folder: Path) -> None:
+    """A placement with copies has a map of physical ids; the checkpoint knows the experts alone."""
+    placement = ExpertPlacement(((0, 1, 0), (3, 2, 0)))
+    checkpoint = ExpertCheckpoint(folder)
+    with pytest.raises(ShapeError, match=r"E=6 experts; the model has 4 \(where experts have copies"):
+        checkpoint.load_layer(0, placement.expert_map(1))
+    (whole,) = checkpoint.load_layer(0, range(EXPERTS)).formats
+    for own in placement.held:
+        (experts,) = checkpoint.load_layer(0, own).formats
+        for slot, expert in enumerate(own):
+            for (_, ours), (_, theirs) in zip(experts.tensors(), whole.tensors(), strict=True):
+                assert torch.equal(ours[slot].view(torch.uint8), theirs[expert].view(torch.uint8))
+        assert 2 * checkpoint.bytes_of(range(3)) == 2 * checkpoint.bytes_of(own) == 3 * checkpoint.bytes_of(SHARE)
 
 
 def test_an_expert_keeps_its_number_under_any_map(folder: Path) -> None:

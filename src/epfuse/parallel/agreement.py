@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 import epfuse
-from epfuse.errors import EpfuseError
+from epfuse.errors import ConfigError, EpfuseError
 from epfuse.expert_map import ExpertMap
 from epfuse.parallel.group import EPGroup
 from epfuse.parallel.placement import ExpertPlacement
@@ -64,17 +64,19 @@ def agree_on_layer(
 ) -> None:
     """Refuse on every rank if the ranks' shards don't make one layer. A collective; once, after loading.
 
-    Versions of epfuse and torch, sizes, dtype and format must be equal, and which biases there are, and every expert
-    must be on exactly one rank. Where an expert has copies, the bytes of their weights and biases must be equal.
+    Versions of epfuse and torch, sizes, dtype and format must be equal, and which biases there are; every expert must
+    be on exactly one rank, and a rank's weights be of as many experts as its map. Where an expert has copies, on one
+    rank or several, the bytes of their weights and biases must be equal.
 
     Args:
         group: the ranks.
         weights: of this rank.
         expert_map: of this rank.
-        facts: what else must be equal: the activation, a checkpoint's name and revision, the room of an exchange.
+        facts: what else must be equal: the activation, a checkpoint's name and revision, an exchange's `facts`.
         placement: where experts have copies; the map is then one of physical ids.
 
     Raises:
+        ConfigError: a fact has the name of one that is compared anyway, and would stand in its place.
         RanksDisagree: names the ranks and what they differ in.
     """
     own = {
@@ -88,17 +90,26 @@ def agree_on_layer(
         "weights": ", ".join(f"{form.value} {_dtype(weights)}" for form in weights.kept),
         "placement": "" if placement is None else str(placement.held),
     }
+    for name in facts:
+        if name in own:
+            raise ConfigError(f"facts has {name!r}, which is compared anyway; give it another name")
     check_agreement(group, own | dict(facts))
-    slots = expert_map.on(torch.device("cpu"))
-    maps = [json.loads(text) for text in gather_text(group, json.dumps(slots.tolist()))]
-    faults = []
+    slots = expert_map.on(torch.device("cpu")).tolist()
+    told = [json.loads(text) for text in gather_text(group, json.dumps([weights.local_experts, slots]))]
+    maps = [slots_of_one for _, slots_of_one in told]
+    faults = [
+        f"rank {rank} has weights of {held} experts and an expert map of {mapped}"
+        for rank, (held, slots_of_one) in enumerate(told)
+        if held != (mapped := sum(slot >= 0 for slot in slots_of_one))
+    ]
     for expert, held in enumerate(zip(*maps, strict=True)):
         ranks = [rank for rank, slot in enumerate(held) if slot >= 0]
         if len(ranks) != 1:
             what = f"ranks {', '.join(map(str, ranks))}, so it would count {len(ranks)} times" if ranks else "no rank"
             faults.append(f"expert {expert} of the expert maps is on {what}")
     if placement is not None:
-        faults += _wrong_places(group, placement, maps) or _different_copies(group, weights, placement)
+        faults += _wrong_places(group, placement, maps)
+        faults = faults or _different_copies(group, weights, placement)
     if faults:
         more = f"; {len(faults) - 3} more" if len(faults) > 3 else ""
         raise RanksDisagree("; ".join(faults[:3]) + more)
@@ -146,18 +157,19 @@ def _wrong_places(group: EPGroup, placement: ExpertPlacement, maps: list[list[in
 
 def _different_copies(group: EPGroup, weights: ExpertWeights, placement: ExpertPlacement) -> list[str]:
     """Experts whose copies have different bytes."""
-    own = {}
+    own: dict[str, list[str]] = {}
     for slot, expert in enumerate(placement.held[group.rank]):
         if len(placement.copies[expert]) > 1:
             digest = DIGEST()
             kept = [part for experts in weights.formats for part in experts.tensors()]
             for _, tensor in (*kept, *weights.biases):
                 digest.update(tensor[slot].contiguous().view(torch.uint8).cpu().numpy().tobytes())
-            own[str(expert)] = digest.hexdigest()
+            own.setdefault(str(expert), []).append(digest.hexdigest())
     found: dict[str, dict[str, list[int]]] = {}
     for rank, text in enumerate(gather_text(group, json.dumps(own))):
-        for expert_name, value in json.loads(text).items():
-            found.setdefault(expert_name, {}).setdefault(value, []).append(rank)
+        for expert_name, values in json.loads(text).items():
+            for value in dict.fromkeys(values):
+                found.setdefault(expert_name, {}).setdefault(value, []).append(rank)
     return [
         f"copies of expert {expert} have different weights or biases: "
         + ", ".join(f"rank {'+'.join(map(str, ranks))} {value[:8]}" for value, ranks in values.items())

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 import torch
 
 from epfuse.arguments import checks_enums, integer
-from epfuse.errors import ConfigError, DtypeError, ShapeError
+from epfuse.errors import ConfigError, DtypeError, LayoutError, ShapeError
 from epfuse.parallel.group import EPGroup, SumIn
 from epfuse.parallel.payload import AS_GIVEN, Payload, blank, pack, unpack
-from epfuse.parallel.placement import ExpertPlacement
+from epfuse.parallel.placement import ExpertPlacement, check_ids
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """This rank's share of the layer: (hidden ``[N, H]``, topk_weights ``[N, K]`` float32, topk_ids ``[N, K]``) -> ``[N,
@@ -39,6 +39,20 @@ class Exchange(ABC):
     """
 
     group: EPGroup
+
+    def facts(self, dtype: torch.dtype, top_k: int) -> dict[str, str]:
+        """What must be equal on every rank of a call and no rank can see of another, for `agree_on_layer`.
+
+        Ranks that differ in it read each other's bytes as something else, or send other numbers of them.
+
+        Args:
+            dtype: of the activations.
+            top_k: K.
+        """
+        own = {
+            name: str(value) for name, value in vars(self).items() if name in ("room", "capacity", "sum_in", "payload")
+        }
+        return {"exchange": type(self).__name__, "activations": str(dtype), "K": str(top_k)} | own
 
     def __call__(
         self,
@@ -57,13 +71,15 @@ class Exchange(ABC):
                 (`epfuse.parallel.placement.PhysicalIds`).
             experts: this rank's share.
             overlap: called while the sum, or the results' way back, is under way on the collective's own stream; it
-                returns what is added to this rank's result, such as a model's shared expert of the same tokens.
+                returns what is added to this rank's result, of its shape and dtype, such as a model's shared expert of
+                the same tokens.
 
         Returns:
             Rows as the table says, in hidden's dtype.
 
         Raises:
-            ShapeError, DtypeError: an argument does not fit, or has more tokens than there is room for.
+            ShapeError, DtypeError, LayoutError: an argument or what ``experts`` or ``overlap`` returns does not fit, or
+                there are more tokens than there is room for.
         """
         if hidden.dim() != 2 or topk_ids.dim() != 2 or topk_ids.shape[0] != hidden.shape[0]:
             raise ShapeError(
@@ -76,14 +92,22 @@ class Exchange(ABC):
             )
         if topk_weights.dtype != torch.float32:
             raise DtypeError(f"topk_weights has dtype {topk_weights.dtype}; it must be float32")
+        check_ids(topk_ids)
+        if not hidden.is_contiguous():
+            raise LayoutError(f"hidden has strides {hidden.stride()}; it must be contiguous (call .contiguous())")
+
+        def share(rows: torch.Tensor, row_weights: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
+            return _like("experts", experts(rows, row_weights, row_ids), rows)
+
         if self.group.size == 1:
-            total = experts(hidden, topk_weights, topk_ids)
-            return total if overlap is None else total + overlap()
-        finish = self._start(hidden, topk_weights, topk_ids, experts)
+            total = share(hidden, topk_weights, topk_ids)
+            return total if overlap is None else total + _like("overlap", overlap(), total)
+        finish = self._start(hidden, topk_weights, topk_ids, share)
         if overlap is None:
             return finish()
         beside = overlap()
-        return finish() + beside
+        total = finish()
+        return total + _like("overlap", beside, total)
 
     @abstractmethod
     def _start(
@@ -308,6 +332,15 @@ def _dispatch(
         return total.to(hidden.dtype)
 
     return add_up
+
+
+def _like(name: str, found: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What a callable returned, if it may be sent or added: torch would stretch one row, and widen a dtype."""
+    if found.shape != rows.shape:
+        raise ShapeError(f"{name} returned shape {tuple(found.shape)}; it must be {tuple(rows.shape)}")
+    if found.dtype != rows.dtype:
+        raise DtypeError(f"{name} returned dtype {found.dtype}; it must be the activations' {rows.dtype}")
+    return found
 
 
 def _check_room(tokens: int, room: int) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from epfuse.arguments import integer
-from epfuse.errors import ConfigError, ShapeError
+from epfuse.errors import ConfigError, DtypeError, ShapeError
 from epfuse.expert_map import MOST_EXPERTS, ExpertMap, experts_of_rank
 from epfuse.parallel.shard import check_whole
 
@@ -172,12 +172,26 @@ class PhysicalIds:
         Returns:
             ``[T, K]`` int64 physical ids, -1 where there is no expert.
 
+        Raises:
+            DtypeError: topk_ids is neither int32 nor int64.
+
         Host syncs: none; graph-capturable.
         """
+        check_ids(topk_ids)
         ids = topk_ids.long()
         ids = torch.where((ids >= 0) & (ids < self._experts), ids, self._experts)
         rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
         return self._table[ids, (rows + ids) % self._counts[ids]]
+
+
+def check_ids(topk_ids: torch.Tensor) -> None:
+    """Refuse ids of another dtype than int32 and int64: torch would cut floats down to experts without a word.
+
+    Raises:
+        DtypeError: they are.
+    """
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be int32 or int64")
 
 
 def imbalance(placement: ExpertPlacement, load: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from epfuse.arguments import integer
 from epfuse.errors import CheckpointError, ConfigError, MissingDependency, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.reinterpret import reinterpret
@@ -60,13 +61,13 @@ class ExpertCheckpoint:
             )
         self.layers: Mapping[int, LayerTensors] = find_layers(TensorFolder(self.folder), self.model)
 
-    def bytes_of(self, expert_map: ExpertMap) -> int:
-        """Bytes that `load` reads for a rank."""
-        return sum(expert_map.num_local * layer.expert_bytes for layer in self.layers.values())
+    def bytes_of(self, experts: ExpertMap | Sequence[int]) -> int:
+        """Bytes that `load` reads for a rank; arguments and errors as there."""
+        return sum(len(self._held(experts)) * layer.expert_bytes for layer in self.layers.values())
 
     def load(
         self,
-        expert_map: ExpertMap,
+        experts: ExpertMap | Sequence[int],
         device: torch.device | str = "cpu",
         on_bytes: Callable[[int], None] = _silent,
     ) -> Iterator[tuple[int, ExpertWeights]]:
@@ -75,7 +76,9 @@ class ExpertCheckpoint:
         Memory: the result, and where the device is a GPU or the order another one, one expert's matrix beside it.
 
         Args:
-            expert_map: which experts the rank holds; row ``l`` of the result is the expert in slot ``l``.
+            experts: which experts the rank holds: a map, or the experts by slot where some have copies
+                (``placement.held[rank]``, since a map is one of physical ids then). Row ``l`` of the result is the
+                expert in slot ``l``.
             device: where the weights go.
             on_bytes: told how many bytes were read, after each tensor or row of one.
 
@@ -84,17 +87,16 @@ class ExpertCheckpoint:
 
         Raises:
             ShapeError: the map is of another number of experts than E.
+            ConfigError: an expert in a slot is none of the model's.
             CheckpointError: a file can't be read, or was changed meanwhile.
         """
-        if expert_map.num_experts != self.model.experts:
-            raise ShapeError(f"expert_map is of E={expert_map.num_experts} experts; the model has {self.model.experts}")
         for index in self.layers:
-            yield index, self.load_layer(index, expert_map, device, on_bytes)
+            yield index, self.load_layer(index, experts, device, on_bytes)
 
     def load_layer(
         self,
         index: int,
-        expert_map: ExpertMap,
+        experts: ExpertMap | Sequence[int],
         device: torch.device | str = "cpu",
         on_bytes: Callable[[int], None] = _silent,
     ) -> ExpertWeights:
@@ -105,11 +107,22 @@ class ExpertCheckpoint:
         """
         if index not in self.layers:
             raise CheckpointError(f"layer {index} has no experts; those that have are {_some(list(self.layers))}")
-        held = held_experts(expert_map)
+        held = self._held(experts)
         layer = self.layers[index]
         reader = LayerReader(self.model, layer, held, torch.device(device), on_bytes)
         with TensorFolder.reading(layer.of(held)):
             return reader.weights()
+
+    def _held(self, experts: ExpertMap | Sequence[int]) -> list[int]:
+        """The experts by slot; each is one of the model's, or bytes of other tensors would be read for it."""
+        if not isinstance(experts, ExpertMap):
+            return [integer("an expert of a slot", expert, most=self.model.experts - 1) for expert in experts]
+        if experts.num_experts != self.model.experts:
+            raise ShapeError(
+                f"the expert map is of E={experts.num_experts} experts; the model has {self.model.experts} (where"
+                " experts have copies, pass the experts by slot: placement.held[rank])"
+            )
+        return held_experts(experts)
 
 
 def save_checkpoint(model: nn.Module, path: Path) -> None:

@@ -11,6 +11,7 @@ import enum
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from epfuse.arguments import checks_enums
 from epfuse.errors import CheckpointError, DtypeError, ShapeError
@@ -150,6 +151,11 @@ def find_layers(folder: TensorFolder, model: ExpertModel) -> dict[int, LayerTens
         match = pattern.fullmatch(name)
         if match:
             found.setdefault(int(match[2]), {}).setdefault(match[1], {})[match[3]] = tensor
+    stray = min((layer for layer in found if layer < model.layers and layer not in model.moe_layers), default=None)
+    if stray is not None:  # layers past the last one are for multi-token prediction
+        raise CheckpointError(
+            f"{folder.folder} has {min(found[stray])}, and its config says that layer {stray} has no experts"
+        )
     layers = {}
     for layer in model.moe_layers:
         modules_of = found.get(layer, {})
@@ -217,13 +223,17 @@ def _check_complete(
     if model.has_bias:
         kinds.append(Part.BIAS)
     experts = (None,) if naming is Naming.STACKS else range(model.experts)
-    needed = {(expert, matrix, kind) for expert in experts for matrix in matrices for kind in kinds}
-    missing, more = sorted(needed - parts.keys(), key=_order), sorted(parts.keys() - needed, key=_order)
-    if missing:
+    each = sorted(product(matrices, kinds), key=lambda pair: (pair[0].value, pair[1].value))
+    needed = ((expert, *pair) for expert in experts for pair in each)
+    # found before it is counted: a config may say any number of experts
+    missing = next((key for key in needed if key not in parts), None)
+    known = {key for key in parts if key[0] in experts and key[1:] in each}
+    if missing is not None:
         raise CheckpointError(
-            f"{module} lacks {_words(missing[0])}; E={model.experts} experts in {model.checkpoint.value} need it"
-            f" ({len(missing)} such tensors)"
+            f"{module} lacks {_words(missing)}; E={model.experts} experts in {model.checkpoint.value} need it"
+            f" ({len(experts) * len(each) - len(known)} such tensors)"
         )
+    more = sorted(parts.keys() - known, key=_order)
     if more:
         raise CheckpointError(
             f"{parts[more[0]].name} is {_words(more[0])}, which E={model.experts} experts in {model.checkpoint.value}"
