@@ -60,7 +60,7 @@ def test_its_figures_are_the_records() -> None:
         passed, whole = (sum(row[key] for row in rows) for key in ("passed", "cases"))
         error, snr = max(row["relative_error"] for row in rows), min(row["snr_db"] for row in rows)
         assert f"| `{path}` | {weights} | {combine} | {passed} of {whole} | {error:.2e} | {snr:.1f} |" in PAGE
-    for row in json.loads((RECORDS / "2026-11-29-h200x2-bench.json").read_text())["rows"]:
+    for row in json.loads((RECORDS / "2026-11-30-h200x2-bench.json").read_text())["rows"]:
         times = {name: timing["median_us"] for name, timing in row["sums"].items()}
         steps = {name: timing["median_us"] for name, timing in row["exchanges"].items()}
         if row["failure"]:
