@@ -103,7 +103,7 @@ def _path(target: Target, activation: type[Activation], bias: Bias) -> str:
 def _planned(family: str) -> str:
     known = FAMILIES.get(family, FAMILIES.get(f"{family}_text"))
     if known is not None:
-        return "yes" if known.groups == 1 else f"yes, {known.groups} groups a layer; no checkpoint is loaded"
+        return "yes" if known.groups == 1 else f"yes, {known.groups} groups a layer, one at a time from a checkpoint"
     return f"no: {UNPLANNED[family]}" if family in UNPLANNED else "no"
 
 

@@ -141,7 +141,8 @@ def test_ranks_that_hold_other_layers_are_told_before_anything_is_summed(tmp_pat
         "an expert on two ranks": "expert 0 of the expert maps is on ranks 0, 1, so it would count 2 times; expert 1"
         " of the expert maps is on ranks 0, 1, so it would count 2 times; expert 2 of the expert maps is on no rank;"
         " 1 more",
-        "an expert on none": "rank 1 has weights of 2 experts and an expert map of 1; expert 3 of the expert maps is on no rank",
+        "an expert on none": "rank 1 has weights of 2 experts and an expert map of 1; expert 3 of the expert maps is on"
+        " no rank",
         "another placement": "placement: rank 1 has '((0, 3), (1, 4), (2, 5))'; the others have"
         " '((0, 1), (2, 3), (4, 5))'",
         "a map of another placement": "rank 0's expert map is not the placement's; rank 1's expert map is not the"

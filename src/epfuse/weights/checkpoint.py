@@ -40,26 +40,31 @@ class ExpertCheckpoint:
 
     Args:
         folder: with config.json and safetensors files, see `TensorFolder`.
+        group: which group of experts, where a layer has one for each kind of tokens (Ernie-VL: 0 text, 1 images); all
+            are checked, and one is loaded. None where there is one.
 
     Attributes:
         folder: the same.
-        model: what its config.json says.
+        model: what its config.json says, of the group.
         layers: layer -> where its experts are, ascending.
 
     Raises:
-        ConfigError: config.json or the index is not understood, or contradicts itself.
+        ConfigError: config.json or the index is not understood, or contradicts itself; there is no such group, or
+            there are several and none was named.
         CheckpointError, ShapeError, DtypeError: the files can't be read, or are not what the config says.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, group: int | None = None) -> None:
         self.folder: Path = Path(folder)
-        self.model: ExpertModel = read_model(self.folder)
-        if self.model.beside:
+        groups = read_model(self.folder).parts
+        if group is None and len(groups) > 1:
             raise ConfigError(
-                f"folder {self.folder} has {1 + len(self.model.beside)} groups of experts in a layer, for text and for"
-                " other tokens; experts of one group are loaded"
+                f"folder {self.folder} has {len(groups)} groups of experts in a layer; group must say which of them is"
+                " to be loaded, and 0 is of text"
             )
-        self.layers: Mapping[int, LayerTensors] = find_layers(TensorFolder(self.folder), self.model)
+        index = integer("group", 0 if group is None else group, most=len(groups) - 1)
+        self.model: ExpertModel = groups[index]
+        self.layers: Mapping[int, LayerTensors] = find_layers(TensorFolder(self.folder), groups)[index]
 
     def bytes_of(self, experts: ExpertMap | Sequence[int]) -> int:
         """Bytes that `load` reads for a rank; arguments and errors as there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -129,17 +129,22 @@ class LayerTensors:
         return sum(tensor.nbytes for (expert, _, _), tensor in self.tensors.items() if expert == 0)
 
 
-def find_layers(folder: TensorFolder, model: ExpertModel) -> dict[int, LayerTensors]:
+def find_layers(folder: TensorFolder, groups: Sequence[ExpertModel]) -> list[dict[int, LayerTensors]]:
     """The experts of every layer that has some, all names, shapes and dtypes checked against the config.
 
     Args:
         folder: the checkpoint's files.
-        model: what its config.json says.
+        groups: what its config.json says of each group of experts that a layer has. The experts of the first have the
+            numbers 0..E-1, those of the next follow.
+
+    Returns:
+        The layers of each group, by their index; experts are numbered from 0 in each.
 
     Raises:
         CheckpointError: tensors are missing, stand twice, or are of a kind that is not read.
         ShapeError, DtypeError: a tensor has not the size or the numbers that the config says.
     """
+    model = groups[0]
     modules = "|".join(re.escape(module) for module in dict.fromkeys((FAMILIES[model.name].module, SAVED_MODULE)))
     heads = "|".join(re.escape(head) for head in HEADS)
     pattern = re.compile(rf"((?:{heads})layers\.(0|[1-9][0-9]{{0,5}})\.(?:{modules}))\.(.+)", re.DOTALL)
@@ -156,7 +161,7 @@ def find_layers(folder: TensorFolder, model: ExpertModel) -> dict[int, LayerTens
         raise CheckpointError(
             f"{folder.folder} has {min(found[stray])}, and its config says that layer {stray} has no experts"
         )
-    layers = {}
+    layers: list[dict[int, LayerTensors]] = [{} for _ in groups]
     for layer in model.moe_layers:
         modules_of = found.get(layer, {})
         if len(modules_of) != 1:
@@ -166,11 +171,16 @@ def find_layers(folder: TensorFolder, model: ExpertModel) -> dict[int, LayerTens
                 f" {SAVED_MODULE}; it has {have}"
             )
         ((module, tensors),) = modules_of.items()
-        layers[layer] = _layer(model, module, tensors)
+        parts = _parts(module, tensors)
+        for number, group in enumerate(groups):
+            where = module if len(groups) == 1 else f"{module}, group {number},"
+            own = _of_group(parts, number, len(groups), model.experts)
+            layers[number][layer] = _layer(group, module, where, own)
     return layers
 
 
-def _layer(model: ExpertModel, module: str, tensors: Mapping[str, StoredTensor]) -> LayerTensors:
+def _parts(module: str, tensors: Mapping[str, StoredTensor]) -> dict[tuple[int | None, Matrix, Part], StoredTensor]:
+    """What each of a layer's tensors is."""
     parts: dict[tuple[int | None, Matrix, Part], StoredTensor] = {}
     for rest, tensor in tensors.items():
         key = _key(rest)
@@ -184,8 +194,26 @@ def _layer(model: ExpertModel, module: str, tensors: Mapping[str, StoredTensor])
     stacked = [key for key in parts if key[0] is None]
     if stacked and len(stacked) != len(parts):
         raise CheckpointError(f"{module} has stacks of all experts and tensors of single ones; one must go")
-    naming = Naming.STACKS if stacked else Naming.MATRICES
-    _check_complete(model, module, naming, parts)
+    return parts
+
+
+def _of_group(
+    parts: Mapping[tuple[int | None, Matrix, Part], StoredTensor], number: int, groups: int, experts: int
+) -> dict[tuple[int | None, Matrix, Part], StoredTensor]:
+    """One group's tensors, its experts counted from 0; experts beyond those of all groups are left to the last one."""
+    found: dict[tuple[int | None, Matrix, Part], StoredTensor] = {}
+    for (expert, matrix, part), tensor in parts.items():
+        if min((expert or 0) // experts, groups - 1) == number:
+            found[None if expert is None else expert - number * experts, matrix, part] = tensor
+    return found
+
+
+def _layer(
+    model: ExpertModel, module: str, where: str, parts: Mapping[tuple[int | None, Matrix, Part], StoredTensor]
+) -> LayerTensors:
+    """One group of a layer; ``where`` is what errors call it."""
+    naming = Naming.STACKS if any(expert is None for expert, _, _ in parts) else Naming.MATRICES
+    _check_complete(model, where, naming, parts)
     transposed = model.checkpoint is Checkpoint.BF16 and naming is Naming.STACKS and _are_transposed(model, parts)
     layout = WeightLayout(
         FAMILIES[model.name].gate_up if naming is Naming.STACKS else GateUpRows.HALVES,

@@ -40,8 +40,13 @@ Exit status: 0 the folder is one that epfuse loads; 2 it is not, and one line sa
 @click.option(
     "--load", "rank", type=click.IntRange(min=0), help="Also read this rank's share, and say how long it took."
 )
+@click.option(
+    "--group",
+    type=click.IntRange(min=0),
+    help="Which experts, where a layer has a group for each kind of tokens: 0 text, 1 images.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def inspect(folder: Path, ep_size: int, max_model_len: int, rank: int | None, as_json: bool) -> None:
+def inspect(folder: Path, ep_size: int, max_model_len: int, rank: int | None, group: int | None, as_json: bool) -> None:
     """Say what the experts in the Hugging Face folder FOLDER are, what each rank would read, and what would run it.
 
     config.json, the index and the headers of all files are checked against each other. Of the weights themselves only
@@ -53,7 +58,7 @@ def inspect(folder: Path, ep_size: int, max_model_len: int, rank: int | None, as
     delivery = Delivery()
     if rank is not None and rank >= ep_size:
         raise ConfigError(f"--load is {rank}; it must be in 0..{ep_size - 1}, below --ep-size")
-    checkpoint = ExpertCheckpoint(folder)
+    checkpoint = ExpertCheckpoint(folder, group)
     record = describe(checkpoint, ep_size, max_model_len)
     loaded = None if rank is None else _load(checkpoint, ep_size, rank)
     with delivery.of(STDOUT):
