@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ import torch
 from epfuse.bench.contender import ContenderKind
 from epfuse.bench.inputs import draw_inputs
 from epfuse.bench.layers import Layer
-from epfuse.bench.peers import find
+from epfuse.bench.peers import find, flashinfer_experts
 from epfuse.bench.peers.find import PEERS, describe, find_peers
+from epfuse.bench.peers.flashinfer_experts import fastest
 from epfuse.bench.routing import Routing
 from epfuse.bench.weights import LayerWeights
 from epfuse.cli.bench import PEER_NAMES
 from epfuse.config import LayerShape, SwiGLUOAI, silu_gate
 from epfuse.errors import ConfigError
 from epfuse.verify.budget import compare
+from epfuse.verify.suite import poisoned_memory
 
 CPU = torch.device("cpu")
 SHARDED = Layer("", LayerShape(128, 64, 16, 4, 4), SwiGLUOAI())
@@ -133,6 +136,116 @@ def test_deep_gemm_computes_the_same_layer(routing: str, monkeypatch: pytest.Mon
     assert compare(result, oracle).within(peer.tolerance)
     result[int(oracle.norm(dim=1).argmax())] = 0
     assert not compare(result, oracle).within(peer.tolerance)
+
+
+GATE_UP_MODULE = "sm90_contiguous_gather_grouped_gemm_act_fusion"
+DOWN_MODULE = "sm90_contiguous_grouped_gemm_finalize_fusion"
+
+
+def blocks_of(owners, limits, routes, blocks, rows: int):
+    """(local expert, slots, routes) of each block, as FlashInfer's products read them."""
+    for block in range(int(blocks)):
+        slots = slice(block * rows, int(limits[block]))
+        yield int(owners[block]), slots, routes[slots].long()
+
+
+def flashinfer_gate_up(
+    x, w13, owners, limits, routes, blocks, *, out, topk, permuted_m, tile_shape_mn, swizzle_size, swiglu_alpha,
+    swiglu_beta, swiglu_limit,
+) -> None:  # fmt: skip
+    """By FlashInfer's docstring: 32 rows of up and 32 of gate in turn, rows past a block's limit left as they are."""
+    assert swizzle_size == 1
+    assert permuted_m == routes.numel() == out.shape[0]
+    assert swiglu_limit <= torch.finfo(torch.float32).max
+    for expert, slots, block in blocks_of(owners, limits, routes, blocks, tile_shape_mn[0]):
+        both = (x[block // topk].float() @ w13[expert].float().T).unflatten(1, (-1, 2, 32))
+        up, gate = both[:, :, 0].flatten(1), both[:, :, 1].flatten(1)
+        gate, up = gate.clamp(max=swiglu_limit), up.clamp(-swiglu_limit, swiglu_limit)
+        out[slots] = (gate * torch.sigmoid(swiglu_alpha * gate) * (up + swiglu_beta)).to(out.dtype)
+
+
+def flashinfer_down(
+    y, w2, owners, limits, routes, blocks, scales, out, *, topk, tile_shape_mn, cluster_shape_mn
+) -> None:  # fmt: skip
+    assert cluster_shape_mn == (1, 1)
+    for expert, slots, block in blocks_of(owners, limits, routes, blocks, tile_shape_mn[0]):
+        rows = (y[slots].float() @ w2[expert].float().T) * scales.flatten()[block, None]
+        out.index_add_(0, block // topk, rows.to(out.dtype))
+
+
+def interleave_up_gate(w13: torch.Tensor) -> torch.Tensor:
+    gate, up = (half.unflatten(1, (-1, 32)) for half in w13.chunk(2, dim=1))
+    return torch.stack([up, gate], dim=2).flatten(1, 3)
+
+
+@pytest.mark.parametrize("layer", [SHARDED, ALL_LOCAL], ids=["sharded swiglu", "all local silu"])
+@pytest.mark.parametrize("tokens", [1, 77])
+def test_flashinfer_computes_the_same_layer(layer: Layer, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for its products: what lies around them is ours."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(find, "find_spec", lambda package: object())
+    modules = {
+        GATE_UP_MODULE: {GATE_UP_MODULE: flashinfer_gate_up, "interleave_up_gate_sm90": interleave_up_gate},
+        DOWN_MODULE: {DOWN_MODULE: flashinfer_down},
+    }
+    for package in ("flashinfer", "flashinfer.fused_moe", "flashinfer.fused_moe.cute_dsl"):
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace())
+    for name, members in modules.items():
+        monkeypatch.setitem(sys.modules, f"flashinfer.fused_moe.cute_dsl.{name}", SimpleNamespace(**members))
+    weights = LayerWeights(layer, 0, CPU)
+    (peer,), absent = find_peers(["flashinfer"], weights)
+    assert absent == []
+    inputs = draw_inputs(layer, Routing.parse("uniform"), tokens, 0, CPU, 0)[0]
+    oracle = weights.oracle(inputs)
+    with poisoned_memory():
+        call = peer.bind(inputs)
+        call()
+        result = call()  # adds nothing to what the first call left
+    assert compare(result, oracle).within(peer.tolerance)
+    assert peer.block_m(tokens) == 128
+    result[int(oracle.norm(dim=1).argmax())] = 0
+    assert not compare(result, oracle).within(peer.tolerance)
+
+
+def test_a_flashinfer_without_these_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "find_spec", lambda package: object())
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace())
+    found, absent = find_peers(["flashinfer"], LayerWeights(SHARDED, 0, CPU))
+    assert found == []
+    assert absent[0].reason.startswith("this FlashInfer has no experts for sm_90 (0.7.4 has)")
+
+
+def test_the_fastest_tiles_are_taken_and_refused_ones_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each product by itself, in the size of blocks whose sum is least; infinitely slow where all are refused."""
+    costs = {64: ((128, 8), (256, (1, 2)), 1.0, 4.0), 128: ((192, 1), (64, (1, 1)), 2.0, 2.0)}
+    timed: list[float] = []
+
+    class Grouped:
+        def __init__(self, rows: int) -> None:
+            self.best_up, self.best_down, self.up_us, self.down_us = costs[rows]
+
+        def route(self) -> None:
+            pass
+
+        def gate_up(self, tile: object) -> torch.Tensor:
+            if tile == (256, 1):
+                raise ValueError("no such tile")
+            timed.append(self.up_us if tile == self.best_up else 9.0)
+            return torch.empty(0)
+
+        def down(self, tile: object) -> torch.Tensor:
+            timed.append(self.down_us if tile == self.best_down else 9.0)
+            return torch.empty(0)
+
+    def time_last(calls: list, *_: object) -> SimpleNamespace:
+        return SimpleNamespace(timing=SimpleNamespace(median_us=timed[-1]))
+
+    monkeypatch.setattr(flashinfer_experts, "time_calls", time_last)
+    sizes = [(rows, cast(Any, Grouped(rows))) for rows in costs]
+    assert fastest(sizes, CPU) == (128, (192, 1), (64, (1, 1)))
+    costs[64] = ((128, 8), (256, (1, 2)), 1.0, 2.5)
+    sizes = [(rows, cast(Any, Grouped(rows))) for rows in costs]
+    assert fastest(sizes, CPU) == (64, (128, 8), (256, (1, 2)))
 
 
 def test_sizes_that_deep_gemm_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

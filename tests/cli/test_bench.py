@@ -161,7 +161,7 @@ def test_a_run_that_is_cut_off_leaves_its_record(tmp_path: Path, monkeypatch: py
         (["--tokens", "many"], "'many' is not a token count"),
         (["--paths", "w4a4"], "'w4a4' is not one of auto, all, reference"),
         (["--paths", "w8a8"], "path 'w8a8' has no kernel for cpu"),
-        (["--peers", "sglang"], "'sglang' is not one of vllm, transformers, torch, deepgemm, none"),
+        (["--peers", "sglang"], "'sglang' is not one of vllm, transformers, torch, deepgemm, flashinfer, none"),
         (["--peers", "none,torch"], "none excludes all others"),
         (["--routing", "zipf"], "routing is 'zipf'; it must be"),
         (["--routing", "all-to:5"], "this rank has 4 experts"),

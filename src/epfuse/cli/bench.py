@@ -22,7 +22,7 @@ SHAPE_NAMES = [
     "minimax-m3-ep8", "minimax-m3-ep4", "minimax-m3-ep16", "minimax-m3-tp8",
     "gpt-oss-120b", "gpt-oss-20b", "gpt-oss-120b-biases", "gpt-oss-20b-biases", "qwen3-235b", "small", "custom",
 ]  # fmt: skip
-PEER_NAMES = ("vllm", "transformers", "torch", "deepgemm")
+PEER_NAMES = ("vllm", "transformers", "torch", "deepgemm", "flashinfer")
 PATH_NAMES = ("auto", "all", "reference", "bf16", "w8a16", "w8a8", "block_fp8")
 GPU_TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 8192)
 CPU_TOKENS = (1, 16, 64, 256)

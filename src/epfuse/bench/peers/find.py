@@ -16,6 +16,7 @@ PEERS = {
     "transformers": ("transformers", "epfuse.bench.peers.transformers_experts"),
     "torch": ("torch", "epfuse.bench.peers.torch_grouped_mm"),
     "deepgemm": ("deep_gemm", "epfuse.bench.peers.deep_gemm_experts"),
+    "flashinfer": ("flashinfer", "epfuse.bench.peers.flashinfer_experts"),
 }
 """Name -> the package that it needs, and the module whose ``CONTENDERS`` names its makers.
 
