@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from epfuse.errors import ConfigError, DtypeError, ShapeError
 from epfuse.expert_map import ExpertMap
+from epfuse.parallel.exchange import Dispatch
+from epfuse.parallel.group import EPGroup
 from epfuse.parallel.placement import ExpertPlacement, PhysicalIds, imbalance, rank_loads
+from epfuse.parallel.shard import held_experts
 
 CPU = torch.device("cpu")
 
@@ -69,6 +72,20 @@ def test_where_each_expert_is_once_physical_ids_are_the_routers() -> None:
     ids = torch.tensor([[0, 3], [-1, 9], [2**32, 1]])
     wanted = torch.tensor([[0, 3], [-1, -1], [-1, 1]])
     assert torch.equal(PhysicalIds(ExpertPlacement.strided(4, 3))(ids), wanted)
+
+
+def test_what_is_asked_of_a_placement_is_on_the_cpu_whatever_the_default_device_is() -> None:
+    """README's own example sets a GPU as the default; meta stands for it here."""
+    placement, group = ExpertPlacement(((0, 2, 0), (1,))), EPGroup(1, 2)
+    ids = torch.tensor([[0, 1], [2, 0]])
+    with torch.device("meta"):
+        expert_map, owners, mode = placement.expert_map(1), placement.owners(), Dispatch(group, placement, 2)
+        physical, held = PhysicalIds(placement), held_experts(ExpertMap.contiguous(5, 2, 1))
+    assert expert_map.on(CPU).tolist() == [-1, 0, -1, -1]
+    assert owners.tolist() == [0, 1, 0, 0]
+    assert mode._owners.wanted(ids).tolist() == [[True, True], [True, False]]
+    assert physical(ids).tolist() == [[0, 1], [2, 3]]
+    assert held == [3, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])

@@ -287,7 +287,8 @@ class _Owners:
 
     def __init__(self, placement: ExpertPlacement) -> None:
         # one more: of ids that are no expert; no rank has this number
-        self._by_device = {torch.device("cpu"): torch.cat([placement.owners(), torch.tensor([placement.ranks])])}
+        no_rank = torch.tensor([placement.ranks], device="cpu")
+        self._by_device = {torch.device("cpu"): torch.cat([placement.owners(), no_rank])}
         self._ranks = placement.ranks
 
     def wanted(self, topk_ids: torch.Tensor) -> torch.Tensor:

@@ -106,14 +106,14 @@ class ExpertPlacement:
         Raises:
             ConfigError: no rank has this number.
         """
-        slots = torch.full((self.num_physical,), -1, dtype=torch.int32)
+        slots = torch.full((self.num_physical,), -1, dtype=torch.int32, device="cpu")
         own = self._physical[self._rank(rank)]
-        slots[list(own)] = torch.arange(len(own), dtype=torch.int32)
+        slots[list(own)] = torch.arange(len(own), dtype=torch.int32, device="cpu")
         return ExpertMap(slots.to(device))
 
     def owners(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """``[S]`` int64: the rank of each physical id."""
-        ranks = torch.empty(self.num_physical, dtype=torch.int64)
+        ranks = torch.empty(self.num_physical, dtype=torch.int64, device="cpu")
         for rank, own in enumerate(self._physical):
             ranks[list(own)] = rank
         return ranks.to(device)

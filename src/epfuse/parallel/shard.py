@@ -12,7 +12,7 @@ from epfuse.expert_map import ExpertMap
 def held_experts(expert_map: ExpertMap) -> list[int]:
     """Global ids of the experts that a rank holds, by local slot: ``[L]``, the inverse of the map."""
     slots = expert_map.on(torch.device("cpu"))
-    order = torch.full((expert_map.num_local,), -1, dtype=torch.int64)
+    order = torch.full((expert_map.num_local,), -1, dtype=torch.int64, device="cpu")
     held = (slots >= 0).nonzero().squeeze(1)
     order[slots[held].long()] = held
     return order.tolist()
