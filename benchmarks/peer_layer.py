@@ -25,8 +25,10 @@ def _prepared(path: Path, w13, w13_scale, w2, w2_scale) -> ExpertWeights:
             dense = ExpertWeights.hybrid(*copies).dense_experts
             assert dense is not None
             _weights[key] = ExpertWeights.bf16(dense.w13, dense.w2)
+        elif path is Path.BLOCK_FP8:
+            _weights[key] = ExpertWeights.block_fp8(*copies)
         else:
-            _weights[key] = ExpertWeights.mxfp8(*copies).prepare()
+            _weights[key] = ExpertWeights.mxfp8(*copies).prepare(path=path)
     return _weights[key]
 
 
@@ -45,3 +47,5 @@ def layer(
 layer.variants = {"bf16": {"path": "bf16"}, "w8a16": {"path": "w8a16"}}
 bf16 = functools.partial(layer, path="bf16")
 w8a16 = functools.partial(layer, path="w8a16")
+w8a8 = functools.partial(layer, path="w8a8")
+block_fp8 = functools.partial(layer, path="block_fp8")

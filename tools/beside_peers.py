@@ -1,25 +1,27 @@
-"""Time epfuse's w8a16 and other people's kernels on one layer, in the harness of the peers, into one record.
+"""Time epfuse and other people's kernels on one layer, in the harness of the peers, into one record.
 
     python -m tools.beside_peers HARNESS record.json --picture picture.svg
+    python -m tools.beside_peers HARNESS record.json --paths w8a16,w8a8,bf16,block_fp8 --tokens 1,16,256,2048
     python -m tools.beside_peers HARNESS record.json --layer gpt-oss-120b --tokens 1,16,256,2048
 
 The harness is one file of its own (docs/performance.md, "Beside the fastest peers"), which checks every kernel against
-float64 before it times it. It times ours last, so that what its time limit leaves out is ours: here ours has a run of
-its own before the peers', on the same card. Sizes go to it by its environment. Where top-k or routing are not its own,
-it runs as a copy in which they are replaced.
+float64 before it times it. It knows one kernel of ours and times it last, so that what its time limit leaves out is
+ours: it runs as a copy in which each of our paths is a kernel, and comes first. Sizes go to it by its environment.
+Where top-k or routing are not its own, the copy has them replaced. The record is written after each kernel.
 
 For tools/draw_peers.py and tests/docs/test_performance.py a record is what this writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,16 +36,16 @@ from epfuse.bench.routing import Routing, RoutingKind
 from epfuse.children import Children
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.exits import PlainCommand
-from epfuse.cli.names import token_counts
+from epfuse.cli.names import comma_names, token_counts
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_file, read_json
 from epfuse.report.write import write_atomic
 
 IMPLEMENTATION = f"{Path(__file__).resolve().parents[1]}/benchmarks/peer_layer.py:w8a16"
+PATHS = ("w8a16", "w8a8", "bf16", "block_fp8")
 PEERS = "humming_w8a16_indexed,vllm_marlin_tuned,humming_w8a16_grouped,triton_kernels_bf16"
 OURS = "impl"
 EXAMPLE = "Example: python -m tools.beside_peers peers.py record.json --layer qwen3-235b --tokens 1,2048"
-OWN_SECONDS = 60.0  # that ours may take at the most
 TOP_K_LINE = "TOPK = 4\n"
 ROUTING_LINE = "        w, ids = torch.topk(torch.sigmoid(torch.randn(T, E, generator=g, device=DEV)), TOPK, dim=-1)\n"
 # experts without replacement: the largest of log popularity plus Gumbel noise, ranks shuffled in each draw
@@ -59,33 +61,69 @@ ALL_TO_LINES = """\
         scores[:, {parameter}:EL] -= 1
         w, ids = torch.topk(scores, TOPK, dim=-1)
 """
+MAIN_LINE = "if __name__ == '__main__':\n"
+PATHS_LINES = """\
+for path in {paths}:
+
+    @peer("impl_" + path, limit=150, compile_limit=200)
+    class Ours(External):
+        what, path = "external implementation", path
+
+        def __init__(self):
+            os.environ["PEER_IMPL"] = os.environ["PEER_IMPL"].rsplit(":", 1)[0] + ":" + self.path
+            super().__init__()
+
+
+for name in {peers} + [name for name in PEERS if not name.startswith("impl") and name not in {peers}]:
+    if name in PEERS:
+        PEERS[name] = PEERS.pop(name)
+
+
+"""
 CEILING = re.compile(
     r"^ceiling +(.+): copy ([\d.]+) TB/s \(read \+ written\), read ([\d.]+) TB/s, bf16 8192\^3 (\d+)", re.M
 )
 
 
-def harness_for(source: str, layer: Layer, routing: Routing) -> str:
-    """The harness' source with the layer's top-k and the routing in place of its own.
+def name_of(path: str) -> str:
+    """What the harness' copy and a record call a path of ours."""
+    return OURS if path == "w8a16" else f"{OURS}_{path}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a kernel is one of our paths."""
+    return name in map(name_of, PATHS)
+
+
+def harness_for(source: str, layer: Layer, routing: Routing, paths: tuple[str, ...], peers: str) -> str:
+    """The harness' source with the layer's top-k and the routing in place of its own, our paths first, then ``peers``.
 
     Raises:
         ConfigError: it has not the lines that say which those are.
     """
     lines = {RoutingKind.ZIPF: ZIPF_LINES, RoutingKind.ALL_TO: ALL_TO_LINES}
-    changes = {}
+    other = tuple(path for path in paths if path != "w8a16")
+    changes = {MAIN_LINE: PATHS_LINES.format(paths=other, peers=peers.split(",")) + MAIN_LINE}
     if layer.shape.top_k != 4:
         changes[TOP_K_LINE] = f"TOPK = {layer.shape.top_k}\n"
     if routing.kind in lines:
         number = int(routing.parameter) if routing.kind is RoutingKind.ALL_TO else routing.parameter
         changes[ROUTING_LINE] = lines[routing.kind].format(parameter=number)
-    for line, other in changes.items():
+    for line, replacement in changes.items():
         if source.count(line) != 1:
             raise ConfigError(f"the harness has {source.count(line)} times the line {line.strip()!r}; needed is one")
-        source = source.replace(line, other)
+        source = source.replace(line, replacement)
     return source
 
 
-def run_harness(harness: Path, layer: Layer, arguments: list[str], folder: Path) -> tuple[str, list[dict[str, Any]]]:
-    """What one run prints, and its rows.
+Found = tuple[str, list[dict[str, Any]]]
+"""What a run of the harness has printed, and its rows."""
+
+
+def run_harness(
+    harness: Path, layer: Layer, arguments: list[str], folder: Path, keep: Callable[[Found], None] = lambda found: None
+) -> Found:
+    """One run. ``keep`` is called with what there is each time that the harness has written its rows.
 
     Raises:
         ConfigError: it did not accept its arguments; a kernel that fails is no reason for it to fail.
@@ -96,7 +134,7 @@ def run_harness(harness: Path, layer: Layer, arguments: list[str], folder: Path)
     sizes = {"H": shape.hidden, "I": shape.intermediate, "E": shape.experts, "EL": shape.local_experts}
     environment = os.environ | {f"PEER_{name}": str(size) for name, size in sizes.items()}
     command = [sys.executable, str(harness), "--impl", IMPLEMENTATION, *arguments, "--out", str(out)]
-    lines = []
+    lines, kept = [], 0
     with (
         Children() as children,
         subprocess.Popen(
@@ -107,6 +145,10 @@ def run_harness(harness: Path, layer: Layer, arguments: list[str], folder: Path)
         for line in process.stdout:
             click.echo(line, nl=False, err=True)
             lines.append(line)
+            if (size := out.stat().st_size if out.exists() else 0) != kept:
+                with contextlib.suppress(ConfigError):  # it may be writing just now
+                    keep(("".join(lines), check_rows(read_json(out, "rows of the harness"))))
+                    kept = size
     if process.returncode:
         raise ConfigError(f"the harness ended with exit code {process.returncode}; what it printed says why")
     return "".join(lines), check_rows(read_json(out, "rows of the harness")) if out.exists() else []
@@ -121,12 +163,12 @@ def record_of(printed: str, rows: list[dict[str, Any]], layer: Layer, routing: R
     roofs = CEILING.search(printed)
     if roofs is None:
         raise ConfigError("the harness printed no line of its ceiling: its first measurement did not end")
-    found, code = versions(), commit()
+    installed, code = versions(), commit()
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": roofs[1],
-        "torch": found["torch"],
-        "triton": found["triton"],
+        "torch": installed["torch"],
+        "triton": installed["triton"],
         "epfuse": None if code is None else code["hash"][:7] + (", changed" if code["changed"] else ""),
         "layer": layer.name,
         "routing": str(routing),
@@ -134,50 +176,52 @@ def record_of(printed: str, rows: list[dict[str, Any]], layer: Layer, routing: R
         "read_tb_s": float(roofs[3]),
         "bf16_tflop_s": int(roofs[4]),
         "note": "us: the best configuration, timed again for 9 times 20 ms; sweep: every configuration, 5 times 8 ms,"
-        " with its relative error. Ours ran first, in a run of its own.",
+        " with its relative error. Ours ran first.",
         "rows": [row for row in rows if row["best"]],
     }
 
 
 def table_of(record: dict[str, Any]) -> str:
-    """Microseconds by kernel and token count, and ours over the fastest peer, as Markdown."""
+    """Microseconds by kernel and token count, and each of ours over the fastest peer, as Markdown."""
     times: dict[str, dict[int, float]] = {}
     for row in record["rows"]:
         times.setdefault(row["peer"], {})[row["T"]] = row["us"]
     counts = sorted({row["T"] for row in record["rows"]})
     lines = [["tokens", *(str(count) for count in counts)], ["---"] * (len(counts) + 1)]
-    for peer, of_peer in sorted(times.items(), key=lambda item: item[0] == OURS):
+    for peer, of_peer in sorted(times.items(), key=lambda item: is_ours(item[0])):
         lines.append([peer, *(f"{of_peer[count]:.1f}" if count in of_peer else "-" for count in counts)])
-    ratios = []
-    for count in counts:
-        ours = times.get(OURS, {}).get(count)
-        peers = [of_peer[count] for peer, of_peer in times.items() if peer != OURS and count in of_peer]
-        ratios.append(f"{ours / min(peers):.3f}" if ours and peers else "-")
-    lines.append(["over the fastest peer", *ratios])
+    peers = [of_peer for peer, of_peer in times.items() if not is_ours(peer)]
+    fastest = {count: min((of_peer[count] for of_peer in peers if count in of_peer), default=None) for count in counts}
+    for path in PATHS:
+        ours = times.get(name_of(path), {})
+        pairs = [(ours.get(count), fastest[count]) for count in counts]
+        if ours:
+            ratios = [f"{us / best:.3f}" if us and best else "-" for us, best in pairs]
+            lines.append([f"{path} over the fastest peer", *ratios])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def measure(
-    source: str, layer: Layer, routing: Routing, tokens: tuple[int, ...], peers: str, seconds: float, jobs: int
-) -> dict[str, Any]:
-    """Compile everything, time ours, then the peers in what is left of ``seconds``: the record.
+    source: str, layer: Layer, routing: Routing, tokens: tuple[int, ...], kernels: str, seconds: float, jobs: int,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Compile ``kernels``, then time them in ``seconds``: the record. ``keep`` is called with it as it grows.
 
     Raises:
         ConfigError: as `run_harness` and `record_of` say.
     """
+
+    def made(found: Found) -> dict[str, Any]:
+        return record_of(*found, layer, routing)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         harness = folder / "harness.py"
         harness.write_text(source)
-        common = ["--tokens", ",".join(map(str, tokens)), "--logs", name]
-        compiling = ["--only", f"{OURS},{peers}", "--phase", "compile", "--jobs", str(jobs), "--budget", str(seconds)]
-        run_harness(harness, layer, common + compiling, folder)
-        begin = time.monotonic()
-        timing = [*common, "--phase", "time", "--budget"]
-        printed, rows = run_harness(harness, layer, [*timing, str(min(OWN_SECONDS, seconds)), "--only", OURS], folder)
-        left = max(seconds - (time.monotonic() - begin), 1)
-        more, others = run_harness(harness, layer, [*timing, str(left), "--only", peers], folder)
-    return record_of(more if CEILING.search(more) else printed, rows + others, layer, routing)
+        common = ["--tokens", ",".join(map(str, tokens)), "--logs", name, "--only", kernels, "--budget", str(seconds)]
+        run_harness(harness, layer, [*common, "--phase", "compile", "--jobs", str(jobs)], folder)
+        found = run_harness(harness, layer, [*common, "--phase", "time"], folder, lambda found: keep(made(found)))
+    return made(found)
 
 
 @click.command(cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLE)
@@ -186,15 +230,18 @@ def measure(
 @click.option("--layer", "name", type=click.Choice(list(LAYERS)), default="minimax-m3-ep8", show_default=True)
 @click.option("--routing", default="uniform", show_default=True, help="uniform, zipf:S or all-to:N.")
 @click.option("--tokens", callback=token_counts, default="1,16,64,256,512,1024,2048,8192", show_default=True)
+@click.option(
+    "--paths", callback=comma_names(PATHS), default="w8a16", show_default=True, help=f"Of {', '.join(PATHS)}."
+)
 @click.option("--peers", default=PEERS, show_default=True, help="Names of the harness' own kernels.")
 @click.option("--seconds", type=click.FloatRange(min=1), default=300, show_default=True, help="For all of the timing.")
 @click.option("--jobs", type=click.IntRange(1), default=8, show_default=True, help="Processes that compile.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="An SVG of the record.")
 def main(
-    harness: Path, record: Path, name: str, routing: str, tokens: tuple[int, ...], peers: str, seconds: float,
-    jobs: int, picture: Path | None,
+    harness: Path, record: Path, name: str, routing: str, tokens: tuple[int, ...], paths: tuple[str, ...], peers: str,
+    seconds: float, jobs: int, picture: Path | None,
 ) -> None:  # fmt: skip
-    """Compile, time ours, time the peers, and write RECORD.
+    """Compile, time ours, then the peers, and write RECORD.
 
     Exit code 1: no time of ours, or none of any peer; 2: usage, or an output that could not be written.
     """
@@ -202,8 +249,14 @@ def main(
     delivery = Delivery({"RECORD": record, "--picture": picture})
     chosen = Routing.parse(routing)
     chosen.check(layer.shape)
-    source = harness_for(read_file(harness, "harness").decode(), layer, chosen)
-    found = measure(source, layer, chosen, tokens, peers, seconds, jobs)
+    source = harness_for(read_file(harness, "harness").decode(), layer, chosen, paths, peers)
+
+    def keep(grown: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the measurement goes on; the last write, of all, counts
+            write_atomic(record, json.dumps(grown, indent=1) + "\n")
+
+    kernels = ",".join([*map(name_of, paths), peers])
+    found = measure(source, layer, chosen, tokens, kernels, seconds, jobs, keep)
     text = json.dumps(found, indent=1) + "\n"
     with delivery.of("RECORD"):
         write_atomic(record, text)
@@ -212,7 +265,7 @@ def main(
     if picture is not None:
         with delivery.of("--picture"):
             write_atomic(picture, chart_svg(chart_of(found)))
-    timed = {row["peer"] == OURS for row in found["rows"]}
+    timed = {is_ours(row["peer"]) for row in found["rows"]}
     if timed != {True, False}:
         click.echo("no time of ours" if True not in timed else "no time of any peer", err=True)
     delivery.exit(passed=timed == {True, False})

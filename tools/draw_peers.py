@@ -24,8 +24,13 @@ from epfuse.errors import ConfigError, first_fault
 from epfuse.input_file import read_json
 from epfuse.report.write import write_atomic
 
-NAMES = {
+OURS = {
     "impl": "epfuse w8a16",
+    "impl_w8a8": "epfuse w8a8",
+    "impl_bf16": "epfuse bf16",
+    "impl_block_fp8": "epfuse block_fp8",
+}
+PEERS = {
     "humming_w8a16_indexed": "humming, indexed",
     "humming_w8a16_grouped": "humming, grouped",
     "vllm_marlin_tuned": "vLLM Marlin, best tiles",
@@ -98,9 +103,11 @@ def chart_of(record: dict[str, Any]) -> CurveChart:
     _checked(TypeAdapter(_Record), record)
     best = sorted((row for row in record["rows"] if row["best"]), key=itemgetter("peer", "T"))
     peers = {peer: list(rows) for peer, rows in groupby(best, key=itemgetter("peer"))}
+    styled = [(f"path{index}", *one) for index, one in enumerate(OURS.items())]
+    styled += [(f"peer{index}", *one) for index, one in enumerate(PEERS.items(), 1)]
     curves = [
-        _curve(name, f"peer{index}" if index else "path0", [(row["T"], row["us"]) for row in peers[peer]])
-        for index, (peer, name) in enumerate(NAMES.items())
+        _curve(name, style, [(row["T"], row["us"]) for row in peers[peer]])
+        for style, peer, name in styled
         if peer in peers
     ]
     curves.append(_curve("floor of MXFP8 weights", "floor0", [(row["T"], _floor_us(row, record)) for row in best]))

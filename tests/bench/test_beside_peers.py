@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tools.beside_peers import ROUTING_LINE, TOP_K_LINE, harness_for, main
+from tools.beside_peers import MAIN_LINE, ROUTING_LINE, TOP_K_LINE, harness_for, main
 
 from epfuse.bench.layers import LAYERS
 from epfuse.bench.routing import Routing
@@ -19,6 +19,27 @@ HARNESS = (
     """
 import json, os, sys
 TOPK = 4
+PEERS = {}
+
+
+def peer(name, limit, compile_limit):
+    return lambda kind: PEERS.setdefault(name, kind)
+
+
+@peer("slow", limit=1, compile_limit=1)
+class Slow:
+    us = 9.0
+
+
+@peer("fast", limit=1, compile_limit=1)
+class Fast:
+    us = 4.0
+
+
+@peer("impl", limit=1, compile_limit=1)
+class External:
+    def __init__(self):
+        self.us = {"w8a16": 3.0, "w8a8": 2.0}[os.environ["PEER_IMPL"].rsplit(":", 1)[1]]
 E, EL, DEV = 128, 16, "cpu"
 
 
@@ -37,19 +58,25 @@ def main():
         sys.exit(3)
     with open(os.environ["ASKED"], "a") as asked:
         asked.write(f"{given['--phase']} {given['--only']} {os.environ['PEER_H']} {TOPK}\\n")
+    os.environ["PEER_IMPL"] = given["--impl"]
+    names = [name for name in PEERS if name in given["--only"].split(",")]
     if given["--phase"] == "time":
         print("ceiling   A card: copy 2.44 TB/s (read + written), read 3.17 TB/s, bf16 8192^3 710 TFLOP/s")
-        rows = [
-            {"peer": peer, "T": T, "us": us * T, "tbs": 1.0, "tflops": 1.0, "best": best}
-            for T in (1, 16)
-            for peer, us in (("impl", 3.0), ("slow", 9.0), ("fast", 4.0))
-            if peer in given["--only"].split(",")
-            for best in (True, False)
-        ]
-        json.dump(rows, open(given["--out"], "w"))
+        rows = []
+        for name in names:
+            us = PEERS[name]().us
+            print(name, flush=True)
+            if os.environ.get("STOPS_AT") == name:
+                sys.exit(5)
+            rows += [
+                {"peer": name, "T": T, "us": us * T, "tbs": 1.0, "tflops": 1.0, "best": best}
+                for T in (1, 16)
+                for best in (True, False)
+            ]
+            json.dump(rows, open(given["--out"], "w"))
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()
 """
 )
@@ -70,17 +97,38 @@ def run(harness: Path, *options: str) -> tuple[int, str, Path]:
 
 def test_ours_runs_first_and_all_is_one_record(harness: Path) -> None:
     picture = harness.with_name("picture.svg")
-    code, output, path = run(harness, "--peers", "slow,fast", "--picture", str(picture))
+    code, output, path = run(harness, "--peers", "fast,slow", "--picture", str(picture))
     assert code == 0, output
     asked = harness.with_name("asked").read_text().splitlines()
-    assert asked == ["compile impl,slow,fast 6144 4", "time impl 6144 4", "time slow,fast 6144 4"]
+    assert asked == ["compile impl,fast,slow 6144 4", "time impl,fast,slow 6144 4"]
     record = json.loads(path.read_text())
     assert (record["device"], record["read_tb_s"], record["bf16_tflop_s"]) == ("A card", 3.17, 710)
-    assert sorted((row["peer"], row["T"]) for row in record["rows"]) == [
-        (peer, T) for peer in ("fast", "impl", "slow") for T in (1, 16)
+    assert [(row["peer"], row["T"]) for row in record["rows"]] == [
+        (peer, T) for peer in ("impl", "fast", "slow") for T in (1, 16)
     ]
-    assert "| over the fastest peer | 0.750 | 0.750 |" in output
+    assert "| w8a16 over the fastest peer | 0.750 | 0.750 |" in output
     assert picture.read_text().startswith("<svg")
+
+
+def test_each_path_of_ours_is_a_kernel_and_the_first_are_ours(harness: Path) -> None:
+    picture = harness.with_name("picture.svg")
+    code, output, path = run(
+        harness, "--paths", "w8a16,w8a8", "--peers", "fast", "--tokens", "1,16", "--picture", str(picture)
+    )
+    assert code == 0, output
+    assert [(row["peer"], row["us"]) for row in json.loads(path.read_text())["rows"]] == [
+        (peer, us * T) for peer, us in (("impl", 3.0), ("impl_w8a8", 2.0), ("fast", 4.0)) for T in (1, 16)
+    ]
+    assert "| w8a16 over the fastest peer | 0.750 | 0.750 |\n| w8a8 over the fastest peer | 0.500 | 0.500 |" in output
+    assert "epfuse w8a8" in picture.read_text()
+
+
+def test_what_was_timed_before_the_harness_ended_is_kept(harness: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOPS_AT", "fast")
+    code, output, path = run(harness, "--peers", "slow,fast")
+    assert code == 2
+    assert "exit code 5" in output
+    assert {row["peer"] for row in json.loads(path.read_text())["rows"]} == {"impl", "slow"}
 
 
 def test_sizes_and_top_k_go_to_the_harness(harness: Path) -> None:
@@ -130,14 +178,15 @@ def test_a_harness_that_is_no_text(harness: Path) -> None:
 
 def test_a_harness_without_the_lines_is_refused() -> None:
     with pytest.raises(EpfuseError, match="0 times the line 'TOPK = 4'"):
-        harness_for("nothing", LAYERS["qwen3-235b"], Routing.parse("uniform"))
-    assert harness_for("nothing", LAYERS["gpt-oss-20b"], Routing.parse("uniform")) == "nothing"
+        harness_for(MAIN_LINE, LAYERS["qwen3-235b"], Routing.parse("uniform"), ("w8a16",), "fast")
+    with pytest.raises(EpfuseError, match="0 times the line"):
+        harness_for(TOP_K_LINE, LAYERS["gpt-oss-20b"], Routing.parse("uniform"), ("w8a16",), "fast")
 
 
 @pytest.mark.parametrize("routing", ["zipf:1.2", "all-to:2"])
 def test_the_routings_draw_what_they_say(routing: str, tmp_path: Path) -> None:
     """The replaced lines run: experts are distinct, and the popular ones or the first ones are taken."""
-    source = harness_for(HARNESS, LAYERS["minimax-m3-ep8"], Routing.parse(routing))
+    source = harness_for(HARNESS, LAYERS["minimax-m3-ep8"], Routing.parse(routing), ("w8a16", "bf16"), "fast")
     assert TOP_K_LINE in source
     (tmp_path / "replaced.py").write_text(source)
     spec = importlib.util.spec_from_file_location("replaced", tmp_path / "replaced.py")
