@@ -9,6 +9,11 @@ float64 before it times it. It knows one kernel of ours and times it last, so th
 ours: it runs as a copy in which each of our paths is a kernel, and comes first. Sizes go to it by its environment.
 Where top-k or routing are not its own, the copy has them replaced. The record is written after each kernel.
 
+    python -m tools.beside_peers HARNESS record.json --draw 40 --seed 7 --humming 1
+
+Token counts can be drawn by a seed, for points that nobody tuned. Every configuration of humming is a kernel that must
+be compiled first: --humming 1 leaves its own choice alone.
+
 For tools/draw_peers.py and tests/docs/test_performance.py a record is what this writes.
 """
 
@@ -16,11 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+from ast import literal_eval
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +54,7 @@ IMPLEMENTATION = f"{Path(__file__).resolve().parents[1]}/benchmarks/peer_layer.p
 PATHS = ("w8a16", "w8a8", "bf16", "block_fp8")
 PEERS = "humming_w8a16_indexed,vllm_marlin_tuned,humming_w8a16_grouped,triton_kernels_bf16"
 OURS = "impl"
+MOST_DRAWN = 16384
 EXAMPLE = "Example: python -m tools.beside_peers peers.py record.json --layer qwen3-235b --tokens 1,2048"
 TOP_K_LINE = "TOPK = 4\n"
 ROUTING_LINE = "        w, ids = torch.topk(torch.sigmoid(torch.randn(T, E, generator=g, device=DEV)), TOPK, dim=-1)\n"
@@ -61,6 +71,7 @@ ALL_TO_LINES = """\
         scores[:, {parameter}:EL] -= 1
         w, ids = torch.topk(scores, TOPK, dim=-1)
 """
+MULTIPLES = "(1, 0.25, 0.5, 2, 4)"  # of the rows that humming is told to expect: its configurations
 MAIN_LINE = "if __name__ == '__main__':\n"
 PATHS_LINES = """\
 for path in {paths}:
@@ -95,8 +106,20 @@ def is_ours(name: str) -> bool:
     return name in map(name_of, PATHS)
 
 
-def harness_for(source: str, layer: Layer, routing: Routing, paths: tuple[str, ...], peers: str) -> str:
+def drawn_counts(count: int, seed: int) -> tuple[int, ...]:
+    """So many different token counts of 1..`MOST_DRAWN`, ascending; as many between each two powers of two."""
+    dice, found = random.Random(seed), set[int]()
+    while len(found) < count:
+        found.add(round(2 ** dice.uniform(0, math.log2(MOST_DRAWN))))
+    return tuple(sorted(found))
+
+
+def harness_for(
+    source: str, layer: Layer, routing: Routing, paths: tuple[str, ...], peers: str, humming: int | None = None
+) -> str:
     """The harness' source with the layer's top-k and the routing in place of its own, our paths first, then ``peers``.
+
+    ``humming``: the most configurations of each of humming's kernels, its own choice first; None for all.
 
     Raises:
         ConfigError: it has not the lines that say which those are.
@@ -104,6 +127,10 @@ def harness_for(source: str, layer: Layer, routing: Routing, paths: tuple[str, .
     lines = {RoutingKind.ZIPF: ZIPF_LINES, RoutingKind.ALL_TO: ALL_TO_LINES}
     other = tuple(path for path in paths if path != "w8a16")
     changes = {MAIN_LINE: PATHS_LINES.format(paths=other, peers=peers.split(",")) + MAIN_LINE}
+    if humming is not None:
+        if MULTIPLES not in source:
+            raise ConfigError(f"the harness has no {MULTIPLES}, humming's configurations")
+        source = source.replace(MULTIPLES, repr(literal_eval(MULTIPLES)[:humming]))  # to compile, and to time
     if layer.shape.top_k != 4:
         changes[TOP_K_LINE] = f"TOPK = {layer.shape.top_k}\n"
     if routing.kind in lines:
@@ -182,7 +209,7 @@ def record_of(printed: str, rows: list[dict[str, Any]], layer: Layer, routing: R
 
 
 def table_of(record: dict[str, Any]) -> str:
-    """Microseconds by kernel and token count, and each of ours over the fastest peer, as Markdown."""
+    """Microseconds by kernel and token count, and each of ours over the fastest peer, as Markdown; then their means."""
     times: dict[str, dict[int, float]] = {}
     for row in record["rows"]:
         times.setdefault(row["peer"], {})[row["T"]] = row["us"]
@@ -192,13 +219,19 @@ def table_of(record: dict[str, Any]) -> str:
         lines.append([peer, *(f"{of_peer[count]:.1f}" if count in of_peer else "-" for count in counts)])
     peers = [of_peer for peer, of_peer in times.items() if not is_ours(peer)]
     fastest = {count: min((of_peer[count] for of_peer in peers if count in of_peer), default=None) for count in counts}
+    means = []
     for path in PATHS:
         ours = times.get(name_of(path), {})
         pairs = [(ours.get(count), fastest[count]) for count in counts]
         if ours:
             ratios = [f"{us / best:.3f}" if us and best else "-" for us, best in pairs]
             lines.append([f"{path} over the fastest peer", *ratios])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            known = [(us / best, count) for count, (us, best) in zip(counts, pairs, strict=True) if us and best]
+            if known:
+                most, at = max(known)
+                mean = statistics.geometric_mean(ratio for ratio, _ in known)
+                means.append(f"{path}: geometric mean of {len(known)} {mean:.3f}, at most {most:.3f}, at {at} tokens\n")
+    return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), "\n", *means])
 
 
 def measure(
@@ -233,13 +266,16 @@ def measure(
 @click.option(
     "--paths", callback=comma_names(PATHS), default="w8a16", show_default=True, help=f"Of {', '.join(PATHS)}."
 )
+@click.option("--draw", type=click.IntRange(1, 1000), help="So many token counts, drawn, in place of --tokens.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --draw.")
+@click.option("--humming", type=click.IntRange(1), help="Configurations of each of humming's kernels.  [default: all]")
 @click.option("--peers", default=PEERS, show_default=True, help="Names of the harness' own kernels.")
 @click.option("--seconds", type=click.FloatRange(min=1), default=300, show_default=True, help="For all of the timing.")
 @click.option("--jobs", type=click.IntRange(1), default=8, show_default=True, help="Processes that compile.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="An SVG of the record.")
 def main(
-    harness: Path, record: Path, name: str, routing: str, tokens: tuple[int, ...], paths: tuple[str, ...], peers: str,
-    seconds: float, jobs: int, picture: Path | None,
+    harness: Path, record: Path, name: str, routing: str, tokens: tuple[int, ...], paths: tuple[str, ...],
+    draw: int | None, seed: int, humming: int | None, peers: str, seconds: float, jobs: int, picture: Path | None,
 ) -> None:  # fmt: skip
     """Compile, time ours, then the peers, and write RECORD.
 
@@ -249,7 +285,9 @@ def main(
     delivery = Delivery({"RECORD": record, "--picture": picture})
     chosen = Routing.parse(routing)
     chosen.check(layer.shape)
-    source = harness_for(read_file(harness, "harness").decode(), layer, chosen, paths, peers)
+    source = harness_for(read_file(harness, "harness").decode(), layer, chosen, paths, peers, humming)
+    if draw is not None:
+        tokens = drawn_counts(draw, seed)
 
     def keep(grown: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the measurement goes on; the last write, of all, counts

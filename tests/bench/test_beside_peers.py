@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tools.beside_peers import MAIN_LINE, ROUTING_LINE, TOP_K_LINE, harness_for, main
+from tools.beside_peers import (
+    MAIN_LINE,
+    MULTIPLES,
+    ROUTING_LINE,
+    TOP_K_LINE,
+    drawn_counts,
+    harness_for,
+    main,
+    table_of,
+)
 
 from epfuse.bench.layers import LAYERS
 from epfuse.bench.routing import Routing
@@ -58,6 +67,7 @@ def main():
         sys.exit(3)
     with open(os.environ["ASKED"], "a") as asked:
         asked.write(f"{given['--phase']} {given['--only']} {os.environ['PEER_H']} {TOPK}\\n")
+        asked.write(f"tokens {given['--tokens']}\\n")
     os.environ["PEER_IMPL"] = given["--impl"]
     names = [name for name in PEERS if name in given["--only"].split(",")]
     if given["--phase"] == "time":
@@ -99,7 +109,7 @@ def test_ours_runs_first_and_all_is_one_record(harness: Path) -> None:
     picture = harness.with_name("picture.svg")
     code, output, path = run(harness, "--peers", "fast,slow", "--picture", str(picture))
     assert code == 0, output
-    asked = harness.with_name("asked").read_text().splitlines()
+    asked = harness.with_name("asked").read_text().splitlines()[::2]
     assert asked == ["compile impl,fast,slow 6144 4", "time impl,fast,slow 6144 4"]
     record = json.loads(path.read_text())
     assert (record["device"], record["read_tb_s"], record["bf16_tflop_s"]) == ("A card", 3.17, 710)
@@ -129,6 +139,34 @@ def test_what_was_timed_before_the_harness_ended_is_kept(harness: Path, monkeypa
     assert code == 2
     assert "exit code 5" in output
     assert {row["peer"] for row in json.loads(path.read_text())["rows"]} == {"impl", "slow"}
+
+
+def test_the_means_are_of_the_counts_that_both_have() -> None:
+    rows = [{"peer": "impl", "T": T, "us": us} for T, us in ((1, 2.0), (7, 9.0), (8, 1.0))]
+    rows += [{"peer": "fast", "T": T, "us": us} for T, us in ((1, 4.0), (7, 4.5))]
+    assert table_of({"rows": rows}).endswith("\nw8a16: geometric mean of 2 1.000, at most 2.000, at 7 tokens\n")
+
+
+def test_counts_are_drawn_by_the_seed_over_all_sizes(harness: Path) -> None:
+    drawn = drawn_counts(40, 7)
+    assert len(set(drawn)) == 40
+    assert drawn == drawn_counts(40, 7) != drawn_counts(40, 8)
+    assert list(drawn) == sorted(drawn)
+    assert min(drawn) >= 1
+    assert max(drawn) <= 16384
+    assert 5 < sum(count <= 128 for count in drawn) < 35  # half of the range's octaves
+    code, output, _ = run(harness, "--draw", "3", "--seed", "7", "--peers", "fast")
+    assert code == 0, output
+    counts = ",".join(map(str, drawn_counts(3, 7)))
+    assert harness.with_name("asked").read_text().count(counts) == 2
+
+
+def test_few_configurations_of_humming_are_compiled_and_timed() -> None:
+    few = (LAYERS["minimax-m3-ep8"], Routing.parse("uniform"), ("w8a16",), "fast", 2)
+    source = harness_for(f"{MAIN_LINE}    compiled, timed = {MULTIPLES}, {MULTIPLES}\n", *few)
+    assert source.endswith("compiled, timed = (1, 0.25), (1, 0.25)\n")
+    with pytest.raises(EpfuseError, match="humming's configurations"):
+        harness_for(MAIN_LINE, *few)
 
 
 def test_sizes_and_top_k_go_to_the_harness(harness: Path) -> None:
