@@ -107,6 +107,30 @@ def test_a_kernel_that_is_compiled_after_ready_is_counted(tmp_path, model, monke
     assert "compiled or loaded after ready | - | 1 (n=1) |  | 0 | **no** |" in merged.output
 
 
+def test_variables_reach_the_servers_and_stand_beside_the_model(tmp_path: Path, model: Path) -> None:
+    done = call(tmp_path, model, "serve", "--servers", "epfuse", "--new", "", "--warm", "", "--set", "STUB_LATE=1000")
+    assert done.exit_code == 0, done.output
+    (record,) = by_number(tmp_path, "serve").values()
+    assert record["compiles"]["ours after"] == {"compiled": 1, "loaded": 0}
+    assert record["model"].split() == ["STUB_LATE=1000", str(model)]
+    refused = call(tmp_path, model, "serve", "--set", "STUB_LATE")
+    assert refused.exit_code == 2
+    assert "--set is 'STUB_LATE'; it must be NAME=VALUE" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("line", "own"),
+    [
+        ("(EngineCore pid=1) INFO 11-30 12:27:45 [mxfp8.py:139] Using 'HUMMING' MxFp8 MoE backend.", ["HUMMING"]),
+        ("Using TRITON Fp8 MoE backend out of potential backends: ['MARLIN', 'TRITON']", ["TRITON"]),
+        ("Using AttentionBackendEnum.TRITON_ATTN backend.", []),
+    ],
+)
+def test_the_record_has_the_experts_that_vllm_chose(tmp_path: Path, line: str, own: list[str]) -> None:
+    (tmp_path / "log").write_text(f"{line}\n")
+    assert arms.what_the_log_says(tmp_path / "log", ServerArm.NONE)["own_experts"] == own
+
+
 def test_how_long_requests_wait_in_the_engine_itself(tmp_path: Path, model: Path) -> None:
     done = call(tmp_path, model, "serve", "--servers", "none", "--new", "", "--warm", "9/3@2")
     assert done.exit_code == 0, done.output
@@ -236,7 +260,7 @@ def test_points_that_are_none(text: str) -> None:
 @pytest.mark.parametrize(("shared", "more"), [(True, ("--enable-expert-parallel",)), (False, ())])
 def test_several_gpus_share_the_experts_or_split_them(tmp_path: Path, model: Path, shared: bool, more: tuple) -> None:
     options = {"serve_arguments": "--max-num-seqs 8", "tensor_parallel": 2, "work": tmp_path / "work", "label": "a"}
-    options |= {"more_plugins": "", "out": tmp_path / "out", "seconds": 5.0, "expert_parallel": shared}
+    options |= {"more_plugins": "", "variables": (), "out": tmp_path / "out", "seconds": 5.0, "expert_parallel": shared}
     place = tool.Place(str(model), options)
     argv = place.work.serve(ServerArm.EPFUSE, 1234, tmp_path / "compiles").argv
     assert argv[-4 - len(more) :] == ("--max-num-seqs", "8", "--tensor-parallel-size", "2", *more)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def of_a_part(function: Function) -> Function:
                      help="Whether a GPU of several has whole experts, or a part of each."),
         click.option("--serve-arguments", default="", help="More arguments of vllm serve, in one word."),
         click.option("--more-plugins", default="", help="More plugins of vLLM, with commas."),
+        click.option("--set", "variables", multiple=True, metavar="NAME=VALUE", help="In the servers' environment."),
     ):  # fmt: skip
         function = option(function)
     return function
@@ -73,7 +75,10 @@ class Place:
             arguments += ("--enable-expert-parallel",) if options["expert_parallel"] else ()
         path = options["work"] or Path(tempfile.gettempdir()) / "serve-on-gpu"
         plugins = tuple(filter(None, options["more_plugins"].split(",")))
-        self.work = Workplace(path.absolute(), model, arguments, plugins)
+        for variable in options["variables"]:
+            if not re.fullmatch(r"\w+=.*", variable):
+                raise ConfigError(f"--set is {variable!r}; it must be NAME=VALUE")
+        self.work = Workplace(path.absolute(), model, arguments, plugins, options["variables"])
         self.folder = Folder(options["out"], options["label"])
         self.budget = TimeBudget(options["seconds"])
         self.logs = self.work.path / "logs"

@@ -38,6 +38,8 @@ OF_THE_MACHINE = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_", "CUDA_", "VLLM_CPU_")
 """Variables that a machine's owner has set for its links and devices: a server must see them."""
 WORKER = re.compile(r"\((\w+) pid=\d+\)")
 """What vLLM puts before a line of a process of its own: EngineCore, or with several GPUs Worker_TP0_EP0 and so on."""
+OWN_EXPERTS = re.compile(r"Using '?(\w+)'? .*MoE backend")
+"""vLLM's choice of experts, which it makes before epfuse takes a layer from it."""
 GPU_NAME = re.compile(r"NVIDIA [A-Z]+\d+[^,;:.()]*|AMD Instinct [A-Z0-9]+")
 
 
@@ -57,12 +59,14 @@ class Workplace:
         model: one of `MODELS`, or the folder of a checkpoint.
         arguments: of ``vllm serve``, beyond the model's.
         more_plugins: of vLLM, beside the model's.
+        variables: of the servers' environment, ``NAME=VALUE``.
     """
 
     path: Path
     model: str
     arguments: tuple[str, ...] = ()
     more_plugins: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -72,7 +76,7 @@ class Workplace:
     @property
     def served(self) -> str:
         """The model and how it is served beyond that: figures of one are not figures of another."""
-        return shlex.join([self.model, *self.arguments])
+        return shlex.join([*self.variables, self.model, *self.arguments])
 
     def prepare(self) -> None:
         """Write what servers need that is not there yet: the model, and metadata of plugins."""
@@ -123,7 +127,8 @@ class Workplace:
             "VLLM_PLUGINS": ",".join(plugins),
             FOLDER: str(compiles),
         }
-        environment = kept | SETTINGS | own | caches | settings
+        asked = dict(variable.split("=", 1) for variable in self.variables)
+        environment = kept | SETTINGS | asked | own | caches | settings
         return prepare(Venv(), argv, environment, name="", folders=(), gpus=0, vendor="none")
 
     def serve(self, arm: ServerArm, port: int, compiles: Path, *arguments: str, **settings: str) -> Task:
@@ -156,7 +161,7 @@ def compiled_since(compiles: Path, moment: float) -> dict[str, dict[str, int]]:
 
 
 def what_the_log_says(log: Path, arm: ServerArm) -> dict[str, Any]:
-    """The plugin's sentences, each once, who said that epfuse runs experts, and the GPUs that they name.
+    """The plugin's sentences, each once, who said that epfuse runs experts, and the GPUs that they name; vLLM's choice.
 
     ``fits`` is whether the arm is what it should be. Without epfuse there must be no
     sentence; with epfuse some layer must run in it, or be left to vLLM with a reason.
@@ -171,6 +176,7 @@ def what_the_log_says(log: Path, arm: ServerArm) -> dict[str, Any]:
         "runs": any(line.startswith(RUNS) for line in said),
         "workers": sorted({match[1] for line in text.splitlines() if RUNS in line and (match := WORKER.match(line))}),
         "said": list(said)[:8],
+        "own_experts": sorted(set(OWN_EXPERTS.findall(text))),
         "warm_up": list(warm)[:20],
         "gpus": sorted({name.strip() for line in said for name in GPU_NAME.findall(line)}),
     }

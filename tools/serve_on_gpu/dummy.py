@@ -58,7 +58,22 @@ def numbers() -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 def use() -> None:
-    """Have vLLM's ``--load-format dummy``, which walks over all modules, take these numbers."""
+    """Have vLLM's ``--load-format dummy`` take these numbers.
+
+    vLLM 0.25.1 fills module by module; 0.32 and 0.33 fill tensor by tensor and name no module, buffers among them,
+    which an expert map and scales are. So the loader's walk is ours, and leaves buffers alone.
+    """
     from vllm.model_executor.model_loader import dummy_loader
 
-    dummy_loader.initialize_dummy_weights, dummy_loader.initialize_single_dummy_weight = numbers()
+    of_module, of_tensor = numbers()
+
+    def load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
+        for module in model.modules():
+            info = dummy_loader.get_layerwise_info(module)
+            if info.can_load():  # quantised while loading, by vLLM, which fills its tensors with the function below
+                self._process_online_quant_layer(module, info)
+            else:
+                of_module(module)
+
+    dummy_loader.initialize_single_dummy_weight = of_tensor
+    dummy_loader.DummyModelLoader.load_weights = load_weights

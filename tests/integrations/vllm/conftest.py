@@ -19,6 +19,7 @@ if not HAVE_VLLM:
         "test_layer.py",
         "test_recipes.py",
         "test_refusals.py",
+        "test_serve_on_gpu.py",
         "test_uninstall.py",
         "test_versions.py",
         "test_vllm_on_gpu.py",
