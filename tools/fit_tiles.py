@@ -33,7 +33,7 @@ from epfuse.hardware.tile_time import WEIGHT_BYTES, RowLoad, TileTimes, gemm_us,
 from epfuse.measured import store
 from epfuse.measured.fits import FitEntry, FitFile, fit_path
 from epfuse.measured.schema import Measurement
-from epfuse.policy.tiles import nearest_ranges, tile_ranges, unlogged
+from epfuse.policy.tiles import nearest_ranges, tile_ranges
 from epfuse.report.write import write_atomic
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
 from epfuse.target import Target
@@ -308,10 +308,9 @@ def main() -> None:
         fits.append(entry(values, device, rows, others))
         print(fits[-1].model_dump_json(exclude={"source"}))
         if arguments.judge:
-            with unlogged():
-                judge(device, rows, prior, others, "a layer", lambda row: row.shape)
-                judge(device, rows, prior, others, "a token count", lambda row: row.tokens)
-                judge(device, rows, prior, others, "a layer's token count", lambda row: (row.shape, row.tokens))
+            judge(device, rows, prior, others, "a layer", lambda row: row.shape)
+            judge(device, rows, prior, others, "a token count", lambda row: row.tokens)
+            judge(device, rows, prior, others, "a layer's token count", lambda row: (row.shape, row.tokens))
         prior = values
     path = fit_path(store.TABLES, Target.SM90)
     write_atomic(

@@ -33,7 +33,7 @@ from epfuse.measured.fits import fit_of, fit_path
 from epfuse.measured.lookup import sources
 from epfuse.measured.store import TABLES
 from epfuse.policy.decision import TileChoice
-from epfuse.policy.tiles import nearest_ranges, tile_ranges, unlogged
+from epfuse.policy.tiles import nearest_ranges, tile_ranges
 from epfuse.policy.timed import candidates, overruled
 from epfuse.report.write import write_atomic
 from epfuse.stages.tiles import LayerTiles, rows_per_expert
@@ -87,10 +87,9 @@ def choices(device: str, shape: LayerShape, tokens: int) -> tuple[TileChoice, Ti
     fit = fit_of(*kind[:4])
     assert fit is not None, f"nothing was fitted to {device}"
     bold = fit.model_copy(update={"error": fit.error / 2, "error_other_shape": fit.error_other_shape / 2})
-    with unlogged():
-        calls = CallKind(ASKED[0], kind[0], shape, frozenset({ASKED[1]}), device_name=device)
-        near = nearest_ranges(calls)
-        all_ranges = near, tile_ranges(calls), overruled(near, sources(*kind), bold, kind[0], shape)
+    calls = CallKind(ASKED[0], kind[0], shape, frozenset({ASKED[1]}), device_name=device)
+    near = nearest_ranges(calls)
+    all_ranges = near, tile_ranges(calls), overruled(near, sources(*kind), bold, kind[0], shape)
     found = [next(choice for first, choice in reversed(ranges) if first <= tokens) for ranges in all_ranges]
     return found[0], found[1], found[2]
 

@@ -16,6 +16,7 @@ from epfuse.families.registry import FAMILIES, default_ranges
 from epfuse.measured import store
 from epfuse.measured.lookup import LayerMeasurements, find, sources
 from epfuse.policy import Decision, decide
+from epfuse.policy.call import running_table
 from epfuse.stages.tiles import rows_per_expert
 from tests.tuning.tables import H100, H200, M3, measurement, row, write
 
@@ -109,6 +110,10 @@ def test_another_product_of_the_target_is_foreign_and_said_so(
     write(tables, measurement(row(64)))
     with caplog.at_level(logging.WARNING, "epfuse"):
         decision = decided(64, H200)
+        assert not caplog.text  # who asks does not run it
+        for _ in range(2):
+            running_table(CallKind(Path.BF16, Target.SM90, M3, device_name=H200))
+    assert len(caplog.records) == 1
     assert decision.tile_source.startswith("A foreign row, measured at T=64 on NVIDIA H100 80GB HBM3")
     assert decision.measured_us is None
     assert "bf16 (dense) on NVIDIA H200 (sm_90)" in caplog.text

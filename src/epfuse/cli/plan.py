@@ -19,7 +19,6 @@ from epfuse.planning import console
 from epfuse.planning.layer_times import Rival
 from epfuse.planning.model_plan import Serving, plan_model
 from epfuse.planning.record import plan_record
-from epfuse.policy.tiles import unlogged
 from epfuse.report.terminal import stdout
 from epfuse.report.write import write_atomic
 from epfuse.target import Target
@@ -99,22 +98,21 @@ def plan(
     delivery = Delivery({"--html": html})
     product = _product(target, device)
     serving = Serving(product, ep_size, max_model_len, product.hbm_bytes if hbm is None else hbm)
-    with unlogged():
-        model = find_model(source)
-        found = plan_model(model, serving, environment().policy if policy is None else Policy(policy))
-        rival = rival_of(model, serving)
-        with delivery.of(STDOUT):
-            if as_json:
-                click.echo(json.dumps(plan_record(found, rival), indent=2, allow_nan=False))
-            else:
-                console.show(found, rival, stdout(200))
-        if html is not None:
-            from epfuse.planning.page import page  # needs jinja2
+    model = find_model(source)
+    found = plan_model(model, serving, environment().policy if policy is None else Policy(policy))
+    rival = rival_of(model, serving)
+    with delivery.of(STDOUT):
+        if as_json:
+            click.echo(json.dumps(plan_record(found, rival), indent=2, allow_nan=False))
+        else:
+            console.show(found, rival, stdout(200))
+    if html is not None:
+        from epfuse.planning.page import page  # needs jinja2
 
-            with delivery.of("--html"):
-                named = named_models().get(source)
-                name, said = (model.name, "the given config") if named is None else (source, named.source)
-                write_atomic(html, page(name, said, found, rival))
+        with delivery.of("--html"):
+            named = named_models().get(source)
+            name, said = (model.name, "the given config") if named is None else (source, named.source)
+            write_atomic(html, page(name, said, found, rival))
     delivery.exit(passed=True)
 
 

@@ -79,7 +79,6 @@ def explain(
     from epfuse.cli.explained import layer_table
     from epfuse.integrations.vllm.explain import Deployment
     from epfuse.integrations.vllm.explain import explain as explain_layers
-    from epfuse.policy.tiles import unlogged
     from epfuse.target import REFERENCE_DEVICE, Target
     from epfuse.weights.model_config import MINIMAX_M3, read_model
 
@@ -87,8 +86,7 @@ def explain(
     gpu = Target(target)
     backend = moe_backend.lower().replace("-", "_")  # as vLLM reads it
     deployment = Deployment(gpu, vllm_version, tp, ep, max_model_len, backend, device, dp, all2all_backend)
-    with unlogged():
-        groups = explain_layers(experts, deployment, None if policy is None else Policy(policy))
+    groups = explain_layers(experts, deployment, None if policy is None else Policy(policy))
     delivery = Delivery()
     with delivery.of("standard output"):
         if as_json:

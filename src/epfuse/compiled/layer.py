@@ -13,7 +13,7 @@ from epfuse.api import fused_experts
 from epfuse.arguments import integer
 from epfuse.expert_map import ExpertMap
 from epfuse.families.family import CallKind
-from epfuse.policy.call import call_table
+from epfuse.policy.call import running_table
 from epfuse.stages.extent import ADDRESSABLE
 from epfuse.weights.experts import ExpertWeights
 
@@ -64,7 +64,7 @@ def token_counts(kind: CallKind, max_tokens: int) -> list[int]:
     The first and the last T of every choice of tiles, the powers of two, which the sizes of the routing kernels and of
     combine follow, and on AMD where a tensor outgrows 2 GiB.
     """
-    table = call_table(kind)
+    table = running_table(kind)
     chosen = {max_tokens, *(1 << power for power in range(max_tokens.bit_length()))}
     chosen |= {first + before for first in table.first_tokens for before in (-1, 0)}
     if kind.target.is_amd:

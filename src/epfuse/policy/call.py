@@ -16,7 +16,7 @@ from epfuse.errors import UnsupportedTarget
 from epfuse.families.family import CallKind
 from epfuse.families.registry import FP8_PATHS, READABLE, family_of, readable_formats, takes_beside_fp8
 from epfuse.policy.decision import Considered, Decision, PathVerdict
-from epfuse.policy.tiles import tile_ranges
+from epfuse.policy.tiles import log_sources, tile_ranges
 from epfuse.target import Target
 
 
@@ -53,8 +53,25 @@ def decide(kind: CallKind, tokens: int) -> Decision:
 
 @functools.lru_cache(maxsize=1024)
 def table_of(*kind: Any) -> CallTable:
-    """`call_table` of ``CallKind(*kind)``: `fused_experts` asks it at each call, and makes no object for it."""
-    return call_table(CallKind(*kind))
+    """`running_table` of ``CallKind(*kind)``: `fused_experts` asks it at each call, and makes no object for it."""
+    return running_table(CallKind(*kind))
+
+
+def running_table(kind: CallKind) -> CallTable:
+    """`call_table` of calls that are about to run: where their tiles are from is logged, once.
+
+    Args:
+        kind: of the calls.
+
+    Raises:
+        UnsupportedTarget: as `call_table`.
+    """
+    table = call_table(kind)
+    first = table.decisions[0]
+    if first.weights is not None:
+        sources = zip(table.first_tokens, (decision.tile_source for decision in table.decisions), strict=True)
+        log_sources(kind.on(first.path, first.weights), sources)
+    return table
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import groupby
 
 import torch
@@ -22,19 +21,8 @@ from epfuse.stages.tiles import LayerTiles, TileRange, rows_per_expert
 log: logging.Logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def unlogged() -> Iterator[None]:
-    """Log nothing of where tiles are from: for a command whose answer that is, or that nobody asks to tune."""
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
 def tile_ranges(kind: CallKind) -> list[tuple[int, TileChoice]]:
-    """The first T of every range, ascending from 1, and its tiles. What is not as measured is logged.
+    """The first T of every range, ascending from 1, and its tiles.
 
     Tiles are those of `nearest_ranges` but where the time model of tiles overrules them.
 
@@ -45,7 +33,6 @@ def tile_ranges(kind: CallKind) -> list[tuple[int, TileChoice]]:
     fit = fit_of(kind.target, kind.device, kind.path, kind.form) if _as_measured(kind) else None
     if fit is not None:
         ranges = overruled(ranges, measured, fit, kind.target, kind.shape)
-    _log(kind, measured, ranges)
     return ranges
 
 
@@ -130,12 +117,27 @@ def _why_default(measured: tuple[LayerMeasurements, ...]) -> str:
     return f"no measured row is near (T={counts} on {measured[0].device})"
 
 
-def _log(kind: CallKind, measured: tuple[LayerMeasurements, ...], ranges: list[tuple[int, TileChoice]]) -> None:
-    """Once for each layer: foreign rows as a warning, far ones as information."""
+def log_sources(kind: CallKind, ranges: Iterable[tuple[int, str]]) -> None:
+    """Say where the tiles of calls that run are from, once in a process: foreign rows as a warning, all as information.
+
+    Args:
+        kind: of the calls, on one path and one format.
+        ranges: the first T of every range, and where its tiles are from.
+    """
+    measured = _measured(kind)
     if not measured:
         return
     what = f"{kind.path.value} ({kind.form.value}) on {kind.device} ({kind.target.value}), {kind.shape}"
     if all(source.is_foreign for source in measured):
-        log.warning("tiles of %s are from foreign rows; measure them with 'epfuse tune'", what)
-    for first, choice in ranges:
-        log.info("tiles of %s from T=%d: %s", what, first, choice.source)
+        _say_once(logging.WARNING, f"tiles of {what} are from foreign rows; measure them with 'epfuse tune'")
+    for first, source in ranges:
+        _say_once(logging.INFO, f"tiles of {what} from T={first}: {source}")
+
+
+_said: set[str] = set()
+
+
+def _say_once(level: int, text: str) -> None:
+    if log.isEnabledFor(level) and text not in _said:
+        _said.add(text)
+        log.log(level, "%s", text)

@@ -84,3 +84,17 @@ def test_the_entry_point_is_declared():
     if not points:
         pytest.skip("epfuse is not installed, or was before it had the entry point")
     assert next(iter(points)).load() is plugin.register
+
+
+def test_what_the_package_itself_says_is_printed_by_vllms_handlers(said, monkeypatch):
+    monkeypatch.setattr(releases, "package", lambda: None)
+    ours, theirs, root = (logging.getLogger(name) for name in ("epfuse", "vllm", None))
+    handler = logging.Handler()
+    monkeypatch.setattr(theirs, "handlers", [handler])
+    for logger in (ours, root):
+        monkeypatch.setattr(logger, "handlers", [])
+    plugin.register()
+    assert ours.handlers == [handler]
+    plugin._register_once.cache_clear()
+    plugin.register()
+    assert ours.handlers == [handler]

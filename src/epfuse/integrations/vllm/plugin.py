@@ -30,6 +30,7 @@ def _register_once() -> None:
     from epfuse.integrations.vllm import releases
     from epfuse.integrations.vllm.interfaces import VLLM
 
+    _print_as_vllm_does()
     offer(VLLM, releases, log, _install, FORCE)
 
 
@@ -37,3 +38,11 @@ def _install() -> bool:
     from epfuse.integrations.vllm.layer import register_layer
 
     return register_layer()
+
+
+def _print_as_vllm_does() -> None:
+    """Give vLLM's handlers to epfuse's own logger, if it has none: else warnings come bare, without time and level."""
+    ours = logging.getLogger("epfuse")
+    if not ours.hasHandlers():
+        for handler in logging.getLogger("vllm").handlers:
+            ours.addHandler(handler)
