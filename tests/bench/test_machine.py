@@ -49,7 +49,7 @@ def test_device() -> None:
 def test_versions_name_the_peers() -> None:
     found = machine.versions()
     assert found["torch"] == torch.__version__
-    assert {"transformers", "vllm"} <= set(found)
+    assert {"transformers", "vllm", "sgl-deep-gemm", "flashinfer-python"} <= set(found)
 
 
 def test_commit_of_a_checkout_and_of_an_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ SMI_FIELDS = {
 }
 """Name in the record -> nvidia-smi's."""
 
-PEER_PACKAGES = ("transformers", "vllm")
+PEER_PACKAGES = ("transformers", "vllm", "deep-gemm", "sgl-deep-gemm", "flashinfer-python")
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
