@@ -4,6 +4,11 @@ Triton 3.6 to 3.9 interpret bf16 as raw uint16: products, those of `tl.dot` too,
 bf16 truncates. Both are done by PyTorch instead, which rounds to nearest even as the GPUs do. And its list of types
 that a pointer can have lacks E4M3FNUZ. In 3.9 a comparison of two scalars is spread over a block as integers, which its
 masked loads and stores then refuse.
+
+Three things that it does again and again are done once, or not at all, in half of the time: before each call of a
+device function it replaces all of `triton.language` by what interprets it, although the launch has done that; it makes
+its table of number formats anew whenever it looks into it; and it repeats each sum and product of integers in 64 bits
+to see whether it overflows, but asserts that only with an option `debug` that nothing sets.
 """
 
 from __future__ import annotations
@@ -90,8 +95,39 @@ def install() -> None:
 
         return call
 
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    replaced: set[str] = set()  # the language's modules, in this launch
+
+    get_np_dtype = interpreter._get_np_dtype
+    np_dtypes: dict[str, np.dtype] = {}
+
+    def np_dtype(kind):
+        name = kind.scalar.name  # a type of blocks has no hash
+        if name not in np_dtypes:
+            np_dtypes[name] = get_np_dtype(kind)
+        return np_dtypes[name]
+
+    def patch_lang_once(fn):
+        seen = {value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if seen <= replaced:
+            return None  # of a device function, where nothing asks for it
+        replaced.update(seen)
+        return patch_lang(fn)
+
+    def launch_from_clean(self, *operands, **named):
+        replaced.clear()
+        try:
+            launch(self, *operands, **named)
+        finally:
+            replaced.clear()  # the launch has put the language back
+
     for access, place in (("create_masked_load", 1), ("create_masked_store", 2), ("create_atomic_rmw", 3)):
         setattr(InterpreterBuilder, access, with_boolean_mask(getattr(InterpreterBuilder, access), place))
+    interpreter._patch_lang = patch_lang_once
+    interpreter.GridExecutor.__call__ = launch_from_clean
+    interpreter._get_np_dtype = np_dtype
+    assert not interpreter.interpreter_builder.options.debug
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot
