@@ -129,8 +129,9 @@ class Routing:
         self.tokens = 0
         self.swapped = 0
         self.record = True
+        asking = {name.partition(".")[2] for name in CLASSES}
         for module in model.modules():
-            if hasattr(module, "down_proj") and isinstance(module.down_proj, nn.Parameter):
+            if type(module).__name__ in asking:
                 module.register_forward_pre_hook(self.route)
 
     def route(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
