@@ -36,6 +36,15 @@ def test_no_two_classes_share_a_name() -> None:
     assert shared(classes(ROOT)) == SAME_SENSE
 
 
+def test_path_has_no_other_name() -> None:
+    """`epfuse.Path` and `pathlib.Path`, where one file wants both; an alias would be a third word."""
+    for folder in ("src", "tools"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = node.names if isinstance(node, ast.ImportFrom) else []
+                assert not any(name.name == "Path" and name.asname for name in names), file
+
+
 def test_a_second_class_of_a_name_is_found(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "tools").mkdir()

@@ -18,11 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -276,7 +276,7 @@ def _without(device: str, is_out: Callable[[Row], bool], rows: Sequence[Row], ne
     before = store.TABLES
     tables = {stage: store.read_table(before, Target.SM90, stage) for stage in Stage}
     with tempfile.TemporaryDirectory() as name:
-        folder = FilePath(name)
+        folder = pathlib.Path(name)
         for stage, table in tables.items():
             found_all = tuple(one for one in map(kept, table.measurements) if one.rows)
             path = store.table_path(folder, Target.SM90, stage)

@@ -12,16 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import pathlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from epfuse import ExpertMap, ExpertWeights, SwiGLUOAI, Target, fused_experts
-from epfuse import Path as ComputePath
+from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, fused_experts
 from epfuse.bench.machine import commit, describe_device, versions
 from epfuse.children import Children, join
 from epfuse.config import LayerShape, silu_gate
@@ -40,7 +39,7 @@ LAYERS = {
 KINDS = ("bf16", "fp16", "w8a16", "w8a16 as stored", "w8a8", "w8a8 as stored", "block_fp8")
 
 
-def weights_of(kind: str, shape: LayerShape, device: torch.device) -> tuple[ExpertWeights, ComputePath]:
+def weights_of(kind: str, shape: LayerShape, device: torch.device) -> tuple[ExpertWeights, Path]:
     """Seeded weights as ``kind`` wants them, and its path."""
     g = torch.Generator(device).manual_seed(7)
     local, tensors = shape.local_experts, []
@@ -53,12 +52,12 @@ def weights_of(kind: str, shape: LayerShape, device: torch.device) -> tuple[Expe
         dense = ExpertWeights.hybrid(*tensors).dense_experts
         assert dense is not None
         dtype = torch.bfloat16 if kind == "bf16" else torch.float16
-        return ExpertWeights.dense(dense.w13.to(dtype), dense.w2.to(dtype)), ComputePath.BF16
+        return ExpertWeights.dense(dense.w13.to(dtype), dense.w2.to(dtype)), Path.BF16
     if kind == "block_fp8":
         weights = ExpertWeights.block_fp8(*tensors)
-        return (weights.prepare() if target_of(device) is Target.GFX942 else weights), ComputePath.BLOCK_FP8
+        return (weights.prepare() if target_of(device) is Target.GFX942 else weights), Path.BLOCK_FP8
     stored = ExpertWeights.mxfp8(*tensors)
-    path = ComputePath.W8A16 if kind.startswith("w8a16") else ComputePath.W8A8
+    path = Path.W8A16 if kind.startswith("w8a16") else Path.W8A8
     return (stored if kind.endswith("as stored") else stored.prepare(path=path)), path
 
 
@@ -71,7 +70,7 @@ def bits_of(layer: str, kind: str, device_name: str) -> dict[str, Any]:
     expert_map = ExpertMap.contiguous(shape.experts, shape.experts // shape.local_experts, 0, device)
     found: dict[str, Any] = {}
 
-    path = path if device.type == "cuda" else ComputePath.REFERENCE
+    path = path if device.type == "cuda" else Path.REFERENCE
     for tokens in TOKENS if device.type == "cuda" else CPU_TOKENS:
         g = torch.Generator(device).manual_seed(tokens)
         hidden = torch.randn(tokens, shape.hidden, device=device, generator=g).to(dtype)
@@ -84,11 +83,13 @@ def bits_of(layer: str, kind: str, device_name: str) -> dict[str, Any]:
 
 
 @click.command(help=__doc__)
-@click.argument("record", type=click.Path(path_type=Path))
-@click.option("--compare", "before", type=click.Path(exists=True, path_type=Path), help="Record of another version.")
+@click.argument("record", type=click.Path(path_type=pathlib.Path))
+@click.option(
+    "--compare", "before", type=click.Path(exists=True, path_type=pathlib.Path), help="Record of another version."
+)
 @click.option("--jobs", type=click.IntRange(1, 32), default=12, show_default=True, help="Processes side by side.")
 @click.option("--kinds", default=",".join(KINDS), show_default=True, help="Paths and formats.")
-def main(record: Path, before: Path | None, jobs: int, kinds: str) -> None:
+def main(record: pathlib.Path, before: pathlib.Path | None, jobs: int, kinds: str) -> None:
     """Write the record; exit with 1 where it differs from the one before."""
     asked = kinds.split(",")
     if unknown := set(asked) - set(KINDS):

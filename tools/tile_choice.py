@@ -13,10 +13,10 @@ import argparse
 import hashlib
 import json
 import math
+import pathlib
 import random
 import time
 from dataclasses import asdict
-from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ def _launches(device: str, point: tuple[str, LayerShape, int, bool], all_tiles: 
 def main() -> None:
     """Draw, compile, time, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=FilePath)
+    parser.add_argument("file", type=pathlib.Path)
     parser.add_argument("--seconds", type=float, default=110.0, help="begin no other timing after so long")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
     arguments = parser.parse_args()

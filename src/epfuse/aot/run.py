@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from epfuse.aot.gates import Gate, check
 from epfuse.aot.kernels import Kernel
@@ -12,7 +12,7 @@ from epfuse.aot.predict import Prediction, predictions
 from epfuse.aot.record import AotRecord, TargetRecord
 from epfuse.aot.tasks import Broken, Job, compile_job, list_jobs, start
 from epfuse.arguments import checks_enums
-from epfuse.config import Path as LayerPath
+from epfuse.config import Path
 from epfuse.errors import CompilerDied
 from epfuse.target import Target
 from epfuse.workers import Died, Workers
@@ -35,11 +35,11 @@ class CompileRequest:
 
     targets: tuple[Target, ...]
     stages: tuple[str, ...]
-    paths: tuple[LayerPath, ...]
+    paths: tuple[Path, ...]
     shapes: tuple[str, ...]
     dtypes: tuple[str, ...]
     workers: int
-    folder: Path | None = None
+    folder: pathlib.Path | None = None
     mca: str | None = None
 
 

@@ -6,14 +6,14 @@ Imported by processes that may not have Triton's interpreter switched on; this m
 from __future__ import annotations
 
 import os
+import pathlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from epfuse.aot.kernels import Kernel, KernelUse
     from epfuse.aot.launches import Launch
-    from epfuse.config import Path as LayerPath
+    from epfuse.config import Path
     from epfuse.target import Target
 
 
@@ -50,7 +50,7 @@ def start() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def list_jobs(target: Target, paths: list[LayerPath], shapes: list[str], dtypes: list[str]) -> list[Job]:
+def list_jobs(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str]) -> list[Job]:
     """Every kernel that the calls of ``target`` launch, each once, and the kernel to compare with."""
     from epfuse.aot.calls import SHAPES, Call, calls
     from epfuse.aot.kernels import KernelUse
@@ -70,7 +70,7 @@ def list_jobs(target: Target, paths: list[LayerPath], shapes: list[str], dtypes:
     return jobs
 
 
-def compile_job(job: Job, folder: Path | None, mca: str | None) -> Kernel | Broken:
+def compile_job(job: Job, folder: pathlib.Path | None, mca: str | None) -> Kernel | Broken:
     """Compile and read one kernel."""
     from epfuse.aot.kernels import build
     from epfuse.errors import EpfuseError

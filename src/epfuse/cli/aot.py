@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +17,7 @@ from epfuse.cli.aot_execute import PARTS
 from epfuse.cli.aot_execute import execute as run_execute
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.names import comma_names
-from epfuse.config import Path as LayerPath
+from epfuse.config import Path
 from epfuse.errors import ConfigError, MissingDependency
 from epfuse.report.terminal import bars, stdout
 
@@ -58,7 +58,7 @@ Examples:
 @names_option("--dtype", "dtypes", DTYPES)
 @click.option("--workers", type=click.IntRange(1, 1024), help="Compiling processes.  [default: the CPUs]")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the assembly of every kernel."
+    "--out", type=click.Path(file_okay=False, path_type=pathlib.Path), help="Folder for the assembly of every kernel."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON instead of tables.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the tables as Markdown.")
@@ -68,7 +68,7 @@ Examples:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="With --execute: draws the share.  [default: 0]")
 @click.option(
     "--keep",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
     help="With --execute: folder of results; what a run that was ended has left there is not run again.",
 )
 def aot(
@@ -78,14 +78,14 @@ def aot(
     shapes: tuple[str, ...],
     dtypes: tuple[str, ...],
     workers: int | None,
-    out: Path | None,
+    out: pathlib.Path | None,
     as_json: bool,
     as_markdown: bool,
     execute: bool,
     cases: str | None,
     faults: str | None,
     seed: int | None,
-    keep: Path | None,
+    keep: pathlib.Path | None,
 ) -> None:
     """Compile every kernel that a call can launch, without the GPU, and check its resources.
 
@@ -116,7 +116,7 @@ def aot(
     request = CompileRequest(
         targets=tuple(Target(name) for name in targets),
         stages=stages,
-        paths=tuple(LayerPath(name) for name in paths),
+        paths=tuple(Path(name) for name in paths),
         shapes=shapes,
         dtypes=dtypes,
         workers=workers or len(os.sched_getaffinity(0)),
@@ -141,4 +141,4 @@ def aot(
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])

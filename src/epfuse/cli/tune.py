@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import re
-from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
 from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, make_layer
 from epfuse.cli.names import comma_names, layer_sizes, token_counts
-from epfuse.config import Bias
-from epfuse.config import Path as LayerPath
+from epfuse.config import Bias, Path
 from epfuse.errors import ConfigError, MissingDependency
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
@@ -71,13 +70,21 @@ Exit status: 0 good, 1 a trial is wrong or does not run, 2 usage, or compiling t
 @click.option(
     "--budget", type=click.IntRange(min=1), default=600, show_default=True, help="Seconds, compiling included."
 )
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of tables.  [default: epfuse's]")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=pathlib.Path), help="Folder of tables.  [default: epfuse's]"
+)
 @click.option("--part", callback=_part, default="1/1", show_default=True, metavar="I/N", help="Of N ranks' work.")
 @click.option("--again", is_flag=True, help="Also points that the tables have from this device and these versions.")
 @click.option("--workers", type=click.IntRange(1, 1024), help="Compiling processes.  [default: the CPUs]")
-@click.option("--from-vllm", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Tiles to try as well.")
-@click.option("--to-vllm", type=click.Path(file_okay=False, path_type=Path), help="Folder for a tile file of vLLM's.")
-@click.option("--trials", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Time these tiles only.")
+@click.option(
+    "--from-vllm", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path), help="Tiles to try as well."
+)
+@click.option(
+    "--to-vllm", type=click.Path(file_okay=False, path_type=pathlib.Path), help="Folder for a tile file of vLLM's."
+)
+@click.option(
+    "--trials", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path), help="Time these tiles only."
+)
 @click.option("--keep", is_flag=True, help="With --trials: write the fastest of each path and T to the tables.")
 @click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N (CUDA and ROCm).")
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True)
@@ -90,13 +97,13 @@ def tune(
     tokens: tuple[int, ...],
     space: str,
     budget: int,
-    out: Path | None,
+    out: pathlib.Path | None,
     part: tuple[int, int],
     again: bool,
     workers: int | None,
-    from_vllm: Path | None,
-    to_vllm: Path | None,
-    trials: Path | None,
+    from_vllm: pathlib.Path | None,
+    to_vllm: pathlib.Path | None,
+    trials: pathlib.Path | None,
     keep: bool,
     device: str,
     seed: int,
@@ -137,7 +144,7 @@ def tune(
     if trials is not None:
         _refuse_search_options()
         try_tiles(options, layers[0], read_trials(trials), keep)
-    layer_paths = tuple(LayerPath(name) for name in paths)
+    layer_paths = tuple(Path(name) for name in paths)
     search_layers(options, layers, layer_paths, tokens, Space(space), part, again, budget, from_vllm, to_vllm)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import pathlib
 import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,7 +20,7 @@ from epfuse.bench import machine
 from epfuse.bench.layers import Layer
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.device import choose_device
-from epfuse.config import Path as LayerPath
+from epfuse.config import Path
 from epfuse.errors import ConfigError, DeviceError, TuningError
 from epfuse.measured import store
 from epfuse.report.terminal import bars, stdout
@@ -48,7 +48,7 @@ class Options:
     """
 
     device: str
-    folder: Path | None
+    folder: pathlib.Path | None
     seed: int
     workers: int
     as_json: bool
@@ -57,14 +57,14 @@ class Options:
 def search_layers(
     options: Options,
     layers: list[Layer],
-    paths: tuple[LayerPath, ...],
+    paths: tuple[Path, ...],
     tokens: tuple[int, ...],
     space: Space,
     part: tuple[int, int],
     again: bool,
     budget: int,
-    from_vllm: Path | None,
-    to_vllm: Path | None,
+    from_vllm: pathlib.Path | None,
+    to_vllm: pathlib.Path | None,
 ) -> None:
     """Search the tiles of every layer, print what was found, and exit."""
     gpu, found = _device(options)
@@ -207,8 +207,8 @@ def _gpu(name: str) -> torch.device:
     return gpu
 
 
-def _write_vllm(folder: Path, request: TuningRequest, outcomes: list[TuningOutcome]) -> None:
-    tiles = {outcome.point.tokens: outcome.tiles for outcome in outcomes if outcome.point.path is LayerPath.BF16}
+def _write_vllm(folder: pathlib.Path, request: TuningRequest, outcomes: list[TuningOutcome]) -> None:
+    tiles = {outcome.point.tokens: outcome.tiles for outcome in outcomes if outcome.point.path is Path.BF16}
     if not tiles:
         raise ConfigError("--to-vllm writes the BF16 path's tiles, and none was tuned in this run")
     name = vllm_files.file_name(request.shape, request.device.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from pathlib import Path as FilePath
+import pathlib
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,7 +64,7 @@ class FitFile(BaseModel):
 
 
 @checks_enums
-def fit_path(folder: FilePath, target: Target) -> FilePath:
+def fit_path(folder: pathlib.Path, target: Target) -> pathlib.Path:
     """Where a target's file lies in a folder of tables."""
     return folder / target.value / "times.json"
 
@@ -81,7 +81,7 @@ def fit_of(target: Target, device_name: str, path: Path, weights: WeightFormat) 
 
 
 @functools.cache
-def _read(path: FilePath) -> FitFile:
+def _read(path: pathlib.Path) -> FitFile:
     if not os.path.lexists(path):
         return FitFile(target=Target(path.parent.name))
     try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as Folder
 from typing import Protocol
 
 from epfuse.arguments import checks_enums
@@ -61,7 +61,7 @@ class TuningRequest:
     shape: LayerShape
     paths: tuple[Path, ...]
     tokens: tuple[int, ...]
-    folder: Folder
+    folder: pathlib.Path
     source: str
     extra: tuple[tuple[int, LayerTiles], ...] = ()
     space: Space = Space.FULL

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path as File
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -87,7 +87,7 @@ class TrialResult:
         }
 
 
-def read_trials(file: File) -> tuple[Trial, ...]:
+def read_trials(file: pathlib.Path) -> tuple[Trial, ...]:
     """The trials of a JSON file, a list of `Trial`.
 
     Raises:

@@ -8,9 +8,9 @@ get_config_file_name and get_moe_configs.
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 from collections.abc import Mapping
-from pathlib import Path as FilePath
 
 from epfuse.config import LayerShape
 from epfuse.errors import ConfigError
@@ -53,7 +53,7 @@ def folded_name(device_name: str) -> str:
     return name.removesuffix("_VF") if name.startswith("AMD_Instinct_") else name
 
 
-def read(path: FilePath, shape: LayerShape) -> dict[int, LayerTiles]:
+def read(path: pathlib.Path, shape: LayerShape) -> dict[int, LayerTiles]:
     """The tiles of a file, by token count.
 
     Args:
@@ -81,14 +81,14 @@ def read(path: FilePath, shape: LayerShape) -> dict[int, LayerTiles]:
     return found
 
 
-def _tiles(path: FilePath, entry: object) -> LayerTiles:
+def _tiles(path: pathlib.Path, entry: object) -> LayerTiles:
     block_m, block_n, block_k, group_m, warps, stages = (_size(path, entry, name) for name in SIZES)
     # Triton for AMD read 0 stages as what it now calls 2 (its backend's own message, third_party/amd, 3.2 to 3.4)
     tile = GemmTile(block_n, block_k, 0 if group_m >= ALL_BLOCKS else group_m, warps, stages or 2)
     return LayerTiles(block_m, tile, tile)
 
 
-def _size(path: FilePath, entry: object, name: str) -> int:
+def _size(path: pathlib.Path, entry: object, name: str) -> int:
     value = entry.get(name) if isinstance(entry, dict) else None
     least = 0 if name == "num_stages" else 1
     if type(value) is not int or not least <= value < LARGEST:
@@ -96,7 +96,7 @@ def _size(path: FilePath, entry: object, name: str) -> int:
     return value
 
 
-def write(folder: FilePath, name: str, tiles: Mapping[int, LayerTiles], triton: str) -> FilePath:
+def write(folder: pathlib.Path, name: str, tiles: Mapping[int, LayerTiles], triton: str) -> pathlib.Path:
     """Write a file that a stock vLLM reads; from calls whose two tiles differ it gets the first, of the larger GEMM.
 
     Args:
