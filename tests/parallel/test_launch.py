@@ -40,3 +40,8 @@ def test_output_of_ranks_goes_to_files(tmp_path: Path, capfd: pytest.CaptureFixt
 def test_refuses_no_ranks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ranks is 0"):
         launch_ranks(talk, (), ranks=0, placement=Placement.CPU, log_dir=tmp_path)
+
+
+def test_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"log_dir is .*absent; it must be a folder that is there"):
+        launch_ranks(talk, (), ranks=2, placement=Placement.CPU, log_dir=tmp_path / "absent")

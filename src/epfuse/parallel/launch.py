@@ -144,12 +144,15 @@ def launch_ranks(
         stall_seconds: how long a rank may be stopped, or do nothing while others wait for it.
 
     Raises:
-        ConfigError: ``ranks`` is below 1, or more than this machine's limits let start; nothing has been started then.
+        ConfigError: ``ranks`` is below 1, or more than this machine's limits let start, or there is no ``log_dir``;
+            nothing has been started then.
         RankFailed: a rank raised, died, couldn't be started or held the others; all are ended.
         SystemExit: this process got SIGTERM or SIGHUP (the main thread only); the ranks are ended first.
     """
     if ranks < 1:
         raise ConfigError(f"ranks is {ranks}; it must be at least 1")
+    if not log_dir.is_dir():  # or each rank would end before it can say why
+        raise ConfigError(f"log_dir is {log_dir}; it must be a folder that is there")
     check_limits(ranks)
     # Importing torch and a model library costs seconds of CPU per process. A fork server pays once; on a GPU it is not
     # safe, because an import may touch the driver and a forked process can't use that.
