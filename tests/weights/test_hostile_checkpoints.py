@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from epfuse import ExpertMap, ExpertWeights
-from epfuse.errors import ConfigError, EpfuseError, ShapeError
+from epfuse.errors import EpfuseError, ShapeError
 from epfuse.parallel.placement import ExpertPlacement
 from epfuse.weights.checkpoint import ExpertCheckpoint
 from epfuse.weights.projections import expert_matrix
@@ -332,23 +332,24 @@ def test_a_map_of_other_experts_is_refused_for_one_layer_too(folder: Path, exper
         checkpoint.load_layer(0, expert_map)
     with pytest.raises(ShapeError, match=f"is of E={experts} experts; the model has {EXPERTS}"):
         checkpoint.bytes_of(expert_map)
-    with pytest.raises(ConfigError, match="an expert of a slot is 4"):
-        checkpoint.load_layer(0, [3, EXPERTS])
+    share = ExpertPlacement.contiguous(experts, 1).share(0)  # whoever forgot the last experts, too
+    with pytest.raises(ShapeError, match=f"the expert share is of E={experts} experts; the model has {EXPERTS}"):
+        checkpoint.load_layer(0, share)
 
 
-def test_copies_of_experts_are_loaded_by_slot(folder: Path) -> None:
+def test_copies_of_experts_are_loaded(folder: Path) -> None:
     """A placement with copies has a map of physical ids; the checkpoint knows the experts alone."""
     placement = ExpertPlacement(((0, 1, 0), (3, 2, 0)))
     checkpoint = ExpertCheckpoint(folder)
     with pytest.raises(ShapeError, match=r"E=6 experts; the model has 4 \(where experts have copies"):
         checkpoint.load_layer(0, placement.expert_map(1))
-    (whole,) = checkpoint.load_layer(0, range(EXPERTS)).formats
-    for own in placement.held:
-        (experts,) = checkpoint.load_layer(0, own).formats
+    (whole,) = checkpoint.load_layer(0, ExpertMap.all_local(EXPERTS)).formats
+    for rank, own in enumerate(placement.held):
+        (experts,) = checkpoint.load_layer(0, placement.share(rank)).formats
         for slot, expert in enumerate(own):
             for (_, ours), (_, theirs) in zip(experts.tensors(), whole.tensors(), strict=True):
                 assert torch.equal(ours[slot].view(torch.uint8), theirs[expert].view(torch.uint8))
-        assert 2 * checkpoint.bytes_of(range(3)) == 2 * checkpoint.bytes_of(own) == 3 * checkpoint.bytes_of(SHARE)
+        assert 2 * checkpoint.bytes_of(placement.share(rank)) == 3 * checkpoint.bytes_of(SHARE)
 
 
 def test_an_expert_keeps_its_number_under_any_map(folder: Path) -> None:

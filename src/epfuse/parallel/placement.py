@@ -15,6 +15,19 @@ from epfuse.parallel.shard import check_whole
 
 
 @dataclass(frozen=True)
+class RankShare:
+    """The experts that one rank holds, by slot: what a rank loads where experts have copies. `ExpertPlacement.share`.
+
+    Args:
+        num_experts: E, of the layer.
+        held: the expert in each slot; one may stand in several.
+    """
+
+    num_experts: int
+    held: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ExpertPlacement:
     """The experts of each rank, slot by slot, known to all ranks.
 
@@ -110,6 +123,14 @@ class ExpertPlacement:
         own = self._physical[self._rank(rank)]
         slots[list(own)] = torch.arange(len(own), dtype=torch.int32, device="cpu")
         return ExpertMap(slots.to(device))
+
+    def share(self, rank: int) -> RankShare:
+        """What a rank loads.
+
+        Raises:
+            ConfigError: no rank has this number.
+        """
+        return RankShare(self.num_experts, self.held[self._rank(rank)])
 
     def owners(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """``[S]`` int64: the rank of each physical id."""

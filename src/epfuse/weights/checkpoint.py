@@ -18,6 +18,7 @@ from epfuse.arguments import integer
 from epfuse.errors import CheckpointError, ConfigError, MissingDependency, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.reinterpret import reinterpret
+from epfuse.parallel.placement import RankShare
 from epfuse.parallel.shard import check_whole, held_experts
 from epfuse.weights.expert_tensors import LayerTensors, find_layers
 from epfuse.weights.experts import ExpertWeights
@@ -66,13 +67,13 @@ class ExpertCheckpoint:
         self.model: ExpertModel = groups[index]
         self.layers: Mapping[int, LayerTensors] = find_layers(TensorFolder(self.folder), groups)[index]
 
-    def bytes_of(self, experts: ExpertMap | Sequence[int]) -> int:
+    def bytes_of(self, experts: ExpertMap | RankShare) -> int:
         """Bytes that `load` reads for a rank; arguments and errors as there."""
         return sum(len(self._held(experts)) * layer.expert_bytes for layer in self.layers.values())
 
     def load(
         self,
-        experts: ExpertMap | Sequence[int],
+        experts: ExpertMap | RankShare,
         device: torch.device | str = "cpu",
         on_bytes: Callable[[int], None] = _silent,
     ) -> Iterator[tuple[int, ExpertWeights]]:
@@ -81,9 +82,8 @@ class ExpertCheckpoint:
         Memory: the result, and where the device is a GPU or the order another one, one expert's matrix beside it.
 
         Args:
-            experts: which experts the rank holds: a map, or the experts by slot where some have copies
-                (``placement.held[rank]``, since a map is one of physical ids then). Row ``l`` of the result is the
-                expert in slot ``l``.
+            experts: which experts the rank holds: a map, or where some have copies ``placement.share(rank)``, since a
+                map is one of physical ids then. Row ``l`` of the result is the expert in slot ``l``.
             device: where the weights go.
             on_bytes: told how many bytes were read, after each tensor or row of one.
 
@@ -91,8 +91,7 @@ class ExpertCheckpoint:
             The layer's index in the model, and its weights as the checkpoint has them: `ExpertWeights.prepare` is next.
 
         Raises:
-            ShapeError: the map is of another number of experts than E.
-            ConfigError: an expert in a slot is none of the model's.
+            ShapeError: the map or the share is of another number of experts than E.
             CheckpointError: a file can't be read, or was changed meanwhile.
         """
         for index in self.layers:
@@ -101,7 +100,7 @@ class ExpertCheckpoint:
     def load_layer(
         self,
         index: int,
-        experts: ExpertMap | Sequence[int],
+        experts: ExpertMap | RankShare,
         device: torch.device | str = "cpu",
         on_bytes: Callable[[int], None] = _silent,
     ) -> ExpertWeights:
@@ -118,16 +117,16 @@ class ExpertCheckpoint:
         with TensorFolder.reading(layer.of(held)):
             return reader.weights()
 
-    def _held(self, experts: ExpertMap | Sequence[int]) -> list[int]:
-        """The experts by slot; each is one of the model's, or bytes of other tensors would be read for it."""
-        if not isinstance(experts, ExpertMap):
-            return [integer("an expert of a slot", expert, most=self.model.experts - 1) for expert in experts]
+    def _held(self, experts: ExpertMap | RankShare) -> Sequence[int]:
+        """The experts by slot, of as many as the model has: for others, bytes of other tensors would be read."""
+        is_map = isinstance(experts, ExpertMap)
         if experts.num_experts != self.model.experts:
+            hint = " (where experts have copies, pass placement.share(rank))" if is_map else ""
             raise ShapeError(
-                f"the expert map is of E={experts.num_experts} experts; the model has {self.model.experts} (where"
-                " experts have copies, pass the experts by slot: placement.held[rank])"
+                f"the expert {'map' if is_map else 'share'} is of E={experts.num_experts} experts; the model has"
+                f" {self.model.experts}{hint}"
             )
-        return held_experts(experts)
+        return held_experts(experts) if isinstance(experts, ExpertMap) else experts.held
 
 
 def save_checkpoint(model: nn.Module, path: Path) -> None:
