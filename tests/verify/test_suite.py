@@ -260,6 +260,12 @@ def test_every_format_holds_the_weights_and_the_source_is_kept(form: WeightForma
     assert snr_db(expert_matrix(made.kept[form].w13, 2, torch.float64), before[2]) > 80
 
 
+@pytest.mark.parametrize("form", [WeightFormat.FRAGMENT, WeightFormat.MXFP8_FNUZ, WeightFormat.DENSE])
+def test_no_format_is_judged_in_the_name_of_another(form: WeightFormat) -> None:
+    with pytest.raises(ConfigError, match=f"can't be verified in {form.value}: on cpu they become mxfp8"):
+        in_format(rank_mxfp8(replace(PROBLEM, hidden=128, intermediate=64), 0), form, Target.CPU)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_path_of_the_gpu_passes(device: torch.device, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from epfuse.arguments import checks_enums
 from epfuse.config import Bias, Path, WeightFormat
+from epfuse.errors import ConfigError
 from epfuse.numerics.mxfp8 import BLOCK, MXFP8
 from epfuse.target import Target
 from epfuse.verify.problem import Problem
@@ -66,7 +67,11 @@ def mxfp8_weights(problem: Problem, experts: Sequence[int]) -> ExpertWeights:
 
 @checks_enums
 def in_format(weights: ExpertWeights, form: WeightFormat, target: Target) -> ExpertWeights:
-    """Weights as `rank_weights` or `rank_mxfp8` gives them, or a copy of them, in the format that a path reads."""
+    """Weights as `rank_weights` or `rank_mxfp8` gives them, or a copy of them, in the format that a path reads.
+
+    Raises:
+        ConfigError: on ``target`` nothing makes that format of them; another one must not be judged in its name.
+    """
     if form in weights.kept:
         return weights
     packed = weights.mxfp8_experts
@@ -78,7 +83,11 @@ def in_format(weights: ExpertWeights, form: WeightFormat, target: Target) -> Exp
         converted = ExpertWeights.mxfp8(*(part.clone() for part in parts))
     converted = ExpertWeights(converted.formats, weights.gate_up_bias, weights.down_bias)
     path = Path.W8A8 if form is WeightFormat.ROW_FP8 else Path.AUTO
-    return converted if form in converted.kept else converted.prepare(target, path)
+    made = converted if form in converted.kept else converted.prepare(target, path)
+    if form not in made.kept:
+        kept = " and ".join(sorted(found.value for found in made.kept))
+        raise ConfigError(f"weights in mxfp8 can't be verified in {form.value}: on {target.value} they become {kept}")
+    return made
 
 
 def _of_rank(problem: Problem, ep_rank: int) -> range:
