@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, api
+from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, api, policy
 from epfuse.config import Bias, Combine, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
-from epfuse.policy.call import call_table, table_of
 from epfuse.stages.route import reference as route_reference
 from epfuse.target import planning_for
 from epfuse.verify import problem as problem_module
+from epfuse.verify import subject as subject_module
 from epfuse.verify import suite
 from epfuse.verify.budget import fp8_tolerance
 from epfuse.verify.experts import in_format, rank_mxfp8, rank_weights
@@ -307,16 +307,20 @@ def test_subjects_of_the_device() -> None:
         subjects_of(problem, "w8a8")
 
 
-def test_subjects_are_asked_for_with_the_products_name(caplog: pytest.LogCaptureFixture) -> None:
-    """A target alone stands for another product, whose tiles would be planned, and named in warnings."""
-    call_table.cache_clear()
-    table_of.cache_clear()
+def test_subjects_are_asked_for_with_the_products_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target alone stands for another product, whose tiles would be planned."""
+    asked = []
+
+    def decide(kind: policy.CallKind, tokens: int) -> policy.Decision:
+        asked.append(kind.device_name)
+        return policy.decide(kind, tokens)
+
+    monkeypatch.setattr(subject_module, "decide", decide)
     with planning_for(Target.SM90, product="NVIDIA H200"):
         problem = Problem(6144, 3072, 128, 4, 2, (1,), torch.bfloat16, torch.device("meta"), 0)
         assert len(subjects_of(problem, "all")) > 3
-    said = [record.getMessage() for record in caplog.records if "tiles of" in record.getMessage()]
-    assert said
-    assert all(" on NVIDIA H200 (sm_90)" in line for line in said)
+    assert asked
+    assert set(asked) == {"NVIDIA H200"}
 
 
 def test_subjects_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
