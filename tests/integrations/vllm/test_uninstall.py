@@ -61,7 +61,7 @@ def serving(tmp_path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
     (packages,) = (tmp_path / "lib").glob("python*/site-packages")
     metadata = find_site(SITE).metadata
-    shutil.copytree(SITE / "vllm", packages / "vllm", ignore=lambda *_: {"__pycache__"})
+    shutil.copytree(SITE / "vllm", packages / "vllm")  # bytecode, too: it stays valid
     shutil.copytree(metadata, packages / metadata.name)
     # everything else that is importable here, but not this checkout
     others = [entry for entry in sys.path if entry.endswith("packages") and Path(entry) != SITE]

@@ -33,7 +33,7 @@ def copy(tmp_path) -> Site:
     """A vLLM of links to the real one, whose patched files and metadata are copies."""
     real = find_site(Path(vllm.__file__).parents[1])
     shutil.copytree(real.metadata, tmp_path / real.metadata.name)
-    shutil.copytree(real.root / "vllm", tmp_path / "vllm", copy_function=os.symlink, ignore=lambda *_: {"__pycache__"})
+    shutil.copytree(real.root / "vllm", tmp_path / "vllm", copy_function=os.symlink)  # bytecode, too: it stays valid
     for target in block.TARGETS:
         (tmp_path / target).unlink()
         shutil.copy2(real.root / target, tmp_path / target)
