@@ -81,9 +81,10 @@ test-sglang: $(INSTALLED)
 	    PYTHONPATH="$$tree:$(SGLANG_TREES)/packages" $(PYTEST) tests/integrations/sglang $(PYTEST_FLAGS) || exit 1; \
 	done
 
+# A server's start is one process after another: two servers start in not much more time than one.
 test-vllm-e2e:
 	$(PYTHON) tools/vllm_cpu.py $(VLLM_TREES)/cpu
-	$(VLLM_TREES)/cpu/bin/python -m pytest tests/integrations/vllm_e2e $(PYTEST_FLAGS)
+	$(VLLM_TREES)/cpu/bin/python -m pytest -n $(WORKERS) --maxprocesses 2 tests/integrations/vllm_e2e $(PYTEST_FLAGS)
 
 # Its daemons want the cores for themselves.
 test-slurm: $(INSTALLED)
