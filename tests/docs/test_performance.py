@@ -11,16 +11,28 @@ from tools.draw_peers import chart_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 OURS = "epfuse `w8a16`"
-PEERS = {
-    "vLLM Marlin, MXFP8, best tiles": "vllm_marlin_tuned",
-    "humming 0.1.19 `w8a16`, grouped": "humming_w8a16_grouped",
-    "humming 0.1.19 `w8a16`, indexed": "humming_w8a16_indexed",
-    "triton_kernels, BF16 weights": "triton_kernels_bf16",
-}
 RUNS = {
     "h100": ("Beside the fastest peers, in one run", "2026-11-26-h100-peers.json"),
-    "h200": ("The same on an H200", "2026-11-26-h200-peers.json"),
+    "h200": ("The same on an H200", "2026-11-30-h200-peers.json"),
 }
+PEERS = {
+    "h100": {
+        "vLLM Marlin, MXFP8, best tiles": "vllm_marlin_tuned",
+        "humming 0.1.19 `w8a16`, grouped": "humming_w8a16_grouped",
+        "humming 0.1.19 `w8a16`, indexed": "humming_w8a16_indexed",
+        "triton_kernels, BF16 weights": "triton_kernels_bf16",
+    },
+    "h200": {
+        "vLLM Marlin, MXFP8, best tiles": "vllm_marlin_tuned",
+        "humming 0.1.20 `w8a16`, grouped": "humming_w8a16_grouped",
+        "humming 0.1.20 `w8a16`, indexed": "humming_w8a16_indexed",
+    },
+}
+OTHERS = {
+    "h100": {},
+    "h200": {"epfuse `w8a8`": "impl_w8a8", "epfuse `bf16`": "impl_bf16", "epfuse `block_fp8`": "impl_block_fp8"},
+}
+"""Our rows beside the first."""
 runs = pytest.mark.parametrize("run", RUNS)
 
 
@@ -43,20 +55,42 @@ def best(run: str, peer: str) -> list[float]:
 
 @runs
 def test_the_table_has_the_record_s_times(run: str) -> None:
-    for label, peer in (PEERS | {OURS: "impl"}).items():
+    for label, peer in (PEERS[run] | OTHERS[run] | {OURS: "impl"}).items():
         assert cells(run, label) == [round(us, 1) for us in best(run, peer)], label
 
 
 @runs
 def test_the_table_has_the_record_s_ratios(run: str) -> None:
-    ours, peers = best(run, "impl"), [best(run, peer) for peer in PEERS.values()]
-    assert {row["peer"] for row in record_of(run)["rows"]} == {"impl", *PEERS.values()}
+    ours, peers = best(run, "impl"), [best(run, peer) for peer in PEERS[run].values()]
+    assert {row["peer"] for row in record_of(run)["rows"]} == {"impl", *PEERS[run].values(), *OTHERS[run].values()}
     for shown, us, times in zip(cells(run, "over the fastest peer"), ours, zip(*peers, strict=True), strict=True):
         assert shown == pytest.approx(us / min(times), abs=0.0051)
     curves = chart_of(record_of(run)).curves
     floors = {point.x: point.y for curve in curves if curve.is_floor for point in curve.points}
     for shown, us, floor in zip(cells(run, "over the floor of this run"), ours, floors.values(), strict=True):
         assert shown == pytest.approx(us / floor, abs=0.0051)
+
+
+def test_the_h200_s_table_says_which_marks_are_missed() -> None:
+    for prefix, peer, over in (("", "impl", "over the mark"), ("`w8a8` ", "impl_w8a8", "`w8a8` over its mark")):
+        marks = cells("h200", f"{prefix}mark, us")
+        ratios = [us / mark for us, mark in zip(best("h200", peer), marks, strict=True)]
+        assert cells("h200", over) == pytest.approx(ratios, abs=0.0051)
+
+
+def test_the_h200_s_table_compares_with_the_peers_sweeps_and_w8a8_with_the_peers() -> None:
+    rows = [row for row in record_of("h200")["rows"] if row["peer"] in PEERS["h200"].values()]
+    swept: dict[int, list[float]] = {}
+    for row in rows:
+        swept.setdefault(row["T"], []).extend([row["us"], *(us for us, _ in (row["sweep"] or {}).values())])
+    fastest = [min(times) for _, times in sorted(swept.items())]
+    peers = zip(*(best("h200", peer) for peer in PEERS["h200"].values()), strict=True)
+    ours = zip(best("h200", "impl"), fastest, strict=True)
+    assert cells("h200", "over the peers' short sweep") == pytest.approx([us / other for us, other in ours], abs=0.0051)
+    shown = cells("h200", "`w8a8` over the fastest peer")
+    assert shown == pytest.approx(
+        [us / min(times) for us, times in zip(best("h200", "impl_w8a8"), peers, strict=True)], abs=0.0051
+    )
 
 
 @runs
