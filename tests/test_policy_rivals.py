@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from dataclasses import replace
 
 import pytest
@@ -95,3 +97,22 @@ def test_what_was_measured_of_the_hopper_kernels_says_nothing_of_the_portable_on
     assert planned(Target.GFX942, "TritonExperts", Checkpoint.BF16, hidden=2880).storage is Storage.BF16
     # in fragment order MXFP8 is padded to whole fragments
     assert planned(Target.SM90, "MarlinExperts", Checkpoint.MXFP8, hidden=2880).storage is Storage.MXFP8
+
+
+@pytest.mark.parametrize(
+    ("rival", "peer"),
+    [
+        ("MarlinExperts", "vllm_marlin_tuned"),
+        ("HummingGroupedExperts", "humming_w8a16_grouped"),
+        ("HummingIndexedExperts", "humming_w8a16_indexed"),
+    ],
+)
+def test_what_is_said_of_an_h200_is_its_record_s(rival: str, peer: str) -> None:
+    record = pathlib.Path(__file__).parents[1] / "docs/records/2026-11-30-h200-peers.json"
+    rows = json.loads(record.read_text())["rows"]
+    ours, theirs = ({row["T"]: row["us"] for row in rows if row["peer"] == name} for name in ("impl", peer))
+    ratios = [ours[tokens] / us for tokens, us in theirs.items()]
+    said = EVIDENCE[Target.SM90, rival, Path.W8A16].reason
+    h100, h200 = said.split(", ")
+    assert "time on an H100" in h100
+    assert h200.startswith(f"{min(ratios):.2f} to {max(ratios):.2f} on an H200 ")

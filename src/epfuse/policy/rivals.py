@@ -25,20 +25,22 @@ class Evidence:
 
 EVIDENCE: dict[tuple[Target, str, Path], Evidence] = {
     (Target.SM90, "MarlinExperts", Path.W8A16): Evidence(
-        "On an H100 w8a16 is measured to take 0.41 to 0.97 of MarlinExperts' time (docs/performance.md).", hopper=True
+        "w8a16 is measured to take 0.41 to 0.97 of MarlinExperts' time on an H100, 0.40 to 0.94 on an H200"
+        " (docs/performance.md).",
+        hopper=True,
     ),
     (Target.SM90, "TritonExperts", Path.BF16): Evidence(
         "On an H100 bf16 is measured to take 0.63 to 0.94 of TritonExperts' time (docs/performance.md, docs/vllm.md).",
         hopper=True,
     ),
     (Target.SM90, "HummingGroupedExperts", Path.W8A16): Evidence(
-        "On an H100 w8a16 is measured to take 0.54 to 0.97 of HummingGroupedExperts' time on five layers"
-        " (docs/performance.md).",
+        "w8a16 is measured to take 0.54 to 0.97 of HummingGroupedExperts' time on an H100 (five layers), 0.48 to 0.85"
+        " on an H200 (one layer; docs/performance.md).",
         hopper=True,
     ),
     (Target.SM90, "HummingIndexedExperts", Path.W8A16): Evidence(
-        "On an H100 w8a16 is measured to take 0.70 to 1.00 of HummingIndexedExperts' time on five layers"
-        " (docs/performance.md).",
+        "w8a16 is measured to take 0.70 to 1.00 of HummingIndexedExperts' time on an H100 (five layers), 0.64 to 0.89"
+        " on an H200 (one layer; docs/performance.md).",
         hopper=True,
     ),
     (Target.GFX942, "Mxfp8EmulationTritonExperts", Path.W8A16): Evidence(
