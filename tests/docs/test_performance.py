@@ -181,3 +181,14 @@ def test_block_fp8_on_hopper_has_its_record_s_times() -> None:
     for line, rows in zip(lines, record["layers"].values(), strict=True):
         assert [int(count) for count in tokens[1:]] == [row["tokens"] for row in rows]
         assert line[1:] == [f"{row['portable_us']:.1f} -> {row['us']:.1f}" for row in rows]
+
+
+def test_tuned_rows_of_64_experts_are_their_record_s() -> None:
+    (run,) = json.loads((DOCS / "records/2026-11-30-h200-tune64.json").read_text())["runs"]
+    lines = (DOCS / "performance.md").read_text().splitlines()
+    shown = next(line for line in lines if line.startswith("| MiniMax-M3 EP2 ")).split("|")[2:-1]
+    for cell, point in zip(shown, run["points"], strict=True):
+        times = dict.fromkeys(f"{point[key]:.1f}" for key in ("before_us", "after_us"))
+        assert cell.strip() == " -> ".join(times)
+    left = [point["untried"] for point in run["points"]]
+    assert f"left {min(left)} to {max(left)} candidates" in "\n".join(lines)
