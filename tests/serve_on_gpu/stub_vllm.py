@@ -1,7 +1,7 @@
 """Stands for ``python -m vllm.entrypoints.cli.main``: a server that a hash answers, and a throughput out of the air.
 
-STUB_FAULTS has faults of `tests.serving.stub_server` and of `serve`, STUB_OURS more with epfuse; STUB_LATE seconds
-until epfuse compiles again.
+STUB_FAULTS has faults of `tests.serving.stub_server` and of `serve`, STUB_OURS more with epfuse and STUB_OTHERS
+without; STUB_LATE seconds until epfuse compiles again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def serve(port: str, model: str) -> None:
     Faults: ``dies``; ``calm`` preempts nothing; ``refuses`` weights in place; ``forgets`` them then; ``drifts``;
     ``traceless``.
     """
-    faults = os.environ.get("STUB_FAULTS", "").split() + (os.environ.get("STUB_OURS", "").split() if OURS else [])
+    more = os.environ.get("STUB_OURS" if OURS else "STUB_OTHERS", "")
+    faults = [*os.environ.get("STUB_FAULTS", "").split(), *more.split()]
     if "dies" in faults:
         sys.exit("ValueError: no such model")
     settings = json.loads(option("--profiler-config")) if "--profiler-config" in sys.argv else {}

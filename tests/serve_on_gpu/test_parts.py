@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from tools.serve_on_gpu import __main__ as tool
-from tools.serve_on_gpu import arms, metrics, servers
+from tools.serve_on_gpu import answers, arms, metrics, servers
 from tools.serve_on_gpu.arms import ServerArm
 from tools.serve_on_gpu.records import merge
 from tools.serve_on_gpu.servers import parse_loads, parse_servers
@@ -88,6 +91,34 @@ def test_of_servers_side_by_side_none_stays_when_one_does_not_start(tmp_path, mo
     mark = str(tmp_path).encode()
     left = [pid for pid in os.listdir("/proc") if pid.isdigit() and pid != str(os.getpid()) and _runs_in(pid, mark)]
     assert not left
+
+
+@pytest.mark.parametrize("dying", ["none", "epfuse"])
+def test_of_servers_side_by_side_one_is_not_waited_for_when_the_other_has_died(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, dying: str
+) -> None:
+    monkeypatch.setenv("STUB_OURS", "dies" if dying == "epfuse" else "unready")
+    monkeypatch.setenv("STUB_OTHERS", "dies" if dying == "none" else "unready")
+    begun = time.monotonic()
+    done = call(tmp_path, model, "alternate", "--points", "8/3@1", "--rounds", "1", "--waves", "1")
+    assert done.exit_code == 1
+    assert "the server died" in done.output
+    assert time.monotonic() - begun < answers.READY / 2
+
+
+def test_of_servers_side_by_side_none_stays_after_an_interrupt(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they start; it comes to this process alone, as Ctrl-C does."""
+    monkeypatch.setenv("STUB_FAULTS", "unready")
+    monkeypatch.setattr(answers, "READY", 20.0)
+    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begun = time.monotonic()
+    done = call(tmp_path, model, "alternate", "--points", "8/3@1", "--rounds", "1", "--waves", "1")
+    assert isinstance(done.exception, SystemExit | KeyboardInterrupt), done.output
+    assert "not ready" not in done.output
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _is_stub(pid, tmp_path)]
+    assert time.monotonic() - begun < 10
 
 
 def _runs_in(pid: str, mark: bytes) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -78,20 +77,9 @@ def serving(
     Raises:
         ServerFault: it does not start, or is not what the arm says.
     """
-    mark = secrets.token_hex(16)
-    logs = place.path / "logs" / f"{name}-{mark[:6]}"
-    logs.mkdir(parents=True)
-    port = free_port()
-    task = place.serve(arm, port, logs / "compiles", *arguments, **settings)
-    server = Server(task, logs / "server.log", port, mark, look=0.2)
-    try:
-        server.wait_ready(min(READY, budget.left), str(place.folder), budget)
-        said = what_the_log_says(logs / "server.log", arm)
-        if not said["fits"] or (arm is ServerArm.EPFUSE and not said["runs"]):
-            raise ServerFault(f"the server's log does not fit an arm {arm}: {said['said']}")
-        yield Running(server, port, str(place.folder), mark, logs / "server.log", logs / "compiles", budget)
-    finally:
-        server.stop(STOP)
+    with _started(place, arm, name, budget, *arguments, **settings) as running:
+        _wait_until_ready(running, arm, budget)
+        yield running
 
 
 @contextmanager
@@ -104,14 +92,43 @@ def serving_both(place: Workplace, name: str, budget: TimeBudget) -> Iterator[di
         budget: of the part.
 
     Raises:
-        ServerFault: one does not start, or is not what its arm says.
+        ServerFault: one does not start, or is not what its arm says; the other is not waited for then.
     """
     with ExitStack() as stack:
-        with ThreadPoolExecutor(len(ServerArm)) as pool:
-            begun = {
-                arm: pool.submit(stack.enter_context, serving(place, arm, f"{name}-{arm}", budget)) for arm in ServerArm
-            }
-        yield {arm: future.result() for arm, future in begun.items()}
+        both = {arm: stack.enter_context(_started(place, arm, f"{name}-{arm}", budget)) for arm in ServerArm}
+
+        def watch() -> None:
+            budget()
+            for running in both.values():
+                running.server.check()
+
+        for arm, running in both.items():
+            _wait_until_ready(running, arm, watch)
+        yield both
+
+
+@contextmanager
+def _started(
+    place: Workplace, arm: ServerArm, name: str, budget: TimeBudget, *arguments: str, **settings: str
+) -> Iterator[Running]:
+    """As `serving`, but nobody has waited until it answers."""
+    mark = secrets.token_hex(16)
+    logs = place.path / "logs" / f"{name}-{mark[:6]}"
+    logs.mkdir(parents=True)
+    port = free_port()
+    task = place.serve(arm, port, logs / "compiles", *arguments, **settings)
+    server = Server(task, logs / "server.log", port, mark, look=0.2)
+    try:
+        yield Running(server, port, str(place.folder), mark, logs / "server.log", logs / "compiles", budget)
+    finally:
+        server.stop(STOP)
+
+
+def _wait_until_ready(running: Running, arm: ServerArm, watch: Callable[[], None]) -> None:
+    running.server.wait_ready(min(READY, running.budget.left), running.model, watch)
+    said = what_the_log_says(running.log, arm)
+    if not said["fits"] or (arm is ServerArm.EPFUSE and not said["runs"]):
+        raise ServerFault(f"the server's log does not fit an arm {arm}: {said['said']}")
 
 
 def logprobs(
