@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from epfuse.environment import environment
 from epfuse.errors import ConfigError
 from epfuse.integrations import installed as found
 from epfuse.integrations.vllm import plugin, releases
@@ -86,15 +87,58 @@ def test_the_entry_point_is_declared():
     assert next(iter(points)).load() is plugin.register
 
 
-def test_what_the_package_itself_says_is_printed_by_vllms_handlers(said, monkeypatch):
+class Lines(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def printed(said, monkeypatch):
+    """What vLLM's handler prints."""
     monkeypatch.setattr(releases, "package", lambda: None)
-    ours, theirs, root = (logging.getLogger(name) for name in ("epfuse", "vllm", None))
-    handler = logging.Handler()
+    ours, theirs = logging.getLogger("epfuse"), logging.getLogger("vllm")
+    handler = Lines()
     monkeypatch.setattr(theirs, "handlers", [handler])
-    for logger in (ours, root):
-        monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(theirs, "propagate", False)
+    for name, value in (("handlers", []), ("propagate", True), ("level", ours.level)):
+        monkeypatch.setattr(ours, name, value)
+    environment.cache_clear()
+    yield handler.lines
+    environment.cache_clear()
+
+
+def _root_prints_nothing(monkeypatch):
+    """In the test itself: pytest gives the root logger handlers for each of a test's phases."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+
+
+def test_what_the_package_itself_says_is_printed_once_by_vllms_handlers(printed, monkeypatch):
+    _root_prints_nothing(monkeypatch)
     plugin.register()
-    assert ours.handlers == [handler]
     plugin._register_once.cache_clear()
     plugin.register()
-    assert ours.handlers == [handler]
+    later = Lines()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [later])
+    logging.getLogger("epfuse.policy.tiles").warning("foreign rows")
+    assert (printed, later.lines) == (["foreign rows"], [])
+
+
+def test_with_epfuse_log_a_line_is_printed_on_stderr_alone(printed, monkeypatch, capsys):
+    _root_prints_nothing(monkeypatch)
+    monkeypatch.setenv("EPFUSE_LOG", "info")
+    plugin.register()
+    environment()
+    logging.getLogger("epfuse.policy.tiles").info("a tuned row")
+    assert capsys.readouterr().err == "INFO epfuse.policy.tiles: a tuned row\n"
+    assert printed == []
+
+
+def test_a_vllm_that_leaves_logging_to_the_application(printed, monkeypatch):
+    _root_prints_nothing(monkeypatch)
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [])
+    plugin.register()
+    assert logging.getLogger("epfuse").propagate

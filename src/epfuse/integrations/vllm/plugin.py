@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 
+from epfuse.environment import environment
 from epfuse.integrations.register import is_disabled, leaving_the_server_alone, offer
 from epfuse.integrations.switches import FORCE
 
@@ -41,8 +42,14 @@ def _install() -> bool:
 
 
 def _print_as_vllm_does() -> None:
-    """Give vLLM's handlers to epfuse's own logger, if it has none: else warnings come bare, without time and level."""
-    ours = logging.getLogger("epfuse")
-    if not ours.hasHandlers():
-        for handler in logging.getLogger("vllm").handlers:
+    """Give vLLM's handlers to epfuse's own logger, if it has none: else warnings come bare, without time and level.
+
+    EPFUSE_LOG's handler, which comes with the first look at the environment, counts. Handlers that somebody gives to
+    the root later would print each line once more, so lines go no further than vLLM's own do.
+    """
+    environment()
+    ours, theirs = logging.getLogger("epfuse"), logging.getLogger("vllm")
+    if theirs.handlers and not ours.hasHandlers():
+        for handler in theirs.handlers:
             ours.addHandler(handler)
+        ours.propagate = theirs.propagate
