@@ -32,6 +32,7 @@ TILES = {
     "128_head": (128, Sm90PersistentTile(192, 128, 2, 4, 4, parts=1, head=64)),
     "144": (144, Sm90PersistentTile(192, 128, 2, 4, 4, parts=1)),
     "256_two_consumers": (256, Sm90PersistentTile(128, 128, 1, 4, 4, parts=1)),
+    "288": (288, Sm90PersistentTile(128, 128, 1, 4, 4, parts=1)),
 }
 
 
@@ -108,9 +109,16 @@ def test_nan_and_tiny_rows_keep_to_themselves(device):
     torch.testing.assert_close(got[1][~is_nan], got[0][~is_nan], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["96_head", "128_head", "144", "256_two_consumers"])
+@pytest.mark.parametrize("name", ["96_head", "128_head", "144", "256_two_consumers", "288"])
 @pytest.mark.parametrize(
-    "counts", [(1, 32, 33, 64, 65), (80, 81, 96, 97, 129), (127, 128, 129, 144, 145), (0, 257, 1, 0, 300)]
+    "counts",
+    [
+        (1, 32, 33, 64, 65),
+        (80, 81, 96, 97, 129),
+        (127, 128, 129, 144, 145),
+        (0, 257, 1, 0, 300),
+        (288, 289, 255, 256, 577),
+    ],
 )
 def test_every_number_of_columns(device, counts, name):
     """The rows of an expert fill a block to any degree: bit for bit what blocks of 16 make."""

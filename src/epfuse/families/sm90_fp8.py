@@ -22,8 +22,12 @@ from epfuse.stages.route.table import LoneTokens
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90PersistentTile, TileRange
 from epfuse.target import Target
 
-MOST_ROWS = {128: 192, 192: 144}
-"""Rows of a block that the registers hold, by block_n: a step's sums stand beside the sums of all."""
+MOST_ROWS = {128: 288, 192: 144}
+"""Rows of a block that the registers hold, by block_n: a step's sums stand beside the sums of all
+(of 256 rows in halves).
+
+No table has blocks of more than 192 yet.
+"""
 LARGEST_TWO_PARTS = 144
 """From here on the rows of an expert take several blocks, of this size or larger."""
 

@@ -77,6 +77,59 @@ def multiply(
 
 
 @gluon.jit
+def multiply_wide(
+    heads, rests, panels, full, empty, done, steps, consumer: gl.constexpr,
+    MORE: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `multiply`, for 256 columns, as FP32 [64, 128] twice and [64, MORE]: registers hold one half's part."""
+    HALF: gl.constexpr = 128
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
+    first = gl.zeros([PANEL, HALF], gl.float32, layout=layout)
+    second = first
+    more = first
+    part = first
+    more_part = first
+    if MORE > 0:
+        more_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MORE, 32])
+        more = gl.zeros([PANEL, MORE], gl.float32, layout=more_layout)
+        more_part = more
+    for _ in range(0, steps):
+        stage = done % STAGES
+        mbarrier.wait(full.index(stage), (done // STAGES) & 1)
+        a = panels.index(stage * CONSUMERS + consumer)
+        head = heads.index(stage)
+        part = warpgroup_mma(a, head.slice(0, HALF, dim=0).permute((1, 0)), part, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(0, deps=[part])
+        first += part
+        first, part = warpgroup_mma_wait(0, deps=[first, part])  # what was read of part comes before what is written
+        part = warpgroup_mma(a, head.slice(HALF, HALF, dim=0).permute((1, 0)), part, use_acc=False, is_async=True)
+        if MORE > 0:
+            more_rows = rests.index(stage).slice(0, MORE, dim=0)
+            more_part = warpgroup_mma(a, more_rows.permute((1, 0)), more_part, use_acc=False, is_async=True)
+            part, more_part = warpgroup_mma_wait(0, deps=[part, more_part])
+        else:
+            part = warpgroup_mma_wait(0, deps=[part])
+        done += 1
+        mbarrier.arrive(empty.index(stage))
+        second += part
+        if MORE > 0:
+            more += more_part
+    return first, second, more, done
+
+
+@gluon.jit
+def store_columns(
+    acc, w_scale, row_scale, first_weight_row, first, block_routes, first_row, expert, panel, R,
+    store: gl.constexpr, ACTIVATION: gl.constexpr, store_args,
+):  # fmt: skip
+    """Scale and store the sums of a tile's columns from ``first`` on."""
+    block_routes += first
+    first_row += first
+    acc = scale_sums(acc, w_scale, row_scale, first_weight_row, first_row, block_routes, R)
+    store(acc, block_routes, first_row, expert, panel, R, store_args, ACTIVATION)
+
+
+@gluon.jit
 def consume_columns(
     w_scale, row_scale, block_routes, first_weight_row, first_row, expert, panel,
     heads, rests, panels, full, empty, done, steps, R,
@@ -84,16 +137,29 @@ def consume_columns(
     COLUMNS: gl.constexpr, MORE: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile of one consumer, for its first COLUMNS routes, or for COLUMNS + MORE."""
-    acc, more, done = multiply(
-        heads, rests, panels, full, empty, done, steps, consumer, COLUMNS, MORE, CONSUMERS, STAGES
+    if COLUMNS > 128:
+        acc, second, more, done = multiply_wide(
+            heads, rests, panels, full, empty, done, steps, consumer, MORE, CONSUMERS, STAGES
+        )  # fmt: skip
+    else:
+        acc, more, done = multiply(
+            heads, rests, panels, full, empty, done, steps, consumer, COLUMNS, MORE, CONSUMERS, STAGES
+        )  # fmt: skip
+        second = acc
+    store_columns(
+        acc, w_scale, row_scale, first_weight_row, 0, block_routes, first_row, expert, panel, R,
+        store, ACTIVATION, store_args,
     )  # fmt: skip
-    acc = scale_sums(acc, w_scale, row_scale, first_weight_row, first_row, block_routes, R)
-    store(acc, block_routes, first_row, expert, panel, R, store_args, ACTIVATION)
+    if COLUMNS > 128:
+        store_columns(
+            second, w_scale, row_scale, first_weight_row, 128, block_routes, first_row, expert, panel, R,
+            store, ACTIVATION, store_args,
+        )  # fmt: skip
     if MORE > 0:
-        block_routes += COLUMNS
-        first_row += COLUMNS
-        more = scale_sums(more, w_scale, row_scale, first_weight_row, first_row, block_routes, R)
-        store(more, block_routes, first_row, expert, panel, R, store_args, ACTIVATION)
+        store_columns(
+            more, w_scale, row_scale, first_weight_row, COLUMNS, block_routes, first_row, expert, panel, R,
+            store, ACTIVATION, store_args,
+        )  # fmt: skip
     return done
 
 
