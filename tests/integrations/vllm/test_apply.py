@@ -116,7 +116,8 @@ def test_a_limit_of_silu_is_vllms_clamp(quantization, monkeypatch):
     clamped = SMALL.but(quantization=quantization, activation="silu", alpha=None, beta=None, limit=0.5)
     own = loaded(clamped, monkeypatch, RoutedExperts)
     compiled_ops.give(own.quant_method.moe_kernel.fused_experts, None, monkeypatch)
-    expected = call(own, 3).float()
+    with torch.compiler.set_stance("force_eager"):  # vLLM has the clamp compiled; in C++ that takes half a minute
+        expected = call(own, 3).float()
     ours = loaded(clamped, monkeypatch)
     experts = ours.quant_method.moe_kernel.fused_experts
     assert experts._loaded.activation == SwiGLUOAI(1.0, 0.0, 0.5)
