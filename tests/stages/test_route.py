@@ -51,6 +51,19 @@ def test_many_experts_and_int32_ids(device, tiles):
     assert_same(routed(ids, slots, 128, 16, tiles), reference.route(ids, slots, 128, 16))
 
 
+@pytest.mark.parametrize("tiles", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one_launch", "two_launches"])
+def test_ids_just_outside_the_experts_read_nothing_of_the_map(device, tiles):
+    """Beside the map lie slots that are this rank's: an id of -1 or E that read them would get an expert."""
+    experts, local = 24, 5
+    around = torch.zeros(experts + 2, dtype=torch.int32, device=device)
+    slots = around[1:-1]
+    slots.copy_(local_map(experts, local, device))
+    ids = torch.tensor([[-1, experts], [0, experts], [-1, 4], [experts, experts]], device=device)
+    assert_same(
+        routed(ids, slots, local, 16, tiles), reference.route(ids, local_map(experts, local, device), local, 16)
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [256, 1024, 2048, 8192, 20000])
 def test_many_tokens(device, tokens):
