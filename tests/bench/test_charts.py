@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 
-from epfuse.bench.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, charts_of
+from epfuse.bench.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, charts_of, tokens_axis
 from tests.bench.records import peer, record, row
 
 TWO = record(
@@ -46,7 +47,14 @@ def test_a_logarithmic_axis() -> None:
 
 def test_labels_of_close_token_counts_are_left_out() -> None:
     many = record(*(row(tokens=tokens) for tokens in (1, 1000, 1001, 1100, 8192)))
-    assert charts_of(many)[0].x.ticks == [1, 1000, 8192]
+    assert charts_of(many)[0].x.ticks == [1, 1100, 8192]
+
+
+def test_long_labels_of_tokens_have_room() -> None:
+    axis = tokens_axis([1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384])
+    spans = [(axis.at(tick), 3.5 * len(axis.label(tick))) for tick in axis.ticks]
+    assert {1.0, 512.0, 16384.0} <= set(axis.ticks)
+    assert all(left + half < right - other for (left, half), (right, other) in pairwise(spans))
 
 
 def test_one_point_and_no_point() -> None:

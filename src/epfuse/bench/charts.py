@@ -212,14 +212,22 @@ def _ascending(rows: list[BenchRow], label: str) -> list[BenchRow]:
 
 
 def tokens_axis(tokens: Iterable[int]) -> Axis:
-    """From below the least to above the largest token count, with a tick at each that has room for its label."""
+    """From below the least to above the largest token count, with a tick at each that has room for its label.
+
+    The largest has; of two that are too near the smaller has none.
+    """
     counts = sorted({float(count) for count in tokens})
     low, high = counts[0] / 1.3, counts[-1] * 1.3  # room for the first and the last mark
-    ticks: list[float] = []
-    for count in counts:  # labels that are closer than 36 pixels would touch
-        if not ticks or (RIGHT - LEFT) * math.log(count / ticks[-1]) / math.log(high / low) >= 36:
-            ticks.append(count)
-    return Axis(low, high, LEFT, RIGHT, ticks)
+    axis = Axis(low, high, LEFT, RIGHT, [])
+    for count in reversed(counts):
+        if not axis.ticks or axis.at(axis.ticks[0]) - axis.at(count) >= _distance(axis, count, axis.ticks[0]):
+            axis.ticks.insert(0, count)
+    return axis
+
+
+def _distance(axis: Axis, *values: float) -> float:
+    """Pixels between two ticks whose labels don't touch: half of each, of 7.2 a figure, and a gap."""
+    return 3.6 * sum(len(axis.label(value)) for value in values) + 5
 
 
 def time_axis(values: list[float]) -> Axis:
