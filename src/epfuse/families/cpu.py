@@ -40,6 +40,8 @@ WIDENS = 6
 """Rows from which it pays to widen an expert's BF16 or FP16 weights to FP32, where the CPU multiplies those alone."""
 ALIGNED = 16
 """Bytes that torch's grouped product wants rows and matrices to begin at a multiple of."""
+PIECE = 128
+"""Rows of 16 bits that are widened to FP32 at once."""
 ALL = 2**31
 """More rows than a call can have."""
 
@@ -139,9 +141,13 @@ def run_experts(call: LayerCall, least: int) -> None:
         for run in runs_of([ExpertRows(expert, count) for expert, count in counts if count], least):
             mine = slice(begin, begin + sum(one.rows for one in run))
             begin = mine.stop
-            gate_up = first(call.hidden.index_select(0, tokens[mine]), run)
-            rows = second(activated_(gate_up, call.activation), run)
-            _add(total, tokens[mine], rows.mul_(factors[mine]))
+            hidden = call.hidden.index_select(0, tokens[mine])
+            if first.narrow(run) and second.narrow(run):
+                rows = _narrow_rows(hidden, first, second, run, call.activation)
+            else:
+                rows = second(activated_(first(hidden, run), call.activation), run)
+            for piece in zip(*map(_pieces, (tokens[mine], rows, factors[mine])), strict=True):
+                _add(total, *piece)
         if total is not call.out:
             call.out.copy_(total)
 
@@ -161,8 +167,26 @@ def _sum_of_token(call: LayerCall, first: Products, second: Products) -> torch.T
     return rows.mul_(factors.T).sum(0, keepdim=True)
 
 
-def _add(total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add each row to its token's, in their order."""
+def _narrow_rows(
+    hidden: torch.Tensor, first: Products, second: Products, run: list[ExpertRows], activation: Activation
+) -> torch.Tensor:
+    """Of a run whose products are made in the activations' dtype: what is FP32 between them is made in pieces.
+
+    A piece stays in the caches, and malloc does not give its memory back to the system after each call.
+    """
+    gate_up = first.grouped_product(hidden, run)
+    y = [activated_(rows.float(), activation).to(gate_up.dtype) for rows in _pieces(gate_up)]
+    return second.grouped_product(torch.cat(y) if len(y) > 1 else y[0], run)
+
+
+def _pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (rows,) if len(rows) <= PIECE else torch.split(rows, PIECE)
+
+
+def _add(total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor) -> None:
+    """Add each row, times its factor, to its token's, in their order."""
+    rows = rows.float() if rows.dtype != torch.float32 else rows
+    rows = rows.mul_(factors)
     if len(rows) > FEW_ADDED:
         total.index_add_(0, tokens, rows)
         return
@@ -195,12 +219,18 @@ class Products:
 
     def __call__(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
         """``[n, K]``, the rows of a run, times each expert's matrix, its bias added -> ``[n, N]`` float32."""
-        first, past = run[0].expert, run[-1].expert + 1
-        few = x.shape[0] < self.widens * len(run)
-        # torch's grouped product takes its time for an expert without rows, too
-        if self.grouped and few and DENSE_RUN * (past - first) <= len(run):
-            return self._with_bias(self._grouped(x, run, first, past), run)
+        if self.groups(run):
+            return self._with_bias(self.grouped_product(x, run).float(), run)
         return self.one_by_one(x, run)
+
+    def groups(self, run: list[ExpertRows]) -> bool:
+        """Whether one call of torch's multiplies all experts of a run; it takes its time for one without rows, too."""
+        few = sum(one.rows for one in run) < self.widens * len(run)
+        return self.grouped and few and DENSE_RUN * (run[-1].expert + 1 - run[0].expert) <= len(run)
+
+    def narrow(self, run: list[ExpertRows]) -> bool:
+        """Whether that call's products are in a dtype of 16 bits, and nothing is added to them in FP32."""
+        return self.dtype != torch.float32 and self.bias is None and self.groups(run)
 
     def one_by_one(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
         """The same in one call of torch's for each entry of ``run``, whose experts may come in any order, and again."""
@@ -213,15 +243,16 @@ class Products:
                 rows.add_(self.bias[expert])
         return out
 
-    def _grouped(self, x: torch.Tensor, run: list[ExpertRows], first: int, past: int) -> torch.Tensor:
-        """Without the bias, in one call of torch's; experts from ``first`` on, not ``past``, some without rows."""
+    def grouped_product(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
+        """``[n, N]`` in the activations' dtype, without the bias, in one call of torch's."""
         assert isinstance(self.stack, torch.Tensor)
+        first, past = run[0].expert, run[-1].expert + 1
         counts = [0] * (past - first)
         for expert, rows in run:
             counts[expert - first] = rows
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device="cpu")
         stack = self.stack[first:past].transpose(1, 2)
-        return grouped_mm(x.to(self.dtype), stack, offs=ends).float()
+        return grouped_mm(x.to(self.dtype), stack, offs=ends)
 
     def _one_by_one(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
         """Without the bias."""
