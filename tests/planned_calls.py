@@ -362,17 +362,18 @@ def in_threads() -> list[str]:
         _fresh_plans()
         layers = Layers()
         weights = layers.operands(PACKED)[0][1]
-        noted: dict[int, list[StubLaunch]] = {}
+        noted = threading.local()  # a thread's number is another's after its end
 
         class ByThread(list[StubLaunch]):
             def append(self, launch: StubLaunch) -> None:
-                noted.setdefault(threading.get_ident(), []).append(launch)
+                noted.launches.append(launch)
 
         def work() -> None:
+            noted.launches = []
             (hidden, _, *rest), more = layers.operands(PACKED)
             for _ in range(40):
                 fused_experts(hidden, weights, *rest, **more)
-            gathered = [launch for launch in noted[threading.get_ident()] if launch.kernel == "gather_kernel"]
+            gathered = [launch for launch in noted.launches if launch.kernel == "gather_kernel"]
             if {_address(launch.arguments[0]) for launch in gathered} != {hidden.data_ptr()}:
                 wrong.append("a thread read another's rows")
 

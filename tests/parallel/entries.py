@@ -70,6 +70,7 @@ def misdeed(how: str) -> None:
 def signal_while_summing(context: RankContext, victim: int, name: str, seconds: float, folder: Path) -> list[float]:
     """Sum for a while; the victim gets a signal at some moment of it."""
     (folder / f"pid-{context.group.rank}").write_text(str(os.getpid()))
+    context.group.all_reduce(torch.zeros(1, device=context.device))  # both are there
     if context.group.rank == victim:
         threading.Timer(seconds, os.kill, (os.getpid(), signal.Signals[name])).start()
     ones = torch.ones(20_000, device=context.device)

@@ -22,11 +22,11 @@ from tests.processes import gone, pids_in
 
 ROOT = Path(__file__).parents[2]
 SAYS = {
-    "SIGSTOP": r"stopped by a signal \(SIGSTOP\) for 1 s; process \d+$",
+    "SIGSTOP": r"stopped by a signal \(SIGSTOP\) for 3 s; process \d+$",
     "SIGKILL": r"ended by SIGKILL, as the kernel does when memory is short",
     "SIGSEGV": r"ended by SIGSEGV",
     "SIGTERM": r"ended by SIGTERM",
-    "sleep": r"did nothing for 1 s while others waited; process \d+$",
+    "sleep": r"did nothing for 3 s while others waited; process \d+$",
     "exit": r"ended with exit code 0 and no result$",
     "sys.exit": r"SystemExit: 3$",
     "raise": r"ValueError: enough$",
@@ -41,7 +41,7 @@ def launch_misbehaving(folder: Path, victim: int, how: str, after: int, ranks: i
         ranks=ranks,
         placement=Placement.CPU,
         log_dir=folder,
-        stall_seconds=1.0,
+        stall_seconds=3.0,  # on busy cores a rank needs more than one to begin
     )
     return found
 
