@@ -200,6 +200,8 @@ def _run_rank(job: _Job, rank: int) -> None:
                 world_size=job.ranks,
                 timeout=COLLECTIVE_LIMIT,
             )
+            if job.placement.backend == "gloo":  # connects here; a rank that is done at once would break the others off
+                dist.barrier()
         device = job.placement.device(rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
