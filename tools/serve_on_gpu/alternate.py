@@ -44,11 +44,12 @@ def run(
         arm: {"complete": False, "model": place.served, "facts": facts, "points": []} for arm in ServerArm
     }
 
+    failure: dict[str, Any] = {}
+
     def keep() -> None:
         for arm, record in records.items():
-            folder.keep("alternate", 1, arm, record)
+            folder.keep("alternate", 1, arm, record | failure)
 
-    failure: dict[str, Any] = {}
     with (
         outcome.attempt("servers side by side", failure, keep),
         budget.work("a pair of servers", PAIR_SECONDS),
@@ -66,10 +67,6 @@ def run(
                 keep()
         for record in records.values():
             record["complete"] = True
-    if failure:
-        for record in records.values():
-            record |= failure
-        keep()
     return outcome
 
 

@@ -185,8 +185,7 @@ def _pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _add(total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor) -> None:
     """Add each row, times its factor, to its token's, in their order."""
-    rows = rows.float() if rows.dtype != torch.float32 else rows
-    rows = rows.mul_(factors)
+    rows = rows.float().mul_(factors)
     if len(rows) > FEW_ADDED:
         total.index_add_(0, tokens, rows)
         return
