@@ -33,6 +33,7 @@ SIDE_BY_SIDE = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes")
 """vLLM then measures no memory, which another server's would disturb; how much its cache has follows."""
 FROM_DISK = ("--attention-backend", "TRITON_ATTN", "--block-size", "128", "--max-model-len", "4096",
              "--no-enable-prefix-caching", *SIDE_BY_SIDE, "4G")  # fmt: skip
+CACHE = click.option("--cache", default="12G", show_default=True, help="Of keys and values, in each server and GPU.")
 NEW_POINTS, WARM_POINTS = "128/256@64,256", "128/256@1,16,64,256"
 
 
@@ -84,6 +85,10 @@ class Place:
         self.logs = self.work.path / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.work.prepare()
+
+    def beside(self, cache: str) -> Workplace:
+        """Where servers run side by side, each with that much memory for keys and values on each GPU."""
+        return replace(self.work, arguments=(*SIDE_BY_SIDE, cache, *self.work.arguments))
 
 
 def machine_facts() -> dict[str, Any]:
@@ -140,7 +145,7 @@ def serve(model: str, servers: str, new_points: str, warm_points: str, waves: in
 @click.option("--points", default=WARM_POINTS, show_default=True, help="IN/OUT@C,C.")
 @click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Of each point, in turn.")
 @click.option("--waves", type=click.IntRange(min=1), default=3, show_default=True, help="Requests over concurrency.")
-@click.option("--cache", default="12G", show_default=True, help="Of keys and values, in each server on each GPU.")
+@CACHE
 @of_a_part
 def alternate(model: str, points: str, rounds: int, waves: int, cache: str, **options: Any) -> None:
     """A server without epfuse and one with it, side by side on the same GPUs; each point is measured in turn.
@@ -151,7 +156,7 @@ def alternate(model: str, points: str, rounds: int, waves: int, cache: str, **op
     from tools.serve_on_gpu import servers
 
     loads, place = parse_loads(points, False, waves), Place(model, options)
-    work = replace(place.work, arguments=(*SIDE_BY_SIDE, cache, *place.work.arguments))
+    work = place.beside(cache)
     servers.check_lengths(loads, work.engine_arguments)
     with bench_for(work, place.logs) as bench:
         part.run(work, loads, rounds, bench, place.folder, place.budget, machine_facts()).finish()
@@ -264,17 +269,17 @@ def sleep(**options: Any) -> None:
 )
 @of_a_model
 @click.option("--concurrency", type=click.IntRange(1, 512), default=16, show_default=True, help="Requests in flight.")
+@CACHE
 @of_a_part
-def trace(model: str, concurrency: int, **options: Any) -> None:
-    """A few decode steps of a server without epfuse and of one with it, recorded by vLLM's profiler.
+def trace(model: str, concurrency: int, cache: str, **options: Any) -> None:
+    """A few decode steps of a server without epfuse and of one beside it with epfuse, recorded by vLLM's profiler.
 
     Exit code 1: a server failed, or left no trace; 75: there was no time.
     """
     from tools.serve_on_gpu import trace as part
 
     place = Place(model, options)
-    wanted = part.Wanted(concurrency)
-    part.run(place.work, wanted, place.folder, place.budget, machine_facts()).finish()
+    part.run(place.beside(cache), part.Wanted(concurrency), place.folder, place.budget, machine_facts()).finish()
 
 
 @main.command(

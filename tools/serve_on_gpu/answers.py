@@ -83,19 +83,24 @@ def serving(
 
 
 @contextmanager
-def serving_both(place: Workplace, name: str, budget: TimeBudget) -> Iterator[dict[ServerArm, Running]]:
+def serving_both(
+    place: Workplace, name: str, budget: TimeBudget, more: Callable[[ServerArm], Sequence[str]] = lambda _: ()
+) -> Iterator[dict[ServerArm, Running]]:
     """A server of each arm, started at the same time: both take the time of one.
 
     Args:
         place: where they run; its arguments say how much memory each takes.
         name: of their folders of logs.
         budget: of the part.
+        more: arguments of ``vllm serve`` that an arm has for itself.
 
     Raises:
         ServerFault: one does not start, or is not what its arm says; the other is not waited for then.
     """
     with ExitStack() as stack:
-        both = {arm: stack.enter_context(_started(place, arm, f"{name}-{arm}", budget)) for arm in ServerArm}
+        both = {
+            arm: stack.enter_context(_started(place, arm, f"{name}-{arm}", budget, *more(arm))) for arm in ServerArm
+        }
 
         def watch() -> None:
             budget()

@@ -8,10 +8,10 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-from tools.serve_on_gpu.answers import SECONDS, Running, serving
+from tools.serve_on_gpu.answers import PAIR_SECONDS, Running, serving_both
 from tools.serve_on_gpu.arms import ServerArm, Workplace
 from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
 from tools.serve_on_gpu.servers import complete, post
@@ -39,39 +39,49 @@ class Wanted:
 
 
 def run(place: Workplace, wanted: Wanted, folder: Folder, budget: TimeBudget, facts: dict[str, Any]) -> Outcome:
-    """A server of each arm; each rank's trace lies in a folder ``traces`` of the workplace.
+    """A server of each arm side by side, one recorded after the other; the traces lie in ``traces`` of the workplace.
 
     Args:
-        place: where they run.
+        place: where they run; its arguments say how much memory each takes.
         wanted: the point.
         folder: gets a record of each.
         budget: of the part.
         facts: of the machine.
     """
     outcome = Outcome()
-    for number, arm in enumerate(ServerArm, 1):
-        if folder.has("trace", number, arm):
-            continue
-        record: dict[str, Any] = {"complete": False, "model": place.served, "wanted": asdict(wanted), "facts": facts}
-        at = place.path / "traces" / f"{folder.label}-{arm}"
-        shutil.rmtree(at, ignore_errors=True)  # what an earlier call left unfinished is no trace of this server
-        settings = {"profiler": "torch", "torch_profiler_dir": str(at), "torch_profiler_with_stack": False,
-                    "torch_profiler_dump_cuda_time_total": False, "ignore_frontend": True,
-                    "max_iterations": wanted.steps}  # fmt: skip
-        arguments = ("--profiler-config", json.dumps(settings))
-        with (
-            outcome.attempt(f"trace of {arm}", record, partial(folder.keep, "trace", number, arm, record)),
-            budget.work("a server", SECONDS),
-            serving(place, arm, f"trace-{arm}", budget, *arguments) as running,
-        ):
-            running.during(lambda running=running: _recorded(running, wanted))
-            if not (files := sorted(file.name for file in at.rglob("*.json.gz"))):
-                raise ServerFault(f"the profiler left no trace in {at}")
-            record |= {"complete": True, "traces": files}
+    if all(folder.has("trace", number, arm) for number, arm in enumerate(ServerArm, 1)):
+        return outcome
+    at = {arm: place.path / "traces" / f"{folder.label}-{arm}" for arm in ServerArm}
+    for each in at.values():
+        shutil.rmtree(each, ignore_errors=True)  # what an earlier call left unfinished is no trace of this server
+    about = {"model": place.served, "wanted": asdict(wanted), "facts": facts}
+    records: dict[ServerArm, dict[str, Any]] = {arm: {"complete": False, **about} for arm in ServerArm}
+    failure: dict[str, Any] = {}
+
+    def keep() -> None:
+        for number, (arm, record) in enumerate(records.items(), 1):
+            folder.keep("trace", number, arm, record | failure)
+
+    with (
+        outcome.attempt("traces", failure, keep),
+        budget.work("a pair of servers", PAIR_SECONDS),
+        serving_both(place, "trace", budget, lambda arm: _profiled(at[arm], wanted.steps)) as running,
+    ):
+        for arm, server in running.items():
+            server.during(lambda server=server: _recorded(server, wanted))
+            if not (files := sorted(file.name for file in at[arm].rglob("*.json.gz"))):
+                raise ServerFault(f"the profiler left no trace in {at[arm]}")
+            records[arm] |= {"complete": True, "traces": files}
             say(f"trace of {arm}: {', '.join(files)}")
-        if outcome.left:
-            break
     return outcome
+
+
+def _profiled(at: Path, steps: int) -> tuple[str, str]:
+    """Arguments of a server whose profiler records so many steps of its engine and writes them into a folder."""
+    settings = {"profiler": "torch", "torch_profiler_dir": str(at), "torch_profiler_with_stack": False,
+                "torch_profiler_dump_cuda_time_total": False, "ignore_frontend": True,
+                "max_iterations": steps}  # fmt: skip
+    return "--profiler-config", json.dumps(settings)
 
 
 def _recorded(running: Running, wanted: Wanted) -> None:
