@@ -4,7 +4,7 @@
 
 | file | what it does |
 | --- | --- |
-| `kernels.py` | one layer's experts behind vLLM's `FusedMoEKernel`: ours, Marlin, the MXFP8 emulation, Triton |
+| `kernels.py` | experts behind vLLM's `FusedMoEKernel`: ours, Marlin, the MXFP8 emulation, Triton; with biases BF16's |
 | `checks.py` | eager, captured and replayed with other routings, in poisoned workspaces, against a float64 oracle |
 | `__main__.py` | the command: options, the time budget, record and tables |
 

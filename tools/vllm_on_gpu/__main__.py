@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tools.vllm_on_gpu.checks import OracleCheck
     from tools.vllm_on_gpu.kernels import ExpertsCandidate
 
+    from epfuse.bench.layers import Layer
+
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -27,7 +29,7 @@ RELEASE = "0.25.1"
 TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 8192)
 QUICK_TOKENS = (1, 64, 1024)
 ODD_TOKENS = 37  # is checked besides: no multiple of any tile
-LAYER = "minimax-m3-ep8"
+NAMES = ("minimax-m3-ep8", "gpt-oss-20b-biases", "gpt-oss-120b-biases")
 RESERVE = 6.0  # seconds that the slowest point may take
 WIDTH = 120
 
@@ -66,24 +68,40 @@ class RunFindings:
         }
 
 
+def _counts(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """Token counts as they are typed."""
+    if text is None:
+        return None
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise click.BadParameter(f"{text!r} is not a list of token counts such as 1,64,1024")
+    return counts
+
+
 @click.command()
+@click.option("--layer", type=click.Choice(NAMES), default=NAMES[0], show_default=True, help="Of `epfuse bench`.")
+@click.option("--tokens", callback=_counts, help=f"Counts T.  [default: {','.join(map(str, TOKENS))}]")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the record here.")
 @click.option("--quick", is_flag=True, help=f"Only T = {', '.join(map(str, QUICK_TOKENS))}.")
 @click.option(
     "--budget", type=float, default=115.0, show_default=True, help="Seconds; no new point is begun that may exceed it."
 )
-def main(json_file: Path | None, quick: bool, budget: float) -> None:
+def main(layer: str, tokens: tuple[int, ...] | None, json_file: Path | None, quick: bool, budget: float) -> None:
     """Check and time our experts and vLLM 0.25.1's own inside vLLM's modular kernel, on one GPU.
 
-    The layer is MiniMax-M3's on one of eight expert-parallel ranks. A class whose result is wrong gets no time.
+    The layer is MiniMax-M3's on one of eight expert-parallel ranks, or gpt-oss's with its biases, whole, in BF16. A
+    class whose result is wrong gets no time.
 
     Exit status: 0 good; 1 a check failed or a class could not be timed; 2 usage, or no GPU or vLLM to run on.
     """
     began = time.monotonic()
-    tokens = QUICK_TOKENS if quick else TOKENS
+    counts = tokens or (QUICK_TOKENS if quick else TOKENS)
     device = _device()
     run = RunFindings()
-    measure(run, tokens, device, began + budget, json_file)
+    measure(run, layer, counts, device, began + budget, json_file)
     run.seconds["all"] = time.monotonic() - began
     write_json(json_file, run.to_json())
     report(run)
@@ -91,12 +109,13 @@ def main(json_file: Path | None, quick: bool, budget: float) -> None:
 
 
 def measure(
-    run: RunFindings, tokens: tuple[int, ...], device: torch.device, end: float, json_file: Path | None
+    run: RunFindings, name: str, tokens: tuple[int, ...], device: torch.device, end: float, json_file: Path | None
 ) -> None:
     """All checks, then all timings, into ``run``; the file is written after every point.
 
     Args:
         run: filled.
+        name: of the layer.
         tokens: the counts to time.
         device: a GPU.
         end: `time.monotonic` after which nothing new is begun.
@@ -113,10 +132,10 @@ def measure(
         run.record = record
         write_json(json_file, run.to_json())
 
-    layer = LAYERS[LAYER]
+    layer = LAYERS[name]
     began = time.monotonic()
     with on_device(device):
-        weights, candidates = _candidates(device)
+        weights, candidates = _candidates(layer, device, max(*tokens, ODD_TOKENS))
         most = draw_inputs(layer, UNIFORM, max(tokens), 0, device, cache_bytes_of(device))[0]
         reserve_workspaces(candidates, most)
         run.seconds["load"] = time.monotonic() - began
@@ -169,18 +188,17 @@ def _cell(check: OracleCheck | None) -> str:
     return error if check.ok else f"[bold red]{error}[/]"
 
 
-def _candidates(device: torch.device) -> tuple[Any, list[ExpertsCandidate]]:
+def _candidates(layer: Layer, device: torch.device, max_tokens: int) -> tuple[Any, list[ExpertsCandidate]]:
     """The layer's weights, and everyone ready to be called in vLLM's workspaces."""
     from tools.vllm_on_gpu.kernels import Builder
     from vllm.v1.worker import workspace
 
-    from epfuse.bench.layers import LAYERS
     from epfuse.bench.weights import LayerWeights
     from epfuse.target import target_of
 
     workspace.init_workspace_manager(device)
-    weights = LayerWeights(LAYERS[LAYER], 0, device)
-    return weights, Builder(weights, target_of(device)).all()
+    weights = LayerWeights(layer, 0, device)
+    return weights, Builder(weights, target_of(device), max_tokens).all()
 
 
 def _device() -> torch.device:

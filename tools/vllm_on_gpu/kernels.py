@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,15 +27,17 @@ from epfuse.bench.measure import Call, TimingMethod
 from epfuse.bench.peers import vllm_experts
 from epfuse.bench.roofline import MatrixOperand
 from epfuse.bench.weights import LayerWeights
-from epfuse.config import Policy, WeightFormat
+from epfuse.config import Bias, Policy, WeightFormat
+from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
 from epfuse.integrations.vllm.experts import EpfuseExperts
+from epfuse.integrations.vllm.versions import GPT_OSS
 from epfuse.policy import Checkpoint, LayerRequest, Storage, plan_layer
-from epfuse.target import Target
+from epfuse.target import Target, device_name
 from epfuse.verify.budget import Tolerance, dense_tolerance
+from epfuse.weights.dense import DenseExperts
 
 MXFP8_BLOCK = [1, 32]
-ACTIVATION = MoEActivation.SWIGLUOAI_UNINTERLEAVE
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,16 @@ class LayerKernel:
         w1: as the experts want it.
         w2: the same.
         experts: E.
-        expert_map: ``[E]`` int32.
+        expert_map: ``[E]`` int32; None where every expert is local.
+        activation: in vLLM's word.
     """
 
     kernel: Any
     w1: torch.Tensor
     w2: torch.Tensor
     experts: int
-    expert_map: torch.Tensor
+    expert_map: torch.Tensor | None
+    activation: MoEActivation
 
     def call(self, hidden: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """``[T, H]``: what vLLM's quantisation method returns for one step."""
@@ -63,7 +68,7 @@ class LayerKernel:
             w2=self.w2,
             topk_weights=topk_weights,
             topk_ids=topk_ids,
-            activation=ACTIVATION,
+            activation=self.activation,
             global_num_experts=self.experts,
             expert_map=self.expert_map,
             apply_router_weight_on_input=False,
@@ -112,15 +117,28 @@ class ExpertsCandidate:
 
 def moe_config(layer: Layer, device: torch.device) -> FusedMoEConfig:
     """What vLLM knows of the layer on one of its expert-parallel ranks."""
-    config, gate = vllm_experts.moe_config(fused_moe, layer, device, ACTIVATION), layer.activation
-    parallel = replace(config.moe_parallel_config, ep_size=layer.ep_size, use_ep=layer.ep_size > 1)
+    activation, gate = activation_of(layer)
+    config = vllm_experts.moe_config(fused_moe, layer, device, activation)
     return replace(
         config,
-        moe_parallel_config=parallel,
-        swiglu_limit=gate.limit,
-        swiglu_alpha=gate.alpha,
-        swiglu_beta=gate.beta,
+        moe_parallel_config=replace(config.moe_parallel_config, ep_size=layer.ep_size, use_ep=layer.ep_size > 1),
+        has_bias=layer.bias is Bias.ADDED,
+        swiglu_limit=gate.get("gemm1_clamp_limit"),
+        swiglu_alpha=gate.get("gemm1_alpha"),
+        swiglu_beta=gate.get("gemm1_beta"),
     )
+
+
+def activation_of(layer: Layer) -> tuple[MoEActivation, dict[str, float]]:
+    """The activation in vLLM's word, and what it is given of its parameters.
+
+    A layer with biases is as gpt-oss has it: gate and up rows alternate, and the parameters are fixed.
+    """
+    if layer.bias is Bias.NONE:
+        return vllm_experts.activation_of(fused_moe, layer, limit_name="gemm1_clamp_limit")
+    if layer.activation != GPT_OSS:
+        raise ConfigError(f"vLLM knows biases beside {GPT_OSS} alone, not beside {layer.activation}")
+    return MoEActivation.SWIGLUOAI, {}
 
 
 def modular_kernel(experts: Any) -> Any:
@@ -134,18 +152,23 @@ class Builder:
     Args:
         weights: the layer's, MXFP8.
         target: the GPU.
+        max_tokens: T of the largest call.
     """
 
-    def __init__(self, weights: LayerWeights, target: Target) -> None:
-        self._weights, self._target = weights, target
+    def __init__(self, weights: LayerWeights, target: Target, max_tokens: int) -> None:
+        self._weights, self._target, self._max_tokens = weights, target, max_tokens
         self._layer = weights.layer
         self._config = moe_config(self._layer, weights.device)
-        shape = self._layer.shape
-        self._map = ExpertMap.contiguous(shape.experts, self._layer.ep_size, 0, weights.device).on(weights.device)
-        _, self._gate = vllm_experts.activation_of(fused_moe, self._layer, limit_name="gemm1_clamp_limit")
+        self._map: torch.Tensor | None = None
+        if self._layer.ep_size > 1:
+            held = ExpertMap.contiguous(self._layer.shape.experts, self._layer.ep_size, 0, weights.device)
+            self._map = held.on(weights.device)
+        self._activation, self._gate = activation_of(self._layer)
 
     def all(self) -> list[ExpertsCandidate]:
-        """Ours and vLLM's, those that read MXFP8 first."""
+        """Ours and vLLM's, those that read MXFP8 first; beside biases, BF16's alone."""
+        if self._layer.bias is Bias.ADDED:
+            return [self.epfuse_bf16(), self.triton()]
         return [self.epfuse_mxfp8(), self.marlin(), self.epfuse_bf16(), self.emulation(), self.triton()]
 
     def epfuse_mxfp8(self) -> ExpertsCandidate:
@@ -164,8 +187,8 @@ class Builder:
     def epfuse_bf16(self) -> ExpertsCandidate:
         """`EpfuseExperts` on a BF16 checkpoint."""
         w13, w2 = self._dense()
-        quant = FusedMoEQuantConfig.make(**self._gate)
-        kernel = self._epfuse({"w13_weight": w13, "w2_weight": w2}, quant, Checkpoint.BF16, Storage.BF16)
+        given = {"w13_weight": w13, "w2_weight": w2} | self._biases
+        kernel = self._epfuse(given, self._dense_quant(), Checkpoint.BF16, Storage.BF16)
         return self._ours(kernel, "bf16", WeightFormat.DENSE, "bf16")
 
     def marlin(self) -> ExpertsCandidate:
@@ -190,7 +213,7 @@ class Builder:
 
     def triton(self) -> ExpertsCandidate:
         """What vLLM chooses for BF16 checkpoints."""
-        kernel = self._kernel(TritonExperts(self._config, FusedMoEQuantConfig.make(**self._gate)), *self._dense())
+        kernel = self._kernel(TritonExperts(self._config, self._dense_quant()), *self._dense())
         return _vllms(kernel, "bf16", WeightFormat.DENSE, "what vLLM runs for BF16 checkpoints")
 
     def _mxfp8(self) -> dict[str, torch.Tensor]:
@@ -204,12 +227,41 @@ class Builder:
         }
 
     def _dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._w13, self._plain.w2
+
+    @property
+    def _plain(self) -> DenseExperts:
         dense = self._weights.in_format(WeightFormat.DENSE).dense_experts
         assert dense is not None
-        return dense.w13, dense.w2
+        return dense
+
+    @cached_property
+    def _w13(self) -> torch.Tensor:
+        """``[L, 2I, H]`` BF16, as the activation wants its rows."""
+        return self._as_vllm_has(self._plain.w13)
+
+    @cached_property
+    def _biases(self) -> dict[str, torch.Tensor]:
+        """By vLLM's names, BF16; none of a layer without."""
+        held = dict(self._weights.source.biases)
+        if not held:
+            return {}
+        rows = self._as_vllm_has(held["gate_up_bias"])
+        return {"w13_bias": rows.bfloat16(), "w2_bias": held["down_bias"].bfloat16()}
+
+    def _as_vllm_has(self, rows: torch.Tensor) -> torch.Tensor:
+        """What lies along gate and up rows, ``[L, 2I, ..]``: in turn if the activation is `SWIGLUOAI`."""
+        if self._activation is not MoEActivation.SWIGLUOAI:
+            return rows
+        halves = rows.reshape(rows.shape[0], 2, -1, *rows.shape[2:])
+        return halves.transpose(1, 2).reshape(rows.shape)
+
+    def _dense_quant(self) -> FusedMoEQuantConfig:
+        biases = {name.replace("w13", "w1"): bias for name, bias in self._biases.items()}
+        return FusedMoEQuantConfig.make(**self._gate, **biases)
 
     def _kernel(self, experts: Any, w1: torch.Tensor, w2: torch.Tensor) -> LayerKernel:
-        return LayerKernel(modular_kernel(experts), w1, w2, self._layer.shape.experts, self._map)
+        return LayerKernel(modular_kernel(experts), w1, w2, self._layer.shape.experts, self._map, self._activation)
 
     def _epfuse(
         self, given: dict[str, torch.Tensor], quant: Any, checkpoint: Checkpoint, stored: Storage
@@ -222,16 +274,18 @@ class Builder:
             layer=0,
             moe_layers=(0,),
             activation=self._layer.activation,
+            bias=self._layer.bias,
             checkpoint=checkpoint,
             stored=stored,
+            device_name=device_name(self._weights.device) if self._weights.device.type == "cuda" else None,
         )
         # what EpfuseExperts.load reads of vLLM's RoutedExperts
         layer = torch.nn.Module()
-        layer.layer_name, layer.activation, layer.expert_map = "layer", ACTIVATION, self._map
+        layer.layer_name, layer.activation, layer.expert_map = "layer", self._activation, self._map
         for name, tensor in given.items():
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         experts = EpfuseExperts(self._config, quant)
-        experts.load(layer, plan_layer(request, Policy.AUTO))
+        experts.load(layer, plan_layer(request, Policy.AUTO), self._max_tokens)
         return self._kernel(experts, layer.w13_weight, layer.w2_weight)
 
     def _ours(self, kernel: LayerKernel, stored: str, form: WeightFormat, path: str) -> ExpertsCandidate:

@@ -119,12 +119,12 @@ class LayerWeights:
         return torch.Generator(self.device).manual_seed(self._seed)
 
     def _biases(self) -> list[torch.Tensor]:
-        """Float32, gate_up's and down's, the same at each call; none where the layer has none."""
+        """Float32 that BF16 holds, as checkpoints have them: gate_up's and down's, the same at each call, or none."""
         if self.layer.bias is Bias.NONE:
             return []
         rng = torch.Generator(self.device).manual_seed(self._seed + 1)
         rows = [shape[:2] for shape in self._shapes()]
-        return [torch.randn(size, generator=rng, device=self.device) for size in rows]
+        return [torch.randn(size, generator=rng, device=self.device).bfloat16().float() for size in rows]
 
     def _matrix(self, stack: torch.Size, rng: torch.Generator) -> torch.Tensor:
         """``[N, K]`` float32, the next expert's."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.activation import SwigluOAIAndMul
 from vllm.model_executor.layers.fused_moe.experts import triton_moe
 
 from epfuse.config import SwiGLUOAI
@@ -39,3 +41,14 @@ def give(experts: Any, activation: SwiGLUOAI | None, monkeypatch) -> None:
     if activation is not None:
         monkeypatch.setattr(experts, "activation", activate)
     monkeypatch.setattr(experts, "moe_sum", moe_sum)
+
+
+def give_gpt_oss(experts: Any, monkeypatch) -> None:
+    """As `give`, with the activation whose gate and up rows alternate, as vLLM's own PyTorch code computes it."""
+    fixed = SimpleNamespace(alpha=1.702, limit=7.0)  # what vLLM's model leaves to the operator's defaults
+
+    def activate(_, output, both, **__):
+        output.copy_(SwigluOAIAndMul.forward_native(fixed, both.float()))
+
+    give(experts, None, monkeypatch)
+    monkeypatch.setattr(experts, "activation", activate)

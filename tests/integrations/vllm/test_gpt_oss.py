@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.model_executor.custom_op import op_registry_oot
-from vllm.model_executor.layers.activation import SwigluOAIAndMul
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.models import gpt_oss
 
@@ -106,13 +104,7 @@ def test_beside_float64_and_vllms_own(monkeypatch):
     """Both in Triton's interpreter; the other tests run the CPU's products."""
     tokens = 3
     own = loaded(GPT_OSS, monkeypatch, RoutedExperts)
-    compiled_ops.give(own.quant_method.moe_kernel.fused_experts, SwiGLUOAI(), monkeypatch)
-    gate_and_up = SimpleNamespace(alpha=1.702, limit=7.0)  # what vLLM's model leaves to the operator's defaults
-
-    def activate(_, output, both, **__):
-        output.copy_(SwigluOAIAndMul.forward_native(gate_and_up, both.float()))
-
-    monkeypatch.setattr(own.quant_method.moe_kernel.fused_experts, "activation", activate)
+    compiled_ops.give_gpt_oss(own.quant_method.moe_kernel.fused_experts, monkeypatch)
     theirs = call(own, tokens)
     ours = loaded(GPT_OSS, monkeypatch)
     assert experts_of(ours)._loaded.activation == SwiGLUOAI()

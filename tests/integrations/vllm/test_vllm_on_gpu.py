@@ -26,7 +26,8 @@ from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.measure import Measured, Timing, TimingMethod
 from epfuse.bench.routing import Routing, RoutingKind
 from epfuse.bench.weights import LayerWeights
-from epfuse.config import LayerShape, SwiGLUOAI
+from epfuse.config import Bias, LayerShape, SwiGLUOAI
+from epfuse.errors import ConfigError
 from epfuse.integrations.vllm import releases
 from epfuse.target import REFERENCE_DEVICE, Target
 from tests.integrations.vllm import compiled_ops
@@ -37,22 +38,28 @@ CPU = torch.device("cpu")
 TARGET = Target.GFX950  # its weights stay as they are
 SHAPE = LayerShape(hidden=128, intermediate=64, experts=8, local_experts=4, top_k=2)
 LAYER = Layer("tiny", SHAPE, SwiGLUOAI())
+WITH_BIASES = Layer("tiny-biases", replace(SHAPE, local_experts=8), SwiGLUOAI(), Bias.ADDED)
 
 
 @pytest.fixture
-def weights(monkeypatch) -> LayerWeights:
+def on_cpu(monkeypatch) -> None:
+    """vLLM's workspaces and epfuse's kernels on a CPU that stands for a GPU."""
     vllm.platforms._current_platform.become(Target.SM90)  # where Marlin can be built
     monkeypatch.setattr(epfuse.api, "target_of", lambda device: TARGET)
     monkeypatch.setattr(epfuse.api, "device_name", lambda device: REFERENCE_DEVICE[TARGET])
     monkeypatch.setattr(workspace, "_manager", workspace.WorkspaceManager(CPU))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+
+
+@pytest.fixture
+def weights(on_cpu) -> LayerWeights:
     return LayerWeights(LAYER, 0, CPU)
 
 
 @pytest.fixture
 def candidates(weights, monkeypatch) -> list[ExpertsCandidate]:
     """All five, called through vLLM's modular kernel, with PyTorch in place of compiled operators."""
-    plain = ExpertWeights.bf16(*Builder(weights, TARGET)._dense())
+    plain = ExpertWeights.bf16(*Builder(weights, TARGET, 9)._dense())
     real = inspect.signature(marlin_moe.fused_marlin_moe)
 
     def repack(module, w13, w2, w13_scale, w2_scale):
@@ -73,15 +80,15 @@ def candidates(weights, monkeypatch) -> list[ExpertsCandidate]:
 
     monkeypatch.setattr(marlin_utils_fp8, "prepare_mxfp8_moe_layer_for_marlin", repack)
     monkeypatch.setattr(marlin_moe, "fused_marlin_moe", marlin)
-    made = Builder(weights, TARGET).all()
+    made = Builder(weights, TARGET, 9).all()
     for candidate in made:
         if "Triton" in candidate.name:
             compiled_ops.give(candidate.kernel.kernel.fused_experts, LAYER.activation, monkeypatch)
     return made
 
 
-def inputs_for(tokens: int) -> list:
-    return draw_inputs(LAYER, Routing(RoutingKind.UNIFORM), tokens, 0, CPU, 0)
+def inputs_for(tokens: int, layer: Layer = LAYER) -> list:
+    return draw_inputs(layer, Routing(RoutingKind.UNIFORM), tokens, 0, CPU, 0)
 
 
 def test_everyone_is_right_in_poisoned_locked_workspaces(candidates, weights):
@@ -102,6 +109,26 @@ def test_everyone_is_right_in_poisoned_locked_workspaces(candidates, weights):
         names = [check.what for check in checks]
         assert names[:3] == ["eager", "replay", "replay, other routing"]
         assert ("replay, padding rows" in names) == (candidate.kind is ContenderKind.PATH)
+
+
+def test_gpt_oss_beside_biases_and_alternating_rows(on_cpu, monkeypatch):
+    """The same numbers for both, and float64 from the layer before vLLM's order of rows."""
+    weights = LayerWeights(WITH_BIASES, 0, CPU)
+    candidates = Builder(weights, TARGET, 9).all()
+    assert [candidate.label for candidate in candidates] == ["EpfuseExperts bf16", "TritonExperts bf16"]
+    compiled_ops.give_gpt_oss(candidates[1].kernel.kernel.fused_experts, monkeypatch)
+    reserve_workspaces(candidates, inputs_for(9, WITH_BIASES)[0])
+    for tokens in (1, 9):
+        cases = Cases.of(inputs_for(tokens, WITH_BIASES), weights)
+        for candidate in candidates:
+            checks = check_candidate(candidate, cases)
+            assert all(check.ok for check in checks), checks
+
+
+def test_biases_with_another_activation_are_refused(on_cpu):
+    layer = replace(WITH_BIASES, activation=SwiGLUOAI(limit=5.0))
+    with pytest.raises(ConfigError, match="vLLM knows biases beside"):
+        Builder(LayerWeights(layer, 0, CPU), TARGET, 9)
 
 
 def test_poison_reaches_what_apply_is_given(candidates):
@@ -162,12 +189,11 @@ def quick_times(monkeypatch):
 
 
 def test_a_whole_run(candidates, weights, quick_times, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(script, "LAYER", "tiny")
     monkeypatch.setitem(LAYERS, "tiny", LAYER)
     monkeypatch.setattr(script, "ODD_TOKENS", 3)
-    monkeypatch.setattr(script, "_candidates", lambda device: (weights, candidates))
+    monkeypatch.setattr(script, "_candidates", lambda *_: (weights, candidates))
     run, file = script.RunFindings(), tmp_path / "record.json"
-    script.measure(run, (5,), CPU, float("inf"), file)
+    script.measure(run, "tiny", (5,), CPU, float("inf"), file)
     assert run.ok
     record = json.loads(file.read_text())
     assert record["format"] == "epfuse-vllm-on-gpu-1"
@@ -183,16 +209,15 @@ def test_no_time_is_begun_after_the_budget_and_nothing_wrong_is_timed(
     candidates, weights, quick_times, monkeypatch, capsys
 ):
     wrong = replace(candidates[0], kernel=Broken(candidates[0].kernel, "loses a row"))
-    monkeypatch.setattr(script, "LAYER", "tiny")
     monkeypatch.setitem(LAYERS, "tiny", LAYER)
     monkeypatch.setattr(script, "ODD_TOKENS", 3)
-    monkeypatch.setattr(script, "_candidates", lambda device: (weights, [wrong]))
+    monkeypatch.setattr(script, "_candidates", lambda *_: (weights, [wrong]))
     run = script.RunFindings()
-    script.measure(run, (3,), CPU, float("inf"), None)
+    script.measure(run, "tiny", (3,), CPU, float("inf"), None)
     assert run.record.rows[0].time is None
     assert not run.ok
     late = script.RunFindings()
-    script.measure(late, (3,), CPU, 0.0, None)
+    script.measure(late, "tiny", (3,), CPU, 0.0, None)
     assert late.left_out == [3]
     assert not late.record.complete
     script.report(late)
@@ -203,3 +228,10 @@ def test_without_a_gpu_it_is_a_usage_error():
     result = CliRunner().invoke(script.main, [])
     assert result.exit_code == 2
     assert "no GPU" in result.output
+
+
+@pytest.mark.parametrize("text", ["", "1,x", "0", "16,-1"])
+def test_counts_that_are_none_are_refused(text):
+    result = CliRunner().invoke(script.main, ["--tokens", text])
+    assert result.exit_code == 2
+    assert "list of token counts" in result.output
