@@ -41,8 +41,10 @@ PROBE_SECONDS = 15.0
 PROBES = 6
 GPU_MIB, HOST_MIB = 64.0, 512.0
 """What may be more at the end than after the first tenth."""
-ARGUMENTS = ("--enable-prefix-caching", "--num-gpu-blocks-override", "96", "--max-num-seqs", "64")
-"""Blocks of 128 tokens: half of what 64 requests of mean length need. With 256, on an H200, none was preempted."""
+ARGUMENTS = ("--enable-prefix-caching", "--num-gpu-blocks-override", "128", "--max-num-seqs", "64")
+"""Blocks of 128 tokens, for 64 requests that would hold 171 in the mean: some 45 run at a time, and about one in 80 is
+preempted, where one grows into another block and none is free. With 256, on an H200, none was; with fewer it takes
+longer: 96 blocks need a third more steps."""
 
 
 @dataclass
