@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families.family import CallKind, Stage
 from epfuse.hardware.tile_time import WEIGHT_BYTES, RowLoad, TileTimes, gemm_us, load_of
 from epfuse.measured import store
@@ -82,7 +82,8 @@ def rows_of(device: str) -> list[Row]:
     downs = {one.key: one for one in tables[Stage.DOWN]}
     found = []
     for measurement in tables[Stage.GATE_UP]:
-        if (measurement.device, measurement.path, measurement.weights) != (device, PATH, WEIGHTS):
+        kind = measurement.device, measurement.path, measurement.weights, measurement.bias
+        if kind != (device, PATH, WEIGHTS, Bias.NONE):
             continue
         shape = measurement.shape
         weights = 2 * shape.intermediate * shape.hidden * WEIGHT_BYTES

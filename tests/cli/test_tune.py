@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from epfuse import Target
 from epfuse.cli import tune_run
 from epfuse.cli.main import main
+from epfuse.config import Bias
 from epfuse.families.family import Stage
 from epfuse.measured import store
 from epfuse.stages.tiles import LayerTiles
@@ -36,10 +37,6 @@ def tune(*arguments: str) -> Result:
         (("--path", "w4a4"), "'w4a4' is not one of w8a16, bf16, w8a8, block_fp8"),
         (("--part", "3/2"), "'3/2' is no part"),
         (("--shape", "custom"), "shape 'custom' needs"),
-        (
-            ("--shape", "gpt-oss-20b-biases"),
-            "tiles are measured without, and such layers take those: tune 'gpt-oss-20b'",
-        ),
     ],
 )
 def test_usage_errors(arguments: tuple[str, ...], words: str) -> None:
@@ -103,6 +100,16 @@ def test_several_layers_in_one_run(tmp_path: Path) -> None:
     result = tune(*arguments, "--to-vllm", str(tmp_path))
     assert result.exit_code == 2
     assert "--to-vllm is for one shape; --shape names 2" in result.stderr
+
+
+@pytest.mark.usefixtures("_mi300x")
+def test_a_layer_with_biases_has_rows_of_its_own(tmp_path: Path) -> None:
+    arguments = ("--path", "bf16", "--tokens", "1", "--out", str(tmp_path), "--shape")
+    assert tune(*arguments, "gpt-oss-20b-biases").exit_code == 0
+    assert "before us" in tune(*arguments, "gpt-oss-20b").stdout  # not taken for done
+    assert "--again measures anew" in tune(*arguments, "gpt-oss-20b-biases").stdout
+    measured = store.read_table(tmp_path, Target.GFX942, Stage.DOWN).measurements
+    assert [entry.bias for entry in measured] == [Bias.ADDED, Bias.NONE]
 
 
 @pytest.mark.usefixtures("_mi300x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path as FilePath
@@ -143,7 +144,40 @@ def test_a_layer_with_biases_takes_the_tiles_and_not_the_time(
         "A foreign row, measured at T=64 on NVIDIA H100 80GB HBM3, 2026-11-24, without biases; calls are within a"
         " factor of 2.00."
     )
-    assert not caplog.text  # 'epfuse tune' has nothing better to measure
+    assert not caplog.text  # biases cost next to nothing
+
+
+def test_rows_with_biases_serve_such_layers_first_and_others_last(tables: FilePath) -> None:
+    write(
+        tables,
+        measurement(row(64, block_n=32), row(1024, block_n=32)),
+        measurement(row(64, block_n=128, microseconds=11.0), bias=Bias.ADDED),
+        measurement(row(256, block_n=128), row(1024, block_n=128), bias=Bias.ADDED, device=H200),
+    )
+
+    def at(tokens: int, bias: Bias) -> Decision:
+        return decide(CallKind(Path.BF16, Target.SM90, M3, device_name=H100, bias=bias), tokens)
+
+    plain, biased = at(64, Bias.NONE), at(64, Bias.ADDED)
+    assert [one.tiles.gate_up.block_n for one in (plain, biased) if one.tiles is not None] == [32, 128]
+    assert (plain.measured_us, biased.measured_us) == (20.0, 22.0)
+    assert biased.tile_source.startswith("A tuned row, measured at T=64 on NVIDIA H100 80GB HBM3, 2026-11-24; ")
+    # this product's row without biases before another product's with
+    assert "T=1024 on NVIDIA H100 80GB HBM3, 2026-11-24, without biases" in at(1024, Bias.ADDED).tile_source
+    other = at(256, Bias.NONE)
+    assert other.measured_us is None
+    assert "A foreign row, measured at T=256 on NVIDIA H200, 2026-11-24, with biases;" in other.tile_source
+
+
+def test_a_table_that_does_not_say_has_no_biases(tables: FilePath) -> None:
+    write(tables, measurement(row(64)))
+    path = store.table_path(tables, Target.SM90, Stage.DOWN)
+    values = json.loads(path.read_text())
+    assert values["measurements"][0].pop("bias") == "none"
+    path.write_text(json.dumps(values))
+    store.shipped.cache_clear()
+    assert store.read_table(tables, Target.SM90, Stage.DOWN).measurements[0].bias is Bias.NONE
+    assert decided(64).measured_us == 20.0
 
 
 def test_every_family_adds_biases() -> None:

@@ -10,7 +10,7 @@ import torch
 from epfuse import LayerShape, Path, SwiGLUOAI
 from epfuse.bench.layers import Layer
 from epfuse.bench.measure import Sampling
-from epfuse.config import WeightFormat
+from epfuse.config import Bias, WeightFormat
 from epfuse.families.family import LayerCall, Stage, Steps
 from epfuse.families.portable import Portable
 from epfuse.families.registry import FP8_PATHS, READABLE
@@ -58,6 +58,23 @@ def test_calls_and_stages_are_timed_and_right(bench: DeviceBench, path: Path) ->
         assert alone.fault is None
         assert alone.microseconds > 0
         assert bench.floor_us(point, stage) > 0
+
+
+@pytest.mark.parametrize("path", list(FORMS))
+def test_biases_are_in_calls_and_in_the_oracle(bench: DeviceBench, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    biased = DeviceBench(replace(LAYER, bias=Bias.ADDED), bench.device, ONCE)
+    target = target_of(biased.device)
+    if target.is_gpu and FORMS[path] not in READABLE[target][path]:
+        pytest.skip(f"{path.value} reads other weights on {target.value}")
+    point, tiles = TuningPoint(path, FORMS[path], 3), tiles_of(path)
+    assert biased.layer(point, tiles).fault is None
+    assert all(biased.stage(point, stage, 16, tiles.gate_up).fault is None for stage in Stage)
+    for field in ("gate_up_bias", "down_bias"):
+        calls = biased._calls_at(point)
+        assert all(getattr(call, field).abs().max() > 1 for call in calls)
+        with monkeypatch.context() as without:
+            without.setattr(biased, "_calls", [call._replace(**{field: None}) for call in calls])
+            assert biased.layer(point, tiles).fault is not None, field
 
 
 def one_element_off(monkeypatch: pytest.MonkeyPatch) -> None:

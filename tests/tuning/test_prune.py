@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 import pytest
 
 from epfuse import LayerShape, Path, Target
-from epfuse.config import WeightFormat
+from epfuse.config import Bias, WeightFormat
 from epfuse.families.family import Stage
 from epfuse.stages.tiles import GemmTile, Sm90PersistentTile
 from epfuse.tuning import prune
@@ -66,6 +66,9 @@ def test_each_tile_is_compiled_once_for_all_token_counts(tmp_path: FilePath) -> 
     assert len(tries) == sum(plan.steps for plan in plans)
     assert len(what) == len(set(what)) < len(tries)
     assert set(what) == {(c.stage, c.block_m, c.tile) for c in tries}
+    biased = replace(request, bias=Bias.ADDED)
+    with_biases = distinct(one for plan in plans for one in candidates_of(biased, plan))
+    assert len(distinct([*tries, *with_biases])) == 2 * len(found)  # other code
 
 
 @pytest.mark.parametrize(

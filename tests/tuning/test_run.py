@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 import pytest
 
 from epfuse import Path, Target
-from epfuse.config import WeightFormat
+from epfuse.config import Bias, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.families.family import CallKind, Stage
 from epfuse.measured import store
@@ -18,7 +18,7 @@ from epfuse.tuning.run import Device, TuningRequest, pending, plan_of, run
 from epfuse.tuning.search import Timed, TuningOutcome, TuningPlan, TuningPoint
 from epfuse.tuning.space import Space
 from tests.tuning.clock import Clock
-from tests.tuning.tables import H100, M3, reading
+from tests.tuning.tables import H100, M3, measurement, reading, row, write
 
 DEVICE = Device(Target.GFX942, "AMD Instinct MI300X", "2.11.0", "3.7.1")
 WINNER = GemmTile(32, 64, 0, 4, 2)
@@ -134,6 +134,20 @@ def test_both_tables_are_written_with_where_they_are_from(request_: TuningReques
         (measured,) = store.read_table(request_.folder, Target.GFX942, stage).measurements
         assert (measured.device, measured.triton, measured.source) == (DEVICE.name, "3.7.1", "epfuse tune")
         assert {row.tokens for row in measured.rows} == {1, 16, 64, 1024}
+
+
+def test_a_layer_with_biases_goes_on_from_its_own_rows(
+    request_: TuningRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    biased = replace(request_, bias=Bias.ADDED)
+    go(biased)
+    write(biased.folder, measurement(row(16), device=DEVICE.name), target=Target.GFX942)  # of one without
+    assert pending(biased) == []
+    kind = CallKind(Path.BF16, Target.GFX942, M3, bias=Bias.ADDED)
+    with reading(biased.folder, monkeypatch):
+        assert decide(kind, 16).measured_us == 5.0
+        assert plan_of(biased, biased.points()[1]).before.down == WINNER
+        assert plan_of(request_, biased.points()[1]).before.down != WINNER
 
 
 def test_a_path_without_a_kernel_is_refused(request_: TuningRequest) -> None:

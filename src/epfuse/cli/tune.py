@@ -11,8 +11,8 @@ from click.core import ParameterSource
 
 from epfuse.bench.layers import ACTIVATIONS, CUSTOM, LAYERS, make_layer
 from epfuse.cli.names import comma_names, layer_sizes, token_counts
-from epfuse.config import Bias, Path
-from epfuse.errors import ConfigError, MissingDependency
+from epfuse.config import Path
+from epfuse.errors import MissingDependency
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 SEARCH_OPTIONS = ("paths", "tokens", "space", "budget", "part", "again", "from_vllm", "to_vllm")
@@ -32,6 +32,7 @@ def _part(context: click.Context, parameter: click.Parameter, value: str) -> tup
 EPILOG = """\b
 Examples:
   epfuse tune --shape minimax-m3-ep8 --tokens 64,1024 --budget 300
+  epfuse tune --shape gpt-oss-20b-biases --path bf16 --tokens 1,16,64
   epfuse tune --shape gpt-oss-120b --path bf16 --to-vllm tiles
   epfuse tune --shape minimax-m3-ep4,minimax-m3-tp8 --path w8a16 --space known
   epfuse tune --trials trials.json --json > record.json
@@ -120,12 +121,6 @@ def tune(
     ones are written to the tables.
     """
     layers = [make_layer(shape, sizes, activation) for shape in shapes]
-    for layer in layers:
-        if layer.bias is not Bias.NONE:
-            raise ConfigError(
-                f"shape is {layer.name!r}, with biases; tiles are measured without, and such layers take those: tune"
-                f" {layer.name.replace('-biases', '')!r}"
-            )
     for option, value in (("--trials", trials), ("--from-vllm", from_vllm), ("--to-vllm", to_vllm)):
         if value is not None and len(layers) > 1:
             raise click.UsageError(f"{option} is for one shape; --shape names {len(layers)}")

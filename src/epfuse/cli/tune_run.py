@@ -74,7 +74,7 @@ def search_layers(
     jobs = []
     for layer in layers:
         extra = () if from_vllm is None else tuple(vllm_files.read(from_vllm, layer.shape).items())
-        request = TuningRequest(found, layer.shape, paths, tokens, folder, _command(), extra, space)
+        request = TuningRequest(found, layer.shape, paths, tokens, folder, _command(), extra, space, layer.bias)
         points = request.points()[part[0] - 1 :: part[1]] if again else pending(request, part)
         jobs.append(LayerJob(layer, request, [plan_of(request, point) for point in points]))
     _search(jobs, gpu, options, budget, delivery)
@@ -152,7 +152,7 @@ def try_tiles(options: Options, layer: Layer, trials: tuple[Trial, ...], keep: b
     delivery = Delivery(folders={"--out": folder if keep else None})
     if keep:
         store.check_tables(folder, device.target)
-    request = TuningRequest(device, layer.shape, (), (), folder, _command())
+    request = TuningRequest(device, layer.shape, (), (), folder, _command(), bias=layer.bias)
     with bars(time_left=True) as progress:
         watch = console.ProgressWatch(progress)
         plans = plans_of(trials, device.target)
@@ -171,6 +171,7 @@ def try_tiles(options: Options, layer: Layer, trials: tuple[Trial, ...], keep: b
                 "versions": machine.versions(),
                 "commit": machine.commit(),
                 "shape": asdict(layer.shape),
+                "bias": layer.bias.value,
                 "trials": [result.to_json() for result in results],
             }
             click.echo(json.dumps(record, indent=1, allow_nan=False))

@@ -3,9 +3,10 @@
 Distance is counted in rows per expert, T*K/E, which is what tiles follow. Up to a factor of 1.5 a row is *close*: any
 row that is close comes before any that is not, so that a gap in one product's rows is filled from another's. Up to two
 it is *near*: used if it is this product's own. A farther one is not used. A row is *foreign* if it was measured on
-another product of the same target, or for a layer with another L, E or K; its tile is used and its time is not. So is
-every row for a layer with biases, since all are measured without (`epfuse.policy.tiles`). A layer with another H or I
-has nothing to say.
+another product of the same target, or for a layer with another L, E or K; its tile is used and its time is not. One of
+a layer with biases for one without, or the other way round, serves in the same way, and comes after a row of its own
+kind: biases are added after the products and move no more memory to speak of. A layer with another H or I has nothing
+to say.
 
 If n rows an expert are expected, most experts get at most n + sqrt(n). If a row's block had room for so many when it
 was measured, and has none for the call's, many experts would need a second block for a few rows: the row does not serve
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from epfuse.arguments import checks_enums
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families.family import Stage
 from epfuse.measured.schema import Measurement, TileRow
 from epfuse.measured.store import shipped
@@ -65,6 +66,7 @@ class MeasuredTiles:
         return ((math.sqrt(1 + 4 * self.tiles.block_m) - 1) / 2) ** 2
 
 
+@checks_enums
 @dataclass(frozen=True)
 class LayerMeasurements:
     """One layer's measurements on one device.
@@ -72,22 +74,30 @@ class LayerMeasurements:
     Attributes:
         device: the product that measured.
         shape: the layer.
-        same_device, same_shape: whether they are the call's.
+        bias: of both projections or none.
+        same_device, same_shape, same_bias: whether they are the call's.
         date: of the measurement, ISO.
         points: ascending in tokens.
     """
 
     device: str
     shape: LayerShape
+    bias: Bias
     same_device: bool
     same_shape: bool
+    same_bias: bool
     date: str
     points: tuple[MeasuredTiles, ...]
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is another device's or another layer's."""
+        """Whether it is another device's or of other sizes."""
         return not (self.same_device and self.same_shape)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its times are the call's."""
+        return self.same_bias and not self.is_foreign
 
     def nearest(self, rows: float) -> MeasuredTiles:
         """The point with the smallest factor, of two the smaller one, among those that fit if any does."""
@@ -112,9 +122,9 @@ class FoundTiles:
 
 @checks_enums
 def sources(
-    target: Target, device_name: str, path: Path, weights: WeightFormat, shape: LayerShape
+    target: Target, device_name: str, path: Path, weights: WeightFormat, shape: LayerShape, bias: Bias = Bias.NONE
 ) -> tuple[LayerMeasurements, ...]:
-    """All that was measured for layers of this H and I: this device first, then this shape, then the newest.
+    """All that was measured for layers of this H and I: this device first, then these sizes, these biases, the newest.
 
     Args:
         target: a GPU.
@@ -122,6 +132,7 @@ def sources(
         path: what will run.
         weights: the format that it reads.
         shape: the layer's sizes.
+        bias: of both projections or none.
     """
     tables = {stage: shipped(target, stage) for stage in Stage}
     downs = {measurement.key: measurement for measurement in tables[Stage.DOWN].measurements}
@@ -135,11 +146,11 @@ def sources(
             continue
         points = _points(gate_up, downs[gate_up.key], measured)
         if points:
-            same_device, same_shape = gate_up.device == device_name, measured == shape
+            same = gate_up.device == device_name, measured == shape, gate_up.bias is bias
             date = gate_up.date.isoformat()
-            found.append(LayerMeasurements(gate_up.device, measured, same_device, same_shape, date, points))
+            found.append(LayerMeasurements(gate_up.device, measured, gate_up.bias, *same, date, points))
     found.sort(key=lambda source: source.date, reverse=True)
-    found.sort(key=lambda source: (not source.same_device, not source.same_shape))
+    found.sort(key=lambda source: (not source.same_device, not source.same_shape, not source.same_bias))
     return tuple(found)
 
 

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families.family import Stage
 from epfuse.stages.tiles import LARGEST, GemmTile, LayerTiles, Sm90BlockTile, Sm90PersistentTile, Sm90Tile
 from epfuse.target import Target
@@ -96,6 +96,7 @@ class Measurement(_TableEntry):
         torch, triton: versions.
         date: of the newest rows.
         source: the command that measured; behind BEFORE the commands of older rows, if there are any.
+        bias: of both projections or none; none in tables that don't say.
         rows: ascending in tokens, then block_m.
     """
 
@@ -107,12 +108,13 @@ class Measurement(_TableEntry):
     triton: str
     date: datetime.date
     source: Annotated[str, Field(min_length=1)]
+    bias: Bias = Bias.NONE
     rows: tuple[TileRow, ...]
 
     @property
     def key(self) -> tuple[object, ...]:
         """What two measurements of a table differ in."""
-        return self.device, self.path, self.weights, self.shape
+        return self.device, self.path, self.weights, self.shape, self.bias
 
     @model_validator(mode="after")
     def _check(self) -> Measurement:
@@ -136,7 +138,7 @@ class TileTable(_TableEntry):
     def _check(self) -> TileTable:
         keys = [measurement.key for measurement in self.measurements]
         if len(set(keys)) != len(keys):
-            raise ValueError("two measurements have one device, path, weights and shape; they must be one")
+            raise ValueError("two measurements have one device, path, weights, shape and biases; they must be one")
         return self
 
     def merged(self, new: Measurement) -> TileTable:

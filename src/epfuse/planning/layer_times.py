@@ -157,11 +157,13 @@ def _measured_pair(plan: ModelPlan, rival: Rival, path: Path, tokens: int) -> di
 def _tuned(plan: ModelPlan, decision: Decision, tokens: int) -> Time | None:
     """This product's own row of the tuned tables, for this layer and this T."""
     product = plan.serving.product
-    if decision.weights is None or not _is_as_measured(plan.groups[0].plan):
+    layer = plan.groups[0].plan.request
+    if decision.weights is None or not isinstance(layer.activation, SwiGLUOAI):
         return None
-    for source in sources(product.target, product.device_name, decision.path, decision.weights, plan.shape):
+    kind = product.target, product.device_name, decision.path, decision.weights, plan.shape, layer.bias
+    for source in sources(*kind):
         for point in source.points:
-            if not source.is_foreign and point.tokens == tokens:
+            if source.is_own and point.tokens == tokens:
                 return Time(point.microseconds, "measured", f"tuned table of {source.device}, {source.date}")
     return None
 
@@ -189,7 +191,7 @@ def _modelled(plan: ModelPlan, kernels: Kernels, tokens: int, but: str = "") -> 
 
 
 def _is_as_measured(layer: LayerPlan) -> bool:
-    """Whether rows that were measured are of such a layer: with SwiGLU, and without biases."""
+    """Whether pairs that were measured beside vLLM are of such a layer: with SwiGLU, and without biases."""
     return isinstance(layer.request.activation, SwiGLUOAI) and layer.request.bias is Bias.NONE
 
 

@@ -43,7 +43,9 @@ def _as_measured(kind: CallKind) -> bool:
 
 def _measured(kind: CallKind) -> tuple[LayerMeasurements, ...]:
     """What tables have for such calls."""
-    return sources(kind.target, kind.device, kind.path, kind.form, kind.shape) if _as_measured(kind) else ()
+    if not _as_measured(kind):
+        return ()
+    return sources(kind.target, kind.device, kind.path, kind.form, kind.shape, kind.bias)
 
 
 def nearest_ranges(kind: CallKind) -> list[tuple[int, TileChoice]]:
@@ -52,9 +54,7 @@ def nearest_ranges(kind: CallKind) -> list[tuple[int, TileChoice]]:
     Args:
         kind: of the calls, on one path and one format.
 
-    Tables are measured in bfloat16 with SwiGLU-OAI and routes summed in order, and serve nothing else. They are
-    measured without biases: those are added after the products and move no more memory to speak of, so the tiles serve
-    layers that have them, as foreign.
+    Tables are measured in bfloat16 with SwiGLU-OAI and routes summed in order, and serve nothing else.
     """
     shape, defaults = kind.shape, default_ranges(kind)
     measured = _measured(kind)
@@ -103,11 +103,10 @@ def _choice(
     where = f"measured at T={point.tokens} on {source.device}, {source.date}"
     if not source.same_shape:
         where += f", for E={source.shape.experts} L={source.shape.local_experts} K={source.shape.top_k}"
-    if kind.bias is not Bias.NONE:
-        where += ", without biases"
-    foreign = source.is_foreign or kind.bias is not Bias.NONE
-    text = f"A {'foreign' if foreign else 'tuned'} row, {where}; calls are within a factor of {factor:.2f}."
-    return TileChoice(point.tiles, text, None if foreign else point.microseconds)
+    if not source.same_bias:
+        where += ", without biases" if source.bias is Bias.NONE else ", with biases"
+    text = f"A {'tuned' if source.is_own else 'foreign'} row, {where}; calls are within a factor of {factor:.2f}."
+    return TileChoice(point.tiles, text, point.microseconds if source.is_own else None)
 
 
 def _why_default(measured: tuple[LayerMeasurements, ...]) -> str:

@@ -57,7 +57,9 @@ def overruled(
         target: the product's.
         shape: the layer's sizes.
     """
-    own = tuple(row for source in measured if not source.is_foreign for row in source.points)
+    same = [source for source in measured if not source.is_foreign]
+    near_kin = [source for source in same if source.is_own] or same  # biases change a time little
+    own = tuple(row for source in near_kin for row in source.points)
     points, beside = _points(ranges, own), _Beside(fit.times(), shape, own)
     margin = fit.error if own else fit.error_other_shape
     near = {point: beside.nearest(point) for point in points}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from epfuse.aot.tasks import start
 from epfuse.arguments import checks_enums
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families.family import Stage
 from epfuse.families.registry import family_of
 from epfuse.stages.tiles import GemmTile, LayerTiles
@@ -35,6 +35,7 @@ class TileCandidate:
         stage: which GEMM.
         block_m: rows of a block.
         tile: the tile.
+        bias: of both projections or none.
     """
 
     target: Target
@@ -45,13 +46,15 @@ class TileCandidate:
     stage: Stage
     block_m: int
     tile: GemmTile
+    bias: Bias = Bias.NONE
 
     @property
     def code(self) -> tuple[object, ...]:
         """What its code depends on: not on T, on K, and on H and I as far as steps of the reduction divide them."""
         sizes = (self.shape.hidden, self.shape.intermediate)
         steps = tuple(math.gcd(size, self.tile.block_k) for size in sizes)
-        return (self.target, self.path, self.weights, steps, self.shape.top_k, self.kernel, self.block_m, self.tile)
+        layer = (self.target, self.path, self.weights, steps, self.shape.top_k, self.bias)
+        return (*layer, self.kernel, self.block_m, self.tile)
 
     @property
     def kernel(self) -> str:
@@ -63,10 +66,9 @@ class TileCandidate:
 def candidates_of(request: TuningRequest, plan: TuningPlan) -> list[TileCandidate]:
     """What a plan tries."""
     point = plan.point
+    call = request.device.target, point.path, point.weights, request.shape, point.tokens
     return [
-        TileCandidate(
-            request.device.target, point.path, point.weights, request.shape, point.tokens, stage, block_m, tile
-        )
+        TileCandidate(*call, stage, block_m, tile, request.bias)
         for block_m, stages in plan.tries.items()
         for stage, tiles in stages.items()
         for tile in tiles
@@ -118,7 +120,7 @@ def shortfall(candidate: TileCandidate) -> str | None:
     def call() -> None:
         operands = layer_call(
             candidate.weights,
-            ExpertWeights.without_data(candidate.weights, shape),
+            ExpertWeights.without_data(candidate.weights, shape, bias=candidate.bias),
             torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta"),
             torch.empty(tokens, shape.top_k, dtype=torch.float32, device="meta"),
             torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from epfuse.arguments import checks_enums
-from epfuse.config import LayerShape, Path, WeightFormat
+from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.errors import UnsupportedTarget
 from epfuse.families.family import CallKind, Stage
 from epfuse.families.registry import READABLE, default_ranges, serving
@@ -55,6 +55,7 @@ class TuningRequest:
         source: the command, for the record.
         extra: further tiles to try, by token count.
         space: how much is tried besides.
+        bias: of both projections or none.
     """
 
     device: Device
@@ -65,6 +66,7 @@ class TuningRequest:
     source: str
     extra: tuple[tuple[int, LayerTiles], ...] = ()
     space: Space = Space.FULL
+    bias: Bias = Bias.NONE
 
     def points(self) -> list[TuningPoint]:
         """Every path at every token count.
@@ -142,7 +144,8 @@ def known_tiles(kind: CallKind) -> list[GemmTile]:
 
 def plan_of(request: TuningRequest, point: TuningPoint) -> TuningPlan:
     """What to try at a point: today's tiles, the extra ones, and the search space."""
-    kind = CallKind(point.path, request.device.target, request.shape, device_name=request.device.name)
+    device = request.device
+    kind = CallKind(point.path, device.target, request.shape, bias=request.bias, device_name=device.name)
     kind = kind.on(point.path, point.weights)
     before = decide(kind, point.tokens).tiles
     assert before is not None
@@ -215,6 +218,7 @@ def _measurement(request: TuningRequest, path: Path, weights: WeightFormat, rows
         path=path,
         weights=weights,
         shape=request.shape,
+        bias=request.bias,
         torch=request.device.torch,
         triton=request.device.triton,
         date=datetime.datetime.now(datetime.UTC).date(),
