@@ -14,6 +14,11 @@ Where top-k or routing are not its own, the copy has them replaced. The record i
 Token counts can be drawn by a seed, for points that nobody tuned. Every configuration of humming is a kernel that must
 be compiled first: --humming 1 leaves its own choice alone.
 
+    python -m tools.beside_peers HARNESS record.json --shapes all --draw 6 --seed 7 --humming 1
+    python -m tools.beside_peers HARNESS record.json --shapes minimax-m3-ep8 --draw 40 --seed 7 --humming 1
+
+Ranks of other models (tools/peer_shapes.py), each at counts of its own, in one process: tools/peer_layers.py.
+
 For tools/draw_peers.py and tests/docs/test_performance.py a record is what this writes.
 """
 
@@ -31,12 +36,15 @@ import sys
 import tempfile
 from ast import literal_eval
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 from tools.draw_peers import chart_of, check_rows
+from tools.peer_layers import Found, Point, text_of, time_layers
+from tools.peer_shapes import TWELVE, shard
 
 from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.machine import commit, versions
@@ -46,6 +54,7 @@ from epfuse.children import Children
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.exits import PlainCommand
 from epfuse.cli.names import comma_names, token_counts
+from epfuse.config import SwiGLUOAI
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_file, read_json
 from epfuse.report.write import write_atomic
@@ -57,6 +66,8 @@ OURS = "impl"
 MOST_DRAWN = 16384
 EXAMPLE = "Example: python -m tools.beside_peers peers.py record.json --layer qwen3-235b --tokens 1,2048"
 TOP_K_LINE = "TOPK = 4\n"
+ACTIVATION_LINE = "ALPHA, BETA, LIMIT = 1.702, 1.0, 7.0\n"
+NO_LIMIT = 3e38  # as a number that C++ reads, for humming
 ROUTING_LINE = "        w, ids = torch.topk(torch.sigmoid(torch.randn(T, E, generator=g, device=DEV)), TOPK, dim=-1)\n"
 # experts without replacement: the largest of log popularity plus Gumbel noise, ranks shuffled in each draw
 ZIPF_LINES = """\
@@ -106,7 +117,7 @@ def is_ours(name: str) -> bool:
     return name in map(name_of, PATHS)
 
 
-def drawn_counts(count: int, seed: int) -> tuple[int, ...]:
+def drawn_counts(count: int, seed: int | str) -> tuple[int, ...]:
     """So many different token counts of 1..`MOST_DRAWN`, ascending; as many between each two powers of two."""
     dice, found = random.Random(seed), set[int]()
     while len(found) < count:
@@ -117,7 +128,7 @@ def drawn_counts(count: int, seed: int) -> tuple[int, ...]:
 def harness_for(
     source: str, layer: Layer, routing: Routing, paths: tuple[str, ...], peers: str, humming: int | None = None
 ) -> str:
-    """The harness' source with the layer's top-k and the routing in place of its own, our paths first, then ``peers``.
+    """The harness' source with the layer's top-k, activation and routing in place of its own, our paths first.
 
     ``humming``: the most configurations of each of humming's kernels, its own choice first; None for all.
 
@@ -133,6 +144,9 @@ def harness_for(
         source = source.replace(MULTIPLES, repr(literal_eval(MULTIPLES)[:humming]))  # to compile, and to time
     if layer.shape.top_k != 4:
         changes[TOP_K_LINE] = f"TOPK = {layer.shape.top_k}\n"
+    if layer.activation != SwiGLUOAI():
+        alpha, beta, limit = layer.activation.parameters
+        changes[ACTIVATION_LINE] = f"ALPHA, BETA, LIMIT = {alpha}, {beta}, {min(limit, NO_LIMIT)}\n"
     if routing.kind in lines:
         number = int(routing.parameter) if routing.kind is RoutingKind.ALL_TO else routing.parameter
         changes[ROUTING_LINE] = lines[routing.kind].format(parameter=number)
@@ -143,13 +157,17 @@ def harness_for(
     return source
 
 
-Found = tuple[str, list[dict[str, Any]]]
+Printed = tuple[str, list[dict[str, Any]]]
 """What a run of the harness has printed, and its rows."""
 
 
 def run_harness(
-    harness: Path, layer: Layer, arguments: list[str], folder: Path, keep: Callable[[Found], None] = lambda found: None
-) -> Found:
+    harness: Path,
+    layer: Layer,
+    arguments: list[str],
+    folder: Path,
+    keep: Callable[[Printed], None] = lambda found: None,
+) -> Printed:
     """One run. ``keep`` is called with what there is each time that the harness has written its rows.
 
     Raises:
@@ -187,6 +205,15 @@ def record_of(printed: str, rows: list[dict[str, Any]], layer: Layer, routing: R
     Raises:
         ConfigError: the harness has measured no roofs.
     """
+    return {"layer": layer.name, **circumstances(printed, routing), "rows": [row for row in rows if row["best"]]}
+
+
+def circumstances(printed: str, routing: Routing) -> dict[str, Any]:
+    """What a record says besides its rows.
+
+    Raises:
+        ConfigError: the harness has measured no roofs.
+    """
     roofs = CEILING.search(printed)
     if roofs is None:
         raise ConfigError("the harness printed no line of its ceiling: its first measurement did not end")
@@ -197,14 +224,12 @@ def record_of(printed: str, rows: list[dict[str, Any]], layer: Layer, routing: R
         "torch": installed["torch"],
         "triton": installed["triton"],
         "epfuse": None if code is None else code["hash"][:7] + (", changed" if code["changed"] else ""),
-        "layer": layer.name,
         "routing": str(routing),
         "copy_tb_s": float(roofs[2]),
         "read_tb_s": float(roofs[3]),
         "bf16_tflop_s": int(roofs[4]),
         "note": "us: the best configuration, timed again for 9 times 20 ms; sweep: every configuration, 5 times 8 ms,"
         " with its relative error. Ours ran first.",
-        "rows": [row for row in rows if row["best"]],
     }
 
 
@@ -244,7 +269,7 @@ def measure(
         ConfigError: as `run_harness` and `record_of` say.
     """
 
-    def made(found: Found) -> dict[str, Any]:
+    def made(found: Printed) -> dict[str, Any]:
         return record_of(*found, layer, routing)
 
     with tempfile.TemporaryDirectory() as name:
@@ -257,10 +282,61 @@ def measure(
     return made(found)
 
 
+def measure_layers(
+    source: str, shapes: tuple[str, ...], routing: Routing, counts_of: Callable[[str], tuple[int, ...]],
+    paths: tuple[str, ...], peers: str, humming: int | None, seconds: float, jobs: int,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The record of all kernels on ranks of models, ``keep`` as `measure` has it.
+
+    Raises:
+        ConfigError: no model has that name, or as `harness_for` and `circumstances` say.
+    """
+    layers = [shard(name) for name in shapes]
+    for layer in layers:
+        routing.check(layer.shape)
+    points = [
+        Point(layer, counts_of(layer.name), harness_for(source, layer, routing, paths, peers, humming))
+        for layer in layers
+    ]
+
+    def made(found: Found) -> dict[str, Any]:
+        return circumstances(found.roofs, routing) | {
+            "layers": [
+                {
+                    "layer": point.layer.name,
+                    "shape": asdict(point.layer.shape),
+                    "tokens": point.tokens,
+                    "rows": found.rows[point.layer.name],
+                }
+                for point in points
+            ],
+            "failed": found.failed,
+            "left_out": found.left_out,
+        }
+
+    kernels = [*map(name_of, paths), *peers.split(",")]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        return made(
+            time_layers(points, kernels, paths, IMPLEMENTATION, seconds, jobs, folder, lambda found: keep(made(found)))
+        )
+
+
+def shape_names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """A callback for --shapes."""
+    if value is None:
+        return None
+    return TWELVE if value == "all" else tuple(dict.fromkeys(value.split(",")))
+
+
 @click.command(cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLE)
 @click.argument("harness", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("record", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--layer", "name", type=click.Choice(list(LAYERS)), default="minimax-m3-ep8", show_default=True)
+@click.option(
+    "--shapes", callback=shape_names, help="Ranks such as glm-4.5-tp4 in place of --layer, or 'all' for twelve of them."
+)
 @click.option("--routing", default="uniform", show_default=True, help="uniform, zipf:S or all-to:N.")
 @click.option("--tokens", callback=token_counts, default="1,16,64,256,512,1024,2048,8192", show_default=True)
 @click.option(
@@ -274,36 +350,50 @@ def measure(
 @click.option("--jobs", type=click.IntRange(1), default=8, show_default=True, help="Processes that compile.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="An SVG of the record.")
 def main(
-    harness: Path, record: Path, name: str, routing: str, tokens: tuple[int, ...], paths: tuple[str, ...],
-    draw: int | None, seed: int, humming: int | None, peers: str, seconds: float, jobs: int, picture: Path | None,
+    harness: Path, record: Path, name: str, shapes: tuple[str, ...] | None, routing: str, tokens: tuple[int, ...],
+    paths: tuple[str, ...], draw: int | None, seed: int, humming: int | None, peers: str, seconds: float, jobs: int,
+    picture: Path | None,
 ) -> None:  # fmt: skip
     """Compile, time ours, then the peers, and write RECORD.
 
     Exit code 1: no time of ours, or none of any peer; 2: usage, or an output that could not be written.
     """
     layer = LAYERS[name]
+    if shapes is not None and picture is not None:
+        raise click.UsageError("--picture shows one layer, not --shapes")
     delivery = Delivery({"RECORD": record, "--picture": picture})
     chosen = Routing.parse(routing)
     chosen.check(layer.shape)
-    source = harness_for(read_file(harness, "harness").decode(), layer, chosen, paths, peers, humming)
-    if draw is not None:
-        tokens = drawn_counts(draw, seed)
+    source = read_file(harness, "harness").decode()
 
     def keep(grown: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the measurement goes on; the last write, of all, counts
             write_atomic(record, json.dumps(grown, indent=1) + "\n")
 
-    kernels = ",".join([*map(name_of, paths), peers])
-    found = measure(source, layer, chosen, tokens, kernels, seconds, jobs, keep)
+    if shapes is None:
+        source = harness_for(source, layer, chosen, paths, peers, humming)
+        if draw is not None:
+            tokens = drawn_counts(draw, seed)
+        kernels = ",".join([*map(name_of, paths), peers])
+        found = measure(source, layer, chosen, tokens, kernels, seconds, jobs, keep)
+        table, rows = table_of(found), found["rows"]
+    else:
+
+        def counts_of(rank: str) -> tuple[int, ...]:
+            return tokens if draw is None else drawn_counts(draw, f"{seed} {rank}")
+
+        found = measure_layers(source, shapes, chosen, counts_of, paths, peers, humming, seconds, jobs, keep)
+        table = "\n".join(f"{path}\n\n{text_of(found, name_of(path))}" for path in paths)
+        rows = [row for each in found["layers"] for row in each["rows"]]
     text = json.dumps(found, indent=1) + "\n"
     with delivery.of("RECORD"):
         write_atomic(record, text)
     with delivery.of(STDOUT):
-        click.echo(text if "RECORD" in delivery.failed else table_of(found))
+        click.echo(text if "RECORD" in delivery.failed else table)
     if picture is not None:
         with delivery.of("--picture"):
             write_atomic(picture, chart_svg(chart_of(found)))
-    timed = {is_ours(row["peer"]) for row in found["rows"]}
+    timed = {is_ours(row["peer"]) for row in rows}
     if timed != {True, False}:
         click.echo("no time of ours" if True not in timed else "no time of any peer", err=True)
     delivery.exit(passed=timed == {True, False})

@@ -28,6 +28,7 @@ HARNESS = (
     """
 import json, os, sys
 TOPK = 4
+ALPHA, BETA, LIMIT = 1.702, 1.0, 7.0
 PEERS = {}
 
 

@@ -1,0 +1,206 @@
+"""tools/beside_peers.py --shapes, with a harness whose kernels take a time that follows from the layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tools import peer_layers
+from tools.beside_peers import drawn_counts, main
+from tools.peer_layers import text_of
+from tools.peer_shapes import MODELS, TWELVE, shard
+
+from epfuse.bench.layers import LAYERS
+from epfuse.config import silu_gate
+from epfuse.errors import ConfigError
+
+HARNESS = """
+import json, os, sys
+TOPK = 4
+ALPHA, BETA, LIMIT = 1.702, 1.0, 7.0
+ROOT = "peers-libraries"
+H, E = int(os.environ["PEER_H"]) if "PEER_H" in os.environ else 1, 2
+PEERS = {}
+
+
+def nvrtc_dirs():
+    return ["nvrtc-folder"]
+
+
+def peer(name, limit, compile_limit):
+    return lambda kind: PEERS.setdefault(name, kind)
+
+
+class Kernel:
+    def us(self, T):
+        return T + H
+
+
+@peer("fast", limit=1, compile_limit=1)
+class Fast(Kernel):
+    def us(self, T):
+        return 2.0 * T
+
+
+@peer("breaks", limit=1, compile_limit=1)
+class Breaks(Kernel):
+    def us(self, T):
+        os._exit(3)
+
+
+@peer("raises", limit=1, compile_limit=1)
+class Raises(Kernel):
+    def __init__(self):
+        raise ValueError("these sizes are not taken")
+
+
+@peer("sleeps", limit=1, compile_limit=1)
+class Sleeps(Kernel):
+    def us(self, T):
+        import time
+        time.sleep(60)
+
+
+@peer("wrong", limit=1, compile_limit=1)
+class Wrong(Kernel):
+    def us(self, T):
+        return 1.0
+
+
+@peer("impl", limit=1, compile_limit=1)
+class External(Kernel):
+    path = "w8a16"
+
+    def __init__(self):
+        assert os.environ["PEER_IMPL"].endswith(":w8a16"), "another path's"
+        os.environ["PEER_IMPL"] = "left by this one:w8a8"
+
+    def us(self, T):
+        return T + (50.0 if TOPK == 8 and ALPHA == 1.0 and LIMIT > 1e38 else 2000.0)
+
+
+def child(name, phase, tokens):
+    with open(os.environ["ASKED"], "a") as asked:
+        asked.write(f"{os.getpid()} {phase} {name} {H} {os.environ['PYTHONPATH'].split(':')[0]}\\\\n")
+    if name == "ceiling":
+        print("NOTE A card: copy 2.44 TB/s (read + written), read 3.17 TB/s, bf16 8192^3 710 TFLOP/s")
+        return
+    kernel = PEERS[name]()
+    for T in tokens if phase == "time" else ():
+        row = {"peer": name, "T": T, "us": kernel.us(T), "err": 0.5 if name == "wrong" else 1e-3, "best": True}
+        print("ROW", json.dumps(row), flush=True)
+
+
+if __name__ == '__main__':
+    raise SystemExit("not to be run")
+""".replace("\\\\n", "\\n")
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    (tmp_path / "peers.py").write_text(HARNESS)
+    return tmp_path / "peers.py"
+
+
+def run(harness: Path, *options: str) -> tuple[int, str, Path]:
+    record = harness.with_name("record.json")
+    done = CliRunner().invoke(main, [str(harness), str(record), "--jobs", "2", *options])
+    return done.exit_code, done.output, record
+
+
+def asked(harness: Path) -> list[list[str]]:
+    return [line.split() for line in harness.with_name("asked").read_text().splitlines()]
+
+
+def test_all_layers_are_timed_in_one_process_at_their_own_counts(harness: Path) -> None:
+    shapes = "qwen3-30b-ep4,minimax-m3-tp8"
+    code, output, path = run(harness, "--shapes", shapes, "--draw", "2", "--seed", "7", "--peers", "fast")
+    assert code == 0, output
+    record = json.loads(path.read_text())
+    counts = {name: drawn_counts(2, f"7 {name}") for name in shapes.split(",")}
+    assert counts["qwen3-30b-ep4"] != counts["minimax-m3-tp8"]
+    assert {each["layer"]: tuple(each["tokens"]) for each in record["layers"]} == counts
+    assert record["read_tb_s"] == 3.17
+    for each in record["layers"]:
+        extra = 50.0 if each["layer"] == "qwen3-30b-ep4" else 2000.0  # top-k 8 and silu, or M3's own
+        expected = [("impl", T, T + extra) for T in each["tokens"]] + [("fast", T, 2.0 * T) for T in each["tokens"]]
+        assert [(row["peer"], row["T"], row["us"]) for row in each["rows"]] == expected
+    timed = [line for line in asked(harness) if line[1] == "time"]
+    assert len({pid for pid, *_ in timed}) == 1
+    assert [(name, width) for _, _, name, width, _ in timed] == [
+        ("ceiling", "2048"), ("impl", "2048"), ("fast", "2048"), ("impl", "6144"), ("fast", "6144"),
+    ]  # fmt: skip
+    assert {line[4] for line in timed} == {"peers-libraries"}
+    assert [line[2] for line in asked(harness) if line[1] == "compile"] == ["fast", "fast"]  # ours: without the harness
+
+
+def test_a_kernel_that_breaks_its_process_or_raises_costs_nobody_else_a_row(harness: Path) -> None:
+    code, output, path = run(
+        harness, "--shapes", "qwen3-30b-ep4,glm-4.5-tp4", "--tokens", "3,9", "--peers", "breaks,raises,wrong,fast"
+    )
+    assert code == 0, output
+    record = json.loads(path.read_text())
+    for each in record["layers"]:
+        assert [row["peer"] for row in each["rows"]] == ["impl", "impl", "wrong", "wrong", "fast", "fast"]
+    assert [(kernel, why.split(":")[0]) for _, kernel, why in record["failed"]] == [
+        ("breaks", "its process ended"), ("raises", "ValueError"),
+    ] * 2  # fmt: skip
+    assert "lost: qwen3-30b-ep4 at 3 tokens, 53.0 us for 6.0 of fast: 8.833" in output
+    assert "wrong: wrong on glm-4.5-tp4 at 9 tokens, error 0.5" in output
+
+
+def test_a_kernel_that_hangs_is_ended_and_the_rest_goes_on(harness: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_layers, "PATIENCE", 3.0)
+    code, output, path = run(harness, "--shapes", "qwen3-30b-ep4", "--tokens", "3", "--peers", "sleeps,fast")
+    assert code == 0, output
+    record = json.loads(path.read_text())
+    assert [(kernel, why) for _, kernel, why in record["failed"]] == [("sleeps", "nothing for 3 s")]
+    assert [row["peer"] for row in record["layers"][0]["rows"]] == ["impl", "fast"]
+
+
+def test_what_the_time_did_not_reach_is_named(harness: Path) -> None:
+    options = ("--shapes", "qwen3-30b-ep4,glm-4.5-tp4", "--tokens", "3", "--peers", "fast,sleeps")
+    code, output, path = run(harness, *options, "--seconds", "4")
+    assert code == 0, output
+    record = json.loads(path.read_text())
+    assert record["failed"] == [["qwen3-30b-ep4", "sleeps", "time is up"]]
+    assert record["left_out"] == [["glm-4.5-tp4", name] for name in ("impl", "fast", "sleeps")]
+    assert "not reached: fast on glm-4.5-tp4" in output
+
+
+def test_means_are_of_right_rows_with_a_peer() -> None:
+    def row(peer: str, tokens: int, us: float, err: float = 1e-3) -> dict[str, object]:
+        return {"peer": peer, "T": tokens, "us": us, "err": err}
+
+    rows = [row("impl", 1, 4.0), row("p", 1, 8.0), row("q", 1, 1.0, err=0.2), row("impl", 2, 9.0), row("p", 2, 4.5)]
+    rows += [row("impl", 3, 1.0)]
+    record = {"layers": [{"layer": "one", "rows": rows}], "failed": [], "left_out": []}
+    text = text_of(record, "impl")
+    assert "| one | 1: 4.0 (0.50), 2: 9.0 (2.00), 3: 1.0 | 1.000 | 2.000 |" in text
+    assert "2 points: geometric mean 1.000, at most 2.000" in text
+    assert "lost: one at 2 tokens, 9.0 us for 4.5 of p: 2.000" in text
+    assert "lost: none" not in text
+
+
+def test_names_of_ranks() -> None:
+    assert shard("minimax-m3-ep8").shape == LAYERS["minimax-m3-ep8"].shape
+    assert shard("minimax-m3-tp8").shape == LAYERS["minimax-m3-tp8"].shape
+    layer = shard("glm-4.5-tp4")
+    assert (layer.shape.intermediate, layer.shape.local_experts, layer.activation) == (384, 160, silu_gate())
+    assert len({shard(name).shape for name in TWELVE}) == 12
+    assert {name.rsplit("-", 1)[0] for name in TWELVE} >= MODELS.keys() - {"gpt-oss-20b"}
+
+
+@pytest.mark.parametrize("name", ["minimax-m3", "minimax-m3-dp8", "minimax-m3-ep7", "gpt-5-ep8", "minimax-m3-ep0"])
+def test_what_is_no_rank(name: str) -> None:
+    with pytest.raises(ConfigError):
+        shard(name)
+
+
+def test_a_picture_shows_one_layer(harness: Path) -> None:
+    code, output, _ = run(harness, "--shapes", "all", "--picture", str(harness.with_name("picture.svg")))
+    assert code == 2
+    assert "--picture shows one layer" in output

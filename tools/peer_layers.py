@@ -1,0 +1,314 @@
+"""Time kernels of the peers' harness on many layers, each at token counts of its own: for tools/beside_peers.py.
+
+One process times all of it, since importing a peer's libraries takes longer than timing its kernels. It is started
+again after a kernel that broke it, and ended when the time is used up. Before, several processes compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from tools.peer_driver import load
+
+from epfuse.bench.layers import Layer
+from epfuse.children import Children
+from epfuse.config import Path as LayerPath
+from epfuse.config import WeightFormat
+from epfuse.errors import EpfuseError
+from epfuse.families.family import CallKind
+from epfuse.target import Target
+
+PATIENCE = 75.0
+"""Seconds without a line after which a process is taken to hang: imports and a first kernel's compiling are less."""
+WRONG = 0.1
+"""A relative error from which on a time does not count, as the harness has it."""
+FORMATS = {
+    "w8a16": WeightFormat.FRAGMENT,
+    "w8a8": WeightFormat.ROW_FP8,
+    "bf16": WeightFormat.DENSE,
+    "block_fp8": WeightFormat.BLOCK_FP8,
+}
+"""Path of ours -> what benchmarks/peer_layer.py prepares for it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kernel on one layer."""
+
+    index: int
+    layer: str
+    kernel: str
+    tokens: tuple[int, ...]
+    harness: str
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What each kernel of a run is timed on: a layer, its token counts, and the harness' source for it."""
+
+    layer: Layer
+    tokens: tuple[int, ...]
+    source: str
+
+
+def sizes_of(layer: Layer) -> dict[str, str]:
+    """The harness' variables for a layer."""
+    shape = layer.shape
+    sizes = {"H": shape.hidden, "I": shape.intermediate, "E": shape.experts, "EL": shape.local_experts}
+    return {f"PEER_{name}": str(size) for name, size in sizes.items()}
+
+
+def tasks_of(points: Sequence[Point], kernels: Sequence[str], implementation: str, folder: Path) -> list[Task]:
+    """Layer by layer, in the order of the kernels; the first task measures the roofs."""
+    found = []
+    for index, point in enumerate(points):
+        path = folder / f"layer{index}.py"
+        path.write_text(point.source)
+        environment = sizes_of(point.layer) | {"PEER_IMPL": implementation}
+        names = [*(["ceiling"] if index == 0 else []), *kernels]
+        found += [Task(0, point.layer.name, name, point.tokens, str(path), environment) for name in names]
+    return [replace(task, index=index) for index, task in enumerate(found)]
+
+
+def compile_ours(points: Sequence[Point], paths: Sequence[str], jobs: int) -> str:
+    """Compile what our calls will launch, side by side; a sentence about it."""
+    import torch
+
+    from epfuse.aot.launches import launches_of
+    from epfuse.compiled.layer import run_calls
+    from epfuse.compiled.warm_up import compile_all, missing
+
+    if not torch.cuda.is_available():
+        return "no GPU: nothing of ours is compiled beforehand"
+    device, found = torch.cuda.get_device_name(), []
+    for point in points:
+        for path in paths:
+            forms = frozenset({FORMATS[path]})
+            kind = CallKind(LayerPath(path), Target.SM90, point.layer.shape, forms, device_name=device)
+            try:
+                counts = list(point.tokens)
+                found += launches_of(Target.SM90, lambda kind=kind, counts=counts: run_calls(kind, counts), device)
+            except EpfuseError as error:
+                click.echo(f"{point.layer.name}, {path}: {error}", err=True)
+    wanted = missing(list(dict.fromkeys(found)))
+    failed = [one.failure for one in compile_all(wanted, jobs, lambda done: None) if one.failure]
+    return f"{len(wanted)} kernels of ours compiled; failed: {failed or 'none'}"
+
+
+@contextmanager
+def _lines(command: list[str], environment: dict[str, str], folder: Path) -> Iterator[queue.Queue[str | None]]:
+    """A child's lines as they come, then None; it is killed at the end."""
+    found: queue.Queue[str | None] = queue.Queue()
+    with (
+        (folder / "errors.txt").open("a") as errors,
+        Children() as children,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, process_group=children.id
+        ) as process,
+    ):
+        assert process.stdout is not None
+        stream = process.stdout
+
+        def read() -> None:
+            for line in stream:
+                found.put(line.rstrip("\n"))
+            found.put(None)
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        try:
+            yield found
+        finally:
+            children.end()
+            thread.join()
+
+
+def run_tasks(
+    tasks: Sequence[Task], phase: str, seconds: float, environment: dict[str, str], folder: Path,
+    say: Callable[[Task, str], None],
+) -> list[Task]:  # fmt: skip
+    """Run tasks in one process after another, until all are done or the time is up; those that were not begun.
+
+    Args:
+        tasks: in order.
+        phase: of the harness, ``compile`` or ``time``.
+        seconds: for all.
+        environment: of the processes.
+        folder: for what they read, and what they write beside their lines.
+        say: called with each line of a task.
+    """
+    left, end = list(tasks), time.monotonic() + seconds
+    while left and time.monotonic() < end:
+        asked = folder / f"tasks{left[0].index}.{phase}.json"
+        asked.write_text(json.dumps([asdict(task) for task in left]))
+        command = [sys.executable, "-m", "tools.peer_driver", str(asked), phase]
+        known, current = {task.index: task for task in left}, None
+        with _lines(command, environment, folder) as lines:
+            while True:
+                wait = min(PATIENCE, end - time.monotonic())
+                try:
+                    line = lines.get(timeout=max(0.0, wait))
+                except queue.Empty:
+                    line, why = None, "time is up" if time.monotonic() >= end else f"nothing for {PATIENCE:.0f} s"
+                else:
+                    why = "its process ended"
+                if line is None:
+                    break
+                if line.startswith("TASK "):
+                    current = known[int(line.split()[1])]
+                    left = [task for task in left if task.index > current.index]
+                elif current is not None:
+                    say(current, line)
+        finished = not left and why == "its process ended"
+        if current is None:  # not even one begun
+            break
+        if not finished:
+            say(current, f"FAILED {why}")
+    return left
+
+
+def surroundings(harness: Path) -> dict[str, str]:
+    """The environment that the harness gives its own processes: its peers' libraries first, and NVRTC's folders."""
+    module, known = load(str(harness)), dict(os.environ)
+    paths = [str(module.ROOT), *(path for path in known.get("PYTHONPATH", "").split(os.pathsep) if path)]
+    libraries = [path for path in (known.get("LD_LIBRARY_PATH", ""), *module.nvrtc_dirs()) if path]
+    return known | {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+        "PYTHONUNBUFFERED": "1",
+        "HUMMING_MAX_PARALLEL_BUILD_WORKERS": known.get("HUMMING_MAX_PARALLEL_BUILD_WORKERS", "2"),
+        "VLLM_LOGGING_LEVEL": known.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
+
+
+@dataclass
+class Found:
+    """What a run has found so far.
+
+    Attributes:
+        roofs: the harness' line about the card.
+        rows: layer -> the best configuration of each kernel at each count.
+        failed: layer, kernel and what the harness said.
+        left_out: layers and kernels that the time did not reach.
+    """
+
+    roofs: str
+    rows: dict[str, list[dict[str, Any]]]
+    failed: list[tuple[str, str, str]]
+    left_out: list[tuple[str, str]]
+
+    def take(self, task: Task, line: str) -> None:
+        """One line of the harness."""
+        kind, _, rest = line.partition(" ")
+        if kind == "ROW":
+            row = json.loads(rest)
+            if row["best"]:
+                self.rows[task.layer].append(row)
+        elif kind in ("ERR", "FAILED"):
+            self.failed.append((task.layer, task.kernel, rest[:300]))
+        elif kind == "NOTE" and task.kernel == "ceiling":
+            self.roofs = f"ceiling    {rest}"
+
+
+def time_layers(
+    points: Sequence[Point], kernels: Sequence[str], paths: Sequence[str], implementation: str, seconds: float,
+    jobs: int, folder: Path, keep: Callable[[Found], None],
+) -> Found:  # fmt: skip
+    """Compile and time ``kernels`` on every layer.
+
+    Args:
+        points: the layers.
+        kernels: names of the harness' copies, ours among them.
+        paths: ours, to compile beforehand.
+        implementation: ours, for the harness.
+        seconds: for the timing; compiling may take half of them besides.
+        jobs: processes that compile.
+        folder: for temporary files.
+        keep: called with what there is after each kernel's times.
+    """
+    tasks = tasks_of(points, kernels, implementation, folder)
+    environment = surroundings(Path(tasks[0].harness))
+    begun = time.monotonic()
+    theirs = [task for task in tasks if not task.kernel.startswith("impl") and task.kernel != "ceiling"]
+
+    def compiled(task: Task, line: str) -> None:
+        if line.startswith(("CERR", "ERR", "FAILED")):
+            click.echo(f"compiling {task.kernel} for {task.layer}: {line}", err=True)
+
+    def compile_theirs(part: list[Task]) -> None:
+        run_tasks(part, "compile", seconds / 2, environment, folder, compiled)
+
+    threads = [threading.Thread(target=compile_theirs, args=(theirs[n::jobs],)) for n in range(min(jobs, len(theirs)))]
+    for thread in threads:
+        thread.start()
+    click.echo(compile_ours(points, paths, jobs), err=True)
+    for thread in threads:
+        thread.join()
+    click.echo(f"compiled in {time.monotonic() - begun:.0f} s", err=True)
+    found = Found("", {point.layer.name: [] for point in points}, [], [])
+
+    def said(task: Task, line: str) -> None:
+        click.echo(f"{task.layer} {task.kernel}: {line[:200]}", err=True)
+        found.take(task, line)
+        if found.roofs:
+            keep(found)
+
+    left = run_tasks(tasks, "time", seconds, environment, folder, said)
+    found.left_out = [(task.layer, task.kernel) for task in left]
+    return found
+
+
+def comparisons(layers: list[dict[str, Any]], ours: str) -> list[tuple[str, int, float, str | None, float]]:
+    """Layer, T, microseconds of ours, the fastest peer and its microseconds, None and NaN if no peer was right."""
+    found = []
+    for layer in layers:
+        times: dict[int, dict[str, float]] = {}
+        for row in layer["rows"]:
+            if row["err"] < WRONG:
+                times.setdefault(row["T"], {})[row["peer"]] = row["us"]
+        for tokens, of_kernel in sorted(times.items()):
+            peers = {peer: us for peer, us in of_kernel.items() if not peer.startswith("impl")}
+            if ours in of_kernel:
+                best = min(peers, key=peers.__getitem__, default=None)
+                found.append((layer["layer"], tokens, of_kernel[ours], best, peers[best] if best else float("nan")))
+    return found
+
+
+def text_of(record: dict[str, Any], ours: str) -> str:
+    """Each layer's ratios as a line of a Markdown table, then means, and what lost, failed or was not reached."""
+    all_points = comparisons(record["layers"], ours)
+    lines = ["| layer | tokens: us (over the fastest peer) | mean | worst |", "| --- | --- | --- | --- |"]
+    for layer in record["layers"]:
+        own = [point for point in all_points if point[0] == layer["layer"]]
+        cells = [f"{tokens}: {us:.1f}" + (f" ({us / least:.2f})" if peer else "") for _, tokens, us, peer, least in own]
+        ratios = [us / least for _, _, us, peer, least in own if peer]
+        ends = [f"{statistics.geometric_mean(ratios):.3f}", f"{max(ratios):.3f}"] if ratios else ["-", "-"]
+        lines.append(f"| {layer['layer']} | {', '.join(cells)} | {' | '.join(ends)} |")
+    ratios = [us / least for _, _, us, peer, least in all_points if peer]
+    if ratios:
+        mean, most = statistics.geometric_mean(ratios), max(ratios)
+        lines += ["", f"{len(ratios)} points: geometric mean {mean:.3f}, at most {most:.3f}"]
+    lost = [point for point in all_points if point[3] and point[2] > point[4]]
+    for layer_name, tokens, us, peer, least in lost:
+        lines.append(f"lost: {layer_name} at {tokens} tokens, {us:.1f} us for {least:.1f} of {peer}: {us / least:.3f}")
+    if ratios and not lost:
+        lines.append("lost: none")
+    wrong = [(layer["layer"], row) for layer in record["layers"] for row in layer["rows"] if row["err"] >= WRONG]
+    lines += [f"wrong: {row['peer']} on {name} at {row['T']} tokens, error {row['err']:.2g}" for name, row in wrong]
+    lines += [f"failed: {kernel} on {layer_name}: {why}" for layer_name, kernel, why in record["failed"]]
+    lines += [f"not reached: {kernel} on {layer_name}" for layer_name, kernel in record["left_out"]]
+    return "\n".join(lines) + "\n"
