@@ -43,7 +43,7 @@ from typing import Any
 
 import click
 from tools.draw_peers import chart_of, check_rows
-from tools.peer_layers import Found, Point, text_of, time_layers
+from tools.peer_layers import PeerLayer, PeerTimes, text_of, time_layers
 from tools.peer_shapes import TWELVE, shard
 
 from epfuse.bench.layers import LAYERS, Layer
@@ -296,11 +296,11 @@ def measure_layers(
     for layer in layers:
         routing.check(layer.shape)
     points = [
-        Point(layer, counts_of(layer.name), harness_for(source, layer, routing, paths, peers, humming))
+        PeerLayer(layer, counts_of(layer.name), harness_for(source, layer, routing, paths, peers, humming))
         for layer in layers
     ]
 
-    def made(found: Found) -> dict[str, Any]:
+    def made(found: PeerTimes) -> dict[str, Any]:
         return circumstances(found.roofs, routing) | {
             "layers": [
                 {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import queue
 import statistics
 import subprocess
@@ -17,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -25,8 +25,7 @@ from tools.peer_driver import load
 
 from epfuse.bench.layers import Layer
 from epfuse.children import Children
-from epfuse.config import Path as LayerPath
-from epfuse.config import WeightFormat
+from epfuse.config import Path, WeightFormat
 from epfuse.errors import EpfuseError
 from epfuse.families.family import CallKind
 from epfuse.target import Target
@@ -45,7 +44,7 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
-class Task:
+class PeerTask:
     """One kernel on one layer."""
 
     index: int
@@ -57,7 +56,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Point:
+class PeerLayer:
     """What each kernel of a run is timed on: a layer, its token counts, and the harness' source for it."""
 
     layer: Layer
@@ -72,7 +71,9 @@ def sizes_of(layer: Layer) -> dict[str, str]:
     return {f"PEER_{name}": str(size) for name, size in sizes.items()}
 
 
-def tasks_of(points: Sequence[Point], kernels: Sequence[str], implementation: str, folder: Path) -> list[Task]:
+def tasks_of(
+    points: Sequence[PeerLayer], kernels: Sequence[str], implementation: str, folder: pathlib.Path
+) -> list[PeerTask]:
     """Layer by layer, in the order of the kernels; the first task measures the roofs."""
     found = []
     for index, point in enumerate(points):
@@ -80,11 +81,11 @@ def tasks_of(points: Sequence[Point], kernels: Sequence[str], implementation: st
         path.write_text(point.source)
         environment = sizes_of(point.layer) | {"PEER_IMPL": implementation}
         names = [*(["ceiling"] if index == 0 else []), *kernels]
-        found += [Task(0, point.layer.name, name, point.tokens, str(path), environment) for name in names]
+        found += [PeerTask(0, point.layer.name, name, point.tokens, str(path), environment) for name in names]
     return [replace(task, index=index) for index, task in enumerate(found)]
 
 
-def compile_ours(points: Sequence[Point], paths: Sequence[str], jobs: int) -> str:
+def compile_ours(points: Sequence[PeerLayer], paths: Sequence[str], jobs: int) -> str:
     """Compile what our calls will launch, side by side; a sentence about it."""
     import torch
 
@@ -98,7 +99,7 @@ def compile_ours(points: Sequence[Point], paths: Sequence[str], jobs: int) -> st
     for point in points:
         for path in paths:
             forms = frozenset({FORMATS[path]})
-            kind = CallKind(LayerPath(path), Target.SM90, point.layer.shape, forms, device_name=device)
+            kind = CallKind(Path(path), Target.SM90, point.layer.shape, forms, device_name=device)
             try:
                 counts = list(point.tokens)
                 found += launches_of(Target.SM90, lambda kind=kind, counts=counts: run_calls(kind, counts), device)
@@ -110,7 +111,7 @@ def compile_ours(points: Sequence[Point], paths: Sequence[str], jobs: int) -> st
 
 
 @contextmanager
-def _lines(command: list[str], environment: dict[str, str], folder: Path) -> Iterator[queue.Queue[str | None]]:
+def _lines(command: list[str], environment: dict[str, str], folder: pathlib.Path) -> Iterator[queue.Queue[str | None]]:
     """A child's lines as they come, then None; it is killed at the end."""
     found: queue.Queue[str | None] = queue.Queue()
     with (
@@ -138,9 +139,9 @@ def _lines(command: list[str], environment: dict[str, str], folder: Path) -> Ite
 
 
 def run_tasks(
-    tasks: Sequence[Task], phase: str, seconds: float, environment: dict[str, str], folder: Path,
-    say: Callable[[Task, str], None],
-) -> list[Task]:  # fmt: skip
+    tasks: Sequence[PeerTask], phase: str, seconds: float, environment: dict[str, str], folder: pathlib.Path,
+    say: Callable[[PeerTask, str], None],
+) -> list[PeerTask]:  # fmt: skip
     """Run tasks in one process after another, until all are done or the time is up; those that were not begun.
 
     Args:
@@ -181,7 +182,7 @@ def run_tasks(
     return left
 
 
-def surroundings(harness: Path) -> dict[str, str]:
+def surroundings(harness: pathlib.Path) -> dict[str, str]:
     """The environment that the harness gives its own processes: its peers' libraries first, and NVRTC's folders."""
     module, known = load(str(harness)), dict(os.environ)
     paths = [str(module.ROOT), *(path for path in known.get("PYTHONPATH", "").split(os.pathsep) if path)]
@@ -196,7 +197,7 @@ def surroundings(harness: Path) -> dict[str, str]:
 
 
 @dataclass
-class Found:
+class PeerTimes:
     """What a run has found so far.
 
     Attributes:
@@ -211,7 +212,7 @@ class Found:
     failed: list[tuple[str, str, str]]
     left_out: list[tuple[str, str]]
 
-    def take(self, task: Task, line: str) -> None:
+    def take(self, task: PeerTask, line: str) -> None:
         """One line of the harness."""
         kind, _, rest = line.partition(" ")
         if kind == "ROW":
@@ -225,9 +226,9 @@ class Found:
 
 
 def time_layers(
-    points: Sequence[Point], kernels: Sequence[str], paths: Sequence[str], implementation: str, seconds: float,
-    jobs: int, folder: Path, keep: Callable[[Found], None],
-) -> Found:  # fmt: skip
+    points: Sequence[PeerLayer], kernels: Sequence[str], paths: Sequence[str], implementation: str, seconds: float,
+    jobs: int, folder: pathlib.Path, keep: Callable[[PeerTimes], None],
+) -> PeerTimes:  # fmt: skip
     """Compile and time ``kernels`` on every layer.
 
     Args:
@@ -241,15 +242,15 @@ def time_layers(
         keep: called with what there is after each kernel's times.
     """
     tasks = tasks_of(points, kernels, implementation, folder)
-    environment = surroundings(Path(tasks[0].harness))
+    environment = surroundings(pathlib.Path(tasks[0].harness))
     begun = time.monotonic()
     theirs = [task for task in tasks if not task.kernel.startswith("impl") and task.kernel != "ceiling"]
 
-    def compiled(task: Task, line: str) -> None:
+    def compiled(task: PeerTask, line: str) -> None:
         if line.startswith(("CERR", "ERR", "FAILED")):
             click.echo(f"compiling {task.kernel} for {task.layer}: {line}", err=True)
 
-    def compile_theirs(part: list[Task]) -> None:
+    def compile_theirs(part: list[PeerTask]) -> None:
         run_tasks(part, "compile", seconds / 2, environment, folder, compiled)
 
     threads = [threading.Thread(target=compile_theirs, args=(theirs[n::jobs],)) for n in range(min(jobs, len(theirs)))]
@@ -259,9 +260,9 @@ def time_layers(
     for thread in threads:
         thread.join()
     click.echo(f"compiled in {time.monotonic() - begun:.0f} s", err=True)
-    found = Found("", {point.layer.name: [] for point in points}, [], [])
+    found = PeerTimes("", {point.layer.name: [] for point in points}, [], [])
 
-    def said(task: Task, line: str) -> None:
+    def said(task: PeerTask, line: str) -> None:
         click.echo(f"{task.layer} {task.kernel}: {line[:200]}", err=True)
         found.take(task, line)
         if found.roofs:

@@ -237,6 +237,7 @@ OWN_WRITERS = {
     "tools/serve_on_gpu/bench.py": "a process' log, appended to while it runs",
     "tools/serve_on_gpu/plugin.py": "a line for each kernel, appended while vLLM runs",
     "tools/beside_peers.py": "a harness in a temporary folder of its own",
+    "tools/peer_layers.py": "harnesses and their tasks in a temporary folder of its own",
     "tools/vllm_cpu.py": "makes an environment, before epfuse is in it",
     "src/epfuse/compiled/warm_up.py": "a lock that ranks of one host share",
     "src/epfuse/doctor/child.py": "the null device, in place of a check's stdout",
