@@ -48,8 +48,9 @@ class Source:
         if record:
             found = {}
             for release in self.tested:
-                uses = self.server.read(root / f"release-{release}" / self.package)
-                found[release] = {use: " ".join(parts) for use, parts in uses.items()}
+                tree = root / f"release-{release}" / self.package
+                uses = {use: " ".join(parts) for use, parts in self.server.read(tree).items()}
+                found[release] = {"digest": self.server.digest(tree), "uses": uses}
             self.server.record.write_text(f"{json.dumps(found, indent=1)}\n")
 
     def _unpack(self, release: str, root: Path) -> None:

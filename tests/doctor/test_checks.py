@@ -189,7 +189,7 @@ def test_the_plugin_itself_decides_the_same(
         monkeypatch.setenv(switch, "1")
     registered: list[bool] = []
     layer = types.SimpleNamespace(register_layer=lambda: registered.append(True))
-    monkeypatch.setitem(sys.modules, "epfuse.integrations.vllm.layer", layer)
+    monkeypatch.setitem(sys.modules, "epfuse.integrations.vllm.stand_in", layer)
     monkeypatch.setattr(plugin, "log", logging.getLogger("nobody listens"))
     plugin._register_once.cache_clear()
     try:

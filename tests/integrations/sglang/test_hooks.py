@@ -19,6 +19,7 @@ from tests.integrations.sglang.deployment import MXFP8_CONFIG, SWIGLU_OAI, Deplo
 
 def test_the_record_is_what_the_release_has():
     assert SGLANG.read(releases.package()) == SGLANG.known[releases.installed()]
+    assert SGLANG.digests[SGLANG.digest(releases.package())] == releases.installed()
     assert tuple(SGLANG.known) == releases.TESTED
     for uses in SGLANG.known.values():
         assert list(uses) == [str(use) for use in USES]

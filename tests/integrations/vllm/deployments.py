@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8Config
 from vllm.model_executor.layers.quantization.online import fp8  # noqa: F401  (asks the platform when it is imported)
 
 from epfuse.integrations.vllm import versions
-from epfuse.integrations.vllm.layer import EpfuseRoutedExperts
+from epfuse.integrations.vllm.stand_in import EpfuseRoutedExperts
 from epfuse.target import Target, planning_for
 
 NAME = "model.layers.7.block_sparse_moe.experts"

@@ -13,6 +13,7 @@ from epfuse.environment import environment
 from epfuse.integrations.choice import choose
 from epfuse.integrations.vllm import layer, releases
 from epfuse.integrations.vllm.experts import EpfuseExperts
+from epfuse.integrations.vllm.stand_in import EpfuseRoutedExperts
 from epfuse.policy import Storage
 from epfuse.target import Target
 from tests.integrations.vllm.deployments import M3_EP8, build
@@ -23,7 +24,7 @@ REFUSES = releases.installed().startswith("0.25.1")
 has_mxfp8 = pytest.mark.skipif(REFUSES, reason="vLLM 0.25.1 builds no MXFP8 experts on a CPU")
 
 
-def experts_of(deployment, monkeypatch, layer_cls=layer.EpfuseRoutedExperts) -> type:
+def experts_of(deployment, monkeypatch, layer_cls=EpfuseRoutedExperts) -> type:
     return build(deployment, monkeypatch, layer_cls).quant_method.experts_cls
 
 

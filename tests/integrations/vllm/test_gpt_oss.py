@@ -12,7 +12,7 @@ from vllm.model_executor.models import gpt_oss
 
 from epfuse.config import Bias, SwiGLUOAI
 from epfuse.errors import ConfigError
-from epfuse.integrations.vllm import layer as layer_module
+from epfuse.integrations.vllm import stand_in
 from epfuse.integrations.vllm.experts import EpfuseExperts
 from tests.cases import snr_db
 from tests.integrations.vllm import compiled_ops
@@ -159,7 +159,7 @@ def plain_quant_config() -> Any:
 def test_the_models_own_class_is_replaced_too(monkeypatch):
     """It loads one expert at a time; what it loads is what the tests above copy."""
     monkeypatch.delitem(op_registry_oot, "GptOssRoutedExperts", raising=False)
-    layer_module._stand_in(PER_EXPERT)
+    stand_in._stand_in(PER_EXPERT)
     deployment = GPT_OSS.but(tp_size=2, tp_rank=1)
     layer = build(deployment, monkeypatch, PER_EXPERT)
     assert type(layer).__name__ == "EpfuseGptOssRoutedExperts"

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from epfuse.integrations.interfaces import What
+from epfuse.integrations.interfaces import Match, ServerProject, What
 from epfuse.integrations.vllm import plugin, releases
 from epfuse.integrations.vllm.interfaces import USES, VLLM
 from tests.integrations.vllm.fake import use_of, write_package
@@ -29,6 +29,26 @@ def test_the_record_has_every_tested_release_and_all_that_is_used():
 @pytest.mark.skipif(not HAVE_VLLM, reason="needs a vLLM on the path")
 def test_the_record_is_what_the_release_has():
     assert VLLM.read(releases.package()) == VLLM.known[releases.installed()]
+    assert VLLM.digests[VLLM.digest(releases.package())] == releases.installed()
+
+
+@pytest.mark.skipif(not HAVE_VLLM, reason="needs a vLLM on the path")
+def test_a_tested_release_is_known_without_parsing_it(monkeypatch):
+    """Each process of a server asks when it starts; parsing takes half a second."""
+    monkeypatch.setattr(ServerProject, "read", lambda *_: pytest.fail("it is parsed"))
+    assert VLLM.nearest(releases.package()) == Match(releases.installed(), ())
+
+
+@pytest.mark.skipif(not HAVE_VLLM, reason="needs a vLLM on the path")
+def test_one_changed_byte_is_looked_at(tmp_path):
+    for use in USES:
+        (tmp_path / use.file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / use.file).write_bytes((releases.package() / use.file).read_bytes())
+    assert VLLM.digest(tmp_path) in VLLM.digests
+    file = tmp_path / CONFIG.file
+    file.write_text(file.read_text().replace("    num_experts: int\n", "    number_of_experts: int\n", 1))
+    assert VLLM.digest(tmp_path) not in VLLM.digests
+    assert f"{CONFIG} lacks num_experts and adds number_of_experts" in str(VLLM.nearest(tmp_path))
 
 
 @pytest.mark.parametrize("release", releases.TESTED)
@@ -88,7 +108,7 @@ def said(monkeypatch):
 
 @pytest.mark.parametrize("version", ["0.33.0.post1", "0.33.1.dev7+g1a2b3c4d", "0.33.0+rocm721", "unknown"])
 def test_the_text_of_the_version_does_not_decide(version, said, tmp_path, monkeypatch):
-    layer = pytest.importorskip("epfuse.integrations.vllm.layer")  # with a vLLM on the path
+    layer = pytest.importorskip("epfuse.integrations.vllm.stand_in")  # with a vLLM on the path
     write_package(tmp_path, "0.33.0")
     monkeypatch.setattr(releases, "installed", lambda: version)
     monkeypatch.setattr(releases, "package", lambda: tmp_path)

@@ -12,7 +12,7 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from epfuse.integrations.vllm import explain, layer, plugin, releases
-from epfuse.integrations.vllm.layer import EpfuseRoutedExperts
+from epfuse.integrations.vllm.stand_in import EpfuseRoutedExperts
 from epfuse.policy import Checkpoint
 from epfuse.target import Target
 from epfuse.weights.model_config import MINIMAX_M3

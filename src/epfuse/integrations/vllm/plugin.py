@@ -36,7 +36,7 @@ def _register_once() -> None:
 
 
 def _install() -> bool:
-    from epfuse.integrations.vllm.layer import register_layer
+    from epfuse.integrations.vllm.stand_in import register_layer
 
     return register_layer()
 
