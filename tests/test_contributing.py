@@ -28,7 +28,7 @@ def test_file_exists(name: str) -> None:
         ("Activation", "src/epfuse/config.py"),
         ("FORMATS", "src/epfuse/weights/formats.py"),
         ("Projections", "src/epfuse/weights/projections.py"),
-        ("FAMILIES", "src/epfuse/families/registry.py"),
+        ("NAMES", "src/epfuse/families/registry.py"),
         ("TARGETS", "src/epfuse/cli/aot.py"),
         ("WeightFormat", "src/epfuse/config.py"),
         ("Target", "src/epfuse/target.py"),

@@ -55,22 +55,26 @@ class Combine(enum.Enum):
 
 
 class WeightFormat(enum.Enum):
-    """How a layer's weights lie in memory; a layer may keep several."""
+    """How a layer's weights lie in memory; a layer may keep several, of which the reference reads the first one here.
 
-    DENSE = "dense"
-    """BF16, FP16 or FP32, row-major."""
+    What a checkpoint had comes before what was made of it, and what has lost bits comes last. A format's code is the
+    file of its name in `epfuse.weights` (`epfuse.weights.formats`).
+    """
+
     MXFP8 = "mxfp8"
     """E4M3 values and E8M0 scale bytes, row-major, as checkpoints have them."""
-    FRAGMENT = "fragment"
-    """MXFP8 in the order in which Hopper's tensor cores take it."""
-    ROW_FP8 = "row_fp8"
-    """MXFP8's numbers with one scale a row, in the order in which Hopper's tensor cores multiply FP8 by FP8."""
     MXFP8_FNUZ = "mxfp8_fnuz"
     """MXFP8 with E4M3FNUZ values, the FP8 that gfx942 multiplies; scales are doubled to match."""
+    FRAGMENT = "fragment"
+    """MXFP8 in the order in which Hopper's tensor cores take it."""
     BLOCK_FP8 = "block_fp8"
     """E4M3 values with a float32 scale per 128x128 block."""
     BLOCK_FP8_FNUZ = "block_fp8_fnuz"
     """Block FP8 with E4M3FNUZ values."""
+    DENSE = "dense"
+    """BF16, FP16 or FP32, row-major."""
+    ROW_FP8 = "row_fp8"
+    """MXFP8's numbers with one scale a row, in the order in which Hopper's tensor cores multiply FP8 by FP8."""
 
 
 class Bias(enum.Enum):

@@ -11,15 +11,16 @@ from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, fused_expe
 from epfuse.config import LayerShape, WeightFormat, silu_gate
 from epfuse.families import cpu
 from epfuse.families.family import CallKind
-from epfuse.policy import decide
+from epfuse.policy import READABLE, decide
 from epfuse.reference import run_reference
+from epfuse.verify import experts
 from epfuse.verify.budget import compare, dense_tolerance
 from epfuse.verify.suite import poisoned_memory
 from tests.cases import ROUTINGS, Case, make_case
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-FORMS = [WeightFormat.DENSE, WeightFormat.MXFP8, WeightFormat.BLOCK_FP8]
+FORMS = [form for forms in cpu.CPU.reads[Target.CPU].values() for form in forms]
 ACTIVATIONS = [SwiGLUOAI(), silu_gate(), SwiGLUOAI(alpha=1.0, beta=0.0, limit=1.5)]
 
 
@@ -33,13 +34,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def in_format(weights: ExpertWeights, form: WeightFormat) -> ExpertWeights:
-    if form is WeightFormat.DENSE:
-        return weights
-    packed = ExpertWeights.quantize(weights)
-    if form is WeightFormat.MXFP8:
-        return packed
-    w13, w2 = packed.mxfp8_experts.w13, packed.mxfp8_experts.w2
-    return ExpertWeights.block_fp8(w13.values, w13.scales, w2.values, w2.scales)
+    return weights if form in weights.kept else experts.in_format(ExpertWeights.quantize(weights), form, Target.CPU)
 
 
 def check(case: Case, weights: ExpertWeights, activation: SwiGLUOAI, path: Path = Path.AUTO) -> torch.Tensor:
@@ -128,12 +123,16 @@ def test_auto_takes_it_wherever_the_weights_are_as_a_checkpoint_has_them(
     form: WeightFormat, dtype: torch.dtype
 ) -> None:
     decision = decide(CallKind(Path.AUTO, Target.CPU, LayerShape(64, 64, 8, 8, 2), frozenset({form}), dtype), 5)
-    assert decision.path is {
-        WeightFormat.DENSE: Path.BF16,
-        WeightFormat.MXFP8: Path.W8A16,
-        WeightFormat.BLOCK_FP8: Path.W8A16,
-    }.get(form, Path.REFERENCE)
+    paths = [path for path, forms in READABLE[Target.CPU].items() if form in forms]
+    assert decision.path is next(iter(paths), Path.REFERENCE)
     assert (decision.family is cpu.CPU) is (form in FORMS)
+
+
+def test_the_formats_of_checkpoints_are_read() -> None:
+    assert cpu.CPU.reads[Target.CPU] == {
+        Path.W8A16: (WeightFormat.MXFP8, WeightFormat.BLOCK_FP8),
+        Path.BF16: (WeightFormat.DENSE,),
+    }
 
 
 def test_runs_have_all_rows_once() -> None:

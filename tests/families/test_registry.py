@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -13,7 +15,7 @@ from types import FrameType
 import pytest
 import torch
 
-from epfuse import Combine, Path, Target, scratch_size
+from epfuse import Combine, ExpertWeights, Path, SwiGLUOAI, Target, scratch_size
 from epfuse.aot.calls import SHAPES, Call
 from epfuse.aot.tasks import start
 from epfuse.config import MINIMAX_M3_EP8 as M3
@@ -21,6 +23,7 @@ from epfuse.config import LayerShape, WeightFormat
 from epfuse.families.family import CallKind, Family, LayerCall
 from epfuse.families.registry import FAMILIES, READABLE, default_ranges, family_of, serving
 from epfuse.stages.tiles import LayerTiles
+from epfuse.target import planning_for
 
 GPUS = [target for target in Target if target.is_gpu]
 READS = [(target, path, form) for target in GPUS for path, forms in READABLE[target].items() for form in forms]
@@ -75,6 +78,48 @@ def test_no_path_takes_less_scratch_than_its_families(family: Family) -> None:
             whole, own = scratch_size(path, 37, 4, 512, 256), family.scratch(37, 4, 512, 256)
             assert whole.y >= own.y
             assert whole.routed >= own.routed
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "path", "form"),
+    [
+        (family, target, path, form)
+        for family in FAMILIES
+        for target, paths in family.reads.items()
+        for path, forms in paths.items()
+        for form in forms
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_the_steps_are_those_that_the_docstring_names(
+    family: Family, target: Target, path: Path, form: WeightFormat
+) -> None:
+    """On tensors without data: only the launches are made, and none runs."""
+
+    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    tokens, hidden = 64, M3.hidden
+    with planning_for(target):
+        experts = ExpertWeights.without_data(form, M3).kept[form]
+        call = LayerCall(
+            hidden=empty(tokens, hidden),
+            w13=experts.w13,
+            w2=experts.w2,
+            topk_weights=empty(tokens, M3.top_k, dtype=torch.float32),
+            topk_ids=empty(tokens, M3.top_k, dtype=torch.int32),
+            slots=empty(M3.experts, dtype=torch.int32),
+            shape=M3,
+            activation=SwiGLUOAI(),
+            combine=Combine.DETERMINISTIC,
+            out=empty(tokens, hidden),
+            scratch=None,
+        )
+        kind = CallKind(path, target, M3, frozenset({form}))
+        steps = [name for name, _ in family.steps(call, family.defaults(kind)[0].tiles).launches]
+    named = re.match(r"\w+(?: -> \w+)*", inspect.getdoc(type(family)) or "")
+    assert named is not None
+    assert steps == named[0].split(" -> ")
 
 
 def _way_of_hidden(call: Call) -> list[list[str]]:

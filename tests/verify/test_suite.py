@@ -12,6 +12,7 @@ import torch
 from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, api, policy
 from epfuse.config import Bias, Combine, WeightFormat
 from epfuse.errors import ConfigError, UnsupportedTarget
+from epfuse.policy import READABLE
 from epfuse.stages.route import reference as route_reference
 from epfuse.target import planning_for
 from epfuse.verify import problem as problem_module
@@ -24,6 +25,7 @@ from epfuse.verify.problem import Problem
 from epfuse.verify.record import ORACLE
 from epfuse.verify.scenarios import KINDS, make_scenarios
 from epfuse.verify.subject import Stored, Subject, subjects_of
+from epfuse.weights.formats import PREPARED_FOR
 from epfuse.weights.projections import expert_matrix
 from tests.cases import snr_db
 
@@ -244,11 +246,10 @@ def test_a_wrong_scale_of_one_block_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("form", "target"),
     [
-        (WeightFormat.MXFP8, Target.SM90),
-        (WeightFormat.FRAGMENT, Target.SM90),
-        (WeightFormat.BLOCK_FP8, Target.SM90),
-        (WeightFormat.MXFP8_FNUZ, Target.GFX942),
-        (WeightFormat.BLOCK_FP8_FNUZ, Target.GFX942),
+        (form, PREPARED_FOR.get(form, target))
+        for target, paths in READABLE.items()
+        for form in dict.fromkeys(form for forms in paths.values() for form in forms)
+        if form is not WeightFormat.DENSE
     ],
 )
 def test_every_format_holds_the_weights_and_the_source_is_kept(form: WeightFormat, target: Target) -> None:
@@ -297,7 +298,9 @@ def test_paths_with_fp8_activations_pass_in_the_interpreter(monkeypatch: pytest.
 
 def test_subjects_of_the_device() -> None:
     dense = Subject(Path.BF16, Stored.DENSE, WeightFormat.DENSE)
-    packed = [Subject(Path.W8A16, Stored.MXFP8, form) for form in (WeightFormat.MXFP8, WeightFormat.BLOCK_FP8)]
+    read = READABLE[Target.CPU][Path.W8A16]
+    packed = [Subject(Path.W8A16, Stored.MXFP8, form) for form in read]
+    assert read[:2] == (WeightFormat.MXFP8, WeightFormat.BLOCK_FP8)
     assert subjects_of(PROBLEM, "all") == (*REFERENCE, dense)
     assert subjects_of(PROBLEM, "auto") == (dense,)
     problem = replace(PROBLEM, hidden=96, intermediate=64)

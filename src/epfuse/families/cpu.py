@@ -47,7 +47,7 @@ ALL = 2**31
 
 
 class Cpu(Family):
-    """One step: for some experts at a time the rows are gathered, multiplied, activated, multiplied, weighted, added.
+    """experts, in which rows of some experts at a time are gathered, multiplied, activated, multiplied, and added.
 
     It rounds as the kernels do or less often: where products are made in FP32, nothing is rounded before the sum.
     """

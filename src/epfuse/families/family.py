@@ -133,6 +133,8 @@ class LayerCall(NamedTuple):
 class Family(ABC):
     """Kernels that go together: a call runs on one family from its first step to its last.
 
+    The docstring of a family begins with the names of its steps, ``route -> gate_up -> down -> combine``.
+
     Attributes:
         name: in one word.
         reads: target -> path -> the weights that the kernels read, best first.

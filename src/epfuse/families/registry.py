@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from epfuse.arguments import checks_enums, integer, member
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError
-from epfuse.families.cpu import CPU
 from epfuse.families.family import CallKind, Family
-from epfuse.families.portable import PORTABLE
-from epfuse.families.portable_fp8 import PORTABLE_FP8
-from epfuse.families.sm90 import SM90
-from epfuse.families.sm90_block_fp8 import SM90_BLOCK_FP8
-from epfuse.families.sm90_fp8 import SM90_FP8
-from epfuse.families.sm90_packed import SM90_PACKED
 from epfuse.scratch import ScratchSize
 from epfuse.stages.tiles import LayerTiles, TileRange
 from epfuse.target import Target
 
-FAMILIES: tuple[Family, ...] = (SM90, SM90_PACKED, SM90_FP8, SM90_BLOCK_FP8, PORTABLE, PORTABLE_FP8, CPU)
-"""Best first: kernels of one GPU come before those for every GPU."""
+NAMES = (
+    "sm90",
+    "sm90_packed",
+    "sm90_fp8",
+    "sm90_block_fp8",
+    "portable",
+    "portable_fp8",
+    "cpu",
+)
+"""Best first: kernels of one GPU come before those for every GPU. Each is a file of this folder, which has the family
+as a constant of its name."""
+
+FAMILIES: tuple[Family, ...] = tuple(getattr(import_module(f"epfuse.families.{name}"), name.upper()) for name in NAMES)
+"""In the order of their names."""
 
 PREFERENCE = (Path.W8A16, Path.BF16, Path.W8A8, Path.BLOCK_FP8)
 """The order in which AUTO prefers paths. FP8 activations come last: AUTO gives up accuracy only where the weights leave

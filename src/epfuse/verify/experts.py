@@ -10,10 +10,12 @@ from epfuse.arguments import checks_enums
 from epfuse.config import Bias, Path, WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.numerics.mxfp8 import BLOCK, MXFP8
+from epfuse.policy import READABLE
 from epfuse.target import Target
 from epfuse.verify.problem import Problem
 from epfuse.weights.dense import DenseExperts
 from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.formats import FORMAT_OF
 from epfuse.weights.mxfp8 import MXFP8Experts
 
 
@@ -76,13 +78,10 @@ def in_format(weights: ExpertWeights, form: WeightFormat, target: Target) -> Exp
         return weights
     packed = weights.mxfp8_experts
     assert packed is not None
-    parts = [part for stack in (packed.w13, packed.w2) for part in (stack.values, stack.scales)]
-    if form in (WeightFormat.BLOCK_FP8, WeightFormat.BLOCK_FP8_FNUZ):
-        converted = ExpertWeights.block_fp8(*parts)
-    else:
-        converted = ExpertWeights.mxfp8(*(part.clone() for part in parts))
-    converted = ExpertWeights(converted.formats, weights.gate_up_bias, weights.down_bias)
-    path = Path.W8A8 if form is WeightFormat.ROW_FP8 else Path.AUTO
+    stacks = (packed.w13, packed.w2)
+    loaded = FORMAT_OF[form].of_mxfp8(*stacks) or MXFP8Experts.of_mxfp8(*stacks)
+    converted = ExpertWeights((loaded,), weights.gate_up_bias, weights.down_bias)
+    path = next((path for path, forms in READABLE[target].items() if form in forms), Path.AUTO)
     made = converted if form in converted.kept else converted.prepare(target, path)
     if form not in made.kept:
         kept = " and ".join(sorted(found.value for found in made.kept))

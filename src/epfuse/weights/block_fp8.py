@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -153,6 +153,11 @@ class BlockFP8Experts(E4M3Projections[BlockFP8]):
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
         """Values, and a float32 for 128x128 of them."""
         return (size, cls.codes(form)), (_scale_shape(size), torch.float32)
+
+    @classmethod
+    def of_mxfp8(cls, w13: MXFP8, w2: MXFP8) -> Self:
+        """As `epfuse.ExpertWeights.block_fp8` converts them."""
+        return cls(BlockFP8.quantize(w13), BlockFP8.quantize(w2))
 
 
 def scale_block(weights: MXFP8 | BlockFP8) -> tuple[int, int]:

@@ -1,30 +1,31 @@
-"""All formats of expert weights: a new one is a line here."""
+"""All formats of expert weights. A new one is a line in `epfuse.config.WeightFormat` and a file of its name here."""
 
 from __future__ import annotations
 
 import math
+from importlib import import_module
 
 import torch
 
 from epfuse.config import WeightFormat
 from epfuse.target import Target
-from epfuse.weights.block_fp8 import BlockFP8Experts
-from epfuse.weights.dense import DenseExperts
-from epfuse.weights.fragment import FragmentExperts
-from epfuse.weights.mxfp8 import MXFP8Experts
-from epfuse.weights.projections import AnyProjections
-from epfuse.weights.row_fp8 import RowFP8Experts
+from epfuse.weights.projections import AnyProjections, Projections
 
-FORMATS: tuple[type[AnyProjections], ...] = (
-    MXFP8Experts,
-    FragmentExperts,
-    BlockFP8Experts,
-    DenseExperts,
-    RowFP8Experts,  # last: it has lost some bits
-)
-"""The reference reads the first one that a layer keeps: what the checkpoint had comes first."""
+SECOND_NAME = "_fnuz"
+"""Ends the name of a format that differs from another one only by E4M3FNUZ in place of E4M3FN: one file has both."""
 
-FORMAT_OF: dict[WeightFormat, type[AnyProjections]] = {form: kind for kind in FORMATS for form in kind.forms}
+
+def _class_of(form: WeightFormat) -> type[AnyProjections]:
+    module = import_module(f"epfuse.weights.{form.value.removesuffix(SECOND_NAME)}")
+    classes = [one for one in vars(module).values() if isinstance(one, type) and issubclass(one, Projections)]
+    (found,) = [one for one in classes if form in getattr(one, "forms", ())]
+    return found
+
+
+FORMAT_OF: dict[WeightFormat, type[AnyProjections]] = {form: _class_of(form) for form in WeightFormat}
+
+FORMATS: tuple[type[AnyProjections], ...] = tuple(dict.fromkeys(FORMAT_OF.values()))
+"""The reference reads the first one that a layer keeps."""
 
 PREPARED_FOR: dict[WeightFormat, Target] = {
     form: target for kind in FORMATS for form, target in kind.forms.items() if target is not None

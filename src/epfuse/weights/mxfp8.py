@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -36,6 +36,11 @@ class MXFP8Experts(E4M3Projections[MXFP8]):
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
         """Values, and a scale byte for 32."""
         return (size, cls.codes(form)), ((*size[:2], size[2] // BLOCK), torch.uint8)
+
+    @classmethod
+    def of_mxfp8(cls, w13: MXFP8, w2: MXFP8) -> Self:
+        """A copy."""
+        return cls(*(MXFP8(*(part.clone() for part in stack.tensors())) for stack in (w13, w2)))
 
     @checks_enums
     def prepared(self, target: Target, path: Path) -> Projections[Any]:

@@ -13,6 +13,7 @@ from epfuse.arguments import checks_enums
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from epfuse.numerics.consumable import Consumable, require_as_loaded
+from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.numerics.stack import ExpertStack
 from epfuse.target import Target
 
@@ -42,7 +43,7 @@ def stack_tensors(stack: Stack) -> tuple[torch.Tensor, ...]:
 
 @dataclass(frozen=True)
 class Projections(ABC, Generic[S]):
-    """Both projections of a layer's experts in one format. A format is a subclass, named in `epfuse.weights.formats`.
+    """Both projections of a layer's experts in one format. A format is a subclass; `epfuse.weights.formats` finds it.
 
     Args:
         w13: ``[L, 2I, H]``; rows 0..I-1 are gate, I..2I-1 are up. ``[L, I, H]`` of experts without a gate.
@@ -154,6 +155,19 @@ class Projections(ABC, Generic[S]):
         """
         half = len(tensors) // 2
         return cls(cls.stack(*tensors[:half]), cls.stack(*tensors[half:]))
+
+    @classmethod
+    def of_mxfp8(cls, w13: MXFP8, w2: MXFP8) -> Self | None:
+        """The same numbers in this format, in new memory: what `verify` and the bench judge it by.
+
+        Args:
+            w13: ``[L, 2I, H]`` or ``[L, I, H]``, E4M3FN.
+            w2: ``[L, H, I]``.
+
+        Returns:
+            None where MXFP8 becomes this by `prepare` alone, or not at all.
+        """
+        return None
 
     @checks_enums
     def check_prepare(self, target: Target) -> None:
