@@ -5,6 +5,12 @@
 The points are drawn by the digest of the fitted numbers, so nobody chose them after a fit. Every result is held against
 float64 before it is timed; a wrong one has no time. At some points every tile that was best anywhere on the product
 near such a count is timed too, and at prefill counts the blocks that no row has.
+
+    python -m tools.tile_choice FILE --full 12 --seconds 250
+
+Token counts of MiniMax-M3 under EP8, drawn by the same digest, with every tile of the tuner's full space: each stage
+alone in every tile, and the best of each block as whole calls, in brief timings. Then today's tiles and the best found
+are timed in turn, for longer. Compiling is not in the seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import math
 import pathlib
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +31,7 @@ import triton
 
 from epfuse.aot.launches import Launch, launches_of
 from epfuse.bench.layers import Layer
+from epfuse.bench.measure import Sampling
 from epfuse.compiled.warm_up import compile_all, missing
 from epfuse.config import LayerShape, Path, SwiGLUOAI, WeightFormat
 from epfuse.expert_map import ExpertMap
@@ -40,7 +48,9 @@ from epfuse.stages.tiles import LayerTiles, rows_per_expert
 from epfuse.target import Target
 from epfuse.tuning.bench import DeviceBench
 from epfuse.tuning.calls import bind_layer, layer_call
-from epfuse.tuning.search import TuningPoint
+from epfuse.tuning.prune import candidates_of, distinct, unfit
+from epfuse.tuning.run import Device, TuningRequest, plan_of
+from epfuse.tuning.search import TuningPoint, search, without
 from epfuse.weights.experts import ExpertWeights
 
 M3 = LayerShape(6144, 3072, 128, 16, 4)
@@ -54,6 +64,7 @@ SHAPES = {
 }
 FAR = 4.0
 """All tiles that were best at so many times fewer or more rows an expert are timed where all are."""
+BRIEF = Sampling(samples=3, seconds=0.002)
 ASKED = (Path.W8A16, WeightFormat.FRAGMENT)
 
 
@@ -79,6 +90,73 @@ def draw(device: str) -> list[tuple[str, LayerShape, int, bool]]:
         if differ(shape, tokens):
             points.append((name, shape, tokens, False))
     return points
+
+
+def draw_counts(device: str, count: int) -> tuple[int, ...]:
+    """So many different token counts of 1..16384, ascending, by the digest of the fit; none that a table has."""
+    fit = fit_of(Target.SM90, device, *ASKED)
+    assert fit is not None, f"nothing was fitted to {device}"
+    dice = random.Random("full " + hashlib.sha256(json.dumps(fit.numbers, sort_keys=True).encode()).hexdigest())
+    measured = {row.tokens for source in sources(Target.SM90, device, *ASKED, M3) for row in source.points}
+    found = set[int]()
+    while len(found) < count:
+        found |= {round(2 ** dice.uniform(0, 14))} - measured
+    return tuple(sorted(found))
+
+
+def judge_full(device: str, count: int, seconds: float, workers: int, write: Callable[[dict[str, Any]], None]) -> None:
+    """Search the whole space at drawn counts; ``write`` is called with the record after each.
+
+    Args:
+        device: the product.
+        count: of token counts.
+        seconds: for the timings; each count gets a part in proportion to what there is to try.
+        workers: processes that compile.
+        write: writes the record.
+    """
+    facts = Device(Target.SM90, device, torch.__version__, triton.__version__)
+    counts = draw_counts(device, count)
+    request = TuningRequest(facts, M3, (ASKED[0],), counts, TABLES, "tools.tile_choice")
+    plans = [plan_of(request, TuningPoint(*ASKED, tokens)) for tokens in counts]
+    begun = time.monotonic()
+    tries = [candidates_of(request, plan) for plan in plans]
+    kernels = distinct(candidate for each in tries for candidate in each)
+    dropped = {candidate.code for candidate in unfit(kernels, workers, lambda done, of: None)}
+    compiled = time.monotonic() - begun
+    print(f"{len(kernels)} kernels in {compiled:.0f} s, {len(dropped)} won't do", flush=True)
+    layer = Layer("MiniMax-M3 EP8", M3, SwiGLUOAI())
+    brief = DeviceBench(layer, torch.device("cuda"), BRIEF)
+    longer = DeviceBench(layer, torch.device("cuda"))
+    longer.weights = brief.weights
+    end, found = time.monotonic() + seconds, list[dict[str, Any]]()
+    fitting = [
+        without(plan, {(one.stage, one.block_m, one.tile) for one in each if one.code in dropped})
+        for plan, each in zip(plans, tries, strict=True)
+    ]
+    fitting.sort(key=lambda plan: plan.steps)
+    for index, plan in enumerate(fitting):
+        if time.monotonic() > end:
+            break
+        share = plan.steps / sum(later.steps for later in fitting[index:])
+        outcome = search(plan, brief, time.monotonic() + share * (end - time.monotonic()), time.monotonic)
+        pair = [plan.before, outcome.tiles]
+        times = [[longer.layer(plan.point, tiles).microseconds for tiles in pair] for _ in range(3)]
+        today, best = (min(each[which] for each in times) for which in (0, 1))
+        found.append(
+            {
+                "tokens": plan.point.tokens,
+                "tiles": plan.before.key,
+                "best": outcome.tiles.key,
+                "us": round(today, 1),
+                "best_us": round(best, 1),
+                "over_best": round(today / min(today, best), 4),
+                "stage_timings": plan.steps - outcome.untried,
+                "untried": outcome.untried,
+                "dropped": outcome.dropped,
+            }
+        )
+        print(json.dumps(found[-1]), flush=True)
+        write({"compiled_s": round(compiled, 1), "counts": counts, "kernels": len(kernels), "points": found})
 
 
 def choices(device: str, shape: LayerShape, tokens: int) -> tuple[TileChoice, TileChoice, TileChoice]:
@@ -118,12 +196,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=pathlib.Path)
     parser.add_argument("--seconds", type=float, default=110.0, help="begin no other timing after so long")
+    parser.add_argument("--full", type=int, metavar="COUNT", help="drawn counts, with the whole space at each")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
     arguments = parser.parse_args()
     begun = time.monotonic()
     device = torch.cuda.get_device_name()
     fit = fit_of(Target.SM90, device, *ASKED)
     assert fit is not None
+    circumstances = {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "fit": fit_path(TABLES, Target.SM90).name,
+    }
+
+    def write(record: dict[str, Any]) -> None:
+        write_atomic(arguments.file, json.dumps(circumstances | record, indent=1) + "\n")
+
+    if arguments.full:
+        command = {"command": f"python -m tools.tile_choice FILE --full {arguments.full}"}
+        judge_full(device, arguments.full, arguments.seconds, arguments.workers, lambda each: write(command | each))
+        return
     found: list[dict[str, Any]] = []
     tried: list[list[LayerTiles]] = []
     points = draw(device)
@@ -187,17 +280,14 @@ def main() -> None:
                 json.dumps({key: found[index][key] for key in found[index] if key not in ("shape", "new_is")}),
                 flush=True,
             )
-            record = {
-                "device": device,
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "fit": fit_path(TABLES, Target.SM90).name,
-                "command": "python -m tools.tile_choice FILE",
-                "how": "whole calls in CUDA graphs by the tuner's bench, medians of 5 times 5 ms",
-                "seconds": round(time.monotonic() - begun, 1),
-                "points": found,
-            }
-            write_atomic(arguments.file, json.dumps(record, indent=1) + "\n")
+            write(
+                {
+                    "command": "python -m tools.tile_choice FILE",
+                    "how": "whole calls in CUDA graphs by the tuner's bench, medians of 5 times 5 ms",
+                    "seconds": round(time.monotonic() - begun, 1),
+                    "points": found,
+                }
+            )
 
 
 if __name__ == "__main__":
