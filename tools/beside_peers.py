@@ -43,7 +43,7 @@ from typing import Any
 
 import click
 from tools.draw_peers import chart_of, check_rows
-from tools.peer_layers import PeerLayer, PeerTimes, text_of, time_layers
+from tools.peer_layers import PeerLayer, PeerTimes, layers_of, text_of, time_layers
 from tools.peer_shapes import TWELVE, shard
 
 from epfuse.bench.layers import LAYERS, Layer
@@ -301,19 +301,17 @@ def measure_layers(
     ]
 
     def made(found: PeerTimes) -> dict[str, Any]:
-        return circumstances(found.roofs, routing) | {
-            "layers": [
-                {
-                    "layer": point.layer.name,
-                    "shape": asdict(point.layer.shape),
-                    "tokens": point.tokens,
-                    "rows": found.rows[point.layer.name],
-                }
-                for point in points
-            ],
-            "failed": found.failed,
-            "left_out": found.left_out,
-        }
+        layers = [
+            {
+                "layer": point.layer.name,
+                "shape": asdict(point.layer.shape),
+                "tokens": point.tokens,
+                "rows": found.rows[point.layer.name],
+            }
+            for point in points
+        ]
+        own = layers[0] if len(layers) == 1 else {"layers": layers}  # one layer's record is as `record_of` has it
+        return circumstances(found.roofs, routing) | own | {"failed": found.failed, "left_out": found.left_out}
 
     kernels = [*map(name_of, paths), *peers.split(",")]
     with tempfile.TemporaryDirectory() as name:
@@ -359,8 +357,8 @@ def main(
     Exit code 1: no time of ours, or none of any peer; 2: usage, or an output that could not be written.
     """
     layer = LAYERS[name]
-    if shapes is not None and picture is not None:
-        raise click.UsageError("--picture shows one layer, not --shapes")
+    if shapes is not None and len(shapes) > 1 and picture is not None:
+        raise click.UsageError("--picture shows one layer, not several of --shapes")
     delivery = Delivery({"RECORD": record, "--picture": picture})
     chosen = Routing.parse(routing)
     chosen.check(layer.shape)
@@ -384,7 +382,9 @@ def main(
 
         found = measure_layers(source, shapes, chosen, counts_of, paths, peers, humming, seconds, jobs, keep)
         table = "\n".join(f"{path}\n\n{text_of(found, name_of(path))}" for path in paths)
-        rows = [row for each in found["layers"] for row in each["rows"]]
+        if len(shapes) == 1:
+            table = f"{table_of(found)}\n{table}"
+        rows = [row for each in layers_of(found) for row in each["rows"]]
     text = json.dumps(found, indent=1) + "\n"
     with delivery.of("RECORD"):
         write_atomic(record, text)

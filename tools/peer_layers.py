@@ -273,6 +273,11 @@ def time_layers(
     return found
 
 
+def layers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each layer's part of a record; a record of one layer is its own."""
+    return list(record["layers"]) if "layers" in record else [record]
+
+
 def comparisons(layers: list[dict[str, Any]], ours: str) -> list[tuple[str, int, float, str | None, float]]:
     """Layer, T, microseconds of ours, the fastest peer and its microseconds, None and NaN if no peer was right."""
     found = []
@@ -291,9 +296,10 @@ def comparisons(layers: list[dict[str, Any]], ours: str) -> list[tuple[str, int,
 
 def text_of(record: dict[str, Any], ours: str) -> str:
     """Each layer's ratios as a line of a Markdown table, then means, and what lost, failed or was not reached."""
-    all_points = comparisons(record["layers"], ours)
+    layers = layers_of(record)
+    all_points = comparisons(layers, ours)
     lines = ["| layer | tokens: us (over the fastest peer) | mean | worst |", "| --- | --- | --- | --- |"]
-    for layer in record["layers"]:
+    for layer in layers:
         own = [point for point in all_points if point[0] == layer["layer"]]
         cells = [f"{tokens}: {us:.1f}" + (f" ({us / least:.2f})" if peer else "") for _, tokens, us, peer, least in own]
         ratios = [us / least for _, _, us, peer, least in own if peer]
@@ -308,7 +314,7 @@ def text_of(record: dict[str, Any], ours: str) -> str:
         lines.append(f"lost: {layer_name} at {tokens} tokens, {us:.1f} us for {least:.1f} of {peer}: {us / least:.3f}")
     if ratios and not lost:
         lines.append("lost: none")
-    wrong = [(layer["layer"], row) for layer in record["layers"] for row in layer["rows"] if row["err"] >= WRONG]
+    wrong = [(layer["layer"], row) for layer in layers for row in layer["rows"] if row["err"] >= WRONG]
     lines += [f"wrong: {row['peer']} on {name} at {row['T']} tokens, error {row['err']:.2g}" for name, row in wrong]
     lines += [f"failed: {kernel} on {layer_name}: {why}" for layer_name, kernel, why in record["failed"]]
     lines += [f"not reached: {kernel} on {layer_name}" for layer_name, kernel in record["left_out"]]

@@ -158,7 +158,7 @@ def test_a_kernel_that_hangs_is_ended_and_the_rest_goes_on(harness: Path, monkey
     assert code == 0, output
     record = json.loads(path.read_text())
     assert [(kernel, why) for _, kernel, why in record["failed"]] == [("sleeps", "nothing for 3 s")]
-    assert [row["peer"] for row in record["layers"][0]["rows"]] == ["impl", "fast"]
+    assert [row["peer"] for row in record["rows"]] == ["impl", "fast"]
 
 
 def test_what_the_time_did_not_reach_is_named(harness: Path) -> None:
@@ -198,6 +198,20 @@ def test_names_of_ranks() -> None:
 def test_what_is_no_rank(name: str) -> None:
     with pytest.raises(ConfigError):
         shard(name)
+
+
+def test_one_layer_s_record_is_as_that_of_layer(harness: Path) -> None:
+    harness.write_text(HARNESS.replace('"err":', '"tbs": 1.0, "tflops": 1.0, "err":'))
+    picture = harness.with_name("picture.svg")
+    options = ("--shapes", "minimax-m3-ep8", "--tokens", "1,16", "--peers", "fast", "--picture", str(picture))
+    code, output, path = run(harness, *options)
+    assert code == 0, output
+    record = json.loads(path.read_text())
+    assert (record["layer"], record["tokens"], record["device"]) == ("minimax-m3-ep8", [1, 16], "A card")
+    assert [(row["peer"], row["T"]) for row in record["rows"]] == [("impl", 1), ("impl", 16), ("fast", 1), ("fast", 16)]
+    assert "| w8a16 over the fastest peer | 1000.500 | 63.000 |" in output
+    assert "lost: minimax-m3-ep8 at 1 tokens" in output
+    assert picture.read_text().startswith("<svg")
 
 
 def test_a_picture_shows_one_layer(harness: Path) -> None:
