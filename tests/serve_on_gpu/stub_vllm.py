@@ -10,8 +10,10 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 OURS = "epfuse" in os.environ["VLLM_PLUGINS"].split(",")
 
@@ -35,7 +37,7 @@ def serve(port: str, model: str) -> None:
     """The stub of tests/serving, with vLLM's routes of its development mode and its metrics.
 
     Faults: ``dies``; ``calm`` preempts nothing; ``refuses`` weights in place; ``forgets`` them then; ``drifts``;
-    ``traceless``.
+    ``traceless``; ``leaks`` memory of the GPU; ``secretive`` says nothing of it.
     """
     more = os.environ.get("STUB_OURS" if OURS else "STUB_OTHERS", "")
     faults = [*os.environ.get("STUB_FAULTS", "").split(), *more.split()]
@@ -86,7 +88,20 @@ def serve(port: str, model: str) -> None:
                 content = content | {"usage": {"completion_tokens": len(content["choices"][0]["text"])}}
             super().answer(status, content)
 
+    if "SERVE_ON_GPU_MEMORY" in os.environ and "secretive" not in faults:
+        threading.Thread(target=say_memory, args=(stub, "leaks" in faults), daemon=True).start()
     stub.Server(("127.0.0.1", int(port)), Handler).serve_forever()
+
+
+def say_memory(stub: ModuleType, leaks: bool) -> None:
+    """What the tool's plugin writes of each process that uses a GPU, of which there are two."""
+    while True:
+        allocated = 100.0 + (2.0 * stub.asked if leaks else 0.0)
+        line = {"time": time.time(), "allocated": allocated, "most_allocated": 500.0, "reserved": 600.0 + stub.asked}
+        for process in (1, 2):
+            with (Path(os.environ["SERVE_ON_GPU_COMPILES"]) / f"memory-{process}.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        time.sleep(0.1)
 
 
 def main() -> None:

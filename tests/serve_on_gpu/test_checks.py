@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tools.serve_on_gpu import answers, checkpoint, endure, sleep, trace
+from tools.serve_on_gpu import answers, checkpoint, endure, memory, sleep, trace
 from tools.serve_on_gpu.arms import ServerArm, Workplace
 from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget
 from tools.serve_on_gpu.records import merge
 
+from epfuse.errors import ConfigError
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.serving.gate import Reading
 from epfuse.serving.node import GpuSample
@@ -106,10 +109,13 @@ def test_recital(place, folder, monkeypatch, faults, words) -> None:
         ("drifts", "", "answers changed"),
         ("calm", "", "nothing was preempted"),
         ("", "1000", "kernels were compiled or loaded"),
+        ("leaks", "", "tensors on the GPU grew"),
+        ("secretive", "", "no process said what its tensors take"),
     ],
 )
 def test_a_long_run(place, folder, monkeypatch, faults, late, words) -> None:
     monkeypatch.setenv("STUB_FAULTS", faults)
+    monkeypatch.setattr(endure, "SETTLE_SECONDS", 0.3)
     if late:
         monkeypatch.setenv("STUB_LATE", late)
     monkeypatch.setattr(endure, "BROKEN", 0.2)
@@ -120,6 +126,53 @@ def test_a_long_run(place, folder, monkeypatch, faults, late, words) -> None:
     assert record["passed"] == (not words)
     assert words in record["reason"]
     assert bool(found.failed) == bool(words)
+    if faults != "secretive":  # two processes
+        assert record["memory"][-1]["most_allocated"] == 1000.0
+        assert record["torch_memory"][-1]["reserved"] > record["torch_memory"][0]["reserved"] >= 1200.0
+
+
+def test_a_long_run_without_epfuse(place, folder, monkeypatch) -> None:
+    monkeypatch.setattr(endure, "SETTLE_SECONDS", 0.3)
+    found = endure.run(place, 50, folder, TimeBudget(500), {}, ServerArm.NONE)
+    assert not found.failed
+    (record,) = records(folder)
+    assert record["arm"] == "none"
+    assert record["passed"]
+    assert not endure.run(place, 50, folder, TimeBudget(500), {}, ServerArm.NONE).left  # it is done
+    assert len(records(folder)) == 1
+
+
+def test_what_torch_holds_is_read_back(tmp_path) -> None:
+    stats = {"allocated_bytes.all.current": 3 << 20, "allocated_bytes.all.peak": 9 << 20}
+    one = memory.of_stats([stats, {}, {**stats, "reserved_bytes.all.current": 16 << 20}])
+    assert one == memory.TorchMemory(6.0, 18.0, 16.0)
+    for process, times in enumerate([(10.0, 12.0), (11.0,)]):
+        lines = [json.dumps({"time": moment, **dataclasses.asdict(one)}) for moment in times]
+        (tmp_path / f"memory-{process}.jsonl").write_text("\n".join(lines) + '\n{"time": 13')
+    samples = memory.read_samples(tmp_path)
+    assert memory.at(samples, 10.5) is None  # the other process has said nothing yet
+    assert memory.at(samples, 11.5) == memory.TorchMemory(12.0, 36.0, 32.0)
+    assert memory.at([], 11.5) is None
+    (tmp_path / "memory-1.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="no sample of memory"):
+        memory.read_samples(tmp_path)
+
+
+def test_a_process_samples_once_and_where_it_uses_a_gpu(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: (tmp_path / "now").exists())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda gpu: {"reserved_bytes.all.current": gpu << 20})
+    monkeypatch.setattr(memory, "_sampled", set())
+    for _ in range(3):
+        memory.sample_into(tmp_path, 0.01)
+    assert sum(thread.name == "memory" for thread in threading.enumerate()) == 1
+    time.sleep(0.1)
+    assert not memory.read_samples(tmp_path)
+    (tmp_path / "now").touch()
+    deadline = time.monotonic() + 10
+    while not memory.read_samples(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert memory.at(memory.read_samples(tmp_path), time.time()) == memory.TorchMemory(0.0, 0.0, 1.0)
 
 
 def test_memory_of_other_gpus_is_others_business(monkeypatch) -> None:
@@ -128,13 +181,14 @@ def test_memory_of_other_gpus_is_others_business(monkeypatch) -> None:
     found = []
     for visible in ("", "1", "0,1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        found.append(endure.memory_of("no such mark")["gpu_mib"])
+        found.append(endure.used_on_gpus())
     assert found == [107.0, 7.0, 107.0]
 
 
 def test_memory_that_grows() -> None:
-    samples = [{"gpu_mib": 100.0, "host_mib": 5.0}, {"gpu_mib": 150.0, "host_mib": 900.0}]
-    assert [endure.grew(samples, "gpu_mib", 64.0), endure.grew(samples, "host_mib", 512.0)] == [False, True]
+    samples = [{"allocated": 100.0, "host_mib": 5.0}, {"allocated": 150.0, "host_mib": 900.0}]
+    assert [endure.grew(samples, "allocated", 64.0), endure.grew(samples, "host_mib", 512.0)] == [False, True]
+    assert not endure.grew([{"host_mib": 5.0}] * 2, "allocated", 64.0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from tools.serve_on_gpu.arms import Workplace
+from tools.serve_on_gpu.arms import ServerArm, Workplace
 from tools.serve_on_gpu.models import MODELS
 from tools.serve_on_gpu.parts import Folder, TimeBudget
 from tools.serve_on_gpu.records import FORMAT, merge
@@ -238,8 +238,11 @@ def recite(**options: Any) -> None:
 @main.command("endure", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu endure --out records")
 @of_a_model
 @click.option("--requests", type=click.IntRange(min=10), default=10_000, show_default=True, help="At the most.")
+@click.option(
+    "--arm", type=click.Choice(list(ServerArm)), default=ServerArm.EPFUSE, show_default=True, help="To compare: none."
+)
 @of_a_part
-def endure(model: str, requests: int, **options: Any) -> None:
+def endure(model: str, requests: int, arm: str, **options: Any) -> None:
     """Requests of mixed lengths, some broken off, some preempted; same answers and memory afterwards.
 
     Exit code 1: one of these is not so; 75: there was no time.
@@ -247,7 +250,7 @@ def endure(model: str, requests: int, **options: Any) -> None:
     from tools.serve_on_gpu import endure as part
 
     place = Place(model, options)
-    part.run(place.work, requests, place.folder, place.budget, machine_facts()).finish()
+    part.run(place.work, requests, place.folder, place.budget, machine_facts(), ServerArm(arm)).finish()
 
 
 @main.command("sleep", cls=PlainCommand, epilog="Example: python3 -m tools.serve_on_gpu sleep --out records")

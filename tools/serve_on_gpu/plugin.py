@@ -1,6 +1,6 @@
 """A plugin of vLLM for measuring: a line of JSON for every kernel that Triton compiles or takes from a folder.
 
-And dummy weights that are numbers (`dummy`).
+And dummy weights that are numbers (`dummy`), and where `memory.EVERY` is set what torch holds of the GPU (`memory`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.serve_on_gpu import dummy
+from tools.serve_on_gpu import dummy, memory
 
 FOLDER = "SERVE_ON_GPU_COMPILES"
 """Environment variable: the folder that gets a file of each process."""
@@ -21,6 +21,8 @@ def register() -> None:
     """Listen, where there is Triton and `FOLDER` is set; the listener that is there already is called too."""
     place = os.environ.get(FOLDER)
     dummy.use()
+    if place is not None and memory.EVERY in os.environ:
+        memory.sample_into(Path(place), float(os.environ[memory.EVERY]))
     try:
         from triton import knobs
     except ImportError:

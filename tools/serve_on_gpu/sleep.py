@@ -7,7 +7,7 @@ from typing import Any
 
 from tools.serve_on_gpu.answers import SECONDS, Running, serving
 from tools.serve_on_gpu.arms import ServerArm, Workplace
-from tools.serve_on_gpu.endure import memory_of
+from tools.serve_on_gpu.endure import used_on_gpus
 from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
 from tools.serve_on_gpu.servers import complete, post
 
@@ -61,11 +61,11 @@ def _one(running: Running, must: bool, requests: tuple[tuple[str, Any], ...]) ->
         return [complete(running.port, running.model, prompt, 16) for prompt in PROMPTS]
 
     before = running.during(answers)
-    memory = [memory_of(running.mark)["gpu_mib"]]
+    memory = [used_on_gpus()]
     try:
         for path, body in requests:
             running.during(lambda path=path, body=body: post(running.port, path, body))
-            memory.append(memory_of(running.mark)["gpu_mib"])
+            memory.append(used_on_gpus())
         after = running.during(answers)
     except ServerFault as fault:
         words = str(fault).splitlines()
