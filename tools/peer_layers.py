@@ -31,7 +31,7 @@ from epfuse.families.family import CallKind
 from epfuse.target import Target
 
 PATIENCE = 75.0
-"""Seconds without a line after which a process is taken to hang: imports and a first kernel's compiling are less."""
+"""Seconds without a line after which a process that times is taken to hang: imports are less. Compiling says little."""
 WRONG = 0.1
 """A relative error from which on a time does not count, as the harness has it."""
 FORMATS = {
@@ -160,9 +160,9 @@ def run_tasks(
         known, current = {task.index: task for task in left}, None
         with _lines(command, environment, folder) as lines:
             while True:
-                wait = min(PATIENCE, end - time.monotonic())
+                wait = end - time.monotonic()
                 try:
-                    line = lines.get(timeout=max(0.0, wait))
+                    line = lines.get(timeout=max(0.0, min(PATIENCE, wait) if phase == "time" else wait))
                 except queue.Empty:
                     line, why = None, "time is up" if time.monotonic() >= end else f"nothing for {PATIENCE:.0f} s"
                 else:
