@@ -12,6 +12,7 @@ read counters, the record has durations alone and says what ncu said. Clocks are
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import pathlib
 import re
@@ -136,10 +137,14 @@ def short(name: str) -> str:
     return re.sub(r"<.*|\(.*", "", plain).split("::")[-1].strip()
 
 
+@functools.cache
 def known_metrics(ncu: str) -> dict[str, tuple[str, float]]:
     """Those of `METRICS` that this ncu has for the GPU; all of them if it doesn't say."""
-    asked = subprocess.run([ncu, "--query-metrics"], capture_output=True, text=True, timeout=60, check=False)
-    names = set(re.findall(r"^(\w+__\w+)", asked.stdout, re.M))
+    try:
+        asked = subprocess.run([ncu, "--query-metrics"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except subprocess.TimeoutExpired:
+        asked = ""
+    names = set(re.findall(r"^(\w+__\w+)", asked, re.M))
     return {key: value for key, value in METRICS.items() if not names or value[0].split(".")[0] in names}
 
 
