@@ -46,9 +46,10 @@ Every experts class of transformers that asks its experts interface, and what ep
 
 Layout: how gate and up rows lie, and whether matrices are transposed. Below a target: the path of 64 tokens with BF16
 weights at H 2048 and I 768, and the family of kernels that runs it ([DESIGN.md](../DESIGN.md)). The plugins of vLLM and
-SGLang serve layers whose activation is a SwiGLU; of those with biases vLLM's serves BF16 weights, SGLang's none. In
-`plan`: whether `epfuse plan`, `epfuse vllm explain` and `epfuse checkpoint` read the family's config.json under that
-name.
+SGLang serve layers whose activation is a SwiGLU; of those with biases SGLang's serves none, and vLLM's BF16 weights and
+the MXFP8 that vLLM makes of them. MXFP4, in which gpt-oss is published, stays with vLLM's own experts: epfuse would
+keep it as MXFP8, twice the bytes ([vllm.md](vllm.md#what-is-left-to-vllm)). In `plan`: whether `epfuse plan`,
+`epfuse vllm explain` and `epfuse checkpoint` read the family's config.json under that name.
 
 """
 

@@ -11,7 +11,7 @@ from epfuse.errors import ConfigError, ShapeError
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import Checkpoint, LayerPlan, Storage
 from epfuse.weights.experts import ExpertWeights
-from epfuse.weights.layouts import OURS, WeightLayout
+from epfuse.weights.layouts import OURS, GateUpRows, WeightLayout
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def address(tensor: torch.Tensor | None) -> int | None:
 def load_layer(plan: LayerPlan, parameters: Parameters, activation: Activation) -> LoadedLayer:
     """Bring the weights into the plan's storage; MXFP8 **in its own memory**, expert by expert.
 
-    Dense weights in another layout are copied, and so are biases, which become float32.
+    Dense weights in another layout are copied, and so are biases, which become float32. MXFP8 whose gate and up rows
+    alternate is put in order where it lies.
 
     Args:
         plan: not untouched.
@@ -127,9 +128,12 @@ def _weights(plan: LayerPlan, given: Parameters) -> ExpertWeights:
         return ExpertWeights.dense(*dense, gate_up_bias=given.w13_bias, down_bias=given.w2_bias, layout=given.layout)
     if given.w13_scale is None or given.w2_scale is None:
         raise ConfigError("the plan is for MXFP8 weights, and the layer has no scales")
+    if given.layout.gate_up is not GateUpRows.HALVES:
+        for part in (given.w13, given.w13_scale):
+            for expert in torch.split(part, 1):  # one by one: in_halves makes new memory
+                expert.copy_(given.layout.in_halves(expert))
+    gate_up_bias = None if given.w13_bias is None else given.layout.in_halves(given.w13_bias)
     mxfp8 = (given.w13, given.w13_scale, given.w2, given.w2_scale)
-    target = plan.request.target
-    if plan.storage is Storage.MXFP8:
-        return ExpertWeights.mxfp8(*mxfp8).prepare(target)
-    both = ExpertWeights.hybrid(*mxfp8)
-    return both.prepare(target) if plan.storage is Storage.HYBRID else both.without(WeightFormat.MXFP8)
+    made = ExpertWeights.mxfp8(*mxfp8) if plan.storage is Storage.MXFP8 else ExpertWeights.hybrid(*mxfp8)
+    weights = ExpertWeights(made.formats, gate_up_bias, given.w2_bias)
+    return weights.without(WeightFormat.MXFP8) if plan.storage is Storage.BF16 else weights.prepare(plan.request.target)

@@ -83,13 +83,6 @@ REFUSALS = (
         lambda facts: "EPLB moves experts between ranks while serving, which epfuse does not serve yet.",
     ),
     Refusal(
-        lambda facts: facts.checkpoint is Checkpoint.MXFP8 and (facts.has_bias or facts.has_alternating_rows),
-        lambda facts: (
-            f"{facts.method} keeps {'biases' if facts.has_bias else 'alternating gate and up rows'} beside MXFP8"
-            " weights; of those epfuse serves BF16 weights."
-        ),
-    ),
-    Refusal(
         lambda facts: facts.has_fused_shared_experts, lambda facts: "shared experts are fused into the routed ones."
     ),
     Refusal(

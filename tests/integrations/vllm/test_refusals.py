@@ -27,10 +27,6 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "explicit backend for MXFP8": ({"backend": "marlin", "target": Target.SM90}, "--moe-backend marlin was asked for"),
     "activations in FP16": (BF16 | {"dtype": torch.float16}, "activations are torch.float16"),
     "weights in FP32": (BF16 | {"weights_dtype": torch.float32}, "weights are torch.float32 and activations"),
-    "interleaved gate and up in MXFP8": (
-        NO_PARAMETERS | {"activation": "swigluoai", "target": Target.SM90},
-        "alternating gate and up rows beside MXFP8 weights",
-    ),
     "a gain for gpt-oss": (
         BF16 | {"activation": "swigluoai", "alpha": 1.5},
         "the activation is 'swigluoai with alpha 1.5, beta 1, limit 7'",
@@ -43,7 +39,14 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "two limits": (BF16 | {"moe_limit": 10.0}, "with alpha 1.702, beta 1, limit 7 and 10'"),
     "LoRA": (BF16 | {"lora": True}, "LoRA is enabled"),
     "EPLB": (BF16 | {"eplb": True}, "EPLB moves experts"),
-    "biases beside MXFP8": ({"bias": True}, "keeps biases beside MXFP8 weights"),
+    "biases in a checkpoint's MXFP8": (
+        {"bias": True},
+        "ModelOptMxFp8FusedMoE is left alone: it makes no parameters for biases, and these experts have some",
+    ),
+    "the same of llm-compressor": (
+        {"bias": True, "quantization": "compressed-tensors"},
+        "CompressedTensorsW8A8Mxfp8MoEMethod is left alone: it makes no parameters for biases",
+    ),
     "fused shared experts": (BF16 | {"fused_shared_experts": 1}, "shared experts are fused"),
     "weighted inputs": (BF16 | {"weights_input": True}, "the router weight is applied to the inputs"),
     "more ranks than experts": (BF16 | {"experts": 4, "ep_rank": 4}, "this rank holds no expert"),

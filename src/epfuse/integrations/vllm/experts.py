@@ -99,8 +99,8 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
     def load(self, layer: Any, plan: LayerPlan, max_tokens: int | None = None) -> None:
         """Take over a layer's weights, in their own memory where the plan keeps MXFP8; have its kernels ready.
 
-        Called again for the same tensors, which vLLM may do, it changes nothing. What is copied (biases, and w13 whose
-        gate and up rows alternate) leaves a parameter that nothing can be loaded into.
+        Called again for the same tensors, which vLLM may do, it changes nothing. What is copied (biases, and a dense
+        w13 whose gate and up rows alternate) leaves a parameter that nothing can be loaded into.
 
         Args:
             layer: vLLM's RoutedExperts after loading.
@@ -141,11 +141,13 @@ class EpfuseExperts(mk.FusedMoEExpertsModular):
             layout=WeightLayout(GateUpRows.ALTERNATING) if alternates else OURS,
         )
         self._loaded = load_layer(plan, given, activation)
-        self._has_copies = alternates or bool(biases)
+        is_dense = plan.request.checkpoint is Checkpoint.BF16
+        copied = (("w13_weight",) if alternates and is_dense else ()) + biases
+        self._has_copies = bool(copied)
         dense, kept = self._loaded.weights.dense_experts, {}
         if plan.storage is Storage.BF16 and dense is not None:
             kept = {"w13_weight": dense.w13, "w2_weight": dense.w2}
-        for name in (("w13_weight",) if alternates else ()) + biases:
+        for name in copied:
             kept[name] = own[name].new_empty(()).expand(own[name].shape)  # a load into it raises
         for name, tensor in kept.items():
             if tensor.data_ptr() != own[name].data_ptr():

@@ -10,7 +10,7 @@ from epfuse.errors import ConfigError
 from epfuse.integrations.choice import choose
 from epfuse.integrations.explained import ChoiceGroup, OwnExperts, grouped
 from epfuse.integrations.vllm.releases import release_of
-from epfuse.integrations.vllm.versions import GPT_OSS, INTERLEAVED, LEFT
+from epfuse.integrations.vllm.versions import GPT_OSS, INTERLEAVED, why_left
 from epfuse.policy import Checkpoint, LayerFacts, model_facts
 from epfuse.policy.facts import GATHERED
 from epfuse.target import Target
@@ -142,7 +142,7 @@ def facts(model: ExpertModel, deployment: Deployment, own: OwnExperts, layer: in
         method=METHODS[model.checkpoint],
         own_experts=own.name,
         checkpoint=None if model.checkpoint in _LEFT else model.checkpoint,
-        why_left=LEFT.get(METHODS[model.checkpoint]),
+        why_left=why_left(METHODS[model.checkpoint], model.has_bias),
         asked_backend=deployment.backend,
         device_name=deployment.device_name,
         all2all=deployment.all2all if spread and deployment.dp_size > 1 else None,

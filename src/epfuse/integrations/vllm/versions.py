@@ -28,12 +28,14 @@ class QuantMethod:
         backend_attribute: where it keeps the backend that it chose.
         backend: the enum member whose load-time conversion leaves the weights as the checkpoint has them.
         replaces: names of the experts classes that we stand in for; None for all.
+        keeps_biases: whether it makes parameters of the biases of experts that have some.
     """
 
     checkpoint: Checkpoint
     backend_attribute: str
     backend: Callable[[], Any]
     replaces: frozenset[str] | None = None
+    keeps_biases: bool = False
 
 
 def _plain_mxfp8() -> Any:
@@ -51,9 +53,9 @@ def _plain_dense() -> Any:
 METHODS = {
     "ModelOptMxFp8FusedMoE": QuantMethod(Checkpoint.MXFP8, "mxfp8_backend", _plain_mxfp8),
     "CompressedTensorsW8A8Mxfp8MoEMethod": QuantMethod(Checkpoint.MXFP8, "fp8_backend", _plain_mxfp8),
-    "Mxfp8OnlineMoEMethod": QuantMethod(Checkpoint.MXFP8, "fp8_backend", _plain_mxfp8),
+    "Mxfp8OnlineMoEMethod": QuantMethod(Checkpoint.MXFP8, "fp8_backend", _plain_mxfp8, keeps_biases=True),
     "UnquantizedFusedMoEMethod": QuantMethod(
-        Checkpoint.BF16, "unquantized_backend", _plain_dense, frozenset({"TritonExperts"})
+        Checkpoint.BF16, "unquantized_backend", _plain_dense, frozenset({"TritonExperts"}), keeps_biases=True
     ),
 }
 """vLLM's class name -> what we know of it; the same in all tested releases."""
@@ -62,6 +64,19 @@ METHODS = {
 _MXFP4 = "epfuse would keep MXFP4 as MXFP8, twice the bytes, and no measurement says that it would be faster."
 LEFT = {"GptOssMxfp4MoEMethod": _MXFP4, "Mxfp4MoEMethod": _MXFP4}
 """Class name of a method whose weights epfuse could read -> why it doesn't take them from vLLM."""
+
+
+def why_left(method: str, has_bias: bool) -> str | None:
+    """Why epfuse takes no layer of a quantisation method whose weights it could read; None if it may.
+
+    Args:
+        method: its class's name.
+        has_bias: whether the experts have biases.
+    """
+    known = METHODS.get(method)
+    if known is not None and has_bias and not known.keeps_biases:
+        return "it makes no parameters for biases, and these experts have some."
+    return LEFT.get(method)
 
 
 def method_of(quant_method: Any) -> QuantMethod | None:
@@ -127,7 +142,7 @@ def facts_of(layer: Any, quant_method: Any, moe_config: Any, name: str) -> Layer
         has_masked_expert_map=moe_config.rocm_aiter_fmoe_enabled and not _has_per_kernel_map(),
         weights_input=layer.apply_router_weight_on_input,
         needs_batch_invariance=_needs_batch_invariance(),
-        why_left=LEFT.get(type(quant_method).__name__),
+        why_left=why_left(type(quant_method).__name__, moe_config.has_bias),
         all2all=exchange_of(parallel),
         is_batched=parallel.use_batched_activation_format,
     )
