@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import torch
 import triton
@@ -67,11 +68,18 @@ class Driver(DriverBase):
 
 MOST = 2  # tokens of a warm-up
 launched: list[object] = []
+pythons: list[object] = []
 compiled: list[tuple[str, bool]] = []
 
 
 def listen(*, src, metadata, metadata_group, times, cache_hit):
     compiled.append((src.name, cache_hit))
+
+
+def count_pythons(event: str, given: tuple[Any, ...]) -> None:
+    """Of the processes that are begun; Triton begins others, to ask ptxas for its version."""
+    if event == "subprocess.Popen" and given[0] == sys.executable:
+        pythons.append(given)
 
 
 @triton.jit
@@ -109,6 +117,7 @@ def main(way: str) -> None:
     from epfuse.stages.combine.launch import launch_combine
 
     done: dict[str, object] = {}
+    sys.addaudithook(count_pythons)
     if way == "inductor":
         make_inductors_kernel()
     if way == "warm":
@@ -121,7 +130,12 @@ def main(way: str) -> None:
             rows, ids = torch.empty(6, 64, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.int32)
             stranger[(1,)](torch.empty(1))
             launch_combine(rows, ids, torch.zeros(4, dtype=torch.int32), 4, torch.empty(2, 64, dtype=torch.bfloat16))
-    done |= {"compiled": compiled, "launched": len(launched), "late": kernel_cache.late_compiles()}
+    done |= {
+        "pythons": len(pythons),
+        "compiled": compiled,
+        "launched": len(launched),
+        "late": kernel_cache.late_compiles(),
+    }
     print(json.dumps({"moved": os.environ.get("TRITON_CACHE_DIR"), **done}))
 
 

@@ -165,6 +165,8 @@ def test_ranks_of_one_host_compile_each_kernel_once(ranks: list[dict[str, Any]])
     progress = [f"{count} of 4 kernels are compiled" for count in range(1, 5)]
     assert compiled["said"][:-1] == ["compiling 4 of 4 kernels for 1 to 2 tokens", *progress]
     assert len(waited["said"]) == 1
+    assert compiled["pythons"] > 0
+    assert waited["pythons"] == 0  # where there is nothing to compile no process is begun
     assert waited["cpu_s"] < 3  # what a server with a filled cache may take
 
 
