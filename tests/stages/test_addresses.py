@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from epfuse.stages import sm90_gemm
+from epfuse.stages import sm90_gemm, sm90_layouts
 from epfuse.stages.gate_up import kernel_sm90
 from epfuse.weights.panels import RowOrder, source_rows
 from tests.stages.plain_gluon import numbers, plain
@@ -23,7 +23,7 @@ def test_programs_that_share_a_reduction_stay_in_the_weights(total: int, split_k
     block_k, panels, local = 128, 3, 2
     columns, taken = total * block_k, []
     words = local * panels * (columns // 128) * PANEL
-    with plain(sm90_gemm):
+    with plain(sm90_gemm, sm90_layouts):
         for split in range(split_k):
             first, steps = (int(value) for value in sm90_gemm.share_of(total, split, split_k))
             taken += range(first, first + steps)
@@ -51,7 +51,7 @@ def test_guessed_weights_are_weights(local: int, intermediate: int, block_n: int
     def fetch(pointers: np.ndarray, count: int) -> None:
         asked.append((pointers.astype(np.int64) * item, count))
 
-    with plain(kernel_sm90, sm90_gemm, fetch_into_l2=fetch) as language:
+    with plain(kernel_sm90, sm90_gemm, sm90_layouts, fetch_into_l2=fetch) as language:
         for program in range(FIRST_WAVE + 2):
             language.program = program
             with np.errstate(divide="ignore", over="ignore"):

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from epfuse import SwiGLUOAI
-from epfuse.stages import sm90_gemm
+from epfuse.stages import sm90_gemm, sm90_layouts
 from epfuse.stages.down import kernel_sm90 as down_kernel
 from epfuse.stages.down import reference as down_reference
 from epfuse.stages.gate_up import kernel_sm90 as gate_up_kernel
@@ -121,7 +121,7 @@ def test_a_tile_against_float64(columns: int, split: int, split_k: int, stage: s
         "store_activated": lambda acc, *_: got.append(np.asarray(acc)),
         "store_weighted": lambda acc, *_: got.append(np.asarray(acc)),
     }
-    with plain(gate_up_kernel, down_kernel, sm90_gemm, machine=PlainMachine, **others):
+    with plain(gate_up_kernel, down_kernel, sm90_gemm, sm90_layouts, machine=PlainMachine, **others):
         if stage == "down":
             down_kernel.down_tile(
                 *operands, None, None, routes_at, None, *place, rows, columns, padded, packed.panels, **tile
@@ -142,9 +142,9 @@ def test_a_tile_against_float64(columns: int, split: int, split_k: int, stage: s
 def test_codes_and_numbers_of_x_meet() -> None:
     """At every k of wgmma lie a code and a number that have the same k, for each half of a stage and any panel."""
     block_n, k_padded, step = 128, 384, 1
-    own, across = sm90_gemm.code_bits.fn()
+    own, across = sm90_layouts.code_bits.fn()
     bits = [*own, *across]  # of an offset within a row's 64 codes
-    with plain(sm90_gemm):
+    with plain(sm90_gemm, sm90_layouts):
         at = sm90_gemm.fragment_pointers(numbers(step * 64 * 128), 3, 7, k_padded, block_n, 128, 2, True)
         pairs = sm90_gemm.k_of_pair(numbers(np.arange(64)))
     assert at.shape == (2, 2, 64 * 64)
@@ -157,7 +157,7 @@ def test_codes_and_numbers_of_x_meet() -> None:
         for offset in range(64):
             k = half * 64 + sum(bit[1] for place, bit in enumerate(bits) if offset >> place & 1)
             assert pairs[k // 2] * 2 + k % 2 == half * 64 + offset
-    with plain(sm90_gemm):  # past the last panel of the expert that one is read again
+    with plain(sm90_gemm, sm90_layouts):  # past the last panel of the expert that one is read again
         last = sm90_gemm.fragment_pointers(numbers(0), 7, 7, k_padded, block_n, 128, 2, True)
     assert np.array_equal(last[:, 0], last[:, 1])
 
@@ -206,7 +206,7 @@ def test_every_code_is_its_number() -> None:
 
     codes = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8)
     want = codes.view(torch.float8_e4m3fn).double() / 256
-    with plain(sm90_gemm), pytest.MonkeyPatch.context() as patch:
+    with plain(sm90_gemm, sm90_layouts), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sm90_gemm, "gl", Language)
         sm90_gemm.codes_to_bf16(None)
     for first in range(len(codes)):

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from epfuse.stages.sm90_gemm import powers
+from epfuse.stages.sm90_layouts import powers
 from epfuse.stages.tiles import FEW_ROWS
 
 FEW = gl.constexpr(FEW_ROWS)

@@ -1,4 +1,7 @@
-"""The weights of one rank's experts, in the formats that the paths read."""
+"""The weights of one rank's experts, in the formats that the paths read.
+
+Over 400 lines, two fifths of them docstrings: one public class, whose constructors are its documentation in one place.
+"""
 
 from __future__ import annotations
 

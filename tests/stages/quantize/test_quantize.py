@@ -91,11 +91,10 @@ def test_shapes_and_strides_and_that_every_byte_is_written(
     assert_same_bits(out, quantize(x.cpu(), group))
 
 
-@pytest.mark.parametrize("rounding", list(ScaleRounding))
-def test_the_reference_in_groups_of_32_is_mxfp8(rounding: ScaleRounding) -> None:
+def test_the_reference_in_groups_of_32_is_mxfp8() -> None:
     x = corner_rows(torch.bfloat16)
-    values, scales = encode(x, rounding)
-    assert_same_bits(quantize(x, 32, rounding), FP8Rows(values, scales, 32))
+    values, scales = encode(x, ScaleRounding.CEIL)
+    assert_same_bits(quantize(x, 32), FP8Rows(values, scales, 32))
 
 
 @pytest.mark.parametrize("target", TARGETS)

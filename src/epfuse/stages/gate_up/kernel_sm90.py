@@ -11,16 +11,15 @@ from epfuse.stages.sm90_gemm import (
     fragment_scale_pointers,
     in_pairs,
     let_next_kernel_start,
-    row_copy_layout,
     row_pointers,
     row_scale_pointers,
-    row_store_layout,
     share_of,
     sum_of_shares,
     tile_of,
     wait_for_previous_kernel,
     weights_times_rows,
 )
+from epfuse.stages.sm90_layouts import row_copy_layout, row_store_layout
 
 
 @gluon.jit

@@ -14,18 +14,12 @@ from epfuse.stages.quantize.rows import FP8Rows
 
 
 @checks_enums
-def quantize(
-    x: torch.Tensor,
-    group: int = BLOCK,
-    rounding: ScaleRounding = ScaleRounding.CEIL,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-) -> FP8Rows:
-    """Quantise per row and ``group`` values; with a group of 32 the bits of `epfuse.numerics.mxfp8.encode`.
+def quantize(x: torch.Tensor, group: int = BLOCK, dtype: torch.dtype = torch.float8_e4m3fn) -> FP8Rows:
+    """Quantise per row and ``group`` values, under ScaleRounding.CEIL; in groups of 32 as MXFP8 (`encode` there).
 
     Args:
         x: ``[N, K]`` bfloat16, float16 or float32.
         group: values that share a scale.
-        rounding: rule of the shared exponent.
         dtype: float8_e4m3fn, or float8_e4m3fnuz: the same numbers, for gfx94x.
 
     Raises:
@@ -35,7 +29,7 @@ def quantize(
         raise DtypeError(f"dtype is {dtype}; it must be float8_e4m3fn or float8_e4m3fnuz")
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x.float(), (0, -columns % group)).view(rows, pieces(columns, group), group)
-    scales = scale_bytes(magnitude_bits(padded).amax(-1), rounding)
+    scales = scale_bytes(magnitude_bits(padded).amax(-1), ScaleRounding.CEIL)
     scaled = (padded * inverse_scales(scales)[..., None]).clamp_(-E4M3_MAX, E4M3_MAX)
     codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill_((scales == NAN_BYTE)[..., None], FN_NAN)
     values = codes.flatten(1)[:, :columns].contiguous().view(torch.float8_e4m3fn)
