@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from epfuse import Path, Target
-from epfuse.config import Policy
+from epfuse.config import Bias, Policy
 from epfuse.policy import Checkpoint, LayerPlan, LayerRequest, Storage, plan_layer
-from epfuse.policy.rivals import EVIDENCE
+from epfuse.policy.rivals import CUT_SHORT, EVIDENCE
 from tests.test_policy_auto import M3
 
 RUNS = {
@@ -88,7 +88,7 @@ def test_what_was_measured_of_the_hopper_kernels_says_nothing_of_the_portable_on
     plan = planned(Target.SM90, "TritonExperts", Checkpoint.BF16, hidden=2880)
     assert plan.is_untouched
     assert "H=2880" in plan.reason
-    assert "multiples of 128" in plan.reason  # those run there, in steps that nobody has timed
+    assert "multiples of 128: no measurement on NVIDIA H100" in plan.reason  # they run there, and nobody has timed it
     plan = planned(Target.SM90, "TritonExperts", Checkpoint.BF16, hidden=2888)
     assert plan.is_untouched
     assert "The Hopper kernels, which are faster than TritonExperts, don't run" in plan.reason
@@ -97,6 +97,49 @@ def test_what_was_measured_of_the_hopper_kernels_says_nothing_of_the_portable_on
     assert planned(Target.GFX942, "TritonExperts", Checkpoint.BF16, hidden=2880).storage is Storage.BF16
     # in fragment order MXFP8 is padded to whole fragments
     assert planned(Target.SM90, "MarlinExperts", Checkpoint.MXFP8, hidden=2880).storage is Storage.MXFP8
+
+
+@pytest.mark.parametrize("product", [None, "NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2880, 2880), (2880, 1440), (2880, 3072), (6144, 2880)])
+def test_rows_that_are_no_whole_steps_need_evidence_of_their_sizes_and_product(
+    product: str | None, hidden: int, intermediate: int
+) -> None:
+    """gpt-oss, whole; tensor parallelism cuts I, which nobody has timed."""
+    request = replace(
+        M3,
+        target=Target.SM90,
+        rival="TritonExperts",
+        checkpoint=Checkpoint.BF16,
+        bias=Bias.ADDED,
+        device_name=product,
+        shape=replace(M3.shape, hidden=hidden, intermediate=intermediate),
+    )
+    plan = plan_layer(request, Policy.AUTO)
+    known = (product, hidden, intermediate) == ("NVIDIA H200", 2880, 2880)
+    assert plan.is_untouched is not known
+    if known:
+        assert plan.reason.endswith(CUT_SHORT["NVIDIA H200", "TritonExperts", 2880, 2880])
+    else:
+        where = product or "NVIDIA H100 80GB HBM3"
+        assert f"H={hidden} and I={intermediate} are no multiples of 128: no measurement on {where} says" in plan.reason
+
+
+def test_what_is_said_of_gpt_oss_is_its_records() -> None:
+    """Which had vLLM's own TritonExperts with biases in its own interface, and every check passed."""
+    ratios = []
+    for model in ("20b", "120b"):
+        file = pathlib.Path(__file__).parents[1] / f"docs/records/2026-11-30-h200-vllm-gpt-oss-{model}.json"
+        record = json.loads(file.read_text())
+        assert record["ok"]
+        assert record["bench"]["device"]["name"] == "NVIDIA H200"
+        layer, times = record["bench"]["layer"], dict[tuple[str, int], float]()
+        assert (layer["name"], layer["hidden"], layer["intermediate"]) == (f"gpt-oss-{model}-biases", 2880, 2880)
+        for row in record["bench"]["rows"]:
+            times[row["contender"], row["tokens"]] = row["time"]["median_us"]
+        ratios += [times["EpfuseExperts", count] / us for (name, count), us in times.items() if name == "TritonExperts"]
+    assert len(ratios) == 12
+    said = CUT_SHORT["NVIDIA H200", "TritonExperts", 2880, 2880]
+    assert f"take {min(ratios):.2f} to {max(ratios):.2f} of TritonExperts' time on an H200" in said
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from epfuse.config import Path
 from epfuse.policy.layer import LayerPlan, Storage
-from epfuse.target import Target
+from epfuse.target import REFERENCE_DEVICE, Target
 from epfuse.weights.panels import STEP_K
 
 
@@ -63,6 +63,17 @@ A row is added when a measurement on the target, or a prediction for it, says th
 clearly loses at none. Missing so far: gfx950, where nothing is measured or predicted.
 """
 
+CUT_SHORT: dict[tuple[str, str, int, int], str] = {
+    ("NVIDIA H200", "TritonExperts", 2880, 2880): (
+        "With gpt-oss's biases bf16 is measured to take 0.83 to 0.99 of TritonExperts' time on an H200 (docs/vllm.md)."
+    ),
+}
+"""(product, class of the experts that would run otherwise, H, I) -> evidence for dense rows that are no whole steps.
+
+What is known of whole steps says nothing of them, nor a product's measurement of another product: vLLM has tiles of its
+own for some shapes on some products.
+"""
+
 
 def why_declined(plan: LayerPlan) -> str | None:
     """Why a layer is better left to its rival; None if the plan is better, or nobody else would run it.
@@ -82,11 +93,12 @@ def why_declined(plan: LayerPlan) -> str | None:
             f"The Hopper kernels, which are faster than {rival}, don't run, and the portable ones are not known to be:"
             f" {plan.why_portable}"
         )
-    shape = plan.request.shape
-    if evidence.hopper and plan.storage is Storage.BF16 and (shape.hidden % STEP_K or shape.intermediate % STEP_K):
+    if evidence.hopper and _is_cut_short(plan) and _cut_short_key(plan, rival) not in CUT_SHORT:
+        shape = plan.request.shape
         return (
-            f"H={shape.hidden} and I={shape.intermediate} are no multiples of {STEP_K}: no measurement says that the"
-            f" Hopper kernels are faster than {rival} where the last step of dense rows is cut short."
+            f"H={shape.hidden} and I={shape.intermediate} are no multiples of {STEP_K}: no measurement on"
+            f" {_product(plan)} says that the Hopper kernels are faster than {rival} where the last step of dense rows"
+            " is cut short."
         )
     return None
 
@@ -95,7 +107,9 @@ def why_taken(plan: LayerPlan) -> str | None:
     """The evidence for a plan that was not declined; None if nobody else would run the layer."""
     rival = plan.request.rival
     found = None if rival is None else evidence_of(plan, rival)
-    return None if found is None else found.reason
+    if found is None or rival is None:
+        return None
+    return CUT_SHORT[_cut_short_key(plan, rival)] if found.hopper and _is_cut_short(plan) else found.reason
 
 
 def evidence_of(plan: LayerPlan, rival: str) -> Evidence | None:
@@ -107,6 +121,20 @@ def evidence_of(plan: LayerPlan, rival: str) -> Evidence | None:
     """
     found = [EVIDENCE.get((plan.request.target, rival, path)) for path in _compared(plan)]
     return found[0] if len(found) == 1 else None
+
+
+def _is_cut_short(plan: LayerPlan) -> bool:
+    """Whether the last step of some dense row is no whole one."""
+    shape = plan.request.shape
+    return plan.storage is Storage.BF16 and bool(shape.hidden % STEP_K or shape.intermediate % STEP_K)
+
+
+def _cut_short_key(plan: LayerPlan, rival: str) -> tuple[str, str, int, int]:
+    return _product(plan), rival, plan.request.shape.hidden, plan.request.shape.intermediate
+
+
+def _product(plan: LayerPlan) -> str:
+    return plan.request.device_name or REFERENCE_DEVICE[plan.request.target]
 
 
 def _compared(plan: LayerPlan) -> list[Path]:
