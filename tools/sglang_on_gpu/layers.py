@@ -150,11 +150,8 @@ def contenders(weights: LayerWeights) -> list[Contender]:
 def _parameters(weights: LayerWeights, form: WeightFormat) -> dict[str, torch.Tensor]:
     """By SGLang's names; w13 has gate above up there, as here."""
     if form is WeightFormat.DENSE:
-        dense = weights.in_format(WeightFormat.DENSE).dense_experts
-        assert dense is not None
-        return {"w13_weight": dense.w13, "w2_weight": dense.w2}
-    packed = weights.source.mxfp8_experts
-    assert packed is not None
+        return {"w13_weight": weights.dense.w13, "w2_weight": weights.dense.w2}
+    packed = weights.mxfp8
     return {
         "w13_weight": packed.w13.values,
         "w13_weight_scale_inv": packed.w13.scales,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from tools.layer_on_gpu import UNIFORM, the_gpu, timed, write_json
 
 from epfuse.bench.record import BenchRecord
+from epfuse.cli.names import token_counts
 
 if TYPE_CHECKING:
     from tools.vllm_on_gpu.checks import OracleCheck
@@ -61,35 +62,24 @@ class RunFindings:
         return {
             "format": FORMAT,
             "ok": self.ok,
-            "checks": [check.to_json() for check in self.checks],
+            "checks": list(map(asdict, self.checks)),
             "bench": None if self.record is None else self.record.to_json(),
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
             "left_out": self.left_out,
         }
 
 
-def _counts(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    """Token counts as they are typed."""
-    if text is None:
-        return None
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise click.BadParameter(f"{text!r} is not a list of token counts such as 1,64,1024")
-    return counts
-
-
 @click.command()
 @click.option("--layer", type=click.Choice(NAMES), default=NAMES[0], show_default=True, help="Of `epfuse bench`.")
-@click.option("--tokens", callback=_counts, help=f"Counts T.  [default: {','.join(map(str, TOKENS))}]")
+@click.option(
+    "--tokens", default=",".join(map(str, TOKENS)), show_default=True, callback=token_counts, help="Counts T."
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the record here.")
 @click.option("--quick", is_flag=True, help=f"Only T = {', '.join(map(str, QUICK_TOKENS))}.")
 @click.option(
     "--budget", type=float, default=115.0, show_default=True, help="Seconds; no new point is begun that may exceed it."
 )
-def main(layer: str, tokens: tuple[int, ...] | None, json_file: Path | None, quick: bool, budget: float) -> None:
+def main(layer: str, tokens: tuple[int, ...], json_file: Path | None, quick: bool, budget: float) -> None:
     """Check and time our experts and vLLM 0.25.1's own inside vLLM's modular kernel, on one GPU.
 
     The layer is MiniMax-M3's on one of eight expert-parallel ranks, or gpt-oss's with its biases, whole, in BF16. A
@@ -98,10 +88,9 @@ def main(layer: str, tokens: tuple[int, ...] | None, json_file: Path | None, qui
     Exit status: 0 good; 1 a check failed or a class could not be timed; 2 usage, or no GPU or vLLM to run on.
     """
     began = time.monotonic()
-    counts = tokens or (QUICK_TOKENS if quick else TOKENS)
-    device = _device()
+    counts = QUICK_TOKENS if quick and tokens == TOKENS else tokens
     run = RunFindings()
-    measure(run, layer, counts, device, began + budget, json_file)
+    measure(run, layer, counts, _device(), began + budget, json_file)
     run.seconds["all"] = time.monotonic() - began
     write_json(json_file, run.to_json())
     report(run)

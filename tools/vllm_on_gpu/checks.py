@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from tools.vllm_on_gpu.kernels import ExpertsCandidate
@@ -12,6 +11,7 @@ from vllm.v1.worker import workspace
 
 from epfuse.bench.contender import ContenderKind
 from epfuse.bench.inputs import Inputs
+from epfuse.bench.measure import Call, captured
 from epfuse.bench.weights import LayerWeights
 from epfuse.verify.budget import compare
 
@@ -40,10 +40,6 @@ class OracleCheck:
     ok: bool
     failure: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
 
 def poison_workspaces() -> None:
     """Fill vLLM's workspaces with bytes that are NaN in BF16, as another layer might leave them."""
@@ -59,23 +55,13 @@ def reserve_workspaces(candidates: Sequence[ExpertsCandidate], inputs: Inputs) -
     workspace.lock_workspace()
 
 
-def repeated(call: Callable[[], torch.Tensor]) -> tuple[Run, torch.Tensor]:
-    """``call`` as `captured` gives it, where there are no graphs: called again into the same result."""
+def repeatable(call: Call, device: torch.device) -> tuple[Run, torch.Tensor]:
+    """What repeats ``call``, and where its result lies: in a graph, or where there is none from Python."""
+    if device.type == "cuda":
+        once = captured([call], 1, device)
+        return once.run, once.outputs()[0]
     output = call()
     return lambda: output.copy_(call()), output
-
-
-def captured(call: Callable[[], torch.Tensor]) -> tuple[Run, torch.Tensor]:
-    """``call`` in a CUDA graph: what replays it, and where its result lies."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        output = call()
-    return graph.replay, output
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,6 @@ def check_candidate(candidate: ExpertsCandidate, cases: Cases) -> list[OracleChe
         cases: its inputs.
     """
     first = cases.first.inputs
-    capture = captured if first.hidden.is_cuda else repeated
     static = [tensor.clone() for tensor in (first.hidden, first.topk_weights, first.topk_ids)]
     found: list[OracleCheck] = []
 
@@ -147,7 +132,7 @@ def check_candidate(candidate: ExpertsCandidate, cases: Cases) -> list[OracleChe
         poison_workspaces()
         eager = candidate.kernel.call(*static).clone()
         judge("eager", cases.first, eager)
-        run, output = capture(lambda: candidate.kernel.call(*static))
+        run, output = repeatable(lambda: candidate.kernel.call(*static), first.hidden.device)
         replay("replay", cases.first, run, output)
         if candidate.kind is ContenderKind.PATH and not torch.equal(output, eager):
             found.append(_check(candidate, first.tokens, "replay", False, None, "other bits than eager"))

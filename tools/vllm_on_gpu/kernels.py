@@ -35,7 +35,6 @@ from epfuse.integrations.vllm.versions import GPT_OSS
 from epfuse.policy import Checkpoint, LayerRequest, Storage, plan_layer
 from epfuse.target import Target, device_name
 from epfuse.verify.budget import Tolerance, dense_tolerance
-from epfuse.weights.dense import DenseExperts
 
 MXFP8_BLOCK = [1, 32]
 
@@ -217,8 +216,7 @@ class Builder:
         return _vllms(kernel, "bf16", WeightFormat.DENSE, "what vLLM runs for BF16 checkpoints")
 
     def _mxfp8(self) -> dict[str, torch.Tensor]:
-        packed = self._weights.source.mxfp8_experts
-        assert packed is not None
+        packed = self._weights.mxfp8
         return {
             "w13_weight": packed.w13.values,
             "w13_weight_scale": packed.w13.scales,
@@ -227,18 +225,12 @@ class Builder:
         }
 
     def _dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._w13, self._plain.w2
-
-    @property
-    def _plain(self) -> DenseExperts:
-        dense = self._weights.in_format(WeightFormat.DENSE).dense_experts
-        assert dense is not None
-        return dense
+        return self._w13, self._weights.dense.w2
 
     @cached_property
     def _w13(self) -> torch.Tensor:
         """``[L, 2I, H]`` BF16, as the activation wants its rows."""
-        return self._as_vllm_has(self._plain.w13)
+        return self._as_vllm_has(self._weights.dense.w13)
 
     @cached_property
     def _biases(self) -> dict[str, torch.Tensor]:

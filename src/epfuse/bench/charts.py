@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from epfuse.bench.contender import ContenderKind
+from epfuse.bench.measure import Timing
 from epfuse.bench.record import BenchRecord, BenchRow
 
 WIDTH, HEIGHT = 900, 380
@@ -130,7 +131,7 @@ def charts_of(record: BenchRecord) -> list[CurveChart]:
         if not timed:
             continue
         slug = routing.replace(":", "-").replace(".", "_")
-        curves = _time_curves(timed) + _floor_curves(rows)
+        curves = _curves(timed, _time_point) + _floor_curves(rows)
         charts.append(
             CurveChart(
                 f"time-{slug}",
@@ -141,7 +142,7 @@ def charts_of(record: BenchRecord) -> list[CurveChart]:
                 time_axis([value for c in curves for p in c.points for value in (p.low, p.high) if value > 0]),
             )
         )
-        reached = _fraction_curves(timed)
+        reached = _curves(timed, _fraction_point)
         charts.append(
             CurveChart(
                 f"floor-{slug}",
@@ -164,31 +165,23 @@ def _styles(rows: list[BenchRow]) -> dict[str, str]:
     return styles
 
 
-def _time_curves(rows: list[BenchRow]) -> list[Curve]:
-    curves = []
-    for label, style in _styles(rows).items():
-        points = []
-        for row in _ascending(rows, label):
-            assert row.time is not None
-            hint = f"{label}, {row.tokens} tokens: {row.time.median_us:.1f} µs"
-            points.append(ChartPoint(row.tokens, row.time.median_us, row.time.q1_us, row.time.q3_us, hint))
-        curves.append(Curve(label, style, points))
-    return curves
+def _curves(rows: list[BenchRow], point: Callable[[BenchRow, Timing], ChartPoint]) -> list[Curve]:
+    """One for each contender, of a point for each of its times."""
+    return [
+        Curve(label, style, [point(row, row.time) for row in _ascending(rows, label) if row.time is not None])
+        for label, style in _styles(rows).items()
+    ]
 
 
-def _fraction_curves(rows: list[BenchRow]) -> list[Curve]:
-    curves = []
-    for label, style in _styles(rows).items():
-        points = []
-        for row in _ascending(rows, label):
-            assert row.time is not None
-            reached, low, high = (
-                100 * row.floor_us / us for us in (row.time.median_us, row.time.q3_us, row.time.q1_us)
-            )
-            hint = f"{label}, {row.tokens} tokens: {reached:.0f} % of its floor of {row.floor_us:.1f} µs"
-            points.append(ChartPoint(row.tokens, reached, low, high, hint))
-        curves.append(Curve(label, style, points))
-    return curves
+def _time_point(row: BenchRow, time: Timing) -> ChartPoint:
+    hint = f"{row.label}, {row.tokens} tokens: {time.median_us:.1f} µs"
+    return ChartPoint(row.tokens, time.median_us, time.q1_us, time.q3_us, hint)
+
+
+def _fraction_point(row: BenchRow, time: Timing) -> ChartPoint:
+    reached, low, high = (100 * row.floor_us / us for us in (time.median_us, time.q3_us, time.q1_us))
+    hint = f"{row.label}, {row.tokens} tokens: {reached:.0f} % of its floor of {row.floor_us:.1f} µs"
+    return ChartPoint(row.tokens, reached, low, high, hint)
 
 
 def _floor_curves(rows: list[BenchRow]) -> list[Curve]:

@@ -16,7 +16,9 @@ from epfuse.target import target_of
 from epfuse.verify.experts import in_format
 from epfuse.verify.oracle import add_experts, plain_numbers
 from epfuse.verify.scenarios import Scenario
+from epfuse.weights.dense import DenseExperts
 from epfuse.weights.experts import ExpertWeights
+from epfuse.weights.mxfp8 import MXFP8Experts
 
 
 class LayerWeights:
@@ -52,6 +54,20 @@ class LayerWeights:
         self._say(f"making weights of {self.layer.name}")
         drawn = self._draw_mxfp8() if self.quantised else self._draw_dense()
         return ExpertWeights(drawn.formats, *self._biases())
+
+    @property
+    def mxfp8(self) -> MXFP8Experts:
+        """The source where it is MXFP8 (`quantised`)."""
+        packed = self.source.mxfp8_experts
+        assert packed is not None
+        return packed
+
+    @property
+    def dense(self) -> DenseExperts:
+        """`in_format` BF16."""
+        dense = self.in_format(WeightFormat.DENSE).dense_experts
+        assert dense is not None
+        return dense
 
     @checks_enums
     def in_format(self, form: WeightFormat) -> ExpertWeights:
@@ -107,10 +123,8 @@ class LayerWeights:
         return ExpertWeights.bf16(*stacks)
 
     def _dequantised(self) -> ExpertWeights:
-        packed = self.source.mxfp8_experts
-        assert packed is not None
         stacks = [torch.empty(shape, dtype=torch.bfloat16, device=self.device) for shape in self._shapes()]
-        for stack, source in zip(stacks, (packed.w13, packed.w2), strict=True):
+        for stack, source in zip(stacks, (self.mxfp8.w13, self.mxfp8.w2), strict=True):
             for slot in range(stack.shape[0]):  # one by one: the float32 copy in between is one expert's
                 stack[slot].copy_(source[slot].dequantize(torch.bfloat16))
         return ExpertWeights(ExpertWeights.bf16(*stacks).formats, *self._biases())

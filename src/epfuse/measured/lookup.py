@@ -134,18 +134,14 @@ def sources(
         shape: the layer's sizes.
         bias: of both projections or none.
     """
-    tables = {stage: shipped(target, stage) for stage in Stage}
-    downs = {measurement.key: measurement for measurement in tables[Stage.DOWN].measurements}
     found = []
-    for gate_up in tables[Stage.GATE_UP].measurements:
+    for gate_up, down in _pairs(target, path, weights):
         measured = gate_up.shape
-        same_layer = (measured.hidden, measured.intermediate) == (shape.hidden, shape.intermediate)
-        if (gate_up.path, gate_up.weights) != (path, weights) or not same_layer or gate_up.key not in downs:
+        if (measured.hidden, measured.intermediate) != (shape.hidden, shape.intermediate):
             continue
         if measured.local_experts > MORE_EXPERTS * shape.local_experts:
             continue
-        points = _points(gate_up, downs[gate_up.key], measured)
-        if points:
+        if points := _points(gate_up, down, measured):
             same = gate_up.device == device_name, measured == shape, gate_up.bias is bias
             date = gate_up.date.isoformat()
             found.append(LayerMeasurements(gate_up.device, measured, gate_up.bias, *same, date, points))
@@ -157,10 +153,17 @@ def sources(
 @checks_enums
 def all_points(target: Target, device_name: str, path: Path, weights: WeightFormat) -> Iterator[MeasuredTiles]:
     """The best tiles of every count that one product has for a path, whatever the layer."""
+    for gate_up, down in _pairs(target, path, weights):
+        if gate_up.device == device_name:
+            yield from _points(gate_up, down, gate_up.shape)
+
+
+def _pairs(target: Target, path: Path, weights: WeightFormat) -> Iterator[tuple[Measurement, Measurement]]:
+    """Of each layer that both stages were measured for on a path: gate_up's measurement, and down's."""
     downs = {measurement.key: measurement for measurement in shipped(target, Stage.DOWN).measurements}
     for gate_up in shipped(target, Stage.GATE_UP).measurements:
-        if (gate_up.device, gate_up.path, gate_up.weights) == (device_name, path, weights) and gate_up.key in downs:
-            yield from _points(gate_up, downs[gate_up.key], gate_up.shape)
+        if (gate_up.path, gate_up.weights) == (path, weights) and gate_up.key in downs:
+            yield gate_up, downs[gate_up.key]
 
 
 def find(choices: tuple[LayerMeasurements, ...], rows: float) -> FoundTiles | None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -252,19 +253,8 @@ def _check_replay(
     case = CaseResult("graph replay", *names, first.tokens, None)
     hidden, topk_weights = first.hidden.clone(), first.topk_weights.clone()
     topk_ids = first.topk_ids.long()  # wide enough for every scenario's
-
-    def call() -> torch.Tensor:
-        return fused_experts(
-            hidden,
-            weights,
-            topk_weights,
-            topk_ids,
-            expert_map,
-            activation=activation,
-            path=subject.path,
-            combine=subject.combine,
-        )
-
+    operands = (hidden, weights, topk_weights, topk_ids, expert_map)
+    call = partial(fused_experts, *operands, activation=activation, path=subject.path, combine=subject.combine)
     call()  # compiles, outside of the capture
     torch.cuda.synchronize(hidden.device)
     graph = torch.cuda.CUDAGraph()

@@ -124,8 +124,7 @@ def make(weights: LayerWeights) -> Contender:
     except ImportError as error:
         raise MissingDependency(f"this FlashInfer has no experts for sm_90 (0.7.4 has): {error}") from None
 
-    dense, device = weights.in_format(WeightFormat.DENSE).dense_experts, weights.device
-    assert dense is not None
+    dense, device = weights.dense, weights.device
     w13, w2, activation = interleave_up_gate_sm90(dense.w13), dense.w2, weights.layer.activation
     side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     chosen: dict[int, Tactic] = {}

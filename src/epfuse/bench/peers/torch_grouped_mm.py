@@ -27,8 +27,7 @@ def make(weights: LayerWeights) -> Contender:
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if grouped_mm is None:
         raise MissingDependency(f"torch {torch.__version__} has no grouped_mm")
-    experts = weights.in_format(WeightFormat.DENSE).dense_experts
-    assert experts is not None
+    experts = weights.dense
     w13, w2 = experts.w13.transpose(1, 2), experts.w2.transpose(1, 2)
     local, activation = weights.layer.shape.local_experts, weights.layer.activation
 

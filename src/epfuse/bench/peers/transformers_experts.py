@@ -75,8 +75,7 @@ def _module(weights: LayerWeights, way: str) -> nn.Module:
             module = _minimax_m3(shape.local_experts, shape.hidden, shape.intermediate)
         else:
             raise ConfigError(f"no experts of transformers have the activation {layer.activation}")
-    dense = weights.in_format(WeightFormat.DENSE).dense_experts
-    assert dense is not None
+    dense = weights.dense
     module.gate_up_proj = nn.Parameter(dense.w13, requires_grad=False)
     module.down_proj = nn.Parameter(dense.w2, requires_grad=False)
     module.config._experts_implementation = way

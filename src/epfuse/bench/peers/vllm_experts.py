@@ -31,8 +31,7 @@ def make_triton(weights: LayerWeights) -> Contender:
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
     layer, shape = weights.layer, weights.layer.shape
-    dense = weights.in_format(WeightFormat.DENSE).dense_experts
-    assert dense is not None
+    dense = weights.dense
     activation, gate = activation_of(vllm, layer, limit_name="gemm1_clamp_limit")
     quant = vllm.FusedMoEQuantConfig.make(**gate)
     experts = TritonExperts(moe_config(vllm, layer, weights.device, activation), quant)
@@ -169,8 +168,7 @@ def marlin_weights(weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor, t
     """w13, w2 and their scales as vLLM repacks MXFP8 weights for Marlin when it loads them, in new memory."""
     from vllm.model_executor.layers.quantization.utils.marlin_utils_fp8 import prepare_mxfp8_moe_layer_for_marlin
 
-    packed = weights.source.mxfp8_experts
-    assert packed is not None
+    packed = weights.mxfp8
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # as while vLLM loads a model: the scales become the default dtype
     try:
