@@ -64,6 +64,19 @@ def test_every_routing(routing: str, tokens: int) -> None:
     check(case, case.weights, SwiGLUOAI())
 
 
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_few_routes_are_sorted_as_many_are(routing: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(CPU, tokens=64, routing=routing)
+    case.topk_ids[7], case.topk_ids[8] = -1, case.expert_map.num_experts  # neither is an expert
+    operands = (case.hidden, case.weights, case.topk_weights, case.topk_ids.to(dtype), case.expert_map)
+    found = []
+    for few in (0, case.topk_ids.numel()):
+        monkeypatch.setattr(cpu, "FEW_ROUTES", few)
+        found.append(fused_experts(*operands, activation=SwiGLUOAI()))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(33, 17), (40, 31), (16, 65)])
 def test_sizes_that_the_grouped_product_refuses(dtype: torch.dtype, hidden: int, intermediate: int) -> None:

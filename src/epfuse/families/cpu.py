@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ NATIVE_RUN = 1024
 """The same where all products are made in the activations' dtype: there the library takes many experts in one call."""
 FEW_EXPERTS = 1024
 """E up to which a whole map becomes a list for a few look-ups."""
+FEW_ROUTES = 256
+"""Routes that Python sorts sooner than a dozen calls of torch's."""
 FEW_ADDED = 8
 """Rows that are added one by one: to wake torch's other threads for so few takes longer."""
 DENSE_RUN = 0.5
@@ -132,13 +134,10 @@ def run_experts(call: LayerCall, least: int) -> None:
             return
         total = call.out if call.out.dtype == torch.float32 else torch.empty_like(call.out, dtype=torch.float32)
         total.zero_()
-        slots = local_experts(call.topk_ids, call.slots)
-        order = table_order(slots)
-        counts = enumerate(torch.bincount(slots[order]).tolist())
-        tokens = order // call.shape.top_k
-        factors = call.topk_weights.view(-1, 1)[order]
+        held, order, tokens = _few_routes(call) if call.routes <= FEW_ROUTES else _many_routes(call)
+        factors = call.topk_weights.view(-1, 1).index_select(0, order)
         begin = 0
-        for run in runs_of([ExpertRows(expert, count) for expert, count in counts if count], least):
+        for run in runs_of(held, least):
             mine = slice(begin, begin + sum(one.rows for one in run))
             begin = mine.stop
             hidden = call.hidden.index_select(0, tokens[mine])
@@ -152,11 +151,49 @@ def run_experts(call: LayerCall, least: int) -> None:
             call.out.copy_(total)
 
 
-def _sum_of_token(call: LayerCall, first: Products, second: Products) -> torch.Tensor:
-    """A call's only token: ``[1, H]`` float32. Its routes need no order, and looking at them in Python is quickest."""
+class LocalRoutes(NamedTuple):
+    """The routes of a call whose experts are local, grouped by expert, ascending within one.
+
+    Attributes:
+        held: the experts that have any.
+        order: ``[n]`` int64, the routes.
+        tokens: ``[n]`` int64, theirs.
+    """
+
+    held: list[ExpertRows]
+    order: torch.Tensor
+    tokens: torch.Tensor
+
+
+def _many_routes(call: LayerCall) -> LocalRoutes:
+    slots = local_experts(call.topk_ids, call.slots)
+    order = table_order(slots)
+    counts = enumerate(torch.bincount(slots[order]).tolist())
+    held = [ExpertRows(expert, count) for expert, count in counts if count]
+    return LocalRoutes(held, order, order // call.shape.top_k)
+
+
+def _few_routes(call: LayerCall) -> LocalRoutes:
+    """The same, looked at in Python."""
+    routes_of: dict[int, list[int]] = {}
+    for route, slot in enumerate(_slots_of(call)):
+        if slot >= 0:
+            routes_of.setdefault(slot, []).append(route)
+    mine = sorted(routes_of.items())
+    order = torch.tensor(list(chain.from_iterable(routes for _, routes in mine)), dtype=torch.int64, device="cpu")
+    return LocalRoutes([ExpertRows(slot, len(routes)) for slot, routes in mine], order, order // call.shape.top_k)
+
+
+def _slots_of(call: LayerCall) -> list[int]:
+    """The local slot of each route, -1 where it has none."""
     of = call.slots.tolist() if call.slots.numel() <= FEW_EXPERTS else call.slots
-    ids = call.topk_ids[0].tolist()
-    slots = [int(of[expert]) if 0 <= expert < len(of) else -1 for expert in ids]
+    ids = call.topk_ids.view(-1).tolist()
+    return [int(of[expert]) if 0 <= expert < len(of) else -1 for expert in ids]
+
+
+def _sum_of_token(call: LayerCall, first: Products, second: Products) -> torch.Tensor:
+    """A call's only token: ``[1, H]`` float32. Its routes need no order."""
+    slots = _slots_of(call)
     local = [route for route, slot in enumerate(slots) if slot >= 0]
     if not local:
         return torch.zeros_like(call.out, dtype=torch.float32)
@@ -167,6 +204,15 @@ def _sum_of_token(call: LayerCall, first: Products, second: Products) -> torch.T
     return rows.mul_(factors.T).sum(0, keepdim=True)
 
 
+def ends_of(run: list[ExpertRows]) -> torch.Tensor:
+    """Where the rows of each expert end, from the run's first to its last: int32, as torch's grouped product wants."""
+    first, past = run[0].expert, run[-1].expert + 1
+    counts = [0] * (past - first)
+    for expert, rows in run:
+        counts[expert - first] = rows
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device="cpu")
+
+
 def _narrow_rows(
     hidden: torch.Tensor, first: Products, second: Products, run: list[ExpertRows], activation: Activation
 ) -> torch.Tensor:
@@ -174,9 +220,10 @@ def _narrow_rows(
 
     A piece stays in the caches, and malloc does not give its memory back to the system after each call.
     """
-    gate_up = first.grouped_product(hidden, run)
+    ends = ends_of(run)
+    gate_up = first.grouped_product(hidden, run, ends)
     y = [activated_(rows.float(), activation).to(gate_up.dtype) for rows in _pieces(gate_up)]
-    return second.grouped_product(torch.cat(y) if len(y) > 1 else y[0], run)
+    return second.grouped_product(torch.cat(y) if len(y) > 1 else y[0], run, ends)
 
 
 def _pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -219,7 +266,7 @@ class Products:
     def __call__(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
         """``[n, K]``, the rows of a run, times each expert's matrix, its bias added -> ``[n, N]`` float32."""
         if self.groups(run):
-            return self._with_bias(self.grouped_product(x, run).float(), run)
+            return self._with_bias(self.grouped_product(x, run, ends_of(run)).float(), run)
         return self.one_by_one(x, run)
 
     def groups(self, run: list[ExpertRows]) -> bool:
@@ -242,15 +289,10 @@ class Products:
                 rows.add_(self.bias[expert])
         return out
 
-    def grouped_product(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
-        """``[n, N]`` in the activations' dtype, without the bias, in one call of torch's."""
+    def grouped_product(self, x: torch.Tensor, run: list[ExpertRows], ends: torch.Tensor) -> torch.Tensor:
+        """``[n, N]`` in the activations' dtype, without the bias, in one call of torch's; ``ends`` as `ends_of`."""
         assert isinstance(self.stack, torch.Tensor)
-        first, past = run[0].expert, run[-1].expert + 1
-        counts = [0] * (past - first)
-        for expert, rows in run:
-            counts[expert - first] = rows
-        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device="cpu")
-        stack = self.stack[first:past].transpose(1, 2)
+        stack = self.stack[run[0].expert : run[-1].expert + 1].transpose(1, 2)
         return grouped_mm(x.to(self.dtype), stack, offs=ends)
 
     def _one_by_one(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
