@@ -8,7 +8,7 @@ import numpy as np
 
 from epfuse.aot.isa import floats, shadows
 from epfuse.aot.isa.floats import f32
-from epfuse.aot.isa.operands import Value, expect, mask_of, register, unknown, vector_source, wide_source
+from epfuse.aot.isa.operands import Source, Value, expect, mask_of, register, unknown, vector_source, wide_source
 from epfuse.aot.isa.program import Instruction, Operand
 from epfuse.aot.isa.registers import EXEC, VCC, VECTORS, Register
 from epfuse.aot.isa.wave import FULL, Lanes, Step, Wave, lanes_of
@@ -84,6 +84,15 @@ def write_mask(wave: Wave, first: int, truth: Value) -> None:
     wave.set_pair(first, found if wave.lanes is None else found & wave.pair(EXEC))
 
 
+def _parts(operands: tuple[Operand, ...], instruction: Instruction, *, floating: bool) -> list[Source]:
+    """The operands, each in the part that SDWA selects of it."""
+    selected = [str(instruction.modifiers.get(f"src{place}_sel", "DWORD")) for place in range(len(operands))]
+    return [
+        vector_source(operand, instruction, floating=floating, select=part)
+        for operand, part in zip(operands, selected, strict=True)
+    ]
+
+
 def _compare(name: str, suffix: str, instruction: Instruction) -> Step:
     order, _, reading = name.removeprefix("v_cmp_").rpartition("_")
     tests = _FLOAT if reading == "f32" else _INTEGER
@@ -98,15 +107,7 @@ def _compare(name: str, suffix: str, instruction: Instruction) -> Step:
     if reading.endswith("64"):
         a, b = wide_source(left, instruction), wide_source(right, instruction)
     else:
-        a, b = (
-            vector_source(
-                operand,
-                instruction,
-                floating=reading == "f32",
-                select=str(instruction.modifiers.get(f"src{place}_sel", "DWORD")),
-            )
-            for place, operand in enumerate((left, right))
-        )
+        a, b = _parts((left, right), instruction, floating=reading == "f32")
 
     def run(wave: Wave) -> None:
         write_mask(wave, first, test(read(a(wave)), read(b(wave))))
@@ -121,15 +122,7 @@ def _select(name: str, suffix: str, instruction: Instruction) -> Step:
         raise unknown(instruction, "this form of the selection is not known")
     target, left, right, mask = instruction.operands
     row = register(target, instruction, scalar=False).row
-    a, b = (
-        vector_source(
-            operand,
-            instruction,
-            floating=suffix == "_e64",
-            select=str(instruction.modifiers.get(f"src{place}_sel", "DWORD")),
-        )
-        for place, operand in enumerate((left, right))
-    )
+    a, b = _parts((left, right), instruction, floating=suffix == "_e64")
     condition = condition_of(mask, instruction)
 
     def run(wave: Wave) -> None:

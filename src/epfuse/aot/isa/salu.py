@@ -126,11 +126,15 @@ def decode(name: str, instruction: Instruction) -> Step | None:
     """A step of scalar arithmetic; None if ``name`` is none."""
     if name in TWO:
         bits, two = TWO[name]
-        return _two(name, instruction, bits, bits, two)
+        step = _arithmetic(name, instruction, bits, (bits, bits), two)
+        if name in ("s_and_b64", "s_or_b64", "s_andn2_b64") and not step.writes >> EXEC & 3:
+            step.shade = _shade_mask(name, instruction)
+        return step
     if name in SHIFTS_64:
-        return _two(name, instruction, 64, 32, SHIFTS_64[name])
+        return _arithmetic(name, instruction, 64, (64, 32), SHIFTS_64[name])
     if name in ONE:
-        return _one(name, instruction)
+        bits, one = ONE[name]
+        return _arithmetic(name, instruction, bits, (bits,), one)
     if name in ("s_addc_u32", "s_subb_u32"):
         return _carried(name, instruction)
     if name in ("s_cselect_b32", "s_cselect_b64"):
@@ -173,32 +177,36 @@ def _step(
     return Step(instruction, name, "salu", run, reads, written, shade)
 
 
-def _two(name: str, instruction: Instruction, bits: int, second: int, function: Callable[[int, int], Result]) -> Step:
-    expect(instruction, 3)
-    target, left, right = instruction.operands
-    found = register(target, instruction, scalar=True, count=bits // 32)
-    a, b, first = scalar_source(left, instruction, bits), scalar_source(right, instruction, second), found.first
-    sets_scc = function(0, 0)[1] is not None
+def _arithmetic(
+    name: str, instruction: Instruction, bits: int, widths: tuple[int, ...], function: Callable[..., Result]
+) -> Step:
+    """Of operands of such widths, in bits; the result has ``bits``."""
+    expect(instruction, 1 + len(widths))
+    target, *operands = instruction.operands
+    first = register(target, instruction, scalar=True, count=bits // 32).first
+    sources = [scalar_source(each, instruction, width) for each, width in zip(operands, widths, strict=True)]
+    sets_scc = function(*[0] * len(widths))[1] is not None
 
     def run(wave: Wave) -> None:
-        value, scc = function(a(wave), b(wave))
-        if bits == 64:
-            wave.set_pair(first, value)
-        else:
-            wave.scalars[first] = value
+        value, scc = function(*[source(wave) for source in sources])
+        _write(wave, first, bits, value)
         if scc is not None:
             wave.scalars[SCC] = scc
 
-    reads = mask_of(left, right)
-    step = _step(name, instruction, run, reads, (first, bits // 32), *([(SCC, 1)] if sets_scc else []))
-    if name in ("s_and_b64", "s_or_b64", "s_andn2_b64") and first != EXEC:
-        step.shade = _shade_mask(name, instruction, first)
-    return step
+    return _step(name, instruction, run, mask_of(*operands), (first, bits // 32), *([(SCC, 1)] if sets_scc else []))
 
 
-def _shade_mask(name: str, instruction: Instruction, first: int) -> Callable[[Wave], None]:
+def _write(wave: Wave, first: int, bits: int, value: int) -> None:
+    if bits == 64:
+        wave.set_pair(first, value)
+    else:
+        wave.scalars[first] = value
+
+
+def _shade_mask(name: str, instruction: Instruction) -> Callable[[Wave], None]:
     """Lane by lane: 0 and anything is 0, 1 or anything is 1."""
-    left, right = instruction.operands[1:]
+    target, left, right = instruction.operands
+    first = register(target, instruction, scalar=True, count=2).first
     values = [scalar_source(each, instruction, 64) for each in (left, right)]
 
     def shadow_of(wave: Wave, operand: object) -> int:
@@ -220,26 +228,6 @@ def _shade_mask(name: str, instruction: Instruction, first: int) -> Callable[[Wa
         wave.shade_scalar(SCC, 1 if shadow else 0)
 
     return shade
-
-
-def _one(name: str, instruction: Instruction) -> Step:
-    expect(instruction, 2)
-    bits, function = ONE[name]
-    target, operand = instruction.operands
-    first = register(target, instruction, scalar=True, count=bits // 32).first
-    a = scalar_source(operand, instruction, bits)
-    sets_scc = function(0)[1] is not None
-
-    def run(wave: Wave) -> None:
-        value, scc = function(a(wave))
-        if bits == 64:
-            wave.set_pair(first, value)
-        else:
-            wave.scalars[first] = value
-        if scc is not None:
-            wave.scalars[SCC] = scc
-
-    return _step(name, instruction, run, mask_of(operand), (first, bits // 32), *([(SCC, 1)] if sets_scc else []))
 
 
 def _carried(name: str, instruction: Instruction) -> Step:
@@ -264,11 +252,7 @@ def _select(name: str, instruction: Instruction) -> Step:
     a, b = scalar_source(left, instruction, bits), scalar_source(right, instruction, bits)
 
     def run(wave: Wave) -> None:
-        value = a(wave) if wave.scalars[SCC] else b(wave)
-        if bits == 64:
-            wave.set_pair(first, value)
-        else:
-            wave.scalars[first] = value
+        _write(wave, first, bits, a(wave) if wave.scalars[SCC] else b(wave))
 
     return _step(name, instruction, run, mask_of(left, right) | 1 << SCC, (first, bits // 32))
 
@@ -327,10 +311,15 @@ def _save(name: str, instruction: Instruction) -> Step:
     return step
 
 
-def _compare(name: str, instruction: Instruction, bits: int, function: Callable[[int, int], bool]) -> Step:
+def _compare(
+    name: str, instruction: Instruction, bits: int, function: Callable[[int, int], bool], *, extend: bool | None = None
+) -> Step:
+    """``extend`` is for a second operand that is a constant of 16 bits: as `_sixteen` has it."""
     expect(instruction, 2)
     left, right = instruction.operands
-    a, b = scalar_source(left, instruction, bits), scalar_source(right, instruction, bits)
+    a = scalar_source(left, instruction, bits)
+    constant = None if extend is None else _sixteen(right, instruction, extend=extend)
+    b = scalar_source(right, instruction, bits) if constant is None else lambda wave: constant
 
     def run(wave: Wave) -> None:
         wave.scalars[SCC] = int(function(a(wave), b(wave)))
@@ -341,15 +330,5 @@ def _compare(name: str, instruction: Instruction, bits: int, function: Callable[
 def _ordered(
     name: str, instruction: Instruction, order: Callable[[int, int], bool], reading: str, *, short: bool
 ) -> Step:
-    if not short:
-        read = signed if reading == "i32" else int
-        return _compare(name, instruction, int(reading[1:]), lambda a, b: order(read(a), read(b)))
-    expect(instruction, 2)
-    left, right = instruction.operands
-    constant = _sixteen(right, instruction, extend=reading == "i32")
-    a, read = scalar_source(left, instruction), signed if reading == "i32" else int
-
-    def run(wave: Wave) -> None:
-        wave.scalars[SCC] = int(order(read(a(wave)), read(constant)))
-
-    return _step(name, instruction, run, mask_of(left), (SCC, 1))
+    read, extend = signed if reading == "i32" else int, reading == "i32" if short else None
+    return _compare(name, instruction, int(reading[1:]), lambda a, b: order(read(a), read(b)), extend=extend)
