@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import click
 
+Command: TypeAlias = Callable[..., None]
 MOST_TOKENS = 1 << 20
 """Of one call; servers batch some ten thousand at the most."""
 SIZE = click.IntRange(1, 1 << 20)
@@ -31,6 +32,11 @@ def comma_names(
         return chosen
 
     return split
+
+
+def adds(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """A decorator that adds options to a command, in their order."""
+    return lambda command: functools.reduce(lambda added, option: option(added), reversed(options), command)
 
 
 def layer_sizes(ranks: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -27,7 +26,7 @@ Examples:
     "--take-over", is_flag=True, help="From a dispatcher on another machine, of which you know that it is dead."
 )
 @dispatches
-def cancel(run: Path, points: tuple[str, ...], take_over: bool, **options: Any) -> None:
+def cancel(run: Path, points: tuple[str, ...], take_over: bool, patience: Patience) -> None:
     """End points of the run in the folder RUN, all of them if none is named, and wait until they have ended.
 
     A dispatcher that runs does it; without one this command does, and asks until the launcher shows that the jobs are
@@ -37,7 +36,6 @@ def cancel(run: Path, points: tuple[str, ...], take_over: bool, **options: Any) 
     from epfuse.serving.status import read_status
 
     folder = run_folder(run)
-    patience = Patience(**options)
     delivery = Delivery()
     known = folder.read_run().points
     if unknown := [name for name in points if name not in known]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,7 +27,7 @@ Examples:
     "--take-over", is_flag=True, help="From a dispatcher on another machine, of which you know that it is dead."
 )
 @dispatches
-def resume(run: Path, again: bool, take_over: bool, **patience: Any) -> None:
+def resume(run: Path, again: bool, take_over: bool, patience: Patience) -> None:
     """Go on with the run in the folder RUN, from any machine that sees it.
 
     Jobs that run or wait are found again, ends that were written meanwhile are read, and what was never submitted is.
@@ -37,4 +37,4 @@ def resume(run: Path, again: bool, take_over: bool, **patience: Any) -> None:
         if again:
             dispatcher.plan_again()
 
-    dispatch(run_folder(run), Patience(**patience), prepare, take_over)
+    dispatch(run_folder(run), patience, prepare, take_over)

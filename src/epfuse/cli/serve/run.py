@@ -103,13 +103,7 @@ def run(
     name: str | None,
     out: Path | None,
     local_demo: Literal["transformers", "vllm"] | None,
-    poll: float | None,
-    attempts: int,
-    outage: float,
-    hopeless: float,
-    identical: int,
-    python: str,
-    as_json: bool,
+    patience: Patience,
     **selection: Any,
 ) -> None:
     """Run the points of RECIPE, each of them once, and wait for their ends.
@@ -125,7 +119,6 @@ def run(
         raise ConfigError(f"--host is for --launcher ssh; the launcher is {launcher}")
     if slurm and launcher != "slurm":
         raise ConfigError(f"--slurm is for --launcher slurm; the launcher is {launcher}")
-    patience = Patience(poll, attempts, outage, hopeless, identical, python, as_json)
     if local_demo is not None:
         dispatch(
             _demonstration(click.get_current_context(), local_demo, name, out),

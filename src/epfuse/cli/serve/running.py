@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -18,13 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.live import Live
 
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.exits import EXIT_CHECK_FAILED, EXIT_UNFINISHED
+from epfuse.cli.names import Command, adds
 from epfuse.errors import ConfigError
 from epfuse.report.terminal import Console, stdout
 
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from epfuse.serving.layout import RunFolder
     from epfuse.serving.point import Run
     from epfuse.serving.status import RunStatus
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 EXITS = """\b
 Exit status: 0 every point is done; 1 all have ended, one has failed, was gated out or cancelled; 2 wrong usage,
@@ -102,11 +102,14 @@ class Patience:
     as_json: bool
 
 
-def dispatches(function: Function) -> Function:
-    """Add the options of `Patience`; the command gets them as keyword arguments."""
-    for option in reversed(OPTIONS):
-        function = option(function)
-    return function
+def dispatches(command: Command) -> Command:
+    """Add the options of `Patience`; the command gets ``patience``."""
+
+    @functools.wraps(command)
+    def with_patience(**given: Any) -> None:
+        command(patience=Patience(**{name: given.pop(name) for name in Patience.__annotations__}), **given)
+
+    return adds(OPTIONS)(with_patience)
 
 
 def run_folder(path: Path) -> RunFolder:

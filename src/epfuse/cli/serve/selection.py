@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from epfuse.cli.names import adds
 from epfuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from epfuse.serving.point import PointJob
     from epfuse.serving.recipe import LoadedRecipe
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 MOST_PAIRS = 100
 
 
@@ -85,18 +84,10 @@ ARM_OPTIONS = (
 )
 
 
-def selects(function: Function) -> Function:
-    """Add the options that choose rows; the command gets them as keyword arguments for `RecipeChoice`."""
-    for option in reversed(OPTIONS):
-        function = option(function)
-    return function
-
-
-def selects_arms(function: Function) -> Function:
-    """Add the options that choose arms: ``arms`` and ``pairs``, for `RecipeChoice.jobs`."""
-    for option in reversed(ARM_OPTIONS):
-        function = option(function)
-    return function
+selects = adds(OPTIONS)
+"""Adds the options that choose rows; the command gets them as keyword arguments for `RecipeChoice`."""
+selects_arms = adds(ARM_OPTIONS)
+"""Adds the options that choose arms: ``arms`` and ``pairs``, for `RecipeChoice.jobs`."""
 
 
 def _with_matrix(loaded: LoadedRecipe, masters: tuple[Path, ...]) -> LoadedRecipe:
