@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from epfuse import ExpertWeights, Target
 from epfuse.config import WeightFormat
@@ -120,3 +123,20 @@ def test_prepare_leaves_what_it_can_not_hold(caplog: pytest.LogCaptureFixture) -
     weights = ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
     assert weights.prepare(Target.SM90) is weights
     assert "expert 1 has scale byte 254" in caplog.text
+
+
+class CountingSyncs(TorchDispatchMode):
+    """Counts what makes the host wait for the device: a number of a tensor that is asked for."""
+
+    syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.syncs += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait_for_each_expert() -> None:
+    """A model has thousands: what is refused is asked for once a stack, by `tolist`, which is no operator."""
+    with CountingSyncs() as counting:
+        pack(random_mxfp8(5, 128, 256), RowOrder.GATE_UP)
+    assert counting.syncs == 0
