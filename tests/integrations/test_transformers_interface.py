@@ -334,6 +334,29 @@ def test_every_family(which: str, dtype: torch.dtype, caplog: pytest.LogCaptureF
     assert not said(caplog)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("which", families())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_family_is_nearer_to_float64(which: str, dtype: torch.dtype) -> None:
+    """Than transformers' "eager", which rounds between gate and up and down, and each route's row once more."""
+    sizes = dict.fromkeys(("hidden_size", "moe_hidden_size"), 64)
+    experts = experts_of(which, **sizes, **dict.fromkeys(("moe_intermediate_size", "intermediate_size"), 48))
+    for weight in experts.parameters():
+        weight.mul_(0.3)
+    experts.to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    hidden, factors = (torch.randn(200, size, generator=generator).to(dtype) for size in (64, 2))
+    ids = torch.rand(200, 5, generator=generator).topk(2).indices
+    exact = copy.deepcopy(experts).double()(hidden.double(), ids, factors.double())
+    off = {}
+    for implementation in ("eager", "grouped_mm", "epfuse"):
+        experts.config._experts_implementation = implementation
+        off[implementation] = float((experts(hidden, ids, factors).double() - exact).norm() / exact.norm())
+    # the privacy filter's eager computes in FP32 from end to end
+    rival = "grouped_mm" if which.startswith("openai_privacy_filter.") else "eager"
+    assert off["epfuse"] < 0.97 * off[rival], off
+
+
 def fp8_experts(block: tuple[int, int] | None, scales: str, **options: Any) -> Any:
     """FP8Experts of two experts and their numbers in float64, gate_up and down."""
     config = AutoConfig.for_model("qwen3_moe", **(SIZES | {"hidden_size": 256, "moe_intermediate_size": 128}))

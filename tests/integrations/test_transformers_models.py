@@ -83,6 +83,20 @@ OWN: dict[str, dict[str, Any]] = {
 """Family -> what its small model needs."""
 ASKING = {name.partition(".")[0] for name in CLASSES}
 FAMILIES = [kind for kind, built in BUILT.items() if built.module in ASKING and built.is_here]
+EAGER_IS_FAR = {
+    ("gpt_oss", torch.bfloat16),
+    ("diffusion_gemma_text", torch.bfloat16),
+    ("diffusion_gemma_text", torch.float16),
+    ("gemma4_text", torch.bfloat16),
+    ("gemma4_text", torch.float16),
+    ("solar_open", torch.bfloat16),
+}
+"""Whose eager logits are themselves farther from the same numbers in float32 than transformers' tolerances."""
+WIDE_EAGER = {"openai_privacy_filter"}
+"""Whose own experts compute in FP32 from end to end; their "grouped_mm" rounds as everybody does."""
+OF_THEIRS = 1.1
+"""Our error against the same numbers in float32 over that of transformers' own: 0.67 to 1.07 in all families. The
+experts' own part is at most 0.93 (`test_every_family_is_nearer_to_float64`); the other layers' roundings scatter."""
 CHECKED = FAMILIES if os.environ.get(EVERY) else sorted(random.Random(1).sample(FAMILIES, 8))
 GENERATED = CHECKED if os.environ.get(EVERY) else CHECKED[:3]
 
@@ -141,16 +155,12 @@ def test_no_family_is_left_out() -> None:
     assert {BUILT[kind].module for kind in FAMILIES} == ASKING - {"muse_spark"}
 
 
-def tolerance(model: Model, eager: torch.Tensor, routing: Routing) -> float:
-    """Transformers' own, or twice what its "eager" is off the same numbers in float32: so far two roundings may be."""
-    swapped, calls = routing.swapped, routing.calls
-    routing.calls = 0
+def in_float32(model: Model) -> torch.Tensor:
+    """Logits of the same numbers, computed in float32."""
     exact = copy.deepcopy(model)
     exact.module.float().set_experts_implementation("eager")
     exact.head = exact.head.float()
-    off = (eager.float() - exact.logits(tokens())).abs().max().item()
-    routing.calls, routing.swapped = calls, swapped
-    return max(TOLERANCES[eager.dtype], 2 * off)
+    return exact.logits(tokens())
 
 
 @torch.no_grad()
@@ -166,10 +176,22 @@ def test_logits_beside_eager_of_every_family(
     routing.record = False
     model.module.set_experts_implementation("epfuse")
     ours = model.logits(tokens())
-    torch.testing.assert_close(ours, eager, atol=tolerance(model, eager, routing), rtol=TOLERANCES[dtype])
     assert routing.swapped <= (0 if dtype == torch.float32 else 0.05 * routing.tokens), routing.swapped
     assert len(calls) == routing.calls == len(routing.eager) > 0
     assert not said(caplog)
+    if (kind, dtype) not in EAGER_IS_FAR:
+        torch.testing.assert_close(ours, eager, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+    if dtype == torch.float32:
+        return
+    rival = eager
+    if kind in WIDE_EAGER:
+        routing.calls = 0
+        model.module.set_experts_implementation("grouped_mm")
+        rival = model.logits(tokens())
+    routing.calls = 0
+    exact = in_float32(model)
+    off, theirs = ((logits.float() - exact).norm() for logits in (ours, rival))
+    assert off <= OF_THEIRS * theirs, (off, theirs)
 
 
 @torch.no_grad()
