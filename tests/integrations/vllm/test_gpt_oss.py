@@ -19,6 +19,7 @@ from epfuse.errors import ConfigError
 from epfuse.integrations.vllm import stand_in, versions
 from epfuse.integrations.vllm.experts import EpfuseExperts
 from epfuse.policy import Storage
+from epfuse.target import Target
 from tests.cases import snr_db
 from tests.integrations.vllm import compiled_ops
 from tests.integrations.vllm.deployments import M3_EP8, QUANTIZATIONS, Deployment, build
@@ -239,3 +240,15 @@ def test_the_models_own_class_is_replaced_too(whole, monkeypatch):
     torch.testing.assert_close(call(layer, 5), call(copied, 5), rtol=0, atol=0)
     with pytest.raises(ConfigError, match="supports no reload of these weights"):
         layer.weight_loader(layer.w2_weight, checkpoint()["w2_weight"][0], "w2_weight", "gpt_oss_w2", 0)
+
+
+@pytest.mark.parametrize(
+    ("product", "tp_size", "taken"),
+    [("NVIDIA H200", 1, True), ("NVIDIA H200", 2, False), ("NVIDIA H100 80GB HBM3", 1, False)],
+)
+def test_on_hopper_it_is_taken_as_it_was_timed(product, tp_size, taken, monkeypatch):
+    """Of true sizes, on tensors without data; tensor parallelism halves the experts' width."""
+    monkeypatch.setattr(versions, "_product", lambda device: product)
+    sizes = {"hidden": 2880, "intermediate": 2880, "experts": 32, "top_k": 4, "device": "meta"}
+    built = build(GPT_OSS.but(target=Target.SM90, tp_size=tp_size, **sizes), monkeypatch)
+    assert (built.quant_method.experts_cls is EpfuseExperts) is taken
