@@ -12,7 +12,7 @@ Where top-k or routing are not its own, the copy has them replaced. The record i
     python -m tools.beside_peers HARNESS record.json --draw 40 --seed 7 --humming 1
 
 Token counts can be drawn by a seed, for points that nobody tuned. Every configuration of humming is a kernel that must
-be compiled first: --humming 1 leaves its own choice alone.
+be compiled first: --humming 1 leaves its own choice alone, and of Marlin's its blocks of rows.
 
     python -m tools.beside_peers HARNESS record.json --shapes all --draw 6 --seed 7 --humming 1
     python -m tools.beside_peers HARNESS record.json --shapes minimax-m3-ep8 --draw 40 --seed 7 --humming 1
@@ -34,7 +34,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -43,18 +42,18 @@ from typing import Any
 
 import click
 from tools.draw_peers import chart_of, check_rows
+from tools.peer_harness import harness_for
 from tools.peer_layers import PeerLayer, PeerTimes, layers_of, text_of, time_layers
 from tools.peer_shapes import TWELVE, shard
 
 from epfuse.bench.layers import LAYERS, Layer
 from epfuse.bench.machine import commit, versions
 from epfuse.bench.page import chart_svg
-from epfuse.bench.routing import Routing, RoutingKind
+from epfuse.bench.routing import Routing
 from epfuse.children import Children
 from epfuse.cli.delivery import STDOUT, Delivery
 from epfuse.cli.exits import PlainCommand
 from epfuse.cli.names import comma_names, token_counts
-from epfuse.config import SwiGLUOAI
 from epfuse.errors import ConfigError
 from epfuse.input_file import read_file, read_json
 from epfuse.report.write import write_atomic
@@ -65,43 +64,6 @@ PEERS = "humming_w8a16_indexed,vllm_marlin_tuned,humming_w8a16_grouped,triton_ke
 OURS = "impl"
 MOST_DRAWN = 16384
 EXAMPLE = "Example: python -m tools.beside_peers peers.py record.json --layer qwen3-235b --tokens 1,2048"
-TOP_K_LINE = "TOPK = 4\n"
-ACTIVATION_LINE = "ALPHA, BETA, LIMIT = 1.702, 1.0, 7.0\n"
-NO_LIMIT = 3e38  # as a number that C++ reads, for humming
-ROUTING_LINE = "        w, ids = torch.topk(torch.sigmoid(torch.randn(T, E, generator=g, device=DEV)), TOPK, dim=-1)\n"
-# experts without replacement: the largest of log popularity plus Gumbel noise, ranks shuffled in each draw
-ZIPF_LINES = """\
-        ranks = torch.randperm(E, generator=g, device=DEV) + 1
-        noise = -torch.rand(T, E, generator=g, device=DEV).log().neg().log()
-        w, ids = torch.topk(torch.sigmoid(noise - {parameter} * ranks.log()), TOPK, dim=-1)
-"""
-# the first experts, which are local, and remote ones
-ALL_TO_LINES = """\
-        scores = 0.5 * torch.sigmoid(torch.randn(T, E, generator=g, device=DEV))
-        scores[:, :{parameter}] += 0.5
-        scores[:, {parameter}:EL] -= 1
-        w, ids = torch.topk(scores, TOPK, dim=-1)
-"""
-MULTIPLES = "(1, 0.25, 0.5, 2, 4)"  # of the rows that humming is told to expect: its configurations
-MAIN_LINE = "if __name__ == '__main__':\n"
-PATHS_LINES = """\
-for path in {paths}:
-
-    @peer("impl_" + path, limit=150, compile_limit=200)
-    class Ours(External):
-        what, path = "external implementation", path
-
-        def __init__(self):
-            os.environ["PEER_IMPL"] = os.environ["PEER_IMPL"].rsplit(":", 1)[0] + ":" + self.path
-            super().__init__()
-
-
-for name in {peers} + [name for name in PEERS if not name.startswith("impl") and name not in {peers}]:
-    if name in PEERS:
-        PEERS[name] = PEERS.pop(name)
-
-
-"""
 CEILING = re.compile(
     r"^ceiling +(.+): copy ([\d.]+) TB/s \(read \+ written\), read ([\d.]+) TB/s, bf16 8192\^3 (\d+)", re.M
 )
@@ -123,38 +85,6 @@ def drawn_counts(count: int, seed: int | str) -> tuple[int, ...]:
     while len(found) < count:
         found.add(round(2 ** dice.uniform(0, math.log2(MOST_DRAWN))))
     return tuple(sorted(found))
-
-
-def harness_for(
-    source: str, layer: Layer, routing: Routing, paths: tuple[str, ...], peers: str, humming: int | None = None
-) -> str:
-    """The harness' source with the layer's top-k, activation and routing in place of its own, our paths first.
-
-    ``humming``: the most configurations of each of humming's kernels, its own choice first; None for all.
-
-    Raises:
-        ConfigError: it has not the lines that say which those are.
-    """
-    lines = {RoutingKind.ZIPF: ZIPF_LINES, RoutingKind.ALL_TO: ALL_TO_LINES}
-    other = tuple(path for path in paths if path != "w8a16")
-    changes = {MAIN_LINE: PATHS_LINES.format(paths=other, peers=peers.split(",")) + MAIN_LINE}
-    if humming is not None:
-        if MULTIPLES not in source:
-            raise ConfigError(f"the harness has no {MULTIPLES}, humming's configurations")
-        source = source.replace(MULTIPLES, repr(literal_eval(MULTIPLES)[:humming]))  # to compile, and to time
-    if layer.shape.top_k != 4:
-        changes[TOP_K_LINE] = f"TOPK = {layer.shape.top_k}\n"
-    if layer.activation != SwiGLUOAI():
-        alpha, beta, limit = layer.activation.parameters
-        changes[ACTIVATION_LINE] = f"ALPHA, BETA, LIMIT = {alpha}, {beta}, {min(limit, NO_LIMIT)}\n"
-    if routing.kind in lines:
-        number = int(routing.parameter) if routing.kind is RoutingKind.ALL_TO else routing.parameter
-        changes[ROUTING_LINE] = lines[routing.kind].format(parameter=number)
-    for line, replacement in changes.items():
-        if source.count(line) != 1:
-            raise ConfigError(f"the harness has {source.count(line)} times the line {line.strip()!r}; needed is one")
-        source = source.replace(line, replacement)
-    return source
 
 
 Printed = tuple[str, list[dict[str, Any]]]
@@ -342,7 +272,11 @@ def shape_names(context: click.Context, parameter: click.Parameter, value: str |
 )
 @click.option("--draw", type=click.IntRange(1, 1000), help="So many token counts, drawn, in place of --tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --draw.")
-@click.option("--humming", type=click.IntRange(1), help="Configurations of each of humming's kernels.  [default: all]")
+@click.option(
+    "--humming",
+    type=click.IntRange(1),
+    help="Configurations of each of humming's kernels, and few of Marlin's.  [default: all]",
+)
 @click.option("--peers", default=PEERS, show_default=True, help="Names of the harness' own kernels.")
 @click.option("--seconds", type=click.FloatRange(min=1), default=300, show_default=True, help="For all of the timing.")
 @click.option("--jobs", type=click.IntRange(1), default=8, show_default=True, help="Processes that compile.")

@@ -9,16 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tools.beside_peers import (
-    MAIN_LINE,
-    MULTIPLES,
-    ROUTING_LINE,
-    TOP_K_LINE,
-    drawn_counts,
-    harness_for,
-    main,
-    table_of,
-)
+from tools.beside_peers import drawn_counts, main, table_of
+from tools.peer_harness import MAIN_LINE, MARLIN_LINES, MULTIPLES, ROUTING_LINE, TOP_K_LINE, harness_for
 
 from epfuse.bench.layers import LAYERS
 from epfuse.bench.routing import Routing
@@ -166,6 +158,9 @@ def test_few_configurations_of_humming_are_compiled_and_timed() -> None:
     few = (LAYERS["minimax-m3-ep8"], Routing.parse("uniform"), ("w8a16",), "fast", 2)
     source = harness_for(f"{MAIN_LINE}    compiled, timed = {MULTIPLES}, {MULTIPLES}\n", *few)
     assert source.endswith("compiled, timed = (1, 0.25), (1, 0.25)\n")
+    marlin = harness_for(f"{MAIN_LINE}    pass\n{MARLIN_LINES}# {MULTIPLES}\n", *few)
+    assert "default" not in marlin
+    assert "T <= 16" in marlin
     with pytest.raises(EpfuseError, match="humming's configurations"):
         harness_for(MAIN_LINE, *few)
 
