@@ -14,14 +14,13 @@ import json
 import multiprocessing
 import pathlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import UTC, datetime
 from typing import Any
 
 import click
 import torch
 
 from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, fused_experts
-from epfuse.bench.machine import commit, describe_device, versions
+from epfuse.bench.machine import describe_device, run_facts
 from epfuse.children import Children, join
 from epfuse.config import LayerShape, silu_gate
 from epfuse.report.write import write_atomic
@@ -109,14 +108,8 @@ def main(record: pathlib.Path, before: pathlib.Path | None, jobs: int, kinds: st
                 bits |= done.result()
             except Exception as error:  # a kind that a layer's sizes don't allow is on record, like its reason
                 refused[waiting[done]] = f"{type(error).__name__}: {error}".splitlines()[0]
-    found = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
-        "device": describe_device(device),
-        "refused": dict(sorted(refused.items())),
-        "bits": dict(sorted(bits.items())),
-    }
+    results = {"refused": dict(sorted(refused.items())), "bits": dict(sorted(bits.items()))}
+    found = run_facts(["python", "-m", "tools.output_bits"], device=describe_device(device), **results)
     write_atomic(record, json.dumps(found, indent=1) + "\n")
     click.echo(f"{len(bits)} results")
     for name, reason in found["refused"].items():

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import click
 import torch
 from tools.gpu_suite.watch import FENCED, FOLDER, REPEAT
 
-from epfuse.bench.machine import commit, describe_device, read_clocks, versions
+from epfuse.bench.machine import describe_device, read_clocks, run_facts
 from epfuse.children import Children
 from epfuse.errors import ConfigError
 from epfuse.report.write import write_atomic
@@ -174,15 +173,8 @@ def main(
         raise click.UsageError("no GPU is visible to torch; these tests need one")
     device = torch.device("cuda", 0)
     end = time.monotonic() + seconds
-    record: dict[str, Any] = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["tools.gpu_suite", *sys.argv[1:]]),
-        "commit": commit(),
-        "versions": versions(),
-        "device": describe_device(device),
-        "clocks": read_clocks(device),
-        "rounds": [],
-    }
+    about = {"device": describe_device(device), "clocks": read_clocks(device)}
+    record = run_facts(["python", "-m", "tools.gpu_suite"], **about, rounds=[])
     torch.cuda.empty_cache()
     for number in range(1, rounds + 1):
         left = end - time.monotonic()

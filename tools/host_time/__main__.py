@@ -15,14 +15,13 @@ import os
 import statistics
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from epfuse.bench.machine import commit, describe_device, versions
+from epfuse.bench.machine import describe_device, run_facts
 from epfuse.children import Children
 from epfuse.errors import ConfigError
 from epfuse.report.write import write_atomic
@@ -129,14 +128,8 @@ def main(target: Path, beside: dict[str, Path], rounds: int, stub: bool) -> None
     for row in rows:
         print("{path:6} T={tokens:<5} {memory:8} {version:10} {python_calls:5} Python calls {us:8.1f} us".format(**row))
     device = torch.device("cpu") if stub else torch.device("cuda", 0)
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": describe_device(device),
-        "versions": versions(),
-        "stub": stub,
-        "rows": rows,
-    }
+    program = ["python", "-m", "tools.host_time"]
+    record = run_facts(program, device=describe_device(device), stub=stub, rows=rows)
     write_atomic(target, json.dumps(record, indent=1) + "\n")
 
 

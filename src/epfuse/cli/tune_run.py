@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import pathlib
 import shlex
@@ -163,17 +162,14 @@ def try_tiles(options: Options, layer: Layer, trials: tuple[Trial, ...], keep: b
         results = run_trials(trials, device.target, bench, lambda result: progress.advance(task))
     with delivery.of(STDOUT):
         if options.as_json:
-            record = {
-                "date": datetime.date.today().isoformat(),
-                "command": request.source,
-                "device": machine.describe_device(gpu),
-                "clocks": machine.read_clocks(gpu),
-                "versions": machine.versions(),
-                "commit": machine.commit(),
-                "shape": asdict(layer.shape),
-                "bias": layer.bias.value,
-                "trials": [result.to_json() for result in results],
-            }
+            record = machine.run_facts(
+                ["epfuse"],
+                device=machine.describe_device(gpu),
+                clocks=machine.read_clocks(gpu),
+                shape=asdict(layer.shape),
+                bias=layer.bias.value,
+                trials=[result.to_json() for result in results],
+            )
             click.echo(json.dumps(record, indent=1, allow_nan=False))
         else:
             console.show_results(results, device, stdout(160))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -84,11 +84,8 @@ class VerifyRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-ready values."""
-        problem = asdict(self.problem)
-        problem["dtype"] = str(self.problem.dtype).removeprefix("torch.")
-        problem["device"] = str(self.problem.device)
+        problem = to_jsonable_python(self.problem, fallback=lambda value: str(value).removeprefix("torch."))
         problem["activation"] = {"kind": self.problem.activation.kind, **problem["activation"]}
-        problem["bias"] = self.problem.bias.value
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": describe_device(self.problem.device) | {"target": self.problem.target.value},
