@@ -254,6 +254,7 @@ OWN_WRITERS = {
     "src/epfuse/serving/server.py": "a server's log, appended to while it runs",
     "src/epfuse/aot/isa/lds.py": "touches memory of the model, no file",
     "src/epfuse/aot/isa/vmem.py": "touches memory of the model, no file",
+    "tools/serve_on_gpu/memory.py": "a sample twice a second, appended while a server runs",
     "tools/server_releases.py": "renames a folder that it has unpacked",
 }
 WRITERS = {"write_text", "write_bytes", "mkstemp", "NamedTemporaryFile", "dump", "rename", "touch"}
