@@ -143,10 +143,10 @@ def test_error_of_block_fp8_against_the_mxfp8_oracle(device: torch.device, rule:
 @pytest.mark.parametrize("combine", list(Combine))
 @pytest.mark.parametrize("tokens", [1, 37, 300, 2048])
 def test_larger_layers(device: torch.device, tokens: int, form: WeightFormat, combine: Combine) -> None:
-    from epfuse.families.portable_fp8 import FP8
+    from epfuse.families.portable_fp8 import FP8_TILES
     from epfuse.target import target_of
 
     case = make_case(device, tokens=tokens, hidden=2048, intermediate=1024, experts=32, local=8)
     weights = prepared(case, form)
-    tiles = next(entry.tiles for entry in FP8[target_of(device)] if tokens * 4 / 32 <= entry.max_rows)
+    tiles = next(entry.tiles for entry in FP8_TILES[target_of(device)] if tokens * 4 / 32 <= entry.max_rows)
     assert snr_db(run(case, weights, combine, tiles), oracle(case, weights)) > FLOOR

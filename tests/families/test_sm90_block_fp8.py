@@ -13,7 +13,7 @@ from epfuse.errors import ConfigError
 from epfuse.families.family import CallKind, Stage
 from epfuse.families.portable_fp8 import PORTABLE_FP8
 from epfuse.families.registry import serving, why_portable
-from epfuse.families.sm90_block_fp8 import BLOCK_FP8, SM90_BLOCK_FP8
+from epfuse.families.sm90_block_fp8 import BLOCK_FP8_TILES, SM90_BLOCK_FP8
 from epfuse.policy import decide
 from epfuse.reference import run_reference
 from epfuse.stages.activation_reference import activated
@@ -141,7 +141,7 @@ def test_sums_by_atomics_run_on_the_portable_kernels(tokens: int) -> None:
 
 
 def test_default_tiles_fit() -> None:
-    for entry in BLOCK_FP8:
+    for entry in BLOCK_FP8_TILES:
         for tile in (entry.tiles.gate_up, entry.tiles.down):
             assert SM90_BLOCK_FP8.fits(tile, WeightFormat.BLOCK_FP8, entry.tiles.block_m)
 

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from epfuse.stages.activate.kernel import activate_kernel
 from epfuse.stages.down.kernel_fp8 import down_fp8_kernel
 from epfuse.stages.gate_up.kernel_fp8 import gate_up_fp8_kernel
-from epfuse.families.portable_fp8 import FP8
+from epfuse.families.portable_fp8 import FP8_TILES
 from epfuse.target import Target
 
 target, backend, arch, warp, values, stage = sys.argv[1:]
@@ -39,7 +39,7 @@ def compile(kernel, types, constexprs, **options):
 
 
 table = {"sorted_routes": "*i32", "block_expert": "*i32", "num_padded": "*i32"}
-for tiles in {entry.tiles for entry in FP8[Target(target)]}:
+for tiles in {entry.tiles for entry in FP8_TILES[Target(target)]}:
     for group, rows, scale in ((32, 1, "*u8"), (128, 128, "*fp32")):
         pairs = [(gate_up_fp8_kernel, tiles.gate_up, False), (down_fp8_kernel, tiles.down, False)]
         pairs += [(down_fp8_kernel, tiles.down, True)] if tiles.block_m == 16 else []

@@ -162,11 +162,11 @@ def test_nan_in_a_scale_reaches_what_it_scales(device: torch.device) -> None:
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 def test_minimax_m3_tiles(device: torch.device, group: int, block_m: int) -> None:
-    from epfuse.families.portable_fp8 import FP8
+    from epfuse.families.portable_fp8 import FP8_TILES
     from epfuse.target import target_of
 
     target = target_of(device)
-    found = [entry.tiles for entry in FP8[target] if entry.tiles.block_m == block_m]
+    found = [entry.tiles for entry in FP8_TILES[target] if entry.tiles.block_m == block_m]
     if not found:
         pytest.skip("no tile of this target has so many rows")
     dtype = FNUZ if target is Target.GFX942 else FN

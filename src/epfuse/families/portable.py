@@ -36,8 +36,8 @@ class Portable(TwoGemms):
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Dense or MXFP8 tables; FP32 has one tile."""
         if kind.form is not WeightFormat.DENSE:
-            return MXFP8[kind.target]
-        return FLOAT32 if kind.dtype == torch.float32 else DENSE[kind.target]
+            return MXFP8_TILES[kind.target]
+        return FLOAT32_TILES if kind.dtype == torch.float32 else DENSE_TILES[kind.target]
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Tiles whose accumulators fill the warps and whose weights fit shared memory."""
@@ -64,7 +64,7 @@ _DENSE_AMD = (
     TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 2), GemmTile(128, 64, 0, 4, 2))),
     TileRange(ANY, LayerTiles(128, GemmTile(256, 64, 8, 8, 2), GemmTile(256, 64, 8, 8, 2))),
 )
-DENSE: dict[Target, tuple[TileRange, ...]] = {
+DENSE_TILES: dict[Target, tuple[TileRange, ...]] = {
     Target.SM90: (
         TileRange(12, LayerTiles(16, GemmTile(64, 256, 0, 4, 3), GemmTile(64, 256, 0, 4, 3))),
         TileRange(20, LayerTiles(32, GemmTile(128, 128, 0, 4, 3), GemmTile(128, 128, 0, 4, 3))),
@@ -80,7 +80,7 @@ _MXFP8_AMD = (
     TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 2), GemmTile(128, 64, 0, 4, 2))),
     TileRange(ANY, LayerTiles(128, GemmTile(128, 64, 8, 8, 2), GemmTile(128, 64, 8, 8, 2))),
 )
-MXFP8: dict[Target, tuple[TileRange, ...]] = {
+MXFP8_TILES: dict[Target, tuple[TileRange, ...]] = {
     Target.SM90: (
         TileRange(12, LayerTiles(16, GemmTile(64, 128, 0, 4, 4), GemmTile(64, 128, 0, 4, 4))),
         TileRange(48, LayerTiles(64, GemmTile(128, 64, 0, 4, 4), GemmTile(128, 64, 0, 4, 4))),
@@ -90,6 +90,6 @@ MXFP8: dict[Target, tuple[TileRange, ...]] = {
     Target.GFX950: _MXFP8_AMD,
 }
 # FP32 has no tensor cores here: correctness, not speed.
-FLOAT32 = (TileRange(ANY, LayerTiles(16, GemmTile(64, 32, 0, 4, 2), GemmTile(64, 32, 0, 4, 2))),)
+FLOAT32_TILES = (TileRange(ANY, LayerTiles(16, GemmTile(64, 32, 0, 4, 2), GemmTile(64, 32, 0, 4, 2))),)
 
 PORTABLE = Portable()

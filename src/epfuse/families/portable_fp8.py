@@ -37,7 +37,7 @@ class PortableFP8(Family):
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """block_k is a multiple of both groups, 32 and 128."""
-        return FP8[kind.target]
+        return FP8_TILES[kind.target]
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Whole groups of 128."""
@@ -123,7 +123,7 @@ _AMD = (
     TileRange(48, LayerTiles.both(32, GemmTile(128, 128, 0, 4, 2))),
     TileRange(ANY, LayerTiles.both(64, GemmTile(128, 128, 8, 4, 2))),
 )
-FP8: dict[Target, tuple[TileRange, ...]] = {
+FP8_TILES: dict[Target, tuple[TileRange, ...]] = {
     Target.SM90: (
         TileRange(12, LayerTiles.both(16, GemmTile(128, 128, 0, 4, 4))),
         TileRange(20, LayerTiles.both(32, GemmTile(128, 128, 0, 4, 4))),

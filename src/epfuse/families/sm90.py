@@ -57,15 +57,14 @@ class Sm90(TwoGemms):
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H100; with one scale a row on an H200."""
-        return {WeightFormat.FRAGMENT: FRAGMENT, WeightFormat.ROW_FP8: ROW_FP8, WeightFormat.DENSE: DENSE}[kind.form]
+        return TILES[kind.form]
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit shared memory; shared reductions where there are few rows."""
         if block_m.bit_count() > 1:
             return
-        packed = kind.form is not WeightFormat.DENSE
         for block_k, (block_n, warps), group_m, stages, split_k in itertools.product(
-            (128,) if packed or block_m < 64 else (64, 128),
+            (64, 128) if kind.form is WeightFormat.DENSE and block_m >= 64 else (128,),
             ((64, 4), (128, 4), (128, 8), (256, 8)),
             blocks.groups(block_m),
             (2, 3, 4, 5),
@@ -99,7 +98,7 @@ def ring_fits(tile: Sm90Tile, form: WeightFormat, block_m: int) -> bool:
 
 # Measured on an H100 (docs/performance.md). From 6 rows on blocks of 32: 0.6 % slower than 16 where rows are spread
 # evenly, and 1.7 times as fast where all tokens are on two experts. From 44 rows on the packed kernels take over.
-FRAGMENT = (
+FRAGMENT_TILES = (
     TileRange(0.1, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 3, split_k=8), Sm90Tile(64, 128, 0, 4, 3, split_k=8))),
     TileRange(0.3, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4, split_k=2), Sm90Tile(64, 128, 0, 4, 4, split_k=2))),
     TileRange(0.75, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 8, 5))),
@@ -109,8 +108,8 @@ FRAGMENT = (
     TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
 )
 # Measured on an H200 (docs/performance.md). With more rows FP8 products are faster, though rows are quantised for them.
-ROW_FP8 = (TileRange(0.1, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, split_k=4))),)
-DENSE = (
+ROW_FP8_TILES = (TileRange(0.1, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, split_k=4))),)
+DENSE_TILES = (
     TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
     TileRange(4, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
     TileRange(12, LayerTiles(16, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
@@ -119,5 +118,10 @@ DENSE = (
     TileRange(96, LayerTiles(128, Sm90Tile(256, 64, 8, 8, 4), Sm90Tile(256, 64, 8, 8, 4))),
     TileRange(ANY, LayerTiles(128, Sm90Tile(256, 64, 16, 8, 4), Sm90Tile(256, 64, 16, 8, 4))),
 )
+TILES = {
+    WeightFormat.FRAGMENT: FRAGMENT_TILES,
+    WeightFormat.ROW_FP8: ROW_FP8_TILES,
+    WeightFormat.DENSE: DENSE_TILES,
+}
 
 SM90 = Sm90()

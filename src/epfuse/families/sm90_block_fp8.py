@@ -44,7 +44,7 @@ class Sm90BlockFP8(Family):
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H200."""
-        return BLOCK_FP8
+        return BLOCK_FP8_TILES
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit."""
@@ -106,7 +106,7 @@ def _tiles(block_m: int, group_m: int, stages: int, down: int, down_stages: int)
 
 
 # The best of nine on an H200 (docs/performance.md). Up to 32 rows weights stand on the M side of wgmma.
-BLOCK_FP8 = (
+BLOCK_FP8_TILES = (
     TileRange(12, _tiles(16, 0, 6, 256, 6)),
     TileRange(24, _tiles(32, 0, 5, 256, 5)),
     TileRange(48, _tiles(64, 0, 5, 256, 5)),

@@ -42,7 +42,7 @@ class Sm90FP8(Family):
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H100; up to 12 rows on an H200."""
-        return ROW_FP8
+        return ROW_FP8_TILES
 
     def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""
@@ -69,7 +69,7 @@ class Sm90FP8(Family):
         return fp8_scratch(tokens, top_k, hidden, intermediate)
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
-        """With a caller's scratch x and gate_up lie where routed will be: both are dead when down begins."""
+        """With a caller's scratch x and activated lie where routed will be: both are dead when down begins."""
         from epfuse.stages.combine.launch import launch_combine
         from epfuse.stages.down.launch_sm90_fp8 import launch_down_sm90_fp8
         from epfuse.stages.gate_up.launch_sm90_fp8 import launch_gate_up_sm90_fp8
@@ -82,26 +82,26 @@ class Sm90FP8(Family):
         fp8, device = torch.float8_e4m3fn, call.hidden.device
         if scratch is None:
             x, y = FP8Rows.empty(rows, size, size, fp8, device), FP8Rows.empty(rows, between, between, fp8, device)
-            gate_up, routed = call.hidden.new_empty(rows, between), call.hidden.new_empty(rows, size)
+            activated, routed = call.hidden.new_empty(rows, between), call.hidden.new_empty(rows, size)
         else:  # the scales of x are dead when y's values are written to their place
             memory = scratch.routed.view(-1).view(torch.uint8)
             values = memory[: rows * size].view(fp8).view(rows, size)
             x = FP8Rows(values, scratch.y.view(-1).view(torch.uint8)[:rows].view(rows, 1), size)
-            gate_up = rows_in(scratch.routed.view(-1)[rows * size // 2 :], rows, between)
+            activated = rows_in(scratch.routed.view(-1)[rows * size // 2 :], rows, between)
             y, routed = fp8_rows_in(scratch.y, rows, between, between, fp8), rows_in(scratch.routed, rows, size)
         # a caller's scratch may have out's memory for y, which is in use until down has finished
         out_is_free = scratch is None or not overlaps(scratch.y, call.out)
         lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, out_is_free)
         route_row = slots.new_empty(rows)
         table = call.table(tiles.block_m, tiles.arrivals(size, between))
-        first = (x, call.w13, table, call.activation, tile, gate_up, call.gate_up_bias)
+        first = (x, call.w13, table, call.activation, tile, activated, call.gate_up_bias)
         second = (y, call.w2, table, call.topk_weights, tile, routed, lone, call.down_bias)
         summed = (routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)
         launches: tuple[Step, ...] = (
             ("route", partial(launch_route, call.topk_ids, slots, shape.local_experts, table)),
             ("quantize", partial(launch_quantize_packed, call.hidden, table, shape.top_k, x, route_row, lone)),
             ("gate_up", partial(launch_gate_up_sm90_fp8, *first)),
-            ("activate", partial(launch_quantize_packed, gate_up, table, None, y)),
+            ("activate", partial(launch_quantize_packed, activated, table, None, y)),
             ("down", partial(launch_down_sm90_fp8, *second)),
             ("combine", partial(launch_combine, *summed, out_is_free=out_is_free)),
         )
@@ -110,7 +110,7 @@ class Sm90FP8(Family):
 
 # Measured on an H100, up to 12 rows on an H200 (docs/performance.md). There and from 44 rows on two consumers: each
 # GEMM has its own launch, and smaller tiles leave less of the GPU idle at the end of both.
-ROW_FP8 = (
+ROW_FP8_TILES = (
     TileRange(12, LayerTiles.both(16, Sm90PersistentTile(128, 128, 0, 4, 8, 1))),
     TileRange(24, LayerTiles.both(32, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),
     TileRange(44, LayerTiles.both(96, Sm90PersistentTile(192, 128, 2, 4, 5, 1, head=32))),

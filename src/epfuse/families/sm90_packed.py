@@ -39,7 +39,7 @@ class Sm90Packed(Family):
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H100."""
-        return FRAGMENT
+        return FRAGMENT_TILES
 
     def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""
@@ -117,7 +117,7 @@ def _ring_fits(tile: Sm90PersistentTile, block_m: int) -> bool:
 
 
 # Measured on an H100. A block holds twice the rows that an expert can expect, and costs little where it has no more.
-FRAGMENT = (
+FRAGMENT_TILES = (
     TileRange(72, LayerTiles.both(128, Sm90PersistentTile(192, 128, 2, 4, 3, 1, head=64))),
     TileRange(160, LayerTiles.both(144, Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
     TileRange(288, LayerTiles.both(320, Sm90PersistentTile(128, 64, 1, 4, 4))),

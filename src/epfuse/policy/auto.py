@@ -165,9 +165,9 @@ def _gains(kind: CallKind) -> tuple[Gain, ...]:
     starts = sorted({*bf16.first_tokens, *w8a16.first_tokens})
     found = []
     for start, after in zip(starts, [*starts[1:], None], strict=True):
-        dense, packed = bf16.at(start).measured_us, w8a16.at(start).measured_us
-        if dense is not None and packed is not None and packed >= PAYS * dense:
-            found.append(Gain(start, None if after is None else after - 1, packed / dense))
+        of_bf16, of_w8a16 = bf16.at(start).measured_us, w8a16.at(start).measured_us
+        if of_bf16 is not None and of_w8a16 is not None and of_w8a16 >= PAYS * of_bf16:
+            found.append(Gain(start, None if after is None else after - 1, of_w8a16 / of_bf16))
     return tuple(found)
 
 
