@@ -12,6 +12,7 @@ from epfuse import ExpertWeights, Target
 from epfuse.config import WeightFormat
 from epfuse.errors import ConfigError
 from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.weights import fragment
 from epfuse.weights.fragment import LARGEST_SCALE, SCALE_SHIFT, pack, unpack
 from epfuse.weights.panels import RowOrder
 
@@ -126,17 +127,34 @@ def test_prepare_leaves_what_it_can_not_hold(caplog: pytest.LogCaptureFixture) -
 
 
 class CountingSyncs(TorchDispatchMode):
-    """Counts what makes the host wait for the device: a number of a tensor that is asked for."""
+    """Counts what makes the host wait for the device: a number of a tensor, and a mask as an index."""
 
     syncs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices = args[1] if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) else ()
         self.syncs += func is torch.ops.aten._local_scalar_dense.default
+        self.syncs += any(index is not None and index.dtype is torch.bool for index in indices)
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_does_not_wait_for_each_expert() -> None:
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_the_host_does_not_wait_for_each_expert(rows: int, columns: int) -> None:
     """A model has thousands: what is refused is asked for once a stack, by `tolist`, which is no operator."""
     with CountingSyncs() as counting:
-        pack(random_mxfp8(5, 128, 256), RowOrder.GATE_UP)
+        pack(random_mxfp8(5, rows, columns), RowOrder.GATE_UP)
     assert counting.syncs == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_groups_of_experts_change_nothing(rows: int, columns: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = random_mxfp8(5, rows, columns)
+    whole = pack(clone(weights), RowOrder.GATE_UP)
+    monkeypatch.setattr(fragment, "GROUP_BYTES", count * rows * -(-columns // 128) * 128 + 1)
+    cut = pack(clone(weights), RowOrder.GATE_UP)
+    assert torch.equal(cut.codes, whole.codes)
+    assert torch.equal(cut.scales, whole.scales)
+    weights.values.view(torch.uint8)[4, 0, 0] = 0x7F
+    with pytest.raises(ConfigError, match="expert 4 holds NaN"):
+        pack(weights, RowOrder.GATE_UP)

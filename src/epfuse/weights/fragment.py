@@ -14,6 +14,7 @@ byte plus 120: as a BF16 exponent it is the scale times 2^120, which makes up fo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +40,10 @@ from epfuse.weights.projections import Forms, Part
 SCALE_SHIFT = 120
 LARGEST_SCALE = 254 - SCALE_SHIFT
 """Largest E8M0 byte that has a place: 2^7. Real weights lie far below: a block would hold a value over 2^15."""
+
+GROUP_BYTES = 64 << 20
+"""Codes that are rearranged at a time: several small experts, so that the host keeps up with the device. It takes some
+five times that besides."""
 
 
 @checks_enums
@@ -79,7 +84,7 @@ class FragmentExperts(PanelProjections[FragmentMXFP8]):
 @torch.no_grad()
 @checks_enums
 def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
-    """Repack, one matrix at a time, into the memory of ``weights`` where the sizes allow it.
+    """Repack, a few matrices at a time, into the memory of ``weights`` where the sizes allow it.
 
     Args:
         weights: ``[L, N, K]`` E4M3FN. **Overwritten** when N is a multiple of 64 and K of
@@ -104,10 +109,24 @@ def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
         out_codes = codes.new_empty(local, panels, padded // 32, 2048)
         out_scales = scales.new_empty(local, panels, padded // STEP_K, 256)
     source = source.to(codes.device)
-    for expert in range(local):
-        out_codes[expert] = pack_codes(take_rows(codes[expert], source, padded, 0))
-        out_scales[expert] = pack_scales(take_rows(scales[expert] + SCALE_SHIFT, source, padded // 32, SCALE_SHIFT))
+    for some in groups(local, rows * padded):
+        packed = pack_codes(take_rows(codes[some], source, padded, 0).flatten(0, 1))
+        out_codes[some] = packed.view_as(out_codes[some])
+        shifted = take_rows(scales[some] + SCALE_SHIFT, source, padded // 32, SCALE_SHIFT)
+        out_scales[some] = pack_scales(shifted.flatten(0, 1)).view_as(out_scales[some])
     return FragmentMXFP8(out_codes, out_scales.view(torch.int32), rows, columns, order)
+
+
+def groups(local: int, size: int) -> Iterator[slice]:
+    """All experts, as many at a time as have `GROUP_BYTES`, or one.
+
+    Args:
+        local: L.
+        size: bytes of one expert's matrix.
+    """
+    count = max(1, GROUP_BYTES // max(1, size))
+    for first in range(0, local, count):
+        yield slice(first, first + count)
 
 
 def check_packable(weights: MXFP8) -> None:
@@ -122,8 +141,8 @@ def check_packable(weights: MXFP8) -> None:
     require_fn(weights)
     codes = weights.values.view(torch.uint8)
     nan = torch.empty(codes.shape[0], dtype=torch.int32, device=codes.device)
-    for expert in range(codes.shape[0]):  # one by one: what is computed in between is as large as the codes
-        nan[expert] = ((codes[expert] & 0x7F) == 0x7F).any()
+    for some in groups(len(codes), codes[:1].numel()):  # what is computed in between is as large as the codes
+        nan[some] = ((codes[some] & 0x7F) == 0x7F).flatten(1).any(1).int()
     found = torch.stack([weights.scales.amax(dim=(1, 2)).int(), nan])
     for expert, (largest, has_nan) in enumerate(zip(*found.tolist(), strict=True)):
         if largest > LARGEST_SCALE:

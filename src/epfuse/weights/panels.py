@@ -115,19 +115,23 @@ def source_rows(rows: int, order: RowOrder) -> torch.Tensor:
     return torch.where(gate < outputs, torch.cat([gate, gate + outputs], dim=1), -1).reshape(-1)
 
 
-def take_rows(matrix: torch.Tensor, source: torch.Tensor, columns: int, fill: int) -> torch.Tensor:
-    """Rows of a matrix in another order, padded.
+def take_rows(matrices: torch.Tensor, source: torch.Tensor, columns: int, fill: int) -> torch.Tensor:
+    """Rows of matrices in another order, padded.
 
     Args:
-        matrix: ``[N, C]``, any dtype.
-        source: ``[M]`` int64, from `source_rows`: which row of ``matrix`` each row of the result is, -1 for padding.
+        matrices: ``[.., N, C]``, any dtype.
+        source: ``[M]`` int64, from `source_rows`, on the same device: which row of a matrix each row of the result is,
+            every row once, -1 for padding.
         columns: of the result, at least C.
         fill: what padding rows hold, and every row past the matrix's C columns.
 
     Returns:
-        ``[M, columns]``, dtype and device of ``matrix``, new memory.
+        ``[.., M, columns]``, dtype and device of ``matrices``, new memory.
+
+    Host syncs: none; a mask as an index would be one.
     """
-    out = matrix.new_full((source.numel(), columns), fill)
-    real = source >= 0
-    out[real, : matrix.shape[1]] = matrix[source[real]]
-    return out
+    taken = matrices.index_select(-2, source.clamp(min=0))
+    if source.numel() != matrices.shape[-2]:
+        taken.masked_fill_((source < 0)[:, None], fill)
+    more = columns - matrices.shape[-1]
+    return torch.nn.functional.pad(taken, (0, more), value=fill) if more else taken
