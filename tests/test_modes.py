@@ -128,6 +128,11 @@ def test_derivatives_and_batches_that_would_be_lost_are_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"hidden is traced by torch\.func"):
         torch.vmap(layer)(case.hidden[None])
+    with (
+        pytest.warns(DeprecationWarning, match="jit"),
+        pytest.raises(ConfigError, match=r"torch\.jit\.trace records nothing"),
+    ):
+        torch.jit.trace(layer, (case.hidden,))
     with pytest.raises(ConfigError, match="hidden"):
         torch.func.jvp(layer, (case.hidden,), (torch.ones_like(case.hidden),))
     with forward_ad.dual_level():

@@ -72,6 +72,7 @@ def fused_experts(
 
     Raises:
         ShapeError, DtypeError, DeviceError, LayoutError, ConfigError: an argument does not fit; the message names it.
+            ConfigError also inside torch.jit.trace.
         UnsupportedTarget: the device can't run ``path`` on these weights, or not with this ``combine``.
 
     Host syncs: none on a GPU path; graph-capturable. `torch.compile` and `torch.export` trace it as one operator
@@ -80,6 +81,8 @@ def fused_experts(
     activation = MINIMAX_M3 if activation is None else activation
     if torch.compiler.is_compiling():
         return traced_experts(hidden, weights, topk_weights, topk_ids, expert_map, activation, path, combine, out)
+    if torch._C._is_tracing():
+        raise ConfigError("torch.jit.trace records nothing that epfuse launches; use torch.export or torch.compile")
     check_call(hidden, weights, topk_weights, topk_ids, expert_map, activation, path, combine, out, scratch)
     tokens, top_k = topk_ids.shape
     read: list[tuple[str, Span]] = []

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from epfuse.api import fused_experts
 from epfuse.arguments import checks_enums, member
@@ -37,6 +38,11 @@ from epfuse.weights.experts import ExpertWeights
 
 log: logging.Logger = logging.getLogger(__name__)
 NAME = "epfuse"
+
+UNTRACED = (
+    "what epfuse knows of a module is no part of a traced graph: torch.compile breaks the graph there (without"
+    " fullgraph=True), torch.export and torch.jit.trace record transformers' own experts"
+)
 
 Forward = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -77,6 +83,7 @@ def register(path: Path = Path.AUTO, layout: Layout = Layout.OWN) -> None:
 
     settings = _Settings(member("path", path, Path), member("layout", layout, Layout))
     forget()
+    _watch_optimizers()
     for interface in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
         interface.register(NAME, _forward_of(interface, settings))
 
@@ -85,9 +92,15 @@ def forget() -> None:
     """Drop what was made from modules' weights: second layouts and converted scales. The next call makes them anew.
 
     Call it after writing to weights where torch does not count it: through ``.data``, NumPy or DLPack, or to a tensor
-    made in inference mode.
+    made in inference mode. After a step of an optimizer of torch's it happens by itself.
     """
     _STATES.clear()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Forget after every optimizer's step: torch counts no write of a fused one."""
+    register_optimizer_step_post_hook(lambda *_: forget())
 
 
 @checks_enums
@@ -128,11 +141,13 @@ _FINDING: threading.RLock = threading.RLock()
 def _forward_of(interface: Any, settings: _Settings) -> Forward:
     """The function that transformers calls in place of a module's forward."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # modules' states are no part of a graph
+    @torch.compiler.disable(reason=UNTRACED)  # type: ignore[no-untyped-call, untyped-decorator]
     def epfuse_experts_forward(
         module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         operands = (hidden_states, top_k_index, top_k_weights)
+        if torch._C._is_tracing() or torch.compiler.is_compiling():  # torch.export calls it all the same
+            return _default(interface, module, UNTRACED)(module, *operands)
         wanted = _wants_gradients(module, hidden_states, top_k_weights)
         if wanted is not None:
             return _default(interface, module, wanted)(module, *operands)
@@ -164,7 +179,8 @@ def _wants_gradients(module: nn.Module, *inputs: torch.Tensor) -> str | None:
     """Why a backward pass may come, in a sentence."""
     if not torch.is_grad_enabled():
         return None
-    if not any(tensor.requires_grad for tensor in (*inputs, *module.parameters(recurse=False))):
+    held = [tensor for tensor in _tensors_of(module) if isinstance(tensor, torch.Tensor)]
+    if not any(tensor.requires_grad for tensor in (*inputs, *module.parameters(recurse=False), *held)):
         return None
     return "gradients are on, and an input or a weight requires one; epfuse has no backward (torch.no_grad() says so)"
 
@@ -184,9 +200,7 @@ def _warn_once(text: str) -> None:
 
 def _state_of(module: nn.Module, settings: _Settings) -> _State:
     """What is known of a module with its present tensors."""
-    names = names_of(module)
-    mine = module.__dict__["_parameters"]
-    tensors = tuple([_identity(mine.get(name)) for name in names.all])
+    tensors = tuple([_identity(tensor) for tensor in _tensors_of(module)])
     state = _STATES.get(module)
     if state is not None and tensors == state.tensors:
         return state
@@ -198,6 +212,20 @@ def _state_of(module: nn.Module, settings: _Settings) -> _State:
             _STATES.pop(module, None)  # before the next is made: two second layouts at once may not fit
             _STATES[module] = state = _found(module, tensors, activation, settings)
     return state
+
+
+def _tensors_of(module: nn.Module) -> list[torch.Tensor | None]:
+    """Weights, biases and scales: parameters, else what FSDP, DataParallel or a buffer put in their place."""
+    own = module.__dict__
+    parameters, buffers, found = own["_parameters"], own["_buffers"], []
+    for name in names_of(module).all:
+        tensor = parameters.get(name)
+        if tensor is None:
+            tensor = own.get(name)
+            if tensor is None:
+                tensor = buffers.get(name)
+        found.append(tensor)
+    return found
 
 
 def _found(
