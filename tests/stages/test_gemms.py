@@ -125,9 +125,10 @@ def test_fused_is_bitwise_the_unfused(device):
     case = make_case(device, tokens=21, scale=6.0)
     routes, rows = routes_of(case), local_rows(case)
     dense = case.weights.dense_experts
-    fused = launch_gate_up(case.hidden, dense.w13, routes, 4, ACTIVATION, TILE)
     per_route = case.hidden.repeat_interleave(4, 0)
-    plain = launch_down(per_route, dense.w13, routes, torch.ones_like(case.topk_weights), TILE)
+    fused, plain = (per_route.new_empty(per_route.shape[0], width) for width in (dense.w2.shape[2], dense.w13.shape[1]))
+    launch_gate_up(case.hidden, dense.w13, routes, 4, ACTIVATION, TILE, fused)
+    launch_down(per_route, dense.w13, routes, torch.ones_like(case.topk_weights), TILE, plain)
     if device.type == "cpu":
         gate, up = plain.float().numpy()[rows].reshape(rows.numel(), 2, -1).swapaxes(0, 1)
         limit = np.float32(ACTIVATION.limit)
@@ -155,7 +156,8 @@ def test_nan_is_not_clamped_away(device):
     case = make_case(device, tokens=5, routing="one_expert")
     case.hidden[2] = float("nan")
     routes = routes_of(case)
-    y = launch_gate_up(case.hidden, case.weights.dense_experts.w13, routes, 4, ACTIVATION, TILE)
+    y = case.hidden.new_empty(routes.num_routes, case.weights.intermediate)
+    launch_gate_up(case.hidden, case.weights.dense_experts.w13, routes, 4, ACTIVATION, TILE, y)
     rows = local_rows(case)
     assert y[rows[rows // 4 == 2]].isnan().all()
     assert not y[rows[rows // 4 != 2]].isnan().any()

@@ -172,8 +172,9 @@ def test_biases_of_zero_change_nothing(device, name):
     for up_bias, down_bias in ((None, None), (layer.up_bias * 0, layer.down_bias * 0)):
         routes = table_of(layer.ids, layer.slots, block_m, tile, hidden, intermediate)
         torch.cuda.synchronize()
-        y = launch_gate_up_sm90(layer.x, w13, routes, TOP_K, ACTIVATION, tile, bias=up_bias)
-        out = launch_down_sm90(y, w2, routes, layer.topk_weights, tile, bias=down_bias)
+        y, out = (poisoned(tokens * TOP_K, width, device) for width in (intermediate, hidden))
+        launch_gate_up_sm90(layer.x, w13, routes, TOP_K, ACTIVATION, tile, y, up_bias)
+        launch_down_sm90(y, w2, routes, layer.topk_weights, tile, out, down_bias)
         found.append((y[layer.local] + 0.0, out[layer.local] + 0.0))  # -0 + 0 is 0
     assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
 

@@ -34,7 +34,9 @@ def test_same_bits_as_bf16(device: torch.device, routing: str, values: torch.dty
         lambda w: w.to_fnuz_() if "fnuz" in str(values) else w,  # the last use of w
     ):
         with poisoned_memory():
-            y = launch_gate_up(case.hidden, convert(stacks.w13), routes, 4, ACTIVATION, TILE)
-            results.append((y, launch_down(y, convert(stacks.w2), routes, case.topk_weights, TILE)))
+            y, out = (case.hidden.new_empty(routes.num_routes, width) for width in (96, 160))
+            launch_gate_up(case.hidden, convert(stacks.w13), routes, 4, ACTIVATION, TILE, y)
+            launch_down(y, convert(stacks.w2), routes, case.topk_weights, TILE, out)
+            results.append((y, out))
     for dense, packed in zip(*results, strict=True):
         assert same_bits(dense, packed)

@@ -305,7 +305,7 @@ def test_rows_and_weights_in_two_kinds_of_e4m3_are_not_multiplied() -> None:
         y = FP8Rows.empty(1, INTERMEDIATE, group, dtype, torch.device("cpu"))
         routes = route(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), LOCAL, 16)
         with pytest.raises(kind, match=words):
-            launch_gate_up_fp8(x, weights.w13, routes, 1, tile)
+            launch_gate_up_fp8(x, weights.w13, routes, 1, tile, torch.empty(1, 2 * INTERMEDIATE))
         out = torch.empty(1, HIDDEN, dtype=torch.bfloat16)
         with pytest.raises(kind, match=words.replace("x has", "y has")):
             launch_down_fp8(y, weights.w2, routes, torch.ones(1, 1), tile, Combine.DETERMINISTIC, out)

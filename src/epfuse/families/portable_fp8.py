@@ -85,7 +85,6 @@ class PortableFP8(Family):
             table,
             top_k,
             tiles.gate_up,
-            hidden.dtype,
             gate_up,
             call.gate_up_bias,
             call.activation.inputs,

@@ -20,7 +20,7 @@ def launch_down(
     routes: RouteTable,
     topk_weights: torch.Tensor,
     tile: GemmTile,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply the down weights, then the router weight in FP32, then round once.
@@ -31,7 +31,7 @@ def launch_down(
         routes: RouteTable of this call.
         topk_weights: ``[T, K]`` float32 contiguous.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
-        out: ``[R, H]``, dtype of y; only rows of local routes are written, row r for route r. Allocated if None.
+        out: ``[R, H]``, dtype of y; only rows of local routes are written, row r for route r.
         bias: ``[L, H]`` float32, added before the router weight multiplies; None for none.
 
     Returns:
@@ -41,8 +41,6 @@ def launch_down(
     """
     intermediate = y.shape[1]
     hidden = w2.shape[1]
-    if out is None:
-        out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
     grid = (routes.max_blocks * pieces(hidden, tile.block_n),)
     rows, router, results = extents(target_of(out.device), y, topk_weights, out)
     down_kernel[grid](

@@ -18,7 +18,7 @@ def launch_down_sm90(
     routes: RouteTable,
     topk_weights: torch.Tensor,
     tile: Sm90Tile,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`launch_down` with the Hopper kernel.
@@ -30,7 +30,7 @@ def launch_down_sm90(
             right before this one, which may still be running when they are read.
         topk_weights: ``[T, K]`` float32 contiguous.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
-        out: ``[R, H]`` BF16; only rows of local routes are written, row r for route r. Allocated if None.
+        out: ``[R, H]`` BF16; only rows of local routes are written, row r for route r.
         bias: ``[L, H]`` float32, added before the router weight multiplies; None for none.
 
     Returns:
@@ -39,8 +39,6 @@ def launch_down_sm90(
     Host syncs: none; graph-capturable.
     """
     hidden, intermediate = w2.shape[1], y.shape[1]
-    if out is None:
-        out = torch.empty(routes.num_routes, hidden, dtype=y.dtype, device=y.device)
     w = operand_of(w2, hidden, tile.block_k)
     tiles = row_tiles(w, routes, tile)
     options = constants(routes, tile)

@@ -18,7 +18,7 @@ def launch_down_sm90_block_fp8(
     routes: RouteTable,
     topk_weights: torch.Tensor,
     tile: Sm90BlockTile,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
     lone: LoneTokens | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -31,8 +31,7 @@ def launch_down_sm90_block_fp8(
             right before this one, which may still be running when they are read.
         topk_weights: ``[T, K]`` float32 contiguous.
         tile: of the GEMM.
-        out: ``[R, H]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
-            if None.
+        out: ``[R, H]`` BF16, packed; only as many rows as there are local routes are written, the first ones.
         lone: from `launch_quantize_packed`: the rows of its tokens go to its ``out`` instead.
         bias: ``[L, H]`` float32, added before the router weight multiplies; None for none.
 
@@ -45,8 +44,6 @@ def launch_down_sm90_block_fp8(
     from epfuse.stages.sm90_launch import block_constants, block_rows, weight_blocks
 
     _, hidden, intermediate = w2.values.shape
-    if out is None:
-        out = torch.empty(routes.num_routes, hidden, dtype=torch.bfloat16, device=y.values.device)
     down_sm90_block_fp8_kernel[(compute_units(out.device),)](
         block_rows(y, routes.block_m),
         y.scales,

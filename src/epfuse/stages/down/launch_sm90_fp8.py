@@ -17,7 +17,7 @@ def launch_down_sm90_fp8(
     routes: RouteTable,
     topk_weights: torch.Tensor,
     tile: Sm90PersistentTile,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
     lone: LoneTokens | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -30,8 +30,7 @@ def launch_down_sm90_fp8(
             right before this one, which may still be running when they are read.
         topk_weights: ``[T, K]`` float32 contiguous.
         tile: of the GEMM; block_k is 128, parts 1.
-        out: ``[R, H]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
-            if None.
+        out: ``[R, H]`` BF16, packed; only as many rows as there are local routes are written, the first ones.
         lone: from `launch_quantize_packed`: the rows of its tokens go to its ``out`` instead.
         bias: ``[L, H]`` float32, added before the router weight multiplies; None for none.
 
@@ -47,8 +46,6 @@ def launch_down_sm90_fp8(
     from epfuse.stages.sm90_launch import check_fp8_tile, constants, row_parts, weight_lines
 
     check_fp8_tile(tile)
-    if out is None:
-        out = torch.empty(routes.num_routes, w2.rows, dtype=torch.bfloat16, device=y.values.device)
     head, rest = tile.rows_of(routes.block_m)
     down_sm90_fp8_kernel[(compute_units(out.device),)](
         *row_parts(y.values, head, rest, tile.block_k),

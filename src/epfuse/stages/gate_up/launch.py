@@ -22,7 +22,7 @@ def launch_gate_up(
     top_k: int,
     activation: Activation,
     tile: GemmTile,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gather routed rows, apply gate and up weights, then the activation.
@@ -35,7 +35,7 @@ def launch_gate_up(
         top_k: K.
         activation: between the two GEMMs.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
-        out: ``[R, I]``, dtype of x; only rows of local routes are written, row r for route r. Allocated if None.
+        out: ``[R, I]``, dtype of x; only rows of local routes are written, row r for route r.
         bias: ``[L, 2I]`` or ``[L, I]`` float32, added before the activation; None for none.
 
     Returns:
@@ -45,8 +45,6 @@ def launch_gate_up(
     """
     hidden = x.shape[1]
     intermediate = w13.shape[1] // activation.inputs
-    if out is None:
-        out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
     grid = (routes.max_blocks * pieces(intermediate, tile.block_n // activation.inputs),)
     rows, results = extents(target_of(out.device), x, out)
     gate_up_kernel[grid](

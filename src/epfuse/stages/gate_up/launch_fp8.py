@@ -22,8 +22,7 @@ def launch_gate_up_fp8(
     routes: RouteTable,
     top_k: int,
     tile: GemmTile,
-    dtype: torch.dtype = torch.bfloat16,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
     bias: torch.Tensor | None = None,
     inputs: int = 2,
 ) -> torch.Tensor:
@@ -35,8 +34,8 @@ def launch_gate_up_fp8(
         routes: RouteTable of this call; row r reads token ``r // K``.
         top_k: K.
         tile: tile of the GEMM; its row block is ``routes.block_m``, its block_k a multiple of the group.
-        dtype: of the result: what the accumulators are rounded to before the activation.
-        out: ``[R, 2I]``, or ``[R, I]``, of ``dtype``; only rows of local routes are written. Allocated if None.
+        out: ``[R, 2I]``, or ``[R, I]``; only rows of local routes are written. Accumulators are rounded to its dtype
+            before the activation.
         bias: ``[L, 2I]`` or ``[L, I]`` float32, added to the products; None for none.
         inputs: rows of w13 for one value of the activation (`Activation.inputs`).
 
@@ -50,8 +49,6 @@ def launch_gate_up_fp8(
     """
     require_alike("x", x, w13)
     hidden, outputs = x.values.shape[1], w13.shape[1]
-    if out is None:
-        out = torch.empty(routes.num_routes, outputs, dtype=dtype, device=x.values.device)
     grid = (routes.max_blocks * pieces(outputs, tile.block_n),)
     values, scales, results = extents(target_of(out.device), x.values, x.scales, out)
     gate_up_fp8_kernel[grid](

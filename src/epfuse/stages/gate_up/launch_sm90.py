@@ -21,7 +21,7 @@ def launch_gate_up_sm90(
     top_k: int,
     activation: Activation,
     tile: Sm90Tile,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`launch_gate_up` with the Hopper kernel.
@@ -34,7 +34,7 @@ def launch_gate_up_sm90(
         top_k: K.
         activation: between the two GEMMs.
         tile: tile of the GEMM; its row block is ``routes.block_m``.
-        out: ``[R, I]`` BF16; only rows of local routes are written, row r for route r. Allocated if None.
+        out: ``[R, I]`` BF16; only rows of local routes are written, row r for route r.
         bias: ``[L, 2I]`` float32, gate before up, added before the activation; None for none.
 
     Returns:
@@ -43,8 +43,6 @@ def launch_gate_up_sm90(
     Host syncs: none; graph-capturable.
     """
     hidden, intermediate = x.shape[1], w13.shape[1] // 2
-    if out is None:
-        out = torch.empty(routes.num_routes, intermediate, dtype=x.dtype, device=x.device)
     w = operand_of(w13, 2 * intermediate, tile.block_k)
     tiles, programs = row_tiles(w, routes, tile), compute_units(x.device)
     options = constants(routes, tile)

@@ -19,7 +19,7 @@ def launch_gate_up_sm90_block_fp8(
     routes: RouteTable,
     activation: Activation,
     tile: Sm90BlockTile,
-    out: FP8Rows | None = None,
+    out: FP8Rows,
     bias: torch.Tensor | None = None,
 ) -> FP8Rows:
     """Apply gate and up weights to packed FP8 rows by native FP8 products, then the activation, and quantise.
@@ -34,7 +34,7 @@ def launch_gate_up_sm90_block_fp8(
         activation: between the two GEMMs, with a gate.
         tile: of the GEMM, block_n 256.
         out: ``[R, I]`` in groups of 128, packed; only as many rows as there are local routes are written, the first
-            ones. Allocated if None.
+            ones.
         bias: ``[L, 2I]`` float32, gate before up, added before the activation; None for none.
 
     Returns:
@@ -47,8 +47,6 @@ def launch_gate_up_sm90_block_fp8(
 
     assert tile.blocks == 2
     intermediate = w13.values.shape[1] // 2
-    if out is None:
-        out = FP8Rows.empty(routes.num_routes, intermediate, BLOCK, x.values.dtype, x.values.device)
     gate_up_sm90_block_fp8_kernel[(compute_units(out.values.device),)](
         block_rows(x, routes.block_m),
         x.scales,

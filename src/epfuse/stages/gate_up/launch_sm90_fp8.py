@@ -18,7 +18,7 @@ def launch_gate_up_sm90_fp8(
     routes: RouteTable,
     activation: Activation,
     tile: Sm90PersistentTile,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply gate and up weights to packed FP8 rows by native FP8 products, and the activation.
@@ -32,8 +32,7 @@ def launch_gate_up_sm90_fp8(
             right before this one, which may still be running when they are read.
         activation: between the two GEMMs.
         tile: of the GEMM; block_k is 128, parts 1.
-        out: ``[R, I]`` BF16, packed; only as many rows as there are local routes are written, the first ones. Allocated
-            if None.
+        out: ``[R, I]`` BF16, packed; only as many rows as there are local routes are written, the first ones.
         bias: ``[L, 2I]`` float32, gate before up, added before the activation; None for none.
 
     Returns:
@@ -48,8 +47,6 @@ def launch_gate_up_sm90_fp8(
     from epfuse.stages.sm90_launch import check_fp8_tile, constants, row_parts, weight_lines
 
     check_fp8_tile(tile)
-    if out is None:
-        out = torch.empty(routes.num_routes, w13.rows // 2, dtype=torch.bfloat16, device=x.values.device)
     head, rest = tile.rows_of(routes.block_m)
     gate_up_sm90_fp8_kernel[(compute_units(out.device),)](
         *row_parts(x.values, head, rest, tile.block_k),

@@ -19,7 +19,7 @@ def launch_gather(
     x: torch.Tensor,
     routes: RouteTable,
     top_k: int,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
     route_row: torch.Tensor | None = None,
     lone: LoneTokens | None = None,
 ) -> torch.Tensor:
@@ -29,8 +29,7 @@ def launch_gather(
         x: ``[T, H]`` of any dtype, contiguous.
         routes: RouteTable of this call; route r has row ``r // K``.
         top_k: K.
-        out: ``[R, H]``, dtype of x; only as many rows as there are local routes are written, the first ones. Allocated
-            if None.
+        out: ``[R, H]``, dtype of x; only as many rows as there are local routes are written, the first ones.
         route_row: ``[R]`` int32, written for local routes: the row of each; None if nobody asks.
         lone: to have its ``of_row`` written, as far as ``out`` is.
 
@@ -39,8 +38,6 @@ def launch_gather(
 
     Host syncs: none; graph-capturable.
     """
-    if out is None:
-        out = torch.empty(routes.num_routes, x.shape[1], dtype=x.dtype, device=x.device)
     grid, operands, options = packing(routes, top_k, x.shape[1], x.device, PROGRAMS_PER_UNIT, route_row, lone)
     gather_kernel[grid](x, out, *operands, **options)
     return out
