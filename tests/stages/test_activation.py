@@ -24,6 +24,7 @@ from epfuse.stages.activate.launch import launch_activate
 from epfuse.stages.activation_reference import REFERENCES
 from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.gate_up.launch import launch_gate_up
+from epfuse.stages.quantize.rows import FP8Rows
 from tests.cases import make_case, snr_db
 from tests.stages.test_gemms import TILE, check_rows, local_rows, poisoned, routes_of
 
@@ -75,7 +76,8 @@ def test_a_new_kind_runs_on_the_portable_kernels() -> None:
     check_rows(out, want, local_rows(case), 44.0)  # a square doubles the relative error of the rounded gate
     rows = local_rows(case)
     gate_up = torch.randn(routes.num_routes, 192).bfloat16()
-    codes = launch_activate(gate_up, routes, Squared()).dequantize(torch.float64)[rows]
+    made = FP8Rows.empty(routes.num_routes, 96, 32, torch.float8_e4m3fn, gate_up.device)
+    codes = launch_activate(gate_up, routes, Squared(), made).dequantize(torch.float64)[rows]
     assert snr_db(codes, squared_reference(gate_up.double(), Squared())[rows]) > 28.0
 
 

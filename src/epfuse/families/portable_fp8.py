@@ -96,7 +96,7 @@ class PortableFP8(Family):
             ("route", partial(launch_route, call.topk_ids, call.slots, call.shape.local_experts, table)),
             ("quantize", partial(launch_quantize, hidden, group, dtype=values, out=x)),
             ("gate_up", partial(launch_gate_up_fp8, *first)),
-            ("activate", partial(launch_activate, gate_up, table, call.activation, group, dtype=values, out=y)),
+            ("activate", partial(launch_activate, gate_up, table, call.activation, y)),
             ("down", partial(_add_up, routed, down) if atomic else down),
             ("combine", partial(_round, routed, call.out) if atomic else summed),
         )

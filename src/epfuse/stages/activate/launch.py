@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 
 from epfuse.config import Activation
-from epfuse.errors import DtypeError
-from epfuse.numerics.mxfp8 import BLOCK
 from epfuse.stages.activate.kernel import activate_kernel
 from epfuse.stages.extent import extents
 from epfuse.stages.grid import pieces, power_of_two
@@ -18,14 +16,7 @@ _ROWS = 4
 _VALUES = 512  # of a row and a program: with 4 warps, 16 values of each half a lane
 
 
-def launch_activate(
-    gate_up: torch.Tensor,
-    routes: RouteTable,
-    activation: Activation,
-    group: int = BLOCK,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    out: FP8Rows | None = None,
-) -> FP8Rows:
+def launch_activate(gate_up: torch.Tensor, routes: RouteTable, activation: Activation, out: FP8Rows) -> FP8Rows:
     """The activation of the local rows, in FP32, quantised without a rounding in between.
 
     Args:
@@ -33,26 +24,16 @@ def launch_activate(
             rows of local routes are read.
         routes: RouteTable of this call. The launch is sized from its bound; programs past its counter do nothing.
         activation: between the two GEMMs.
-        group: values that share a scale: 32 for MXFP8, 128 for block FP8; a power of two.
-        dtype: float8_e4m3fn, or float8_e4m3fnuz for gfx94x.
-        out: ``[R, I]``; only rows of local routes are written. Allocated if None.
+        out: ``[R, I]`` E4M3FN, or E4M3FNUZ for gfx94x, in groups of 32 for MXFP8 or 128 for block FP8; only rows of
+            local routes are written.
 
     Returns:
         ``out``.
 
-    Raises:
-        DtypeError: out is in another format than is asked for.
-
     Host syncs: none; graph-capturable; bitwise repeatable.
     """
-    intermediate = gate_up.shape[1] // activation.inputs
+    intermediate, group = gate_up.shape[1] // activation.inputs, out.group
     groups = pieces(intermediate, group)
-    if out is None:
-        out = FP8Rows.empty(routes.num_routes, intermediate, group, dtype, gate_up.device)
-    elif out.values.dtype != dtype or out.group != group:
-        raise DtypeError(
-            f"out is in {out.values.dtype} with groups of {out.group}; it must be in {dtype} with groups of {group}"
-        )
     rows = min(_ROWS, routes.block_m)
     block = min(_VALUES // group, power_of_two(groups))
     codes = out.values.view(torch.uint8)  # bytes: all rounding is the kernel's own
@@ -72,7 +53,7 @@ def launch_activate(
         BLOCK_R=rows,
         BLOCK_G=block,
         GROUP=group,
-        FNUZ=dtype == torch.float8_e4m3fnuz,
+        FNUZ=out.values.dtype == torch.float8_e4m3fnuz,
         num_warps=4,
     )
     return out
