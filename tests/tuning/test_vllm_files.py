@@ -32,7 +32,6 @@ def put(tmp_path: FilePath, content: object, name: str = NAME) -> FilePath:
 
 def test_the_name_is_vllms() -> None:
     assert vllm_files.file_name(M3, H100) == NAME
-    assert vllm_files.file_name(M3, H100, "fp8_w8a8").endswith("HBM3,dtype=fp8_w8a8.json")
 
 
 @pytest.mark.parametrize("name", [NAME, NAME.replace(".json", ",dtype=fp8_w8a8,block_shape=[128,128].json")])

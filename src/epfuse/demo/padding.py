@@ -41,12 +41,11 @@ def local_rows(topk_ids: torch.Tensor, expert_map: ExpertMap, block_m: int) -> t
     return useful, int(route(topk_ids, slots, expert_map.num_local, block_m).num_padded)
 
 
-def globally_aligned_rows(topk_ids: torch.Tensor, experts: int, tile: int = GLOBAL_TILE) -> int:
-    """Rows of one rank when all E experts' routes, the remote ones too, are aligned to ``tile`` rows.
+def globally_aligned_rows(topk_ids: torch.Tensor, experts: int) -> int:
+    """Rows of one rank when all E experts' routes, the remote ones too, are aligned to `GLOBAL_TILE` rows.
 
     Args:
         topk_ids: ``[T, K]`` int32 or int64.
         experts: E.
-        tile: rows of a block.
     """
-    return local_rows(topk_ids, ExpertMap.all_local(experts), tile)[1]
+    return local_rows(topk_ids, ExpertMap.all_local(experts), GLOBAL_TILE)[1]

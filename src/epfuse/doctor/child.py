@@ -11,6 +11,7 @@ from epfuse.doctor.finding import Answer, Finding, bad
 from epfuse.errors import EpfuseError
 
 REPORT = "report it with what 'epfuse doctor --report' prints"
+LONGEST_LINE = 900
 
 
 def main(checks: Sequence[tuple[str, str]]) -> None:
@@ -48,7 +49,7 @@ def answer(look: str) -> Answer:
         return bad(f"the check failed: {type(error).__name__}: {error}", REPORT)
 
 
-def one_line(text: str, most: int = 900) -> str:
+def one_line(text: str) -> str:
     """``text`` without line ends, and cut: errors of compilers and drivers have no end."""
     words = " ".join(text.split()) or "nothing"
-    return words if len(words) <= most else f"{words[: most - 1]}…"
+    return words if len(words) <= LONGEST_LINE else f"{words[: LONGEST_LINE - 1]}…"

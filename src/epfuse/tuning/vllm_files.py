@@ -29,16 +29,14 @@ NOTES = ("triton_version",)
 """Keys that are no token counts; vLLM leaves them out too."""
 
 
-def file_name(shape: LayerShape, device_name: str, dtype: str | None = None) -> str:
-    """What vLLM calls the file of a layer.
+def file_name(shape: LayerShape, device_name: str) -> str:
+    """What vLLM calls the file of a layer in BF16; other formats' names have ``,dtype=..`` behind it.
 
     Args:
         shape: the layer's sizes.
         device_name: the product, as torch names it.
-        dtype: vLLM's name of the number format; None for BF16.
     """
-    words = f"E={shape.local_experts},N={shape.intermediate},device_name={folded_name(device_name)}"
-    return f"{words}{f',dtype={dtype}' if dtype else ''}.json"
+    return f"E={shape.local_experts},N={shape.intermediate},device_name={folded_name(device_name)}.json"
 
 
 def folded_name(device_name: str) -> str:
