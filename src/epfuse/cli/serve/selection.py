@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from epfuse.cli.names import adds
+from epfuse.cli.names import Command, adds
 from epfuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ ARM_OPTIONS = (
 )
 
 
-selects = adds(OPTIONS)
+selects: Callable[[Command], Command] = adds(OPTIONS)
 """Adds the options that choose rows; the command gets them as keyword arguments for `RecipeChoice`."""
-selects_arms = adds(ARM_OPTIONS)
+selects_arms: Callable[[Command], Command] = adds(ARM_OPTIONS)
 """Adds the options that choose arms: ``arms`` and ``pairs``, for `RecipeChoice.jobs`."""
 
 
