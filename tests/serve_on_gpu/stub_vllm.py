@@ -37,7 +37,8 @@ def serve(port: str, model: str) -> None:
     """The stub of tests/serving, with vLLM's routes of its development mode and its metrics.
 
     Faults: ``dies``; ``calm`` preempts nothing; ``refuses`` weights in place; ``forgets`` them then; ``drifts``;
-    ``traceless``; ``leaks`` memory of the GPU; ``secretive`` says nothing of it.
+    ``traceless``; ``leaks`` memory of the GPU; ``secretive`` says nothing of it; ``falls-silent`` says it for 20
+    requests.
     """
     more = os.environ.get("STUB_OURS" if OURS else "STUB_OTHERS", "")
     faults = [*os.environ.get("STUB_FAULTS", "").split(), *more.split()]
@@ -89,14 +90,14 @@ def serve(port: str, model: str) -> None:
             super().answer(status, content)
 
     if "SERVE_ON_GPU_MEMORY" in os.environ and "secretive" not in faults:
-        threading.Thread(target=say_memory, args=(stub, "leaks" in faults), daemon=True).start()
+        threading.Thread(target=say_memory, args=(stub, faults), daemon=True).start()
     stub.Server(("127.0.0.1", int(port)), Handler).serve_forever()
 
 
-def say_memory(stub: ModuleType, leaks: bool) -> None:
+def say_memory(stub: ModuleType, faults: list[str]) -> None:
     """What the tool's plugin writes of each process that uses a GPU, of which there are two."""
-    while True:
-        allocated = 100.0 + (2.0 * stub.asked if leaks else 0.0)
+    while "falls-silent" not in faults or stub.asked < 20:
+        allocated = 100.0 + (2.0 * stub.asked if "leaks" in faults else 0.0)
         line = {"time": time.time(), "allocated": allocated, "most_allocated": 500.0, "reserved": 600.0 + stub.asked}
         for process in (1, 2):
             with (Path(os.environ["SERVE_ON_GPU_COMPILES"]) / f"memory-{process}.jsonl").open("a") as file:

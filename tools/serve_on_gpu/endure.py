@@ -117,7 +117,7 @@ def _one(running: Running, requests: int, budget: TimeBudget) -> dict[str, Any]:
     findings = {
         "answers changed": before != after,
         f"{len(tally.wrong)} requests went wrong, first {tally.wrong[:1]}": bool(tally.wrong),
-        "no process said what its tensors take": any("allocated" not in sample for sample in memory),
+        "a process did not say what its tensors take": any("allocated" not in sample for sample in memory),
         "tensors on the GPU grew": grew(memory, "allocated", GPU_MIB),
         "the host's memory grew": grew(memory, "host_mib", HOST_MIB),
         "nothing was preempted": preempted == 0,

@@ -15,6 +15,8 @@ from epfuse.errors import ConfigError
 
 EVERY = "SERVE_ON_GPU_MEMORY"
 """Environment variable: seconds between two samples."""
+STALE = 5.0
+"""Seconds after which a process's last sample no longer says what it holds: its thread may have ended."""
 MIB = 2**20
 
 _sampled: set[int] = set()
@@ -81,11 +83,7 @@ def read_samples(place: Path) -> list[list[tuple[float, TorchMemory]]]:
         text = file.read_text(encoding="utf-8")
         lines = text[: text.rfind("\n") + 1].splitlines()
         try:
-            entries = [json.loads(line) for line in lines]
-            names = TorchMemory.__dataclass_fields__
-            samples = [
-                (float(one["time"]), TorchMemory(**{name: float(one[name]) for name in names})) for one in entries
-            ]
+            samples = [_sample_of(json.loads(line)) for line in lines]
         except (ValueError, LookupError, TypeError):
             raise ConfigError(f"{file} has a line that is no sample of memory") from None
         found += [samples] if samples else []
@@ -97,13 +95,13 @@ def _sample_of(entry: dict[str, Any]) -> tuple[float, TorchMemory]:
 
 
 def at(samples: Sequence[Sequence[tuple[float, TorchMemory]]], moment: float) -> TorchMemory | None:
-    """All processes' last samples up to a moment, together; None if one has none by then, or there is none.
+    """All processes' last samples up to a moment, together; None if one has none of the last `STALE` seconds then.
 
     Args:
         samples: from `read_samples`.
         moment: seconds since 1970.
     """
-    last = [[sample for taken, sample in own if taken <= moment][-1:] for own in samples]
+    last = [[sample for taken, sample in own if moment - STALE <= taken <= moment][-1:] for own in samples]
     if not last or not all(last):
         return None
     rows = [asdict(one) for (one,) in last]
