@@ -109,7 +109,7 @@ class KernelCache(FileCacheManager):
         return found
 
     def get_group(self, filename: str) -> dict[str, str] | None:
-        """Where the files of a compiled kernel are; None if one is missing."""
+        """Where the files of a compiled kernel are; None if one is missing, or is not whole."""
         group = self.get_file(f"__grp__{filename}")
         if group is not None:
             try:
@@ -117,7 +117,7 @@ class KernelCache(FileCacheManager):
             except (OSError, ValueError, KeyError, TypeError):
                 names = []
             files = {name: self.get_file(name) for name in names}
-            if files and all(files.values()):
+            if files and all(path is not None and _is_whole(path) for path in files.values()):
                 return {name: str(path) for name, path in files.items()}
         if self.place is None:
             _say_missing(filename.removesuffix(".json"))
@@ -128,6 +128,19 @@ class KernelCache(FileCacheManager):
         os.makedirs(self.cache_dir, exist_ok=True)
         path: str = super().put(data, filename, binary)
         return path
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file has content: a machine that went down may leave one with a name and without its bytes.
+
+    Triton would fail at such a file in every process, before a server is ready or at its first call.
+    """
+    try:
+        if path.endswith(".json"):
+            json.loads(Path(path).read_bytes())
+        return os.path.getsize(path) > 0
+    except (OSError, ValueError):
+        return False
 
 
 def wanted_folder() -> Path:

@@ -141,6 +141,21 @@ def test_a_late_compile_can_be_an_error(warmed: KernelCache, monkeypatch: pytest
         warmed.get_group("combine_kernel.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("k.cubin", b""), ("k.json", b""), ("k.json", b'{"name": "k", "num_'), ("__grp__k.json", b"")],
+)
+def test_what_was_never_written_out_is_compiled_again(tmp_path: Path, name: str, content: bytes) -> None:
+    """A machine that went down leaves files that have their names and not their bytes."""
+    with kernel_cache.kernels_in(tmp_path):
+        cache = get_cache_manager("0" * 64)
+        files = {file: cache.put(data, file) for file, data in (("k.json", b'{"name": "k"}'), ("k.cubin", b"ELF"))}
+        cache.put_group("k.json", files)
+        assert cache.get_group("k.json") == files
+        (Path(cache.cache_dir) / name).write_bytes(content)
+        assert cache.get_group("k.json") is None
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Two processes of a host that warm up for the same layer at the same time: who compiled, then who waited."""
