@@ -43,7 +43,7 @@ from typing import Any
 import click
 from tools.draw_peers import chart_of, check_rows
 from tools.peer_harness import harness_for
-from tools.peer_layers import PeerLayer, PeerTimes, layers_of, text_of, time_layers
+from tools.peer_layers import PeerLayer, PeerTimes, is_right, layers_of, text_of, time_layers
 from tools.peer_shapes import TWELVE, shard
 
 from epfuse.bench.layers import LAYERS, Layer
@@ -165,10 +165,11 @@ def circumstances(printed: str, routing: Routing) -> dict[str, Any]:
 
 def table_of(record: dict[str, Any]) -> str:
     """Microseconds by kernel and token count, and each of ours over the fastest peer, as Markdown; then their means."""
+    right = [row for row in record["rows"] if is_right(row)]
     times: dict[str, dict[int, float]] = {}
-    for row in record["rows"]:
+    for row in right:
         times.setdefault(row["peer"], {})[row["T"]] = row["us"]
-    counts = sorted({row["T"] for row in record["rows"]})
+    counts = sorted({row["T"] for row in right})
     lines = [["tokens", *(str(count) for count in counts)], ["---"] * (len(counts) + 1)]
     for peer, of_peer in sorted(times.items(), key=lambda item: is_ours(item[0])):
         lines.append([peer, *(f"{of_peer[count]:.1f}" if count in of_peer else "-" for count in counts)])
@@ -186,7 +187,12 @@ def table_of(record: dict[str, Any]) -> str:
                 most, at = max(known)
                 mean = statistics.geometric_mean(ratio for ratio, _ in known)
                 means.append(f"{path}: geometric mean of {len(known)} {mean:.3f}, at most {most:.3f}, at {at} tokens\n")
-    return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), "\n", *means])
+    wrong = [
+        f"wrong: {row['peer']} at {row['T']} tokens, error {row['err']:.2g}\n"
+        for row in record["rows"]
+        if not is_right(row)
+    ]
+    return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), "\n", *means, *wrong])
 
 
 def measure(
@@ -288,7 +294,7 @@ def main(
 ) -> None:  # fmt: skip
     """Compile, time ours, then the peers, and write RECORD.
 
-    Exit code 1: no time of ours, or none of any peer; 2: usage, or an output that could not be written.
+    Exit code 1: no time of ours that is right, or none of any peer; 2: usage, or an output that could not be written.
     """
     layer = LAYERS[name]
     if shapes is not None and len(shapes) > 1 and picture is not None:
@@ -319,6 +325,7 @@ def main(
         if len(shapes) == 1:
             table = f"{table_of(found)}\n{table}"
         rows = [row for each in layers_of(found) for row in each["rows"]]
+    right = [row for row in rows if is_right(row)]
     text = json.dumps(found, indent=1) + "\n"
     with delivery.of("RECORD"):
         write_atomic(record, text)
@@ -326,8 +333,8 @@ def main(
         click.echo(text if "RECORD" in delivery.failed else table)
     if picture is not None:
         with delivery.of("--picture"):
-            write_atomic(picture, chart_svg(chart_of(found)))
-    timed = {is_ours(row["peer"]) for row in rows}
+            write_atomic(picture, chart_svg(chart_of(found | {"rows": right})))
+    timed = {is_ours(row["peer"]) for row in right}
     if timed != {True, False}:
         click.echo("no time of ours" if True not in timed else "no time of any peer", err=True)
     delivery.exit(passed=timed == {True, False})

@@ -273,6 +273,11 @@ def time_layers(
     return found
 
 
+def is_right(row: dict[str, Any]) -> bool:
+    """Whether a row's time counts; one of NaN has an error that is no number."""
+    return bool(row["err"] < WRONG)
+
+
 def layers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Each layer's part of a record; a record of one layer is its own."""
     return list(record["layers"]) if "layers" in record else [record]
@@ -284,7 +289,7 @@ def comparisons(layers: list[dict[str, Any]], ours: str) -> list[tuple[str, int,
     for layer in layers:
         times: dict[int, dict[str, float]] = {}
         for row in layer["rows"]:
-            if row["err"] < WRONG:
+            if is_right(row):
                 times.setdefault(row["T"], {})[row["peer"]] = row["us"]
         for tokens, of_kernel in sorted(times.items()):
             peers = {peer: us for peer, us in of_kernel.items() if not peer.startswith("impl")}
@@ -314,7 +319,7 @@ def text_of(record: dict[str, Any], ours: str) -> str:
         lines.append(f"lost: {layer_name} at {tokens} tokens, {us:.1f} us for {least:.1f} of {peer}: {us / least:.3f}")
     if ratios and not lost:
         lines.append("lost: none")
-    wrong = [(layer["layer"], row) for layer in layers for row in layer["rows"] if row["err"] >= WRONG]
+    wrong = [(layer["layer"], row) for layer in layers for row in layer["rows"] if not is_right(row)]
     lines += [f"wrong: {row['peer']} on {name} at {row['T']} tokens, error {row['err']:.2g}" for name, row in wrong]
     lines += [f"failed: {kernel} on {layer_name}: {why}" for layer_name, kernel, why in record["failed"]]
     lines += [f"not reached: {kernel} on {layer_name}" for layer_name, kernel in record["left_out"]]

@@ -72,7 +72,8 @@ def main():
             if os.environ.get("STOPS_AT") == name:
                 sys.exit(5)
             rows += [
-                {"peer": name, "T": T, "us": us * T, "tbs": 1.0, "tflops": 1.0, "best": best}
+                {"peer": name, "T": T, "us": us * T, "tbs": 1.0, "tflops": 1.0, "best": best,
+                 "err": 0.5 if name == os.environ.get("WRONG") else 1e-3}
                 for T in (1, 16)
                 for best in (True, False)
             ]
@@ -135,8 +136,8 @@ def test_what_was_timed_before_the_harness_ended_is_kept(harness: Path, monkeypa
 
 
 def test_the_means_are_of_the_counts_that_both_have() -> None:
-    rows = [{"peer": "impl", "T": T, "us": us} for T, us in ((1, 2.0), (7, 9.0), (8, 1.0))]
-    rows += [{"peer": "fast", "T": T, "us": us} for T, us in ((1, 4.0), (7, 4.5))]
+    rows = [{"peer": "impl", "T": T, "us": us, "err": 1e-3} for T, us in ((1, 2.0), (7, 9.0), (8, 1.0))]
+    rows += [{"peer": "fast", "T": T, "us": us, "err": 1e-3} for T, us in ((1, 4.0), (7, 4.5))]
     assert table_of({"rows": rows}).endswith("\nw8a16: geometric mean of 2 1.000, at most 2.000, at 7 tokens\n")
 
 
@@ -177,6 +178,27 @@ def test_without_a_peer_s_time_the_exit_code_says_so(harness: Path) -> None:
     assert code == 1
     assert "no time of any peer" in output
     assert path.exists()
+
+
+def test_a_wrong_kernel_has_no_time(harness: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the fastest: the harness gives the row of a kernel all of whose configurations are wrong."""
+    monkeypatch.setenv("WRONG", "fast")
+    picture = harness.with_name("picture.svg")
+    code, output, path = run(harness, "--peers", "fast,slow", "--picture", str(picture))
+    assert code == 0, output
+    assert "| w8a16 over the fastest peer | 0.333 | 0.333 |" in output
+    assert "wrong: fast at 16 tokens, error 0.5" in output
+    assert [row["peer"] for row in json.loads(path.read_text())["rows"]] == [
+        "impl",
+        "impl",
+        "fast",
+        "fast",
+        "slow",
+        "slow",
+    ]
+    assert "fast" not in picture.read_text()
+    monkeypatch.setenv("WRONG", "impl")
+    assert run(harness, "--peers", "fast")[0] == 1
 
 
 @pytest.mark.parametrize("options", [("--routing", "zipf"), ("--routing", "all-to:17")])

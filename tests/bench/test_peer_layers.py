@@ -185,6 +185,24 @@ def test_means_are_of_right_rows_with_a_peer() -> None:
     assert "lost: none" not in text
 
 
+def test_an_error_that_is_no_number_is_wrong() -> None:
+    """A kernel that returns NaN has such an error, which is not above any bound."""
+    nan = float("nan")
+    rows = [{"peer": peer, "T": 1, "us": 1.0, "err": err} for peer, err in (("impl", nan), ("p", nan), ("q", 1e-3))]
+    text = text_of({"layers": [{"layer": "one", "rows": rows}], "failed": [], "left_out": []}, "impl")
+    assert "wrong: impl on one at 1 tokens, error nan" in text
+    assert "wrong: p on one at 1 tokens, error nan" in text
+    assert "wrong: q" not in text
+
+
+@pytest.mark.parametrize(("kernel", "words"), [("fast", "no time of any peer"), ("impl", "no time of ours")])
+def test_what_is_wrong_is_no_time(harness: Path, kernel: str, words: str) -> None:
+    harness.write_text(HARNESS.replace('0.5 if name == "wrong"', f'float("nan") if name == "{kernel}"'))
+    code, output, _ = run(harness, "--shapes", "qwen3-30b-ep4,glm-4.5-tp4", "--tokens", "3", "--peers", "fast")
+    assert code == 1, output
+    assert words in output
+
+
 def test_names_of_ranks() -> None:
     assert shard("minimax-m3-ep8").shape == LAYERS["minimax-m3-ep8"].shape
     assert shard("minimax-m3-tp8").shape == LAYERS["minimax-m3-tp8"].shape
