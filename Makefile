@@ -113,7 +113,7 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m compileall -q benchmarks examples src tests tools
-	$(BIN)/shellcheck .ci/run docs/mi300x.sh
+	$(BIN)/shellcheck .ci/run docs/mi300x.sh benchmarks/marks.sh
 	bash -n .ci/run
 	bash -n docs/mi300x.sh
 ifneq ($(wildcard .git),)

@@ -196,10 +196,10 @@ def table_of(record: dict[str, Any]) -> str:
 
 
 def measure(
-    source: str, layer: Layer, routing: Routing, tokens: tuple[int, ...], kernels: str, seconds: float, jobs: int,
-    keep: Callable[[dict[str, Any]], None],
+    source: str, layer: Layer, routing: Routing, tokens: tuple[int, ...], kernels: str, seconds: float,
+    jobs: int | None, keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Compile ``kernels``, then time them in ``seconds``: the record. ``keep`` is called with it as it grows.
+    """Compile ``kernels`` unless ``jobs`` is None, then time them in ``seconds``. ``keep`` gets what there is.
 
     Raises:
         ConfigError: as `run_harness` and `record_of` say.
@@ -213,14 +213,15 @@ def measure(
         harness = folder / "harness.py"
         harness.write_text(source)
         common = ["--tokens", ",".join(map(str, tokens)), "--logs", name, "--only", kernels, "--budget", str(seconds)]
-        run_harness(harness, layer, [*common, "--phase", "compile", "--jobs", str(jobs)], folder)
+        if jobs is not None:
+            run_harness(harness, layer, [*common, "--phase", "compile", "--jobs", str(jobs)], folder)
         found = run_harness(harness, layer, [*common, "--phase", "time"], folder, lambda found: keep(made(found)))
     return made(found)
 
 
 def measure_layers(
     source: str, shapes: tuple[str, ...], routing: Routing, counts_of: Callable[[str], tuple[int, ...]],
-    paths: tuple[str, ...], peers: str, humming: int | None, seconds: float, jobs: int,
+    paths: tuple[str, ...], peers: str, humming: int | None, seconds: float, jobs: int | None,
     keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
     """The record of all kernels on ranks of models, ``keep`` as `measure` has it.
@@ -286,11 +287,12 @@ def shape_names(context: click.Context, parameter: click.Parameter, value: str |
 @click.option("--peers", default=PEERS, show_default=True, help="Names of the harness' own kernels.")
 @click.option("--seconds", type=click.FloatRange(min=1), default=300, show_default=True, help="For all of the timing.")
 @click.option("--jobs", type=click.IntRange(1), default=8, show_default=True, help="Processes that compile.")
+@click.option("--compiled", is_flag=True, help="All kernels are in the caches: time at once.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="An SVG of the record.")
 def main(
     harness: Path, record: Path, name: str, shapes: tuple[str, ...] | None, routing: str, tokens: tuple[int, ...],
     paths: tuple[str, ...], draw: int | None, seed: int, humming: int | None, peers: str, seconds: float, jobs: int,
-    picture: Path | None,
+    compiled: bool, picture: Path | None,
 ) -> None:  # fmt: skip
     """Compile, time ours, then the peers, and write RECORD.
 
@@ -313,14 +315,15 @@ def main(
         if draw is not None:
             tokens = drawn_counts(draw, seed)
         kernels = ",".join([*map(name_of, paths), peers])
-        found = measure(source, layer, chosen, tokens, kernels, seconds, jobs, keep)
+        found = measure(source, layer, chosen, tokens, kernels, seconds, None if compiled else jobs, keep)
         table, rows = table_of(found), found["rows"]
     else:
 
         def counts_of(rank: str) -> tuple[int, ...]:
             return tokens if draw is None else drawn_counts(draw, f"{seed} {rank}")
 
-        found = measure_layers(source, shapes, chosen, counts_of, paths, peers, humming, seconds, jobs, keep)
+        workers = None if compiled else jobs
+        found = measure_layers(source, shapes, chosen, counts_of, paths, peers, humming, seconds, workers, keep)
         table = "\n".join(f"{path}\n\n{text_of(found, name_of(path))}" for path in paths)
         if len(shapes) == 1:
             table = f"{table_of(found)}\n{table}"

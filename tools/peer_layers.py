@@ -225,9 +225,33 @@ class PeerTimes:
             self.roofs = f"ceiling    {rest}"
 
 
+def _compile(
+    points: Sequence[PeerLayer], tasks: Sequence[PeerTask], paths: Sequence[str], seconds: float, jobs: int,
+    environment: dict[str, str], folder: pathlib.Path,
+) -> None:  # fmt: skip
+    """Compile all kernels, the peers' in at most so many seconds."""
+    begun = time.monotonic()
+    theirs = [task for task in tasks if not task.kernel.startswith("impl") and task.kernel != "ceiling"]
+
+    def compiled(task: PeerTask, line: str) -> None:
+        if line.startswith(("CERR", "ERR", "FAILED")):
+            click.echo(f"compiling {task.kernel} for {task.layer}: {line}", err=True)
+
+    def compile_theirs(part: list[PeerTask]) -> None:
+        run_tasks(part, "compile", seconds, environment, folder, compiled)
+
+    threads = [threading.Thread(target=compile_theirs, args=(theirs[n::jobs],)) for n in range(min(jobs, len(theirs)))]
+    for thread in threads:
+        thread.start()
+    click.echo(compile_ours(points, paths, jobs), err=True)
+    for thread in threads:
+        thread.join()
+    click.echo(f"compiled in {time.monotonic() - begun:.0f} s", err=True)
+
+
 def time_layers(
     points: Sequence[PeerLayer], kernels: Sequence[str], paths: Sequence[str], implementation: str, seconds: float,
-    jobs: int, folder: pathlib.Path, keep: Callable[[PeerTimes], None],
+    jobs: int | None, folder: pathlib.Path, keep: Callable[[PeerTimes], None],
 ) -> PeerTimes:  # fmt: skip
     """Compile and time ``kernels`` on every layer.
 
@@ -237,29 +261,14 @@ def time_layers(
         paths: ours, to compile beforehand.
         implementation: ours, for the harness.
         seconds: for the timing; compiling may take half of them besides.
-        jobs: processes that compile.
+        jobs: processes that compile; None where all kernels are in the caches already.
         folder: for temporary files.
         keep: called with what there is after each kernel's times.
     """
     tasks = tasks_of(points, kernels, implementation, folder)
     environment = surroundings(pathlib.Path(tasks[0].harness))
-    begun = time.monotonic()
-    theirs = [task for task in tasks if not task.kernel.startswith("impl") and task.kernel != "ceiling"]
-
-    def compiled(task: PeerTask, line: str) -> None:
-        if line.startswith(("CERR", "ERR", "FAILED")):
-            click.echo(f"compiling {task.kernel} for {task.layer}: {line}", err=True)
-
-    def compile_theirs(part: list[PeerTask]) -> None:
-        run_tasks(part, "compile", seconds / 2, environment, folder, compiled)
-
-    threads = [threading.Thread(target=compile_theirs, args=(theirs[n::jobs],)) for n in range(min(jobs, len(theirs)))]
-    for thread in threads:
-        thread.start()
-    click.echo(compile_ours(points, paths, jobs), err=True)
-    for thread in threads:
-        thread.join()
-    click.echo(f"compiled in {time.monotonic() - begun:.0f} s", err=True)
+    if jobs is not None:
+        _compile(points, tasks, paths, seconds / 2, jobs, environment, folder)
     found = PeerTimes("", {point.layer.name: [] for point in points}, [], [])
 
     def said(task: PeerTask, line: str) -> None:

@@ -114,6 +114,12 @@ def test_ours_runs_first_and_all_is_one_record(harness: Path) -> None:
     assert picture.read_text().startswith("<svg")
 
 
+def test_what_is_compiled_is_timed_at_once(harness: Path) -> None:
+    code, output, _ = run(harness, "--peers", "fast", "--compiled")
+    assert code == 0, output
+    assert harness.with_name("asked").read_text().splitlines()[::2] == ["time impl,fast 6144 4"]
+
+
 def test_each_path_of_ours_is_a_kernel_and_the_first_are_ours(harness: Path) -> None:
     picture = harness.with_name("picture.svg")
     code, output, path = run(

@@ -137,6 +137,13 @@ def test_all_layers_are_timed_in_one_process_at_their_own_counts(harness: Path) 
     assert [line[2] for line in asked(harness) if line[1] == "compile"] == ["fast", "fast"]  # ours: without the harness
 
 
+def test_what_is_compiled_is_timed_at_once(harness: Path) -> None:
+    code, output, _ = run(harness, "--shapes", "qwen3-30b-ep4", "--tokens", "3", "--peers", "fast", "--compiled")
+    assert code == 0, output
+    assert {line[1] for line in asked(harness)} == {"time"}
+    assert "compiled" not in output
+
+
 def test_a_kernel_that_breaks_its_process_or_raises_costs_nobody_else_a_row(harness: Path) -> None:
     code, output, path = run(
         harness, "--shapes", "qwen3-30b-ep4,glm-4.5-tp4", "--tokens", "3,9", "--peers", "breaks,raises,wrong,fast"
