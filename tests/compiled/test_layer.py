@@ -33,12 +33,14 @@ SIZES = {
         "combine_kernel": 2,
     },
     "sm_90-bf16-deterministic": {
-        "route_kernel": 12,
+        "route_kernel": 13,
         "count_kernel": 1,
         "place_kernel": 1,
         "gate_up_sm90_kernel": 7,
         "down_sm90_kernel": 7,
-        "combine_kernel": 1,
+        "gather_kernel": 1,
+        "gate_up_down_sm90_dense_kernel": 1,
+        "combine_kernel": 2,
     },
     "sm_90-w8a8-deterministic": {
         "route_kernel": 11,

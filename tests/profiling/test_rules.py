@@ -85,6 +85,10 @@ BACKENDS = {
         ],
         "pppgc",
     ),
+    "epfuse, Hopper with packed rows and dense weights": (
+        ["gather_kernel", "gate_up_down_sm90_dense_kernel", "combine_kernel"],
+        "pgc",
+    ),
     "epfuse, FP8": (["quantize_kernel", "gate_up_fp8_kernel", "activate_kernel", "down_fp8_kernel"], "pgad"),
 }
 LETTERS = {"p": Phase.PREPARE, "g": Phase.GEMM1, "a": Phase.ACTIVATION, "d": Phase.GEMM2, "c": Phase.COMBINE}

@@ -18,7 +18,7 @@ from epfuse.families.sm90_fp8 import SM90_FP8
 from epfuse.families.sm90_packed import SM90_PACKED
 from epfuse.measured.schema import TileEntry
 from epfuse.policy import READABLE
-from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90DenseTile, Sm90PersistentTile, Sm90Tile
 from epfuse.tuning.space import block_ms, candidates, known_candidates
 from tests.tuning.tables import M3
 
@@ -46,7 +46,7 @@ def test_candidates_are_valid_distinct_and_few(target: Target, path: Path, form:
                     assert tile.block_k % 128 == 0
                 if isinstance(tile, Sm90PersistentTile) and form is WeightFormat.ROW_FP8:
                     assert (tile.block_k, tile.parts) == (128, 1)
-                elif isinstance(tile, Sm90PersistentTile):
+                elif isinstance(tile, Sm90PersistentTile) and not isinstance(tile, Sm90DenseTile):
                     assert (tile.block_n, tile.num_warps) == (128 if block_m >= 256 else 192, 4)
 
 

@@ -89,7 +89,7 @@ class Kernel:
         """The tile of a GEMM; None for the other stages."""
         constants = dict(self.launch.constants)
         if "CONSUMERS" in constants:
-            constants["BLOCK_N"] = constants["CONSUMERS"] * PANEL_ROWS
+            constants.setdefault("BLOCK_N", constants["CONSUMERS"] * PANEL_ROWS)
         sizes = [constants.get(f"BLOCK_{letter}") for letter in "MNK"]
         return None if None in sizes else Tile(*sizes)  # type: ignore[arg-type]
 

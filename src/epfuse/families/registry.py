@@ -15,6 +15,7 @@ from epfuse.target import Target
 NAMES = (
     "sm90",
     "sm90_packed",
+    "sm90_dense",
     "sm90_fp8",
     "sm90_block_fp8",
     "portable",

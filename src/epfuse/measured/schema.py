@@ -19,7 +19,15 @@ from pydantic import (
 
 from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families.family import Stage
-from epfuse.stages.tiles import LARGEST, GemmTile, LayerTiles, Sm90BlockTile, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import (
+    LARGEST,
+    GemmTile,
+    LayerTiles,
+    Sm90BlockTile,
+    Sm90DenseTile,
+    Sm90PersistentTile,
+    Sm90Tile,
+)
 from epfuse.target import Target
 
 
@@ -31,6 +39,7 @@ _NAMES: dict[object, str] = {
     GemmTile: "portable",
     Sm90Tile: "sm90",
     Sm90PersistentTile: "sm90_persistent",
+    Sm90DenseTile: "sm90_dense",
     Sm90BlockTile: "sm90_block",
 }
 
@@ -47,6 +56,7 @@ TileEntry = Annotated[
     Annotated[GemmTile, BeforeValidator(_fields), Tag("portable")]
     | Annotated[Sm90Tile, BeforeValidator(_fields), Tag("sm90")]
     | Annotated[Sm90PersistentTile, BeforeValidator(_fields), Tag("sm90_persistent")]
+    | Annotated[Sm90DenseTile, BeforeValidator(_fields), Tag("sm90_dense")]
     | Annotated[Sm90BlockTile, BeforeValidator(_fields), Tag("sm90_block")],
     Discriminator(_kind),
     PlainSerializer(lambda tile: {"kind": _NAMES[type(tile)], **asdict(tile)}),

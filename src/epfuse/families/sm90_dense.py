@@ -1,0 +1,106 @@
+"""Gluon kernels for Hopper, dense weights and many rows an expert: rows are gathered, and both GEMMs are one launch.
+
+One program a multiprocessor, with a producer and two or three consumers, and both operands in shared memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import ClassVar
+
+from epfuse.config import Bias, Path, WeightFormat
+from epfuse.families import blocks
+from epfuse.families.family import CallKind, Family, LayerCall, Reads, Stage, Step, Steps
+from epfuse.families.memory import rows_between
+from epfuse.families.sm90 import SHARED_BYTES, SM90
+from epfuse.stages.route.table import LoneTokens
+from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90DenseTile, TileRange
+from epfuse.target import Target
+
+TWO_PARTS = (96, 144, 160, 192, 272, 288, 320)
+"""Row blocks of two powers of two."""
+HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
+"""Heads of these row blocks: with a small one they cost little where experts have few rows."""
+LARGEST_TWO_PARTS = 144
+"""From here on the rows of an expert take several blocks, of this size or larger."""
+MOST_SUMS = {2: 204, 3: 96}
+"""Sums that a thread has registers for, by the number of consumers: with more the assembler makes products wait."""
+BESIDE_RING = 8192
+"""Bytes of shared memory that are kept for barriers, and for results on their way to memory."""
+
+
+class Sm90Dense(Family):
+    """route -> gather -> gate_up_down -> combine."""
+
+    name: ClassVar[str] = "sm90_dense"
+    tile: ClassVar[type[GemmTile]] = Sm90DenseTile
+    biases: ClassVar[frozenset[Bias]] = frozenset(Bias)
+    least_block_m: ClassVar[int] = 32
+    reads: ClassVar[Reads] = {Target.SM90: {Path.BF16: (WeightFormat.DENSE,)}}
+
+    def accepts(self, kind: CallKind) -> str | None:
+        """BF16, and the sizes that the kernels of few rows take."""
+        return super().accepts(kind) or SM90.accepts(kind)
+
+    def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
+        """Measured on an H200."""
+        return DENSE_TILES
+
+    def block_ms(self, rows: float) -> list[int]:
+        """Two powers of two, or one."""
+        powers = [size for size in blocks.powers_of_two(rows, 8) if size >= self.least_block_m]
+        few = min(rows, LARGEST_TWO_PARTS)
+        two = [size for size in TWO_PARTS if few <= size and (size < 2 * rows or (size in HEADS and size <= 3 * rows))]
+        return sorted({*powers, *two})
+
+    def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
+        """The longest rings that fit."""
+        if block_m < self.least_block_m:
+            return
+        for block_n, group_m, head in itertools.product((128, 192, 256), (0, 1, 2, 4), HEADS.get(block_m, (0,))):
+            rings = [Sm90DenseTile(block_n, 64, group_m, 4, stages, head=head) for stages in (3, 4, 5, 6, 8)]
+            yield from [tile for tile in rings if self.fits(tile, kind.form, block_m)][-1:]
+
+    def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
+        """Whether the block can be cut so, and the ring and the sums have room."""
+        assert isinstance(tile, Sm90DenseTile)
+        ring = tile.num_stages * tile.block_k * 2 * (tile.block_n + block_m)
+        consumers = tile.consumers_of(block_m)
+        held = tile.block_n * block_m <= 128 * consumers * MOST_SUMS[consumers] and block_m <= max(TWO_PARTS)
+        return block_m >= self.least_block_m and tile.cuts(block_m) and ring + BESIDE_RING <= SHARED_BYTES and held
+
+    def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
+        """Down's results of a block are written where its gathered rows were, which are dead by then."""
+        from epfuse.stages.combine.launch import launch_combine
+        from epfuse.stages.gate_up_down.launch_dense import launch_gate_up_down_dense
+        from epfuse.stages.gather.launch import launch_gather
+        from epfuse.stages.route.launch import launch_route
+
+        tile, shape, slots, rows = tiles.gate_up, call.shape, call.slots, rows_between(call)
+        assert isinstance(tile, Sm90DenseTile)
+        table = call.table(tiles.block_m, tiles.arrivals(shape.hidden, shape.intermediate))
+        route_row = slots.new_empty(call.routes)
+        lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, rows.out_is_free)
+        experts = (call.w13, call.w2, table, call.topk_weights, call.activation, tile)
+        memory = (rows.y, rows.routed, lone, call.gate_up_bias, call.down_bias)
+        routed = (rows.routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)
+        launches: tuple[Step, ...] = (
+            ("route", partial(launch_route, call.topk_ids, slots, shape.local_experts, table)),
+            ("gather", partial(launch_gather, call.hidden, table, shape.top_k, rows.routed, route_row, lone)),
+            ("gate_up_down", partial(launch_gate_up_down_dense, rows.routed, *experts, *memory)),
+            ("combine", partial(launch_combine, *routed, out_is_free=rows.out_is_free)),
+        )
+        return Steps(table, launches)
+
+    def step_of(self, stage: Stage) -> str:
+        """Both are one launch, which runs one alone on a call without the other's weights."""
+        return "gate_up_down"
+
+
+# Measured on an H200 (docs/performance.md). Several blocks of one expert are walked together, or their weights would be
+# read from memory again for each.
+DENSE_TILES = (TileRange(ANY, LayerTiles.both(288, Sm90DenseTile(128, 64, 4, 4, 4))),)
+
+SM90_DENSE = Sm90Dense()
