@@ -169,6 +169,19 @@ def test_rows_with_biases_serve_such_layers_first_and_others_last(tables: FilePa
     assert "A foreign row, measured at T=256 on NVIDIA H200, 2026-11-24, with biases;" in other.tile_source
 
 
+def test_sizes_count_for_more_than_biases(tables: FilePath) -> None:
+    """Rows of a layer with biases and another number of experts come after those of the same sizes without."""
+    half = replace(M3, local_experts=M3.local_experts // 2)
+    write(
+        tables,
+        measurement(row(64, block_n=32)),
+        measurement(row(64, block_n=128), bias=Bias.ADDED, shape=half),
+    )
+    found = decide(CallKind(Path.BF16, Target.SM90, M3, device_name=H100, bias=Bias.ADDED), 64)
+    assert "without biases" in found.tile_source
+    assert found.measured_us is None
+
+
 def test_a_table_that_does_not_say_has_no_biases(tables: FilePath) -> None:
     write(tables, measurement(row(64)))
     path = store.table_path(tables, Target.SM90, Stage.DOWN)

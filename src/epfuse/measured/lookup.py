@@ -4,9 +4,9 @@ Distance is counted in rows per expert, T*K/E, which is what tiles follow. Up to
 row that is close comes before any that is not, so that a gap in one product's rows is filled from another's. Up to two
 it is *near*: used if it is this product's own. A farther one is not used. A row is *foreign* if it was measured on
 another product of the same target, or for a layer with another L, E or K; its tile is used and its time is not. One of
-a layer with biases for one without, or the other way round, serves in the same way, and comes after a row of its own
-kind: biases are added after the products and move no more memory to speak of. A layer with another H or I has nothing
-to say.
+a layer with biases for one without, or the other way round, serves in the same way, and comes after the same product's
+rows for the same sizes that have the call's: biases are added after the products and move no more memory to speak of,
+so that a product or sizes count for more. A layer with another H or I has nothing to say.
 
 If n rows an expert are expected, most experts get at most n + sqrt(n). If a row's block had room for so many when it
 was measured, and has none for the call's, many experts would need a second block for a few rows: the row does not serve
