@@ -7,7 +7,8 @@ All are called as a model calls them: the experts module, with the implementatio
 
 Every repeat runs all of them once, in another order each time, so that what else the machine does hits all alike: read
 the ratios, which are medians over the repeats, with the middle half of them beside; the last column is of each one's
-fastest call, which a busy machine disturbs least. One that takes over 30 times as
+fastest call, which a busy machine disturbs least. With ``--processor-time`` and one thread (OMP_NUM_THREADS=1) what
+others run on the cores does not count but for the caches and the memory that they take. One that takes over 30 times as
 long as the fastest in a first run is not repeated. batched_mm copies an expert's weights for each route; where that
 takes over 2 GiB it is left out.
 """
@@ -66,15 +67,15 @@ def contenders(dtype: torch.dtype, tokens: int) -> dict[str, Callable[[], torch.
     return {name: implementation(name) for name in names}
 
 
-def timed(call: Callable[[], torch.Tensor]) -> float:
+def timed(call: Callable[[], torch.Tensor], clock: Callable[[], float]) -> float:
     """Milliseconds of one call."""
-    start = time.perf_counter()
+    start = clock()
     call()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
-def measure(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, Any]:
-    """One row of the table.
+def measure(dtype: torch.dtype, tokens: int, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """One row of the table, of whichever seconds ``clock`` tells.
 
     Raises:
         RuntimeError: epfuse's result is not the others'.
@@ -83,13 +84,13 @@ def measure(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, Any]:
     error = (calls[OURS]().double() - calls["eager"]().double()).norm() / calls["eager"]().double().norm()
     if not error < 4 * torch.finfo(dtype).eps:
         raise RuntimeError(f"epfuse is {error:.1e} off transformers' eager experts at {tokens} tokens")
-    first = {name: timed(call) for name, call in calls.items()}
+    first = {name: timed(call, clock) for name, call in calls.items()}
     names = [name for name in calls if first[name] <= HOPELESS * min(first.values())]
     times: dict[str, list[float]] = {name: [] for name in names}
     shuffle = random.Random(0)
     for _ in range(repeats):
         for name in shuffle.sample(names, len(names)):
-            times[name].append(timed(calls[name]))
+            times[name].append(timed(calls[name], clock))
     medians = {name: statistics.median(found) for name, found in times.items()}
     best = min((name for name in names if name != OURS), key=lambda name: medians[name])
     low, ratio, high = statistics.quantiles(
@@ -110,21 +111,24 @@ def measure(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, Any]:
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=("bf16", "fp32"))
 @click.option("--tokens", callback=token_counts, default="1,16,256,1024", show_default=True, help="Token counts.")
 @click.option("--repeats", type=click.IntRange(3, 10_000), default=20, show_default=True, help="Of each.")
+@click.option("--processor-time", is_flag=True, help="Of the process, not of the clock on the wall; for one thread.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @torch.no_grad()
-def main(dtypes: tuple[str, ...], tokens: tuple[int, ...], repeats: int, as_json: bool) -> None:
+def main(dtypes: tuple[str, ...], tokens: tuple[int, ...], repeats: int, processor_time: bool, as_json: bool) -> None:
     """The whole run."""
+    clock = time.process_time if processor_time else time.perf_counter
     register()
     torch.manual_seed(0)
     rows = []
     head = f"{'dtype':9}{'tokens':>7}  " + "".join(f"{name:>12}" for name in (*RIVALS, OURS)) + "   epfuse/best"
     if not as_json:
-        print(f"H {H}, I {I}, E {E}, K {K}, {torch.get_num_threads()} threads; milliseconds, medians of {repeats}")
+        what = "milliseconds of processor time" if processor_time else "milliseconds"
+        print(f"H {H}, I {I}, E {E}, K {K}, {torch.get_num_threads()} threads; {what}, medians of {repeats}")
         print(head)
     for dtype in dtypes:
         for count in tokens:
             print(f"{dtype} {count} tokens ..", file=sys.stderr)
-            row = measure(DTYPES[dtype], count, repeats)
+            row = measure(DTYPES[dtype], count, repeats, clock)
             rows.append(row)
             if not as_json:
                 cells = [row["milliseconds"].get(name) for name in (*RIVALS, OURS)]
