@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from epfuse.config import Path, Policy
 from epfuse.environment import environment
-from epfuse.integrations.vllm import layer, versions
+from epfuse.integrations import vllm as integration
+from epfuse.integrations.vllm import layer, stand_in, versions
 from epfuse.integrations.vllm.experts import EpfuseExperts
 from epfuse.policy import Storage
 from epfuse.target import Target
@@ -31,6 +34,23 @@ def test_auto_takes_minimax_m3(quantization, target, monkeypatch):
     deployment = M3_EP8.but(quantization=quantization, target=target)
     assert experts_of(deployment, monkeypatch) is EpfuseExperts
     assert vllms_own(deployment, monkeypatch) is not EpfuseExperts
+
+
+def test_what_can_not_be_asked_is_left_to_vllm_and_said_once(monkeypatch):
+    """What computes is imported by the first layer: where that fails a model has sixty layers that fail alike."""
+    said: list[str] = []
+    monkeypatch.setattr(stand_in.log, "exception", lambda form, *args: said.append(form % args))
+    monkeypatch.setattr(stand_in, "_failed", set())
+    own = vllms_own(M3_EP8, monkeypatch)
+    with monkeypatch.context() as broken:
+        broken.delattr(integration, "layer")
+        broken.setitem(sys.modules, layer.__name__, None)  # importing it fails
+        assert [build(M3_EP8, monkeypatch).quant_method.experts_cls for _ in range(3)] == [own] * 3
+        broken.setenv("EPFUSE_STRICT", "1")
+        with pytest.raises(ImportError):
+            build(M3_EP8, monkeypatch)
+    assert len(said) == 1
+    assert said[0].endswith("to vLLM, and so each layer like it: asking failed")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ from epfuse.integrations.switches import STRICT, is_on
 
 log: logging.Logger = logging.getLogger("vllm.epfuse")
 
+_failed: set[str] = set()
+"""What has been said with a traceback; a model has sixty layers that fail alike."""
+
 
 class _Offered:
     """What a stand-in for one of vLLM's RoutedExperts has of its own: its method may build epfuse's experts instead."""
@@ -34,10 +37,12 @@ class _Offered:
             from epfuse.integrations.vllm import layer
 
             layer.offer(self, method, moe_config, prefix)
-        except Exception:
+        except Exception as error:
             if is_on(STRICT):
                 raise
-            log.exception("epfuse leaves %s to vLLM: asking failed", prefix)
+            if repr(error) not in _failed:
+                _failed.add(repr(error))
+                log.exception("epfuse leaves %s to vLLM, and so each layer like it: asking failed", prefix)
         return method
 
     @functools.wraps(cast("Callable[..., Any]", RoutedExperts.weight_loader))
