@@ -183,20 +183,27 @@ def _is_inductors(name: str) -> bool:
     return Path(name).parent.name == "triton" and (owner.name.startswith("torchinductor_") or str(owner) == own)
 
 
-class _Missing(Exception):
-    """A kernel is not there."""
+class KernelMissing(Exception):
+    """A kernel is not compiled."""
+
+
+@contextlib.contextmanager
+def only_asking() -> Iterator[None]:
+    """Inside, a kernel of ours that is not there raises `KernelMissing` in place of being compiled."""
+    before, _Late.asked = _Late.asked, True
+    try:
+        yield
+    finally:
+        _Late.asked = before
 
 
 def is_compiled(compile_kernel: Callable[[], object]) -> bool:
     """Whether ``compile_kernel`` would find its kernel. Nothing is compiled."""
-    with kernels_in():
-        before, _Late.asked = _Late.asked, True
-        try:
+    try:
+        with kernels_in(), only_asking():
             compile_kernel()
-        except _Missing:
-            return False
-        finally:
-            _Late.asked = before
+    except KernelMissing:
+        return False
     return True
 
 
@@ -220,7 +227,7 @@ def late_compiles() -> int:
 
 def _say_missing(name: str) -> None:
     if _Late.asked:
-        raise _Missing
+        raise KernelMissing
     if not _Late.ready:
         return
     if environment().no_compile:

@@ -52,12 +52,32 @@ def recording(record: Record) -> Iterator[None]:
         _record.reset(token)
 
 
+@contextmanager
+def only_loading() -> Iterator[set[Any]]:
+    """Inside, in this thread, our kernels are found and loaded, and not launched.
+
+    Yields:
+        Triton's ``CompiledKernel`` of each.
+    """
+    found = set[Any]()
+    token = _loaded.set(found)
+    try:
+        yield found
+    finally:
+        _loaded.reset(token)
+
+
 def noted(kernel: Any) -> Callable[..., Any]:
-    """The ``run`` of one of Triton's jit functions, which writes into the record that is open."""
+    """The ``run`` of one of Triton's jit functions, which obeys `recording` and `only_loading`."""
     run, names = kernel.run, kernel.arg_names
     defaults = {name: parameter.default for name, parameter in kernel.signature.parameters.items()}
 
     def run_and_note(*arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        loaded = _loaded.get()
+        if loaded is not None:
+            compiled = run(*arguments, grid=grid, warmup=True, **named)
+            loaded.add(compiled)
+            return compiled
         compiled = run(*arguments, grid=grid, warmup=warmup, **named)
         record = _record.get()
         if record is not None and not warmup:
@@ -69,6 +89,7 @@ def noted(kernel: Any) -> Callable[..., Any]:
 
 
 _record: ContextVar[Record | None] = ContextVar("record", default=None)
+_loaded: ContextVar[set[Any] | None] = ContextVar("loaded", default=None)
 _MEMORY = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like)
 
 

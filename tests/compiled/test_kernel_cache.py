@@ -185,6 +185,16 @@ def test_ranks_of_one_host_compile_each_kernel_once(ranks: list[dict[str, Any]])
     assert waited["cpu_s"] < 3  # what a server with a filled cache may take
 
 
+def test_a_process_that_finds_all_kernels_looks_for_each_once(tmp_path: Path) -> None:
+    """As a server does that another one was here before: nothing is asked beforehand, and no lock is taken."""
+    run(tmp_path, "warm")
+    found, _ = run(tmp_path, "warm", EPFUSE_NO_COMPILE="1")
+    assert found["before"] == len({tuple(line) for line in found["compiled"]}) == 4
+    assert found["pythons"] == 0
+    assert len(found["said"]) == 1
+    assert "4 kernels for 1 to 2 tokens are loaded" in found["said"][0]
+
+
 def test_progress_is_said_a_few_times() -> None:
     said = list[str]()
     for count in range(1, 40):

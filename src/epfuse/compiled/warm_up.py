@@ -18,7 +18,8 @@ from epfuse.bundle import bundle
 from epfuse.compiled.launchers import compile_driver_module, compile_launcher
 from epfuse.compiled.layer import kernels, run_calls, token_counts
 from epfuse.families.family import CallKind
-from epfuse.kernel_cache import folder, is_compiled, kernels_in, say_ready
+from epfuse.kernel_cache import KernelMissing, folder, is_compiled, kernels_in, only_asking, say_ready
+from epfuse.launch_record import only_loading
 from epfuse.target import Target, planning_for
 from epfuse.workers import Died, Workers
 
@@ -49,21 +50,36 @@ def warm_up(layer: CallKind, max_tokens: int, say: Callable[[str], None] = log.i
     _warm.add((layer, max_tokens))  # now: what fails for this layer is not tried again for each one like it
     say_ready(False)
     begun = time.monotonic()
-    wanted = kernels(layer, max_tokens)
-    if missing(wanted):
-        with _one_at_a_time():
-            left = missing(wanted)  # another rank may have compiled them meanwhile
-            if left:
-                if (shipped := bundle()) is not None:
-                    made = f"{shipped.manifest.product} and up to {shipped.manifest.max_tokens} tokens"
-                    log.warning("EPFUSE_KERNELS, made for %s, lacks %d kernels of %s", made, len(left), layer)
-                say(f"compiling {len(left)} of {len(wanted)} kernels for 1 to {max_tokens} tokens")
-                for one in compile_all(left, jobs=_jobs(), done=functools.partial(_progress, say, len(left))):
-                    if one.failure is not None:
-                        log.warning("%s; it will be compiled when it is needed", one.failure)
-    load(layer, max_tokens, wanted)
+    try:
+        with only_asking():  # in most processes all are there, and this is all there is to do
+            loaded = load(layer, max_tokens)
+    except KernelMissing:
+        compile_missing(layer, max_tokens, say)
+        loaded = load(layer, max_tokens)
     say_ready(True)
-    say(f"{len(wanted)} kernels for 1 to {max_tokens} tokens are loaded, in {time.monotonic() - begun:.1f} s")
+    say(f"{loaded} kernels for 1 to {max_tokens} tokens are loaded, in {time.monotonic() - begun:.1f} s")
+
+
+def compile_missing(layer: CallKind, max_tokens: int, say: Callable[[str], None]) -> None:
+    """Compile what is not compiled yet of all that such calls launch; only one process of a host does at a time.
+
+    Args:
+        layer: its calls.
+        max_tokens: the largest T.
+        say: takes a line of progress.
+    """
+    wanted = kernels(layer, max_tokens)
+    with _one_at_a_time():
+        left = missing(wanted)  # another rank may have compiled them meanwhile
+        if not left:
+            return
+        if (shipped := bundle()) is not None:
+            made = f"{shipped.manifest.product} and up to {shipped.manifest.max_tokens} tokens"
+            log.warning("EPFUSE_KERNELS, made for %s, lacks %d kernels of %s", made, len(left), layer)
+        say(f"compiling {len(left)} of {len(wanted)} kernels for 1 to {max_tokens} tokens")
+        for one in compile_all(left, jobs=_jobs(), done=functools.partial(_progress, say, len(left))):
+            if one.failure is not None:
+                log.warning("%s; it will be compiled when it is needed", one.failure)
 
 
 def missing(launches: Sequence[Launch]) -> list[Launch]:
@@ -133,25 +149,18 @@ def _compile_module(target: Target, place: Path) -> None:
         compile_driver_module(target)
 
 
-def load(layer: CallKind, max_tokens: int, launches: Sequence[Launch]) -> None:
+def load(layer: CallKind, max_tokens: int) -> int:
     """Have Triton find and load on the current device what is compiled; what is not is compiled here.
 
     Triton keeps kernels by the arguments of a launch. So the launchers are called as a call would call them, with
     tensors that have no memory, and each kernel stops before it is launched.
+
+    Returns:
+        How many there are.
     """
-    functions = {launch.kernel: launch.function() for launch in launches}
-    for function in functions.values():
-        function.run = functools.partial(_only_load, type(function).run.__get__(function))
-    try:
-        with planning_for(layer.target, layer.device):
-            run_calls(layer, token_counts(layer, max_tokens))
-    finally:
-        for function in functions.values():
-            del function.run
-
-
-def _only_load(run: Callable[..., object], *arguments: object, grid: object, warmup: bool, **named: object) -> object:
-    return run(*arguments, grid=grid, warmup=True, **named)
+    with planning_for(layer.target, layer.device), only_loading() as found:
+        run_calls(layer, token_counts(layer, max_tokens))
+    return len(found)
 
 
 @contextmanager
