@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -92,15 +94,29 @@ def test_panels_have_the_rows_that_belong_together(order: RowOrder, hidden: int,
                     assert torch.equal(lines[live], want[live])
 
 
-def test_weights_are_described_once_and_anew_where_they_lie_elsewhere() -> None:
+@pytest.mark.parametrize("describe", [sm90_dense_launch.gate_up_panels, sm90_dense_launch.down_panels])
+def test_weights_are_described_where_they_lie_now(describe: Callable[[torch.Tensor], Any]) -> None:
     weights = torch.zeros(2, 64, 64, dtype=torch.bfloat16)
-    for describe in (sm90_dense_launch.gate_up_panels, sm90_dense_launch.down_panels):
-        first = describe(weights)
-        assert describe(weights) is first
+    first = describe(weights)
+    assert first.base.data_ptr() == weights.data_ptr()
     weights.data = torch.ones(2, 64, 64, dtype=torch.bfloat16)
-    moved = sm90_dense_launch.down_panels(weights)
-    assert moved.base.data_ptr() == weights.data_ptr()
-    assert moved.base.data_ptr() != first.base.data_ptr()
+    moved = describe(weights)
+    assert moved.base.data_ptr() == weights.data_ptr() != first.base.data_ptr()
+    assert (moved.shape, moved.strides) == (first.shape, first.strides)
+    weights.data = weights.data.view(1, 128, 64)  # at the same address
+    fresh = describe(weights.clone())
+    assert (describe(weights).shape, describe(weights).strides) == (fresh.shape, fresh.strides)
+
+
+@pytest.mark.parametrize("describe", [sm90_dense_launch.gate_up_panels, sm90_dense_launch.down_panels])
+def test_memory_that_a_parameter_gives_up_is_free(describe: Callable[[torch.Tensor], Any]) -> None:
+    """`model.to("cpu")` gives each parameter other data: what is known of it must not hold the GPU's."""
+    weights = torch.nn.Parameter(torch.zeros(2, 64, 64, dtype=torch.bfloat16), requires_grad=False)
+    describe(weights)
+    before = StorageWeakRef(weights.untyped_storage())
+    weights.data = torch.empty(0, dtype=torch.bfloat16)
+    gc.collect()
+    assert before.expired()
 
 
 def test_weights_that_the_copy_engine_does_not_take_are_refused() -> None:

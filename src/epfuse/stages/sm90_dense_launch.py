@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, MutableMapping
 
@@ -19,7 +20,7 @@ STEP = 64
 RUN = 8
 """Adjacent gate rows, or up rows, of a panel."""
 
-_Described = MutableMapping[torch.Tensor, TensorDescriptor]
+_Described = MutableMapping[torch.Tensor, tuple[torch.Size, TensorDescriptor]]
 _gate_up: _Described = WeakIdKeyDictionary()
 _down: _Described = WeakIdKeyDictionary()
 _layout = functools.cache(lambda rank: gl.NVMMASharedLayout(2 * STEP, 16, rank))
@@ -28,7 +29,7 @@ _layout = functools.cache(lambda rank: gl.NVMMASharedLayout(2 * STEP, 16, rank))
 def gate_up_panels(w13: torch.Tensor) -> TensorDescriptor:
     """``w13 [L, 2I, H]`` as ``[runs, gate or up, 8, H]``, copied a panel of 64 rows and 64 columns at a time.
 
-    A panel is 8 gate rows and their 8 up rows in turn, which lie I rows apart. Described once in the tensor's life.
+    A panel is 8 gate rows and their 8 up rows in turn, which lie I rows apart. Checked once in the tensor's life.
 
     Raises:
         LayoutError: ``w13`` begins at no multiple of 16 bytes.
@@ -37,7 +38,7 @@ def gate_up_panels(w13: torch.Tensor) -> TensorDescriptor:
 
 
 def down_panels(w2: torch.Tensor) -> TensorDescriptor:
-    """``w2 [L, H, I]`` as ``[L * H, I]``, copied 64 rows and columns at a time; described once in the tensor's life.
+    """``w2 [L, H, I]`` as ``[L * H, I]``, copied 64 rows and columns at a time; checked once in the tensor's life.
 
     Raises:
         LayoutError: ``w2`` begins at no multiple of 16 bytes.
@@ -53,10 +54,13 @@ def _described(
             f"dense weights begin at {weights.data_ptr():#x}; Hopper's copy engine takes them from multiples of"
             f" {ALIGNMENT} bytes (call .clone() at load)"
         )
-    found = known.get(weights)
-    if found is None or found.base.data_ptr() != weights.data_ptr():  # a tensor can be given other memory
-        # detached: a view holds the tensor that it is of, which would never be forgotten then
-        known[weights] = found = describe(weights.detach())
+    size, checked = known.get(weights, (None, None))
+    if checked is None or size != weights.shape:
+        checked = describe(weights.detach())
+        checked.base = None  # it would hold memory that a parameter gives up, as in `model.to("cpu")`
+        known[weights] = weights.shape, checked
+    found = copy.copy(checked)
+    found.base = weights.detach()
     return found
 
 
