@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -193,6 +194,17 @@ def test_a_process_that_finds_all_kernels_looks_for_each_once(tmp_path: Path) ->
     assert found["pythons"] == 0
     assert len(found["said"]) == 1
     assert "4 kernels for 1 to 2 tokens are loaded" in found["said"][0]
+
+
+def test_every_kernel_goes_through_it() -> None:
+    """One that did not would be launched by a warm-up, on tensors without memory."""
+    found = {}
+    for file in sorted((ROOT / "src/epfuse/stages").rglob("kernel*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                found[node.name] = [ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list]
+    assert len(found) > 15
+    assert {name for name, decorators in found.items() if decorators[0] != "cached"} == set()
 
 
 def test_progress_is_said_a_few_times() -> None:
