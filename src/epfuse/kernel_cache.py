@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +190,12 @@ class KernelMissing(Exception):
 
 @contextlib.contextmanager
 def only_asking() -> Iterator[None]:
-    """Inside, a kernel of ours that is not there raises `KernelMissing` in place of being compiled."""
-    before, _Late.asked = _Late.asked, True
+    """Inside, in this thread, a kernel of ours that is not there raises `KernelMissing` in place of being compiled."""
+    token = _asked.set(True)
     try:
         yield
     finally:
-        _Late.asked = before
+        _asked.reset(token)
 
 
 def is_compiled(compile_kernel: Callable[[], object]) -> bool:
@@ -211,8 +212,10 @@ class _Late:
     """Kernels that were compiled after all had been said to be there."""
 
     ready = False
-    asked = False
     count = 0
+
+
+_asked: ContextVar[bool] = ContextVar("asked", default=False)
 
 
 def say_ready(ready: bool = True) -> None:
@@ -226,7 +229,7 @@ def late_compiles() -> int:
 
 
 def _say_missing(name: str) -> None:
-    if _Late.asked:
+    if _asked.get():
         raise KernelMissing
     if not _Late.ready:
         return

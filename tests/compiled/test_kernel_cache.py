@@ -157,6 +157,17 @@ def test_what_was_never_written_out_is_compiled_again(tmp_path: Path, name: str,
         assert cache.get_group("k.json") is None
 
 
+def test_a_warm_up_asks_for_its_own_thread_alone(warmed: KernelCache) -> None:
+    """A call of another thread compiles what it needs."""
+    kernel_cache.say_ready(False)
+    with kernel_cache.only_asking():
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(warmed.get_group, "combine_kernel.json").result() is None
+        with pytest.raises(kernel_cache.KernelMissing):
+            warmed.get_group("combine_kernel.json")
+    assert warmed.get_group("combine_kernel.json") is None
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Two processes of a host that warm up for the same layer at the same time: who compiled, then who waited."""
