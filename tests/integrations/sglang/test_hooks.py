@@ -42,6 +42,20 @@ def test_who_runs_the_experts(asked, quantized, target, monkeypatch):
     assert isinstance(layer.quant_method, EpfuseMoEMethod) == ours
 
 
+def test_layers_that_fail_alike_are_left_to_sglang_and_said_once(monkeypatch):
+    """A model has sixty of them."""
+    said = []
+    monkeypatch.setattr(hooks.log, "exception", lambda form, *args: said.append(form % args))
+    monkeypatch.setattr(hooks, "_said", set())
+    monkeypatch.setattr(hooks, "decide", lambda offer: [][0])
+    deployment = Deployment(target=Target.GFX942)
+    with installed(), deployment.entered(monkeypatch):
+        monkeypatch.setenv("EPFUSE_STRICT", "0")
+        assert not any(isinstance(deployment.build().quant_method, EpfuseMoEMethod) for _ in range(3))
+    assert len(said) == 1
+    assert said[0].endswith("to SGLang, and so each layer like it: asking failed")
+
+
 @pytest.mark.parametrize(("chosen", "ours"), [("triton", True), ("deep_gemm", False)])
 def test_what_sglang_makes_of_auto_is_no_users_choice(chosen, ours, monkeypatch):
     deployment = Deployment(target=Target.GFX942, chosen=chosen)

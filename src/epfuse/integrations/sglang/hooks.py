@@ -75,10 +75,12 @@ def _choice(layer: Any, method: Any) -> Choice | None:
     try:
         offer = offer_of(layer, method)
         choice = decide(offer)
-    except Exception:
+    except Exception as error:
         if is_on(STRICT) or runner_here().is_ours:
             raise
-        log.exception("epfuse leaves %s to SGLang: asking failed", layer.layer_name)
+        if repr(error) not in _said:  # sixty layers fail alike
+            _said.add(repr(error))
+            log.exception("epfuse leaves %s to SGLang, and so each layer like it: asking failed", layer.layer_name)
         return None
     stops = why_it_stops(offer, choice)
     if stops is not None:
