@@ -98,7 +98,6 @@ def ring_fits(tile: Sm90Tile, form: WeightFormat, block_m: int) -> bool:
 
 # Measured on an H100 (docs/performance.md). From 6 rows on blocks of 32: 0.6 % slower than 16 where rows are spread
 # evenly, and 1.7 times as fast where all tokens are on two experts. From 44 rows on the packed kernels take over.
-# Of dense weights those take over from 180 rows on (sm90_dense.py).
 FRAGMENT_TILES = (
     TileRange(0.1, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 3, split_k=8), Sm90Tile(64, 128, 0, 4, 3, split_k=8))),
     TileRange(0.3, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4, split_k=2), Sm90Tile(64, 128, 0, 4, 4, split_k=2))),
@@ -116,8 +115,6 @@ DENSE_TILES = (
     TileRange(12, LayerTiles(16, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(64, 128, 0, 4, 4))),
     TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 2, guess_bytes=1024), Sm90Tile(128, 128, 4, 8, 2))),
-    TileRange(96, LayerTiles(128, Sm90Tile(256, 64, 8, 8, 4), Sm90Tile(256, 64, 8, 8, 4))),
-    TileRange(180, LayerTiles(128, Sm90Tile(256, 64, 16, 8, 4), Sm90Tile(256, 64, 16, 8, 4))),
 )
 TILES = {
     WeightFormat.FRAGMENT: FRAGMENT_TILES,

@@ -1,6 +1,6 @@
 """Gluon kernels for Hopper, dense weights and many rows an expert: rows are gathered, and both GEMMs are one launch.
 
-One program a multiprocessor, with a producer and two or three consumers, and both operands in shared memory.
+One program a multiprocessor, with a producer and two consumers, and both operands in shared memory.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import CallKind, Family, LayerCall, Reads, Stage, Step, Steps
 from epfuse.families.memory import rows_between
+from epfuse.families.portable import DENSE_TILES as PORTABLE_TILES
+from epfuse.families.portable import PORTABLE
 from epfuse.families.sm90 import SHARED_BYTES, SM90
+from epfuse.stages.extent import ALIGNMENT
 from epfuse.stages.route.table import LoneTokens
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90DenseTile, TileRange
 from epfuse.target import Target
 
-TWO_PARTS = (96, 144, 160, 192, 272, 288, 320)
+TWO_PARTS = (96, 144, 160, 192, 288, 320)
 """Row blocks of two powers of two."""
 HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
 """Heads of these row blocks: with a small one they cost little where experts have few rows."""
 LARGEST_TWO_PARTS = 144
 """From here on the rows of an expert take several blocks, of this size or larger."""
-MOST_SUMS = {2: 204, 3: 96}
-"""Sums that a thread has registers for, by the number of consumers: with more the assembler makes products wait."""
+MOST_ROWS = {128: 320, 256: 192}
+"""Rows of a block that the registers hold the sums of, by block_n."""
+UNALIGNED = PORTABLE_TILES[Target.SM90][-1].tiles
+"""Tiles of calls whose weights the copy engine does not take."""
 BESIDE_RING = 8192
 """Bytes of shared memory that are kept for barriers, and for results on their way to memory."""
 
@@ -59,7 +64,7 @@ class Sm90Dense(Family):
         """The longest rings that fit."""
         if block_m < self.least_block_m:
             return
-        for block_n, group_m, head in itertools.product((128, 192, 256), (0, 1, 2, 4), HEADS.get(block_m, (0,))):
+        for block_n, group_m, head in itertools.product((128, 256), (0, 1, 2, 4, 8), HEADS.get(block_m, (0,))):
             rings = [Sm90DenseTile(block_n, 64, group_m, 4, stages, head=head) for stages in (3, 4, 5, 6, 8)]
             yield from [tile for tile in rings if self.fits(tile, kind.form, block_m)][-1:]
 
@@ -67,17 +72,21 @@ class Sm90Dense(Family):
         """Whether the block can be cut so, and the ring and the sums have room."""
         assert isinstance(tile, Sm90DenseTile)
         ring = tile.num_stages * tile.block_k * 2 * (tile.block_n + block_m)
-        consumers = tile.consumers_of(block_m)
-        held = tile.block_n * block_m <= 128 * consumers * MOST_SUMS[consumers] and block_m <= max(TWO_PARTS)
-        return block_m >= self.least_block_m and tile.cuts(block_m) and ring + BESIDE_RING <= SHARED_BYTES and held
+        held = self.least_block_m <= block_m <= MOST_ROWS[tile.block_n]
+        return held and tile.cuts(block_m) and ring + BESIDE_RING <= SHARED_BYTES
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
-        """Down's results of a block are written where its gathered rows were, which are dead by then."""
+        """Down's results of a block are written where its gathered rows were, which are dead by then.
+
+        The copy engine takes weights from multiples of 16 bytes; others go to the kernels for every GPU.
+        """
         from epfuse.stages.combine.launch import launch_combine
         from epfuse.stages.gate_up_down.launch_dense import launch_gate_up_down_dense
         from epfuse.stages.gather.launch import launch_gather
         from epfuse.stages.route.launch import launch_route
 
+        if any(weights is not None and weights.data_ptr() % ALIGNMENT for weights in (call.w13, call.w2)):
+            return PORTABLE.steps(call, UNALIGNED)
         tile, shape, slots, rows = tiles.gate_up, call.shape, call.slots, rows_between(call)
         assert isinstance(tile, Sm90DenseTile)
         table = call.table(tiles.block_m, tiles.arrivals(shape.hidden, shape.intermediate))
@@ -99,8 +108,15 @@ class Sm90Dense(Family):
         return "gate_up_down"
 
 
-# Measured on an H200 (docs/performance.md). Several blocks of one expert are walked together, or their weights would be
-# read from memory again for each.
-DENSE_TILES = (TileRange(ANY, LayerTiles.both(288, Sm90DenseTile(128, 64, 4, 4, 4))),)
+# Measured on an H200 at 64, 128, 256 and 512 rows (docs/performance.md). Tiles of 288 rows multiply all of an expert's
+# at once, 256 to a product; where they would lack many, or an expert would need a second block for some, others stand.
+DENSE_TILES = (
+    TileRange(80, LayerTiles.both(96, Sm90DenseTile(128, 64, 1, 4, 7))),
+    TileRange(132, LayerTiles.both(144, Sm90DenseTile(128, 64, 1, 4, 6))),
+    TileRange(176, LayerTiles.both(192, Sm90DenseTile(256, 64, 1, 4, 3))),
+    TileRange(320, LayerTiles.both(288, Sm90DenseTile(128, 64, 1, 4, 4))),
+    TileRange(440, LayerTiles.both(192, Sm90DenseTile(256, 64, 8, 4, 3))),
+    TileRange(ANY, LayerTiles.both(288, Sm90DenseTile(128, 64, 2, 4, 4))),
+)
 
 SM90_DENSE = Sm90Dense()
