@@ -45,7 +45,7 @@ kind = CallKind(Path(path), Target.SM90, shape, frozenset({WeightFormat(form)}))
 found = launches_of(kind.target, lambda: run_calls(kind, [int(tokens)]), kind.device)
 (launch,) = (one for one in found if one.kernel == kernel)
 constants = dict(launch.constants)
-print(constants["BLOCK_M"], constants["HEAD"])
+print(constants["BLOCK_M"], constants["HEAD"], constants["CONSUMERS"])
 try:
     launch.compile()
 except Done:
@@ -54,7 +54,7 @@ except Done:
 
 
 def counted(tmp_path: Path, *arguments: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(rows of a block, of its head) of a call, and (products, stores) in its kernel's code."""
+    """(rows of a block, of its head, consumers) of a call, and (products, stores) in its kernel's code."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     script = tmp_path / "count.py"
@@ -67,7 +67,7 @@ def counted(tmp_path: Path, *arguments: str) -> tuple[tuple[int, ...], tuple[int
 
 def test_both_gemms_share_their_loops_and_all_steps_the_store_of_the_head(tmp_path: Path) -> None:
     tile, counts = counted(tmp_path, "w8a16", "fragment", "2000", "gate_up_down_sm90_kernel")
-    assert tile == (128, 64)
+    assert tile == (128, 64, 3)
     heads, rests, consumers = 4, 3, 3  # of column_steps: each has the head, all but the first one a part of the rest
     products = heads + rests
     stores = 1 + rests  # of gate_up, and as many of down
@@ -76,6 +76,6 @@ def test_both_gemms_share_their_loops_and_all_steps_the_store_of_the_head(tmp_pa
 
 def test_dense_weights_too(tmp_path: Path) -> None:
     tile, counts = counted(tmp_path, "bf16", "dense", "9000", "gate_up_down_sm90_dense_kernel")
-    assert tile == (288, 256)
+    assert tile == (288, 256, 2)
     few, heads, rests, consumers = 1, 3, 2, 2  # of column_steps: a few columns of the head, or all of it
     assert counts == (consumers * (few + heads + rests), consumers * 2 * (few + 1 + rests))

@@ -25,6 +25,10 @@ FLOOR = SNR_FLOOR[torch.bfloat16]
 TILES = {
     "32x256": (32, Sm90DenseTile(256, 64, 0, 4, 5)),
     "64x128_head": (64, Sm90DenseTile(128, 64, 1, 4, 6, head=32)),
+    "96x192_head": (96, Sm90DenseTile(192, 64, 2, 4, 4, head=32)),
+    "128x192": (128, Sm90DenseTile(192, 64, 4, 4, 4)),
+    "192x192": (192, Sm90DenseTile(192, 64, 1, 4, 3)),
+    "272x192_shared": (272, Sm90DenseTile(192, 64, 4, 4, 3)),
     "96x128": (96, Sm90DenseTile(128, 64, 1, 4, 7)),
     "144x128": (144, Sm90DenseTile(128, 64, 1, 4, 6)),
     "144x256": (144, Sm90DenseTile(256, 64, 1, 4, 4)),

@@ -1,6 +1,6 @@
 """Gluon kernels for Hopper, dense weights and many rows an expert: rows are gathered, and both GEMMs are one launch.
 
-One program a multiprocessor, with a producer and two consumers, and both operands in shared memory.
+One program a multiprocessor, with a producer and two or three consumers, and both operands in shared memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from epfuse.stages.route.table import LoneTokens
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90DenseTile, TileRange
 from epfuse.target import Target
 
-TWO_PARTS = (96, 144, 160, 192, 288, 320)
+TWO_PARTS = (96, 144, 160, 192, 272, 288, 320)
 """Row blocks of two powers of two."""
 HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
 """Heads of these row blocks: with a small one they cost little where experts have few rows."""
 LARGEST_TWO_PARTS = 144
 """From here on the rows of an expert take several blocks, of this size or larger."""
-MOST_ROWS = {128: 320, 256: 192}
-"""Rows of a block that the registers hold the sums of, by block_n."""
+MOST_SUMS = {2: 204, 3: 96}
+"""Sums that a thread has registers for, by the number of consumers: with more the assembler makes products wait."""
 UNALIGNED = PORTABLE_TILES[Target.SM90][-1].tiles
 """Tiles of calls whose weights the copy engine does not take."""
 BESIDE_RING = 8192
@@ -64,7 +64,7 @@ class Sm90Dense(Family):
         """The longest rings that fit."""
         if block_m < self.least_block_m:
             return
-        for block_n, group_m, head in itertools.product((128, 256), (0, 1, 2, 4, 8), HEADS.get(block_m, (0,))):
+        for block_n, group_m, head in itertools.product((128, 192, 256), (0, 1, 2, 4, 8), HEADS.get(block_m, (0,))):
             rings = [Sm90DenseTile(block_n, 64, group_m, 4, stages, head=head) for stages in (3, 4, 5, 6, 8)]
             yield from [tile for tile in rings if self.fits(tile, kind.form, block_m)][-1:]
 
@@ -72,8 +72,9 @@ class Sm90Dense(Family):
         """Whether the block can be cut so, and the ring and the sums have room."""
         assert isinstance(tile, Sm90DenseTile)
         ring = tile.num_stages * tile.block_k * 2 * (tile.block_n + block_m)
-        held = self.least_block_m <= block_m <= MOST_ROWS[tile.block_n]
-        return held and tile.cuts(block_m) and ring + BESIDE_RING <= SHARED_BYTES
+        consumers = tile.consumers_of(block_m)
+        held = tile.block_n * block_m <= 128 * consumers * MOST_SUMS[consumers] and block_m <= max(TWO_PARTS)
+        return block_m >= self.least_block_m and tile.cuts(block_m) and ring + BESIDE_RING <= SHARED_BYTES and held
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
         """Down's results of a block are written where its gathered rows were, which are dead by then.

@@ -130,22 +130,27 @@ class Sm90PersistentTile(GemmTile):
 class Sm90DenseTile(Sm90PersistentTile):
     """A persistent tile of dense weights, both GEMMs in one launch.
 
-    block_n is one or two panels of 64 weight rows for each of two consumers; block_k is 64, a line of 128 bytes.
-    Nothing is dequantised, so there is one part.
+    block_n is one panel of 64 weight rows for each of two or three consumers, two panels for each of two, or with more
+    than 192 rows three for two, which share one by its columns. block_k is 64, a line of 128 bytes; nothing is
+    dequantised, so there is one part.
     """
 
     parts: Annotated[int, Field(ge=1, le=1)] = 1
 
     @property
     def consumers(self) -> int:
-        """Warpgroups that multiply."""
-        return 2
+        """Warpgroups that multiply, as far as that does not hang on the block."""
+        return self.consumers_of(0)
+
+    def consumers_of(self, block_m: int) -> int:
+        """Warpgroups that multiply a block of so many rows: three have room for the sums of 192 by 192."""
+        return 3 if self.block_n == 192 and block_m <= 192 else 2
 
     def __post_init__(self) -> None:
-        if self.block_n not in (128, 256) or (self.block_k, self.num_warps, self.parts) != (64, 4, 1):
+        if self.block_n not in (128, 192, 256) or (self.block_k, self.num_warps, self.parts) != (64, 4, 1):
             raise ConfigError(
-                f"tile {self.key}: of a persistent tile of dense weights block_n is 128 or 256, block_k 64, num_warps 4"
-                " and parts 1"
+                f"tile {self.key}: of a persistent tile of dense weights block_n is 128, 192 or 256, block_k 64,"
+                " num_warps 4 and parts 1"
             )
         if self.head and not _part(self.head):
             raise ConfigError(f"head is {self.head}; a persistent tile's is a power of two, at least 8, or 0")
@@ -220,7 +225,8 @@ class LayerTiles:
                 raise ConfigError(
                     f"block_m is {self.block_m}; it must be the sum of {head}, none below 8, or one alone, at least 16"
                 )
-            if self.gate_up.consumers > 2 and self.block_m >= 256:
+            dense = isinstance(self.gate_up, Sm90DenseTile)
+            if self.gate_up.consumers > 2 and self.block_m >= 256 and not dense:
                 raise ConfigError(f"block_m is {self.block_m}; with three consumers it must be below 256")
             return
         if self.block_m < least or self.block_m.bit_count() > 1:

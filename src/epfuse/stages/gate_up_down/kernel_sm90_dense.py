@@ -8,22 +8,27 @@ from epfuse.kernel_cache import cached
 from epfuse.stages.down.kernel_sm90 import store_weighted_panel
 from epfuse.stages.gate_up.kernel_sm90 import store_activated_panel
 from epfuse.stages.gate_up_down.kernel_sm90_counters import say_done, wait_until
-from epfuse.stages.sm90_dense_gemm import CONSUMERS, fetch_down, fetch_gate_up, make_panels, multiply
+from epfuse.stages.sm90_dense_gemm import (
+    fetch_down,
+    fetch_gate_up,
+    head_columns,
+    last_step,
+    make_panels,
+    multiply,
+    rest_columns,
+    step_of,
+)
 from epfuse.stages.sm90_gemm import let_next_kernel_start, tile_of, wait_for_previous_kernel
 from epfuse.stages.sm90_persistent import (
     PANEL,
     claim,
     fetch_rows,
-    head_columns,
     make_barriers,
     make_queue,
     make_row_rings,
-    number_of_steps,
     read_tile,
-    rest_columns,
     rest_of,
     say_tile,
-    step_of,
 )
 
 WARPS = gl.constexpr(4)  # of a consumer
@@ -33,7 +38,7 @@ WARPS = gl.constexpr(4)  # of a consumer
 def produce_both(
     args, up_args, down_args,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    EACH: gl.constexpr, STAGES: gl.constexpr,
+    PANELS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Claim tiles, say which, and copy every stage; of a tile's first one the weights before the rows are there."""
     (
@@ -61,12 +66,12 @@ def produce_both(
             expert = gl.load(block_expert + m)
             row = gl.load(block_row + m)
             rest = rest_of(sorted_routes + m * BLOCK_M, R, BLOCK_M, HEAD)
-            panel = n * (CONSUMERS * EACH)
+            panel = n * PANELS
             if down:
                 for step in range(0, I_STEPS):
                     stage = done % STAGES
                     mbarrier.wait(empty.index(stage), (done // STAGES + 1) & 1)
-                    fetch_down(w2, panels, full, stage, expert, panel, step, H, CONSUMERS * EACH)
+                    fetch_down(w2, panels, full, stage, expert, panel, step, H, PANELS)
                     if step == 0:
                         if waited == 0:
                             wait_for_previous_kernel()
@@ -80,7 +85,7 @@ def produce_both(
                 for step in range(0, H_STEPS):
                     stage = done % STAGES
                     mbarrier.wait(empty.index(stage), (done // STAGES + 1) & 1)
-                    fetch_gate_up(w13, panels, full, stage, expert, panel, step, RUNS, CONSUMERS * EACH)
+                    fetch_gate_up(w13, panels, full, stage, expert, panel, step, RUNS, PANELS)
                     if waited == 0:
                         wait_for_previous_kernel()
                         waited = 1
@@ -94,54 +99,68 @@ def produce_both(
 
 
 @gluon.jit
-def store_sums(acc, second, place, first, stores, ACTIVATION: gl.constexpr, EACH: gl.constexpr):
-    """Store sums of a block's columns from ``first`` on, of one panel or of two, as gate_up does or as down does."""
-    block_routes, first_row, expert, panel, R = place
+def store_panel(acc, place, panel, first, stores, ACTIVATION: gl.constexpr):
+    """Store sums of one of the tile's panels, of a block's columns from ``first`` on, as gate_up or as down does."""
+    block_routes, first_row, expert, first_panel, R = place
     up, up_store, down_store = stores
     block_routes += first
     first_row += first
     if up:
-        store_activated_panel(acc, block_routes, first_row, expert, panel, R, up_store, ACTIVATION)
-        if EACH == 2:
-            store_activated_panel(second, block_routes, first_row, expert, panel + 1, R, up_store, ACTIVATION)
+        store_activated_panel(acc, block_routes, first_row, expert, first_panel + panel, R, up_store, ACTIVATION)
     else:
-        store_weighted_panel(acc, block_routes, first_row, expert, panel, R, down_store, None)
-        if EACH == 2:
-            store_weighted_panel(second, block_routes, first_row, expert, panel + 1, R, down_store, None)
+        store_weighted_panel(acc, block_routes, first_row, expert, first_panel + panel, R, down_store, None)
+
+
+@gluon.jit
+def store_sums(
+    acc, second, place, first, stores, consumer, ACTIVATION: gl.constexpr, PANELS: gl.constexpr, CONSUMERS: gl.constexpr
+):
+    """Store what `multiply` made of a block's columns from ``first`` on."""
+    if PANELS == CONSUMERS:
+        store_panel(acc, place, consumer, first, stores, ACTIVATION)
+    elif PANELS % CONSUMERS == 0:
+        store_panel(acc, place, consumer * 2, first, stores, ACTIVATION)
+        store_panel(second, place, consumer * 2 + 1, first, stores, ACTIVATION)
+    else:
+        store_panel(acc, place, consumer * 2, first, stores, ACTIVATION)
+        store_panel(second, place, 1, first + consumer * second.shape[1], stores, ACTIVATION)
 
 
 @gluon.jit
 def sums_of_step(
     ring, place, stores, consumer, ACTIVATION: gl.constexpr,
-    I: gl.constexpr, BLOCK_M: gl.constexpr, HEAD: gl.constexpr, EACH: gl.constexpr, STAGES: gl.constexpr,
+    I: gl.constexpr, BLOCK_M: gl.constexpr, HEAD: gl.constexpr,
+    PANELS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Multiply with the I-th of column_steps; the rest's sums are stored, the head's returned, of either panel."""
+    """Multiply with the I-th of dense_steps; the rest's sums are stored, the head's returned."""
     COLUMNS: gl.constexpr = head_columns(BLOCK_M, HEAD, I)
     MORE: gl.constexpr = rest_columns(BLOCK_M, HEAD, I)
     heads, rests, panels, full, empty, done, steps = ring
     acc, more, second, second_more, done = multiply(
-        heads, rests, panels, full, empty, done, steps, consumer, COLUMNS, MORE, EACH, STAGES
+        heads, rests, panels, full, empty, done, steps, consumer, COLUMNS, MORE, PANELS, CONSUMERS, STAGES
     )  # fmt: skip
     if MORE > 0:
-        store_sums(more, second_more, place, COLUMNS, stores, ACTIVATION, EACH)
+        store_sums(more, second_more, place, COLUMNS, stores, consumer, ACTIVATION, PANELS, CONSUMERS)
     return acc, second, done
 
 
 @gluon.jit
 def sums_of_head(
     step, ring, place, stores, consumer, ACTIVATION: gl.constexpr,
-    I: gl.constexpr, BLOCK_M: gl.constexpr, HEAD: gl.constexpr, EACH: gl.constexpr, STAGES: gl.constexpr,
+    I: gl.constexpr, BLOCK_M: gl.constexpr, HEAD: gl.constexpr,
+    PANELS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """sums_of_step for the step-th, which is the I-th or a later one: all of them have the whole head.
 
     So there is one copy of the code that stores the head's sums.
     """
-    LAST: gl.constexpr = number_of_steps(BLOCK_M, HEAD) - 1
-    if I == LAST or step == I:
-        acc, second, done = sums_of_step(ring, place, stores, consumer, ACTIVATION, I, BLOCK_M, HEAD, EACH, STAGES)
+    if last_step(BLOCK_M, HEAD) == I or step == I:
+        acc, second, done = sums_of_step(
+            ring, place, stores, consumer, ACTIVATION, I, BLOCK_M, HEAD, PANELS, CONSUMERS, STAGES
+        )  # fmt: skip
     else:
         acc, second, done = sums_of_head(
-            step, ring, place, stores, consumer, ACTIVATION, I + 1, BLOCK_M, HEAD, EACH, STAGES
+            step, ring, place, stores, consumer, ACTIVATION, I + 1, BLOCK_M, HEAD, PANELS, CONSUMERS, STAGES
         )  # fmt: skip
     return acc, second, done
 
@@ -149,25 +168,25 @@ def sums_of_head(
 @gluon.jit
 def consume_tile(
     step, ring, place, stores, consumer, ACTIVATION: gl.constexpr,
-    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, EACH: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, HEAD: gl.constexpr, PANELS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Multiply and store one consumer's panels of a tile, for as many columns as the step-th of column_steps has."""
+    """Multiply and store one consumer's part of a tile, for as many columns as the step-th of dense_steps has."""
     if head_columns(BLOCK_M, HEAD, 0) < HEAD:
         if step == 0:
             few, few_second, done = sums_of_step(
-                ring, place, stores, consumer, ACTIVATION, 0, BLOCK_M, HEAD, EACH, STAGES
+                ring, place, stores, consumer, ACTIVATION, 0, BLOCK_M, HEAD, PANELS, CONSUMERS, STAGES
             )  # fmt: skip
-            store_sums(few, few_second, place, 0, stores, ACTIVATION, EACH)
+            store_sums(few, few_second, place, 0, stores, consumer, ACTIVATION, PANELS, CONSUMERS)
         else:
             acc, second, done = sums_of_head(
-                step, ring, place, stores, consumer, ACTIVATION, 1, BLOCK_M, HEAD, EACH, STAGES
+                step, ring, place, stores, consumer, ACTIVATION, 1, BLOCK_M, HEAD, PANELS, CONSUMERS, STAGES
             )  # fmt: skip
-            store_sums(acc, second, place, 0, stores, ACTIVATION, EACH)
+            store_sums(acc, second, place, 0, stores, consumer, ACTIVATION, PANELS, CONSUMERS)
     else:
         acc, second, done = sums_of_head(
-            step, ring, place, stores, consumer, ACTIVATION, 0, BLOCK_M, HEAD, EACH, STAGES
+            step, ring, place, stores, consumer, ACTIVATION, 0, BLOCK_M, HEAD, PANELS, CONSUMERS, STAGES
         )  # fmt: skip
-        store_sums(acc, second, place, 0, stores, ACTIVATION, EACH)
+        store_sums(acc, second, place, 0, stores, consumer, ACTIVATION, PANELS, CONSUMERS)
     return done
 
 
@@ -175,9 +194,9 @@ def consume_tile(
 def consume_both(
     args, up_args, down_args, consumer: gl.constexpr, ACTIVATION: gl.constexpr,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, GROUP_M: gl.constexpr,
-    EACH: gl.constexpr, STAGES: gl.constexpr,
+    PANELS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Multiply and store this consumer's panels of every tile that the producer claims."""
+    """Multiply and store this consumer's part of every tile that the producer claims."""
     (
         sorted_routes, block_expert, block_row, arrivals, m_blocks, n_up, n_down,
         tiles, tile_full, tile_empty, heads, rests, panels, full, empty, R,
@@ -194,12 +213,11 @@ def consume_both(
         up = tile < ups
         m, n = tile_of(gl.where(up, tile, tile - ups), m_blocks, gl.where(up, n_up, n_down), GROUP_M)
         block_routes = sorted_routes + m * BLOCK_M
-        panel = (n * CONSUMERS + which) * EACH
-        place = (block_routes, gl.load(block_row + m), gl.load(block_expert + m), panel, R)
+        place = (block_routes, gl.load(block_row + m), gl.load(block_expert + m), n * PANELS, R)
         ring = (heads, rests, panels, full, empty, done, gl.where(up, H_STEPS, I_STEPS))
         done = consume_tile(
             step_of(block_routes, R, BLOCK_M, HEAD), ring, place, (up, up_store, down_store), which, ACTIVATION,
-            BLOCK_M, HEAD, EACH, STAGES,
+            BLOCK_M, HEAD, PANELS, CONSUMERS, STAGES,
         )  # fmt: skip
         if up:
             say_done(arrivals + 1 + m)
@@ -215,7 +233,7 @@ def gate_up_down_sm90_dense_kernel(
     lone_token, final, sorted_routes, block_expert, block_row, num_padded, arrivals,
     R, H, I, RUNS, H_STEPS, I_STEPS, UP_TILES, DOWN_TILES, activation,
     BLOCK_M: gl.constexpr, HEAD: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """gate_up_down_sm90_kernel for dense weights: w13 and w2 as checkpoints have them, rows and results packed.
 
@@ -250,13 +268,13 @@ def gate_up_down_sm90_dense_kernel(
         H_STEPS, I_STEPS: steps of 64 columns of w13 and of w2, the last of which may be cut short.
         UP_TILES, DOWN_TILES: tiles of an expert's w13 and w2; 0 to leave gate_up or down out.
         activation: FP32 parameters of ACTIVATION, a tuple.
-        BLOCK_N: weight rows of a tile: one or two panels of 64 for each of two consumers.
+        BLOCK_N: weight rows of a tile: one or two panels of 64 for each consumer, or three for two.
     """
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M
-    EACH: gl.constexpr = BLOCK_N // (CONSUMERS * PANEL)
+    PANELS: gl.constexpr = BLOCK_N // PANEL
     heads, rests = make_row_rings(BLOCK_M, HEAD, BLOCK_K, STAGES, gl.bfloat16)
-    panels = make_panels(CONSUMERS * EACH, STAGES)
+    panels = make_panels(PANELS, STAGES)
     full, empty = make_barriers(CONSUMERS, STAGES)
     tiles, tile_full, tile_empty = make_queue(CONSUMERS)
     args = (
@@ -268,12 +286,24 @@ def gate_up_down_sm90_dense_kernel(
     up_copies = (x_head, x_few, x_rest, w13_panels, H_STEPS, RUNS)
     down_copies = (y_head, y_few, y_rest, w2_panels, I_STEPS, H)
     # the numbers of registers are those of the partitions but the first, which gets the rest
-    gl.warp_specialize(
-        [
-            (consume_both, (args, up_args, down_args, 0, ACTIVATION, BLOCK_M, HEAD, GROUP_M, EACH, STAGES)),
-            (consume_both, (args, up_args, down_args, 1, ACTIVATION, BLOCK_M, HEAD, GROUP_M, EACH, STAGES)),
-            (produce_both, (args, up_copies, down_copies, BLOCK_M, HEAD, BLOCK_K, GROUP_M, EACH, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume_both, (args, up_args, down_args, 0, ACTIVATION, BLOCK_M, HEAD, GROUP_M, PANELS, 2, STAGES)),
+                (consume_both, (args, up_args, down_args, 1, ACTIVATION, BLOCK_M, HEAD, GROUP_M, PANELS, 2, STAGES)),
+                (produce_both, (args, up_copies, down_copies, BLOCK_M, HEAD, BLOCK_K, GROUP_M, PANELS, 2, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume_both, (args, up_args, down_args, 0, ACTIVATION, BLOCK_M, HEAD, GROUP_M, PANELS, 3, STAGES)),
+                (consume_both, (args, up_args, down_args, 1, ACTIVATION, BLOCK_M, HEAD, GROUP_M, PANELS, 3, STAGES)),
+                (consume_both, (args, up_args, down_args, 2, ACTIVATION, BLOCK_M, HEAD, GROUP_M, PANELS, 3, STAGES)),
+                (produce_both, (args, up_copies, down_copies, BLOCK_M, HEAD, BLOCK_K, GROUP_M, PANELS, 3, STAGES)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )  # fmt: skip

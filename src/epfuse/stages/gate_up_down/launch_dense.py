@@ -79,6 +79,7 @@ def launch_gate_up_down_dense(
         activation.parameters,
         HEAD=head,
         BLOCK_N=tile.block_n,
+        CONSUMERS=tile.consumers_of(routes.block_m),
         ACTIVATION=activation.kind,
         **constants(routes, tile),
     )
