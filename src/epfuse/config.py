@@ -105,6 +105,11 @@ class Activation(ABC):
     def parameters(self) -> tuple[float, ...]:
         """What kernels take at run time, in the order of the device code; floats, as 1 would be a constant of them."""
 
+    @property
+    def bounded(self) -> bool:
+        """Whether a bound of its results is known before they are, close enough for FP8 in one scale a row."""
+        return False
+
 
 @dataclass(frozen=True)
 class SwiGLUOAI(Activation):
@@ -132,6 +137,15 @@ class SwiGLUOAI(Activation):
     def parameters(self) -> tuple[float, ...]:
         """alpha, beta, limit."""
         return self.alpha, self.beta, self.limit
+
+    @property
+    def bounded(self) -> bool:
+        """As `Activation.bounded`: where beta is not small beside limit, and alpha not beside 1 / limit.
+
+        The lengths of rows bound a gate, which typically is 2^4 to 2^6 smaller. Were ``u + beta`` known no better, the
+        two together would be too far off. Of a negative gate the sigmoid leaves 0.28 / alpha at most.
+        """
+        return self.alpha * self.limit > 0.28 and self.limit <= 16 * abs(self.beta)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "limit"):

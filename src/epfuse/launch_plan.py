@@ -239,7 +239,8 @@ def _kind(decision: Decision, call: LayerCall, operands: Sequence[torch.Tensor |
         needed = decision.family.scratch(tokens, top_k, call.shape.hidden, call.shape.intermediate).y
         in_out = (True, overlaps(scratch.y.view(-1)[:needed], call.out))
     dtypes = [None if tensor is None else tensor.dtype for tensor in operands]
-    return (id(decision), tokens, call.shape, type(call.activation), call.combine, call.hidden.device, in_out, *dtypes)
+    activation = (type(call.activation), call.activation.bounded)
+    return (id(decision), tokens, call.shape, *activation, call.combine, call.hidden.device, in_out, *dtypes)
 
 
 def _planned(plan: LaunchPlan, addresses: list[int], call: LayerCall, stream: int) -> Iterator[Step]:

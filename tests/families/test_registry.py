@@ -116,7 +116,9 @@ def test_the_steps_are_those_that_the_docstring_names(
             scratch=None,
         )
         kind = CallKind(path, target, M3, frozenset({form}))
-        steps = [name for name, _ in family.steps(call, family.defaults(kind)[0].tiles).launches]
+        ranges, block_m = family.defaults(kind), family.block_ms(300.0)[0]
+        tiles = ranges[0].tiles if ranges else LayerTiles.both(block_m, next(family.candidates(kind, block_m, 300.0)))
+        steps = [name for name, _ in family.steps(call, tiles).launches]
     named = re.match(r"\w+(?: -> \w+)*", inspect.getdoc(type(family)) or "")
     assert named is not None
     assert steps == named[0].split(" -> ")

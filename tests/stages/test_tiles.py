@@ -53,7 +53,7 @@ def test_other_row_blocks_are_refused(block_m: int, tile: GemmTile, message: str
 
 @pytest.mark.parametrize("tiles", [(PERSISTENT, HOPPER), (HOPPER, PERSISTENT), (PERSISTENT, WIDE)])
 def test_a_persistent_tile_is_both_stages(tiles: tuple[GemmTile, GemmTile]) -> None:
-    with pytest.raises(ConfigError, match="a persistent tile must be both stages'"):
+    with pytest.raises(ConfigError, match="such a tile must be both stages'"):
         LayerTiles(64, *tiles)
 
 

@@ -64,6 +64,20 @@ def test_a_panel_is_steps_of_128_k_of_64_rows() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_the_longest_rows_of_gate_and_up_are_known(rows: int, columns: int) -> None:
+    weights = random_mxfp8(3, rows, columns)
+    weights.scales[1, rows // 2 + 2] = 140  # an up row
+    packed = pack_rows(clone(weights), RowOrder.GATE_UP)
+    for expert in range(3):
+        lengths = packed.matrix(expert, torch.float64).norm(dim=1)
+        want = torch.stack([lengths[: rows // 2].amax(), lengths[rows // 2 :].amax()]).float()
+        torch.testing.assert_close(packed.longest[expert], want, rtol=1e-5, atol=0)
+    weights.values.view(torch.uint8)[2, 0, 5] = 0x7F
+    nan = pack_rows(clone(weights), RowOrder.GATE_UP).longest.isnan()
+    assert nan.tolist() == [[False, False], [False, False], [True, False]]
+
+
 def test_large_values_are_exact_and_small_ones_are_close() -> None:
     weights = random_mxfp8(1, 24, 96, 100, 140)
     values, scales = one_scale_a_row(weights.values[0], weights.scales[0])

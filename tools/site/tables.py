@@ -30,7 +30,14 @@ FORMS = (
         " ([how a call finds its row](../policy.md#tuned-tables)).",
         {
             "epfuse.measured.schema": ("TileTable", "Measurement", "TileRow"),
-            "epfuse.stages.tiles": ("GemmTile", "Sm90Tile", "Sm90PersistentTile", "Sm90DenseTile", "Sm90BlockTile"),
+            "epfuse.stages.tiles": (
+                "GemmTile",
+                "Sm90Tile",
+                "Sm90PersistentTile",
+                "Sm90DenseTile",
+                "Sm90BlockTile",
+                "Sm90RowsTile",
+            ),
         },
     ),
     Form(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from epfuse.aot.launches import Launch, launches_of
 from epfuse.api import fused_experts
 from epfuse.arguments import integer
+from epfuse.config import WeightFormat, silu_gate
 from epfuse.expert_map import ExpertMap
 from epfuse.families.family import CallKind
 from epfuse.policy.call import running_table
@@ -44,8 +46,12 @@ def run_calls(kind: CallKind, counts: list[int]) -> None:
     slots = torch.full((experts,), -1, dtype=torch.int32, device="cpu")
     slots[:local] = torch.arange(local, dtype=torch.int32, device="cpu")
     expert_map, weights = ExpertMap(slots), _weights(kind)
-    activation = kind.activation(*[1.0] * len(inspect.signature(kind.activation).parameters))  # any: kernels take them
-    for tokens in counts:
+    activations = [
+        kind.activation(*[1.0] * len(inspect.signature(kind.activation).parameters))
+    ]  # any: kernels take them
+    if activations[0].bounded and WeightFormat.ROW_FP8 in kind.formats:
+        activations.append(silu_gate())  # not bounded: other kernels of the same family
+    for tokens, activation in itertools.product(counts, activations):
         fused_experts(
             torch.empty(tokens, shape.hidden, dtype=kind.dtype, device="meta"),
             weights,

@@ -228,6 +228,6 @@ class Family(ABC):
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
         """The launches of a call, on memory that is there before the first one runs. No host sync in any."""
 
-    def step_of(self, stage: Stage) -> str:
-        """The step that a stage is launched in."""
+    def step_of(self, stage: Stage, tiles: LayerTiles) -> str:
+        """The step that a stage is launched in, in ``tiles`` and with an activation as tiles are searched with."""
         return stage.value

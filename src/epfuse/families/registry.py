@@ -16,6 +16,7 @@ NAMES = (
     "sm90",
     "sm90_packed",
     "sm90_dense",
+    "sm90_fp8_rows",
     "sm90_fp8",
     "sm90_block_fp8",
     "portable",

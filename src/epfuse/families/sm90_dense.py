@@ -104,7 +104,7 @@ class Sm90Dense(Family):
         )
         return Steps(table, launches)
 
-    def step_of(self, stage: Stage) -> str:
+    def step_of(self, stage: Stage, tiles: LayerTiles) -> str:
         """Both are one launch, which runs one alone on a call without the other's weights."""
         return "gate_up_down"
 

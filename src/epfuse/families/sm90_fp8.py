@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import ClassVar
 
@@ -69,47 +69,61 @@ class Sm90FP8(Family):
         return fp8_scratch(tokens, top_k, hidden, intermediate)
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
-        """With a caller's scratch x and activated lie where routed will be: both are dead when down begins."""
-        from epfuse.stages.combine.launch import launch_combine
+        """A launch of each GEMM."""
         from epfuse.stages.down.launch_sm90_fp8 import launch_down_sm90_fp8
         from epfuse.stages.gate_up.launch_sm90_fp8 import launch_gate_up_sm90_fp8
-        from epfuse.stages.quantize.launch_packed import launch_quantize_packed
-        from epfuse.stages.route.launch import launch_route
 
-        shape, slots, scratch, tile = call.shape, call.slots, call.scratch, tiles.gate_up
-        assert isinstance(tile, Sm90PersistentTile)
-        rows, size, between = call.routes, shape.hidden, shape.intermediate
-        fp8, device = torch.float8_e4m3fn, call.hidden.device
-        if scratch is None:
-            x, y = FP8Rows.empty(rows, size, size, fp8, device), FP8Rows.empty(rows, between, between, fp8, device)
-            activated, routed = call.hidden.new_empty(rows, between), call.hidden.new_empty(rows, size)
-        else:  # the scales of x are dead when y's values are written to their place
-            memory = scratch.routed.view(-1).view(torch.uint8)
-            values = memory[: rows * size].view(fp8).view(rows, size)
-            x = FP8Rows(values, scratch.y.view(-1).view(torch.uint8)[:rows].view(rows, 1), size)
-            activated = rows_in(scratch.routed.view(-1)[rows * size // 2 :], rows, between)
-            y, routed = fp8_rows_in(scratch.y, rows, between, between, fp8), rows_in(scratch.routed, rows, size)
-        # a caller's scratch may have out's memory for y, which is in use until down has finished
-        out_is_free = scratch is None or not overlaps(scratch.y, call.out)
-        lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, out_is_free)
-        route_row = slots.new_empty(rows)
-        table = call.table(tiles.block_m, tiles.arrivals(size, between))
-        first = (x, call.w13, table, call.activation, tile, activated, call.gate_up_bias)
-        second = (y, call.w2, table, call.topk_weights, tile, routed, lone, call.down_bias)
-        summed = (routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)
-        launches: tuple[Step, ...] = (
-            ("route", partial(launch_route, call.topk_ids, slots, shape.local_experts, table)),
-            ("quantize", partial(launch_quantize_packed, call.hidden, table, shape.top_k, x, route_row, lone)),
-            ("gate_up", partial(launch_gate_up_sm90_fp8, *first)),
-            ("activate", partial(launch_quantize_packed, activated, table, None, y)),
-            ("down", partial(launch_down_sm90_fp8, *second)),
-            ("combine", partial(launch_combine, *summed, out_is_free=out_is_free)),
-        )
-        return Steps(table, launches)
+        return each_gemm(call, tiles, launch_gate_up_sm90_fp8, launch_down_sm90_fp8)
 
 
-# Measured on an H100, up to 12 rows on an H200 (docs/performance.md). There and from 44 rows on two consumers: each
-# GEMM has its own launch, and smaller tiles leave less of the GPU idle at the end of both.
+def each_gemm(
+    call: LayerCall, tiles: LayerTiles, launch_gate_up: Callable[..., object], launch_down: Callable[..., object]
+) -> Steps:
+    """With a caller's scratch x and activated lie where routed will be: both are dead when down begins.
+
+    Args:
+        call: of any activation.
+        tiles: of both GEMMs.
+        launch_gate_up: as `launch_gate_up_sm90_fp8`.
+        launch_down: as `launch_down_sm90_fp8`.
+    """
+    from epfuse.stages.combine.launch import launch_combine
+    from epfuse.stages.quantize.launch_packed import launch_quantize_packed
+    from epfuse.stages.route.launch import launch_route
+
+    shape, slots, scratch, tile = call.shape, call.slots, call.scratch, tiles.gate_up
+    rows, size, between = call.routes, shape.hidden, shape.intermediate
+    fp8, device = torch.float8_e4m3fn, call.hidden.device
+    if scratch is None:
+        x, y = FP8Rows.empty(rows, size, size, fp8, device), FP8Rows.empty(rows, between, between, fp8, device)
+        activated, routed = call.hidden.new_empty(rows, between), call.hidden.new_empty(rows, size)
+    else:  # the scales of x are dead when y's values are written to their place
+        memory = scratch.routed.view(-1).view(torch.uint8)
+        values = memory[: rows * size].view(fp8).view(rows, size)
+        x = FP8Rows(values, scratch.y.view(-1).view(torch.uint8)[:rows].view(rows, 1), size)
+        activated = rows_in(scratch.routed.view(-1)[rows * size // 2 :], rows, between)
+        y, routed = fp8_rows_in(scratch.y, rows, between, between, fp8), rows_in(scratch.routed, rows, size)
+    # a caller's scratch may have out's memory for y, which is in use until down has finished
+    out_is_free = scratch is None or not overlaps(scratch.y, call.out)
+    lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, out_is_free)
+    route_row = slots.new_empty(rows)
+    table = call.table(tiles.block_m, tiles.arrivals(size, between))
+    first = (x, call.w13, table, call.activation, tile, activated, call.gate_up_bias)
+    second = (y, call.w2, table, call.topk_weights, tile, routed, lone, call.down_bias)
+    summed = (routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)
+    launches: tuple[Step, ...] = (
+        ("route", partial(launch_route, call.topk_ids, slots, shape.local_experts, table)),
+        ("quantize", partial(launch_quantize_packed, call.hidden, table, shape.top_k, x, route_row, lone)),
+        ("gate_up", partial(launch_gate_up, *first)),
+        ("activate", partial(launch_quantize_packed, activated, table, None, y)),
+        ("down", partial(launch_down, *second)),
+        ("combine", partial(launch_combine, *summed, out_is_free=out_is_free)),
+    )
+    return Steps(table, launches)
+
+
+# Measured on an H100, up to 12 rows on an H200 (docs/performance.md). There and from 44 rows on two consumers: smaller
+# tiles leave less of the GPU idle at the end of a launch.
 ROW_FP8_TILES = (
     TileRange(12, LayerTiles.both(16, Sm90PersistentTile(128, 128, 0, 4, 8, 1))),
     TileRange(24, LayerTiles.both(32, Sm90PersistentTile(192, 128, 0, 4, 5, 1))),

@@ -26,6 +26,7 @@ from epfuse.stages.tiles import (
     Sm90BlockTile,
     Sm90DenseTile,
     Sm90PersistentTile,
+    Sm90RowsTile,
     Sm90Tile,
 )
 from epfuse.target import Target
@@ -41,6 +42,7 @@ _NAMES: dict[object, str] = {
     Sm90PersistentTile: "sm90_persistent",
     Sm90DenseTile: "sm90_dense",
     Sm90BlockTile: "sm90_block",
+    Sm90RowsTile: "sm90_rows",
 }
 
 
@@ -57,7 +59,8 @@ TileEntry = Annotated[
     | Annotated[Sm90Tile, BeforeValidator(_fields), Tag("sm90")]
     | Annotated[Sm90PersistentTile, BeforeValidator(_fields), Tag("sm90_persistent")]
     | Annotated[Sm90DenseTile, BeforeValidator(_fields), Tag("sm90_dense")]
-    | Annotated[Sm90BlockTile, BeforeValidator(_fields), Tag("sm90_block")],
+    | Annotated[Sm90BlockTile, BeforeValidator(_fields), Tag("sm90_block")]
+    | Annotated[Sm90RowsTile, BeforeValidator(_fields), Tag("sm90_rows")],
     Discriminator(_kind),
     PlainSerializer(lambda tile: {"kind": _NAMES[type(tile)], **asdict(tile)}),
 ]

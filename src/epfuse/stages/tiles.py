@@ -7,7 +7,7 @@ taller than that computes padding, a shorter one reads the weights again for eve
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -46,7 +46,12 @@ class GemmTile:
         group_m: blocks of rows that are walked before the next block of columns; 0 for all of them.
         num_warps: warps (NVIDIA) or waves (AMD) of a program.
         num_stages: software pipeline depth of the loads.
+
+    Attributes:
+        for_both: whether it has to be both GEMMs' tile, because one launch may be for both.
     """
+
+    for_both: ClassVar[bool] = False
 
     block_n: Annotated[int, Field(ge=16, le=LARGEST)]
     block_k: Annotated[int, Field(ge=16, le=LARGEST)]
@@ -82,15 +87,17 @@ class Sm90Tile(GemmTile):
 class Sm90PersistentTile(GemmTile):
     """A tile of the Hopper kernels with specialised warps, one program per multiprocessor.
 
-    For MXFP8 weights in fragment order, both GEMMs in one launch; or for weights with one scale a row, each GEMM in its
-    own, block_k 128 and one part. block_n is a panel of 64 rows for each of two or three consumers;
-    block_k is 64 or 128; num_warps counts one consumer's (4); num_stages counts K steps in the ring.
+    For MXFP8 weights in fragment order, both GEMMs in one launch; or for weights with one scale a row, block_k 128 and
+    one part. block_n is a panel of 64 rows for each of two or three consumers; block_k is 64 or 128; num_warps counts
+    one consumer's (4); num_stages counts K steps in the ring.
 
     Args:
         parts: parts of 128 k that weights are dequantised in; at least two if block_k is 64.
         head: rows of a block that are always copied, a power of two; the rest, another one, only as far as it has rows.
             0 for the largest power of two in the block.
     """
+
+    for_both: ClassVar[bool] = True
 
     parts: Annotated[int, Field(ge=1, le=LARGEST)] = 2
     head: Annotated[int, Field(ge=0, le=LARGEST)] = 0
@@ -182,6 +189,22 @@ class Sm90BlockTile(GemmTile):
 
 
 @dataclass(frozen=True)
+class Sm90RowsTile(GemmTile):
+    """A tile of the Hopper kernels of many FP8 rows, 128 of them, and weights with one scale a row.
+
+    Rows are on wgmma's M side. As `Sm90BlockTile` with two consumers; block_n is 256, block_k 128.
+    """
+
+    for_both: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if (self.block_n, self.block_k, self.num_warps) != (256, 128, 4):
+            raise ConfigError(
+                f"tile {self.key}: with many FP8 rows on Hopper block_n is 256, block_k 128 and num_warps 4"
+            )
+
+
+@dataclass(frozen=True)
 class LibraryTile(GemmTile):
     """No tile of ours: the matrices go to a library, which cuts them as it likes."""
 
@@ -206,7 +229,7 @@ class LayerTiles:
             With persistent tiles also the sum of two powers of two, each at least 8. With a library's: experts are
             taken together until they have so many rows.
         gate_up: tile of the first GEMM.
-        down: tile of the second GEMM; of persistent tiles the same one, because one launch may be for both.
+        down: tile of the second GEMM; the same one where it is for both.
     """
 
     block_m: int
@@ -217,8 +240,8 @@ class LayerTiles:
         hopper = (Sm90Tile, Sm90PersistentTile)
         both = (self.gate_up, self.down)
         least = 8 if all(isinstance(tile, hopper) for tile in both) else 16
-        if any(isinstance(tile, Sm90PersistentTile) for tile in both) and self.gate_up != self.down:
-            raise ConfigError(f"tiles {self.key}: a persistent tile must be both stages'")
+        if any(tile.for_both for tile in both) and self.gate_up != self.down:
+            raise ConfigError(f"tiles {self.key}: such a tile must be both stages'")
         if isinstance(self.gate_up, Sm90PersistentTile):
             if not self.gate_up.cuts(self.block_m):
                 head = f"{self.gate_up.head} and one more" if self.gate_up.head else "at most two powers of two"
@@ -253,7 +276,7 @@ class LayerTiles:
     @property
     def packed(self) -> bool:
         """Whether the routed rows are gathered or quantised first, and both GEMMs run on packed rows."""
-        return isinstance(self.gate_up, (Sm90PersistentTile, Sm90BlockTile))
+        return isinstance(self.gate_up, (Sm90PersistentTile, Sm90BlockTile, Sm90RowsTile))
 
     @property
     def key(self) -> str:

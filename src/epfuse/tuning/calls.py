@@ -98,7 +98,7 @@ def bind_stage(
         ConfigError: no kernel that reads ``form`` takes such tiles.
     """
     family = family_of(path, form, tiles)
-    name = family.step_of(stage)
+    name = family.step_of(stage, tiles)
     if name == stage.value:
         steps = family.steps(call, tiles)
         _launch(steps)

@@ -60,7 +60,7 @@ class TileCandidate:
     def kernel(self) -> str:
         """The package of ``epfuse.stages`` whose kernel runs the stage: that of both where they are one launch."""
         tiles = LayerTiles(self.block_m, self.tile, self.tile)
-        return family_of(self.path, self.weights, tiles).step_of(self.stage)
+        return family_of(self.path, self.weights, tiles).step_of(self.stage, tiles)
 
 
 def candidates_of(request: TuningRequest, plan: TuningPlan) -> list[TileCandidate]:

@@ -16,7 +16,7 @@ from epfuse.config import Path, WeightFormat
 from epfuse.errors import TuningError
 from epfuse.families.family import Stage
 from epfuse.measured.schema import TileRow
-from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90PersistentTile, Sm90Tile
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
 from epfuse.tuning.space import GUESSES, guessing
 
 BEST_OF_STAGE = 3
@@ -268,7 +268,7 @@ def _calls(plan: TuningPlan, best: dict[tuple[Stage, int], list[_Best]]) -> list
         pairs += [
             (first.microseconds + second.microseconds, LayerTiles(block_m, first.tile, first.tile))
             for first, second in product(up, down)
-            if isinstance(first.tile, Sm90PersistentTile) and first.tile == second.tile
+            if first.tile.for_both and first.tile == second.tile
         ]
         chosen = sorted(pairs, key=lambda pair: pair[0])[:CALLS]
         if chosen and isinstance(chosen[0][1].gate_up, Sm90Tile):
@@ -279,7 +279,7 @@ def _calls(plan: TuningPlan, best: dict[tuple[Stage, int], list[_Best]]) -> list
 
 
 def _apart(entries: list[_Best]) -> list[_Best]:
-    return [entry for entry in entries if not isinstance(entry.tile, Sm90PersistentTile)][:BEST_OF_STAGE]
+    return [entry for entry in entries if not entry.tile.for_both][:BEST_OF_STAGE]
 
 
 def without(plan: TuningPlan, unfit: Collection[tuple[Stage, int, GemmTile]]) -> TuningPlan:

@@ -79,8 +79,10 @@ class PanelProjections(Projections[P]):
     @classmethod
     def rebuilt(cls, tensors: Sequence[torch.Tensor], hidden: int, intermediate: int) -> Self:
         """As `Projections.rebuilt`; the tensors don't tell what is padding."""
-        w13 = cls.stack(*tensors[:2], 2 * intermediate, hidden, RowOrder.GATE_UP)
-        return cls(w13, cls.stack(*tensors[2:], hidden, intermediate, RowOrder.PLAIN))
+        half = len(tensors) // 2
+        (up, up_scales, *up_rest), (down, down_scales, *down_rest) = tensors[:half], tensors[half:]
+        w13 = cls.stack(up, up_scales, 2 * intermediate, hidden, RowOrder.GATE_UP, *up_rest)
+        return cls(w13, cls.stack(down, down_scales, hidden, intermediate, RowOrder.PLAIN, *down_rest))
 
 
 def require_fn(weights: MXFP8) -> None:

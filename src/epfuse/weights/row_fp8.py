@@ -8,6 +8,9 @@ up to 2e-6: docs/notebook/performance.md, 44.)
 
 A panel is 64 weight rows. Its codes lie as ``[K / 128][64 rows][128]``, so that what one step multiplies is adjacent.
 
+How long the longest rows are is kept beside them: by that a bound of a call's results is known before they are
+(`epfuse.stages.quantize.launch_packed.Bounds`).
+
 A row that holds NaN has the scale NaN too. Whatever is multiplied with it is NaN anyway, and kernels that make BF16 of
 the codes need not look for the one that is NaN.
 """
@@ -49,7 +52,15 @@ class RowFP8(PanelStack):
     Attributes:
         codes: ``[L, panels, K_padded / 128, 64, 128]`` float8_e4m3fn.
         scales: ``[L, panels * 64]`` float32, powers of two; NaN for a row that holds NaN.
+        longest: ``[L, 2]`` float32: Euclidean length of the longest packed row of every other group of 8, the first
+            group's and the second's: in order GATE_UP of gate rows and of up rows. NaN where one holds NaN.
     """
+
+    longest: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Codes, scales, then lengths."""
+        return self.codes, self.scales, self.longest
 
     @property
     def steps(self) -> int:
@@ -76,10 +87,11 @@ class RowFP8Experts(PanelProjections[RowFP8]):
     @classmethod
     @checks_enums
     def parts(cls, form: WeightFormat, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Part, ...]:
-        """Codes, 128 k of a panel adjacent, and a float32 for each row."""
+        """Codes, 128 k of a panel adjacent, a float32 for each row, and two for each expert."""
         local, panels, steps = size[0], -(-size[1] // PANEL_ROWS), -(-size[2] // STEP_K)
         codes = (local, panels, steps, PANEL_ROWS, STEP_K)
-        return (codes, torch.float8_e4m3fn), ((local, panels * PANEL_ROWS), torch.float32)
+        scales, longest = (local, panels * PANEL_ROWS), (local, 2)
+        return (codes, torch.float8_e4m3fn), (scales, torch.float32), (longest, torch.float32)
 
 
 @torch.no_grad()
@@ -104,6 +116,7 @@ def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
     fits = source.numel() == rows and steps * STEP_K == columns
     codes = values.view(size) if fits else values.new_empty(size)
     scales = torch.empty(local, source.numel(), dtype=torch.float32, device=values.device)
+    longest = torch.empty(local, 2, dtype=torch.float32, device=values.device)
     if fits:
         weights.consume("codes with one scale a row", "values")
     for expert in range(local):
@@ -113,7 +126,22 @@ def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
         packed = take_rows(bits, source, steps * STEP_K, 0)
         codes[expert] = packed.view(moved.dtype).view(-1, PANEL_ROWS, steps, STEP_K).transpose(1, 2)
         scales[expert] = torch.where(source >= 0, row_scales[source.clamp(min=0)], 1.0)
-    return RowFP8(codes, scales, rows, columns, order)
+        longest[expert] = longest_rows(packed.view(moved.dtype), scales[expert])
+    return RowFP8(codes, scales, rows, columns, order, longest)
+
+
+def longest_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Euclidean length of the longest row of the first, third, .. group of 8 rows, and of the second, fourth, ..
+
+    Args:
+        codes: ``[panels * 64, K]`` float8_e4m3fn.
+        scales: ``[panels * 64]`` float32.
+
+    Returns:
+        ``[2]`` float32; NaN where a row of the groups holds NaN.
+    """
+    lengths = codes.float().square().sum(1).sqrt() * scales
+    return lengths.view(-1, 2, 8).amax((0, 2))
 
 
 def one_scale_a_row(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

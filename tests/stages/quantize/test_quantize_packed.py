@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from epfuse.config import SwiGLUOAI
+from epfuse.stages.activation_reference import swiglu_oai
 from epfuse.stages.gather.launch import LoneTokens
-from epfuse.stages.quantize.launch_packed import launch_quantize_packed
+from epfuse.stages.quantize.launch_packed import Bounds, launch_quantize_packed
 from epfuse.stages.quantize.reference import quantize
 from epfuse.stages.quantize.rows import FP8Rows
 from tests.cases import ROUTINGS, routed, topk_ids_for
@@ -90,3 +92,57 @@ def test_where_each_row_is_and_which_are_their_tokens_only_one(device):
     alone = torch.bincount(token, minlength=tokens)[token] == 1
     torch.testing.assert_close(of_row[: order.numel()], torch.where(alone, token, -1).int(), rtol=0, atol=0)
     assert (of_row[order.numel() :] == -7).all()
+
+
+@pytest.mark.parametrize("activation", [SwiGLUOAI(), SwiGLUOAI(1.0, 2.0, 30.0)])
+def test_scales_of_what_gate_up_will_make_hold_it_and_are_no_larger_than_the_lengths_say(device, activation):
+    """Rows along the longest gate and up rows reach their bound; of zeros, NaN and infinity it is 0 and NaN."""
+    tokens, columns = 37, 96
+    ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    routes = routed(ids, slots, LOCAL, 16)
+    owner = torch.cat([torch.full_like(found, expert) for expert, found in routes.groups()])
+    order = torch.cat([found for _, found in routes.groups()])
+    g = torch.Generator().manual_seed(1)
+    along = torch.nn.functional.normalize(torch.randn(columns, generator=g), dim=0)
+    size = torch.logspace(-3, 1, LOCAL)
+    longest = torch.stack([size, 2 * size], 1).float().to(device)
+    x = hard_rows(tokens, columns)
+    x[6:] = (along * torch.logspace(-4, 2, tokens - 6)[:, None]).bfloat16()
+    x[9] = 0
+    x = x.to(device)
+    scales = torch.full((tokens * TOP_K, 1), 0x55, dtype=torch.uint8, device=device)
+    got = launch_quantize_packed(x, routes, TOP_K, bounds=Bounds(longest, activation, scales))
+    rows, bytes_ = order.numel(), scales.flatten().cpu()
+    numbers = got.dequantize(torch.float64)[:rows].cpu()
+    lengths = numbers.norm(dim=1)[:, None] * longest.double().cpu()[owner.cpu()]
+    bad = ~lengths.isfinite().all(1)
+    assert bad.any()
+    assert (bytes_[:rows][bad] == 255).all()
+    assert (bytes_[rows:] == 0x55).all()
+    lengths, held = lengths[~bad], 448 * torch.exp2(bytes_[:rows][~bad].double() - 127)
+    largest = swiglu_oai(torch.cat([lengths, -lengths * torch.tensor([1.0, -1.0])]), activation).abs().flatten()
+    assert (largest <= held.repeat(2)).all()
+    gate, up = (lengths * 1.0625).clamp(max=activation.limit).T
+    bound = gate * (up + activation.beta)
+    assert (held >= bound * (1 - 1e-5)).all()
+    assert ((held / 2 <= bound * (1 + 1e-5)) | (bytes_[:rows][~bad] == 0)).all()
+
+
+def test_rows_of_codes_may_be_apart(device):
+    tokens, columns = 37, 96
+    ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
+    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    routes = routed(ids, slots, LOCAL, 16)
+    x = hard_rows(tokens, columns).to(device)
+    want = launch_quantize_packed(x, routes, TOP_K)
+    memory = torch.full((tokens * TOP_K, 2 * columns), 0x55, dtype=torch.uint8, device=device)
+    apart = FP8Rows(memory.view(torch.float8_e4m3fn)[:, :columns], torch.empty_like(want.scales), columns)
+    launch_quantize_packed(x, routes, TOP_K, apart)
+    rows = sum(found.numel() for _, found in routes.groups())
+    assert torch.equal(memory[:rows, :columns], want.values.view(torch.uint8)[:rows])
+    assert torch.equal(apart.scales[:rows], want.scales[:rows])
+    assert (memory[:, columns:] == 0x55).all()
+    assert (memory[rows:] == 0x55).all()

@@ -6,7 +6,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from epfuse.kernel_cache import cached
 from epfuse.stages.gather.kernel import note_row, route_at, row_of
-from epfuse.stages.quantize.kernel import inverse_of, quantize_block, shared_scale, widen
+from epfuse.stages.quantize.kernel import inverse_of, quantize_block, scale_above, shared_scale, widen
 
 
 @triton.jit
@@ -22,6 +22,49 @@ def source_of(route, row, K: tl.constexpr):
     if K > 0:
         source = route // K
     return source
+
+
+@triton.jit
+def numbers_of(codes, HARDWARE: tl.constexpr):
+    """E4M3 codes -> float32; by bits where HARDWARE is off: the interpreter's conversion knows no such type."""
+    if HARDWARE:
+        numbers = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        magnitude = codes.to(tl.int32) & 0x7F
+        normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+        numbers = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)  # multiples of 2^-9
+        numbers = tl.where(magnitude == 0x7F, float("nan"), numbers)
+    return numbers
+
+
+@triton.jit
+def length_of(codes, scale, HARDWARE: tl.constexpr):
+    """Euclidean length of the row [1, G] of these codes with one scale [1], at most 3.4e38; NaN where codes are."""
+    numbers = numbers_of(codes, HARDWARE)
+    unit = tl.maximum(scale.to(tl.int32) << 23, 0x400000).to(tl.float32, bitcast=True)  # byte 0 is 2^-127, a subnormal
+    length = tl.sqrt(tl.sum(tl.sum(numbers * numbers, 1), 0)) * tl.max(unit, 0)
+    return tl.where(length > 3.4e38, 3.4e38, length)
+
+
+@triton.jit
+def bound_of(length, longest, activation):
+    """What no value of a bounded SwiGLU-OAI exceeds in magnitude, for a row of x of this length.
+
+    A scalar product is at most the product of both lengths. The narrow sums of the tensor cores and the rounding of
+    gate and up may add to it, a sixteenth at most. A negative gate gives at most 0.28 / alpha, which is below limit
+    (`epfuse.config.SwiGLUOAI.bounded`), times the same.
+
+    Args:
+        length: float32.
+        longest: pointer to the lengths of the expert's longest gate row and longest up row.
+        activation: alpha, beta, limit.
+    """
+    _, beta, limit = activation
+    gate = length * tl.load(longest) * 1.0625
+    up = length * tl.load(longest + 1) * 1.0625
+    gate = tl.where(gate > limit, limit, gate)  # not by a minimum, which may lose NaN
+    up = tl.where(up > limit, limit, up)
+    return gate * (up + tl.abs(beta))
 
 
 @triton.jit
@@ -41,13 +84,15 @@ def quantize_row(x, HARDWARE: tl.constexpr):
 @triton.jit(do_not_specialize=["R", "lone_stored"])
 def quantize_packed_kernel(
     x, codes, scales, route_row, lone_token, topk_ids, expert_map, sorted_routes, block_row, num_padded,
-    R, E, H, lone_stored,
+    R, E, H, lone_stored, next_scales, longest, block_expert, activation,
     L: tl.constexpr, K: tl.constexpr, K_LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
-    GROUP: tl.constexpr, HARDWARE: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SPREAD: tl.constexpr, HARDWARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """codes[row of a route], scales[row] of x[route // K], or of x[row] if K is 0: then x lies packed already.
 
-    A scale for each GROUP values of a row; for all of it where GROUP is BLOCK_H.
+    A scale for each GROUP values of a row; for all of it where GROUP is BLOCK_H. Rows of codes are SPREAD * H apart.
+    next_scales[row], if asked for: of what gate_up makes of the row, whose expert the table's block_expert tells; such
+    that no value exceeds E4M3 in it. longest: FP32 [L, 2], as bound_of takes an expert's; activation too.
     A row at a time; each program takes every num_programs-th slot. route_row, lone_token and lone_stored as
     note_row.
     """
@@ -74,8 +119,13 @@ def quantize_packed_kernel(
         if route < R:
             note_row(route_row, lone_token, lone_stored, topk_ids, expert_map, route, row, R, E, L, K, K_LANES)
             code, scale = quantize_row(tl.reshape(widen(values), (BLOCK_H // GROUP, GROUP)), HARDWARE)
-            tl.store(codes + row.to(tl.int64) * H + columns, tl.reshape(code, (BLOCK_H,)), mask=inside)
+            tl.store(codes + row.to(tl.int64) * (H * SPREAD) + columns, tl.reshape(code, (BLOCK_H,)), mask=inside)
             tl.store(scales + row.to(tl.int64) * scales_of_row + groups, scale, mask=groups < scales_of_row)
+            if next_scales is not None:
+                expert = tl.load(block_expert + slot // BLOCK_M)
+                bound = bound_of(length_of(code, scale, HARDWARE), longest + expert * 2, activation)
+                byte, finite = scale_above(bound.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # NaN may have a sign
+                tl.store(next_scales + row, tl.where(finite, byte, 255).to(tl.uint8))
         route = next_route
         next_route = second_route
         row = next_row

@@ -20,7 +20,8 @@ class FP8Rows:
     With a group of 32 this is MXFP8. A group of 128 goes with block FP8 weights, whose scales cover 128 columns.
 
     Args:
-        values: ``[N, K]`` contiguous, float8_e4m3fn, or float8_e4m3fnuz for gfx94x.
+        values: ``[N, K]``, float8_e4m3fn, or float8_e4m3fnuz for gfx94x; those of a row adjacent, rows a multiple of K
+            apart.
         scales: ``[N, ceil(K / group)]`` contiguous uint8, or float8_e8m0fnu (kept as uint8).
         group: values that share a scale.
 
@@ -49,9 +50,13 @@ class FP8Rows:
             raise DeviceError(
                 f"scales is on {self.scales.device} and values on {self.values.device}; both must be on one device"
             )
-        for name, tensor in (("values", self.values), ("scales", self.scales)):
-            if not tensor.is_contiguous():
-                raise LayoutError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+        strides = self.values.stride()
+        if not self.values.is_contiguous() and (strides[1] != 1 or strides[0] % columns):
+            raise LayoutError(
+                f"values has strides {strides}; rows must be contiguous and a multiple of {columns} apart"
+            )
+        if not self.scales.is_contiguous():
+            raise LayoutError(f"scales has strides {self.scales.stride()}; it must be contiguous")
 
     @classmethod
     def empty(cls, rows: int, columns: int, group: int, dtype: torch.dtype, device: torch.device) -> FP8Rows:
@@ -82,7 +87,10 @@ def require_alike(name: str, rows: FP8Rows, weights: MXFP8 | BlockFP8) -> None:
     Raises:
         DtypeError: E4M3FN beside E4M3FNUZ.
         ShapeError: scales of other groups.
+        LayoutError: rows are apart.
     """
+    if not rows.values.is_contiguous():
+        raise LayoutError(f"{name} has strides {rows.values.stride()}; it must be contiguous")
     ours, theirs = rows.values.dtype, weights.values.dtype
     if ours != theirs:
         raise DtypeError(f"{name} has dtype {ours} and the weights {theirs}; both must have one")
