@@ -13,8 +13,11 @@ import torch
 
 from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import CallKind, Reads
+from epfuse.families.family import CallKind, LayerCall, Reads, Steps
+from epfuse.families.portable import DENSE_TILES as PORTABLE_TILES
+from epfuse.families.portable import PORTABLE
 from epfuse.families.two_gemms import TwoGemms
+from epfuse.stages.extent import ALIGNMENT
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile, TileRange
 from epfuse.target import Target
 
@@ -22,6 +25,14 @@ SPLIT_ROWS = 0.5
 """Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
 SHARED_BYTES = 232_448
 """Shared memory of a block on sm_90 (CUDA's programming guide, compute capability 9.0)."""
+UNALIGNED = PORTABLE_TILES[Target.SM90][-1].tiles
+"""Portable tiles of calls whose dense weights begin at no multiple of 16 bytes, which Hopper's copies want."""
+
+
+def dense_is_aligned(call: LayerCall) -> bool:
+    """Whether the call's dense weights begin at multiples of 16 bytes; other formats are packed, and do."""
+    dense = [weights for weights in (call.w13, call.w2) if isinstance(weights, torch.Tensor)]
+    return not any(weights.data_ptr() % ALIGNMENT for weights in dense)
 
 
 class Sm90(TwoGemms):
@@ -79,6 +90,10 @@ class Sm90(TwoGemms):
         assert isinstance(tile, Sm90Tile)
         shared = tile.split_k > 1 and block_m > 16
         return block_m.bit_count() == 1 and not shared and ring_fits(tile, form, block_m)
+
+    def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
+        """As of two GEMMs; dense weights that begin anywhere go to the kernels for every GPU."""
+        return super().steps(call, tiles) if dense_is_aligned(call) else PORTABLE.steps(call, UNALIGNED)
 
     def gemms(self) -> tuple[Callable[..., object], Callable[..., object]]:
         """For Hopper."""

@@ -14,10 +14,8 @@ from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import CallKind, Family, LayerCall, Reads, Stage, Step, Steps
 from epfuse.families.memory import rows_between
-from epfuse.families.portable import DENSE_TILES as PORTABLE_TILES
 from epfuse.families.portable import PORTABLE
-from epfuse.families.sm90 import SHARED_BYTES, SM90
-from epfuse.stages.extent import ALIGNMENT
+from epfuse.families.sm90 import SHARED_BYTES, SM90, UNALIGNED, dense_is_aligned
 from epfuse.stages.route.table import LoneTokens
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90DenseTile, TileRange
 from epfuse.target import Target
@@ -30,8 +28,6 @@ LARGEST_TWO_PARTS = 144
 """From here on the rows of an expert take several blocks, of this size or larger."""
 MOST_SUMS = {2: 204, 3: 96}
 """Sums that a thread has registers for, by the number of consumers: with more the assembler makes products wait."""
-UNALIGNED = PORTABLE_TILES[Target.SM90][-1].tiles
-"""Tiles of calls whose weights the copy engine does not take."""
 BESIDE_RING = 8192
 """Bytes of shared memory that are kept for barriers, and for results on their way to memory."""
 
@@ -86,7 +82,7 @@ class Sm90Dense(Family):
         from epfuse.stages.gather.launch import launch_gather
         from epfuse.stages.route.launch import launch_route
 
-        if any(weights is not None and weights.data_ptr() % ALIGNMENT for weights in (call.w13, call.w2)):
+        if not dense_is_aligned(call):
             return PORTABLE.steps(call, UNALIGNED)
         tile, shape, slots, rows = tiles.gate_up, call.shape, call.slots, rows_between(call)
         assert isinstance(tile, Sm90DenseTile)

@@ -121,8 +121,8 @@ class ServerProject:
         found = hashlib.sha256()
         for file in sorted({use.file for use in self.uses}):
             try:
-                content = (package / file).read_bytes()
-            except OSError:
+                content = read_file(package / file, f"{self.name}'s")
+            except ConfigError:
                 return None
             found.update(f"{file}\0{len(content)}\0".encode() + content)
         return found.hexdigest()
