@@ -116,6 +116,7 @@ lint: $(INSTALLED)
 	$(BIN)/shellcheck .ci/run docs/mi300x.sh benchmarks/marks.sh
 	bash -n .ci/run
 	bash -n docs/mi300x.sh
+	bash -n benchmarks/marks.sh
 ifneq ($(wildcard .git),)
 	git diff --check $(EMPTY_TREE)
 endif
