@@ -6,17 +6,15 @@ One program a multiprocessor, with a producer and two or three consumers, and bo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import CallKind, Family, LayerCall, Reads, Stage, Step, Steps
-from epfuse.families.memory import rows_between
+from epfuse.families.family import CallKind, LayerCall, Reads, Steps
+from epfuse.families.one_launch import OneLaunch
 from epfuse.families.portable import PORTABLE
 from epfuse.families.sm90 import SHARED_BYTES, SM90, UNALIGNED, dense_is_aligned
-from epfuse.stages.route.table import LoneTokens
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90DenseTile, TileRange
 from epfuse.target import Target
 
@@ -32,7 +30,7 @@ BESIDE_RING = 8192
 """Bytes of shared memory that are kept for barriers, and for results on their way to memory."""
 
 
-class Sm90Dense(Family):
+class Sm90Dense(OneLaunch):
     """route -> gather -> gate_up_down -> combine."""
 
     name: ClassVar[str] = "sm90_dense"
@@ -73,36 +71,14 @@ class Sm90Dense(Family):
         return block_m >= self.least_block_m and tile.cuts(block_m) and ring + BESIDE_RING <= SHARED_BYTES and held
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
-        """Down's results of a block are written where its gathered rows were, which are dead by then.
+        """The copy engine takes weights from multiples of 16 bytes; others go to the kernels for every GPU."""
+        return super().steps(call, tiles) if dense_is_aligned(call) else PORTABLE.steps(call, UNALIGNED)
 
-        The copy engine takes weights from multiples of 16 bytes; others go to the kernels for every GPU.
-        """
-        from epfuse.stages.combine.launch import launch_combine
+    def gemms(self) -> Callable[..., object]:
+        """For Hopper."""
         from epfuse.stages.gate_up_down.launch_dense import launch_gate_up_down_dense
-        from epfuse.stages.gather.launch import launch_gather
-        from epfuse.stages.route.launch import launch_route
 
-        if not dense_is_aligned(call):
-            return PORTABLE.steps(call, UNALIGNED)
-        tile, shape, slots, rows = tiles.gate_up, call.shape, call.slots, rows_between(call)
-        assert isinstance(tile, Sm90DenseTile)
-        table = call.table(tiles.block_m, tiles.arrivals(shape.hidden, shape.intermediate))
-        route_row = slots.new_empty(call.routes)
-        lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, rows.out_is_free)
-        experts = (call.w13, call.w2, table, call.topk_weights, call.activation, tile)
-        memory = (rows.y, rows.routed, lone, call.gate_up_bias, call.down_bias)
-        routed = (rows.routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)
-        launches: tuple[Step, ...] = (
-            ("route", partial(launch_route, call.topk_ids, slots, shape.local_experts, table)),
-            ("gather", partial(launch_gather, call.hidden, table, shape.top_k, rows.routed, route_row, lone)),
-            ("gate_up_down", partial(launch_gate_up_down_dense, rows.routed, *experts, *memory)),
-            ("combine", partial(launch_combine, *routed, out_is_free=rows.out_is_free)),
-        )
-        return Steps(table, launches)
-
-    def step_of(self, stage: Stage, tiles: LayerTiles) -> str:
-        """Both are one launch, which runs one alone on a call without the other's weights."""
-        return "gate_up_down"
+        return launch_gate_up_down_dense
 
 
 # Measured on an H200 at 64, 128, 256 and 512 rows (docs/performance.md). Tiles of 288 rows multiply all of an expert's

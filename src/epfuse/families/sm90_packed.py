@@ -6,16 +6,14 @@ One program a multiprocessor, with a producer and two or three consumers, on MXF
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
-from epfuse.families.family import CallKind, Family, LayerCall, Reads, Stage, Step, Steps
-from epfuse.families.memory import rows_between
+from epfuse.families.family import CallKind, Reads
+from epfuse.families.one_launch import OneLaunch
 from epfuse.families.sm90 import SHARED_BYTES
-from epfuse.stages.route.table import LoneTokens
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90PersistentTile, TileRange
 from epfuse.target import Target
 
@@ -28,7 +26,7 @@ LARGEST_TWO_PARTS = 272
 """From here on the rows of an expert take several blocks, of this size or larger."""
 
 
-class Sm90Packed(Family):
+class Sm90Packed(OneLaunch):
     """route -> gather -> gate_up_down -> combine."""
 
     name: ClassVar[str] = "sm90_packed"
@@ -64,32 +62,11 @@ class Sm90Packed(Family):
         assert isinstance(tile, Sm90PersistentTile)
         return block_m >= self.least_block_m and tile.cuts(block_m) and _ring_fits(tile, block_m)
 
-    def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
-        """Down's results of a block are written where its gathered rows were, which are dead by then."""
-        from epfuse.stages.combine.launch import launch_combine
+    def gemms(self) -> Callable[..., object]:
+        """For Hopper."""
         from epfuse.stages.gate_up_down.launch import launch_gate_up_down
-        from epfuse.stages.gather.launch import launch_gather
-        from epfuse.stages.route.launch import launch_route
 
-        tile, shape, slots, rows = tiles.gate_up, call.shape, call.slots, rows_between(call)
-        assert isinstance(tile, Sm90PersistentTile)
-        table = call.table(tiles.block_m, tiles.arrivals(shape.hidden, shape.intermediate))
-        route_row = slots.new_empty(call.routes)
-        lone = LoneTokens.of(call.topk_ids, slots, shape.local_experts, call.out, rows.out_is_free)
-        experts = (call.w13, call.w2, table, call.topk_weights, call.activation, tile)
-        memory = (rows.y, rows.routed, lone, call.gate_up_bias, call.down_bias)
-        routed = (rows.routed, call.topk_ids, slots, shape.local_experts, call.out, route_row)
-        launches: tuple[Step, ...] = (
-            ("route", partial(launch_route, call.topk_ids, slots, shape.local_experts, table)),
-            ("gather", partial(launch_gather, call.hidden, table, shape.top_k, rows.routed, route_row, lone)),
-            ("gate_up_down", partial(launch_gate_up_down, rows.routed, *experts, *memory)),
-            ("combine", partial(launch_combine, *routed, out_is_free=rows.out_is_free)),
-        )
-        return Steps(table, launches)
-
-    def step_of(self, stage: Stage, tiles: LayerTiles) -> str:
-        """Both are one launch, which runs one alone on a call without the other's weights."""
-        return "gate_up_down"
+        return launch_gate_up_down
 
 
 def two_parts(rows: float, largest: int, most: int) -> list[int]:
