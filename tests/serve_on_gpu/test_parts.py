@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from tools.serve_on_gpu import __main__ as tool
-from tools.serve_on_gpu import answers, arms, metrics, servers
+from tools.serve_on_gpu import alternate, answers, arms, metrics, servers
 from tools.serve_on_gpu.arms import ServerArm
+from tools.serve_on_gpu.parts import OutOfTime
 from tools.serve_on_gpu.records import merge
 from tools.serve_on_gpu.servers import parse_loads, parse_servers
 from tools.serve_on_gpu.tables import rows_of
@@ -73,11 +74,34 @@ def test_servers_side_by_side_take_turns(tmp_path: Path, model: Path) -> None:
         assert record["complete"]
         seen = [(point["concurrency"], point["round"], point["completed"]) for point in record["points"]]
         assert seen == [(1, 0, 4), (1, 1, 4), (2, 0, 4), (2, 1, 4)]
+        assert [point["preempted"] for point in record["points"]] == [0] * 4
     assert (found["none"]["runs"], found["epfuse"]["runs"]) == (False, True)
     (row,) = [row for row in rows_of(list(found.values())) if row.what.endswith("in turn: TPOT, 8/3 c2, ms")]
     assert (len(row.none), len(row.epfuse)) == (2, 2)
     again = call(tmp_path, model, "alternate", "--points", "8/3@1,2")
     assert (again.exit_code, again.output) == (0, "")
+
+
+def test_rounds_that_were_done_when_the_time_was_over_are_in_the_table(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fourth turn is the second one's of the second round."""
+    turns = iter(range(10))
+
+    def measured(server: object, bench: object, load: servers.Load, number: int) -> dict:
+        if next(turns) == 3:
+            raise OutOfTime("the time of this part is over")
+        about = {"isl": load.isl, "osl": load.osl, "concurrency": load.concurrency, "new": False, "round": number}
+        return about | {"median_tpot_ms": 1.0 + number}
+
+    monkeypatch.setattr(alternate, "_measured", measured)
+    done = call(tmp_path, model, "alternate", "--points", "8/3@1", "--rounds", "3", "--waves", "1")
+    assert done.exit_code == 75, done.output
+    found = merge([tmp_path / "out"])
+    assert [record["complete"] for record in found] == [False, False]
+    (row,) = [row for row in rows_of(found) if "TPOT" in row.what]
+    assert (row.none, row.epfuse) == ((1.0,), (1.0,))
+    assert not rows_of([record | {"error": "the server died"} for record in found])
 
 
 def test_of_servers_side_by_side_none_stays_when_one_does_not_start(tmp_path, model, monkeypatch) -> None:
@@ -274,6 +298,8 @@ def test_offline_runs(tmp_path: Path, model: Path) -> None:
     ]
     assert [found[n]["tokens_per_second"] for n in (1, 4)] == [60_000, 120_000]
     assert found[4]["compiles"] == {"ours after": {"compiled": 0, "loaded": 1}}
+    rows = {row.what.split(", ")[1]: (row.none, row.epfuse) for row in rows_of(list(found.values()))}
+    assert rows == {"caches empty": ((80_000,), (60_000,)), "caches filled": ((80_000,), (120_000,))}
 
 
 @pytest.mark.parametrize("text", ["none,", "epfuse:warm", "marlin"])

@@ -12,6 +12,7 @@
 | `bench.py` | ``vllm bench serve`` as a process that is started once |
 | `servers.py` | part ``serve``: one server's figures after the other |
 | `offline.py` | part ``offline``: ``vllm bench throughput`` |
+| `alternate.py`, `room.py` | part ``alternate``: two servers side by side, and whether both fit on a GPU |
 | `answers.py` | parts ``logprobs`` and ``recite``: against transformers in float32 |
 | `endure.py` | part ``endure``: mixed lengths, aborts, preemption; same answers after it |
 | `sleep.py` | part ``sleep``: sleep mode and weights loaded in place |

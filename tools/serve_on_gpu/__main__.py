@@ -18,6 +18,7 @@ from tools.serve_on_gpu.arms import ServerArm, Workplace
 from tools.serve_on_gpu.models import MODELS
 from tools.serve_on_gpu.parts import Folder, TimeBudget
 from tools.serve_on_gpu.records import FORMAT, merge
+from tools.serve_on_gpu.room import check_room
 from tools.serve_on_gpu.servers import bench_for, parse_loads, parse_servers
 from tools.serve_on_gpu.tables import agreement, rows_of, table
 
@@ -87,8 +88,14 @@ class Place:
         self.work.prepare()
 
     def beside(self, cache: str) -> Workplace:
-        """Where servers run side by side, each with that much memory for keys and values on each GPU."""
-        return replace(self.work, arguments=(*SIDE_BY_SIDE, cache, *self.work.arguments))
+        """Where servers run side by side, each with that much memory for keys and values on each GPU.
+
+        Raises:
+            ConfigError: two of them don't fit on a GPU.
+        """
+        work = replace(self.work, arguments=(*SIDE_BY_SIDE, cache, *self.work.arguments))
+        check_room(work)
+        return work
 
 
 def machine_facts() -> dict[str, Any]:

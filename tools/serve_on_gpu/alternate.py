@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from tools.serve_on_gpu import metrics
 from tools.serve_on_gpu.answers import PAIR_SECONDS, Running, serving_both
 from tools.serve_on_gpu.arms import ServerArm, Workplace, what_the_log_says
 from tools.serve_on_gpu.bench import ServingBench
@@ -64,7 +65,7 @@ def run(
                     point = _measured(running[arm], bench, load, number)
                     records[arm]["points"].append(point)
                     say(f"{arm} {load.isl}/{load.osl} c{load.concurrency}: TPOT {point['median_tpot_ms']:.3f} ms")
-                keep()
+                keep()  # after each round, so what is kept has both servers' turns
         for record in records.values():
             record["complete"] = True
     return outcome
@@ -72,6 +73,13 @@ def run(
 
 def _measured(server: Running, bench: ServingBench, load: Load, number: int) -> dict[str, Any]:
     result = server.log.parent / f"{load.isl}-{load.osl}-{load.concurrency}-{number}.json"
+    before = _preempted(server)
     seen = server.during(lambda: bench.measure(load.client, server.model, server.port, result))
     about = {"isl": load.isl, "osl": load.osl, "concurrency": load.concurrency, "new": False, "round": number}
+    about["preempted"] = _preempted(server) - before
     return about | {key: round(seen[key], 4) for key in KEPT if key in seen}
+
+
+def _preempted(server: Running) -> int:
+    """Requests so far that had to give up their keys and values: with a small ``--cache`` they spoil a figure."""
+    return round(metrics.total(metrics.read(server.port), "num_preemptions_total"))

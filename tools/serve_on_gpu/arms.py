@@ -7,8 +7,10 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,12 @@ class Workplace:
         if self.model in MODELS:
             return ("--load-format", "dummy", *MODELS[self.model].arguments, *self.arguments)
         return self.arguments
+
+
+def last_option(arguments: Sequence[str], *names: str) -> str | None:
+    """The value that a command line gives an option, under any of its names; the last one counts, as in vLLM."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return next((word for option, word in reversed(list(pairwise(words))) if option in names), None)
 
 
 def compiled_since(compiles: Path, moment: float) -> dict[str, dict[str, int]]:

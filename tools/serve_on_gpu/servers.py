@@ -12,12 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tools.serve_on_gpu import metrics
-from tools.serve_on_gpu.arms import ServerArm, Workplace, compiled_since, what_the_log_says
+from tools.serve_on_gpu.arms import ServerArm, Workplace, compiled_since, last_option, what_the_log_says
 from tools.serve_on_gpu.bench import ServingBench
 from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
 
@@ -201,13 +200,12 @@ def check_lengths(loads: Sequence[Load], arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: a request is longer than the server takes.
     """
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    lengths = [word for option, word in pairwise(words) if option == "--max-model-len"]
+    longest = last_option(arguments, "--max-model-len")
     for load in loads:
-        if lengths and lengths[-1].isdecimal() and load.isl + load.osl > int(lengths[-1]):
+        if longest is not None and longest.isdecimal() and load.isl + load.osl > int(longest):
             raise ConfigError(
                 f"a point is {load.isl}/{load.osl}@{load.concurrency}, {load.isl + load.osl} tokens a request; the"
-                f" server takes {lengths[-1]} (--max-model-len): make the request shorter, or give another limit in"
+                f" server takes {longest} (--max-model-len): make the request shorter, or give another limit in"
                 " --serve-arguments"
             )
 

@@ -50,11 +50,15 @@ class FigureRow:
 
 
 def rows_of(records: Sequence[Record]) -> list[FigureRow]:
-    """All figures of servers and offline runs that are complete, model by model."""
+    """All figures of servers and offline runs that are complete, model by model.
+
+    Of servers side by side those count, too, whose time was over: each point in their records is whole.
+    """
     found = []
-    complete = [record for record in records if record["complete"] and "error" not in record]
-    for model in dict.fromkeys(record["model"] for record in complete if "model" in record):
-        of_model = [record for record in complete if record.get("model") == model]
+    sound = [record for record in records if "error" not in record]
+    whole = [record for record in sound if record["complete"] or record["part"] == "alternate"]
+    for model in dict.fromkeys(record["model"] for record in whole if "model" in record):
+        of_model = [record for record in whole if record.get("model") == model]
         found += _server_rows(model, [record for record in of_model if record["part"] == "serve"])
         found += _turn_rows(model, [record for record in of_model if record["part"] == "alternate"])
         found += _offline_rows(model, [record for record in of_model if record["part"] == "offline"])
@@ -103,10 +107,13 @@ def _point_rows(model: str, words: str, servers: Sequence[Record]) -> list[Figur
 
 def _offline_rows(model: str, runs: Sequence[Record]) -> list[FigureRow]:
     found = []
-    for number in sorted({record["run"] for record in runs}):
+    for cold, words in ((True, "caches empty"), (False, "caches filled")):
+        of_kind = [record for record in runs if record["cold"] is cold]
+        if not of_kind:
+            continue
         row = _row(
-            f"{model}: offline tokens/s, run {number}",
-            [one for one in runs if one["run"] == number],
+            f"{model}: offline tokens/s, {words}",
+            of_kind,
             lambda record: record["tokens_per_second"],
             digits=0,
         )

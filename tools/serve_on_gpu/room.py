@@ -1,0 +1,97 @@
+"""Whether two servers fit on their GPUs side by side, said before either starts: vLLM says so after two minutes."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+from typing import Any
+
+from tools.serve_on_gpu.arms import Workplace, last_option
+from tools.serve_on_gpu.models import MODELS
+
+from epfuse.errors import ConfigError
+from epfuse.serving.node import answer
+from epfuse.weights.model_config import model_of
+
+GIB = 2**30
+BESIDE = int(2.5 * GIB)
+"""What a server holds of a GPU beside weights and cache. Seen on an H200, vLLM 0.25.1, in GiB: its context 0.7, what a
+batch of 8192 tokens needs 1.1, graphs 0.7."""
+BF16_BYTES, MXFP8_BYTES = 2.0, 33 / 32
+"""Of a weight; MXFP8's 32 codes share a scale of one byte."""
+SIZE = re.compile(r"(?P<whole>\d+)(?P<binary>[KMGT]?)|(?P<number>\d+(?:\.\d+)?)(?P<decimal>[kmgt])")
+
+
+def cache_bytes(text: str) -> int:
+    """Bytes of ``--cache``, written as vLLM reads it: 1K is 1024, 1k is 1000, and only the latter takes decimals.
+
+    Raises:
+        ConfigError: vLLM would not read it.
+    """
+    match = SIZE.fullmatch(text)
+    if match is None or not re.search("[1-9]", text):
+        raise ConfigError(f"--cache is {text!r}; it must be a size as 12G or 9728M, or with decimals 9.5g")
+    if match["whole"] is not None:
+        return int(match["whole"]) * 1024 ** " KMGT".index(match["binary"] or " ")
+    return int(float(match["number"]) * 1000 ** " kmgt".index(match["decimal"]))
+
+
+def weight_bytes(place: Workplace) -> int:
+    """Bytes of a model's weights on each of its GPUs, to within one percent; a checkpoint's are those of its files."""
+    tensor, data = (int(last_option(place.arguments, *names) or 1)
+                    for names in (("--tensor-parallel-size", "-tp"), ("--data-parallel-size", "-dp")))  # fmt: skip
+    if place.model not in MODELS:
+        files = sum(file.stat().st_size for file in place.folder.glob("*.safetensors"))
+        return files // (tensor * data)
+    config = MODELS[place.model].config()
+    experts = model_of(config, place.model)
+    quantized = "quantization_config" in config or last_option(place.engine_arguments, "--quantization") is not None
+    matrices = len(experts.moe_layers) * experts.experts * 3 * experts.hidden * experts.intermediate
+    of_experts = matrices * (MXFP8_BYTES if quantized else BF16_BYTES)
+    return int(of_experts / (tensor * data) + _others(config, len(experts.moe_layers)) * BF16_BYTES / tensor)
+
+
+def _others(config: dict[str, Any], moe: int) -> int:
+    """Weights outside the routed experts: embeddings in and out, attention, dense layers, shared experts."""
+    hidden, heads, keys = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    attention = hidden * config["head_dim"] * (2 * heads + 2 * keys)
+    layers = config["num_hidden_layers"]
+    dense = (layers - moe) * 3 * hidden * config.get("dense_intermediate_size", config["intermediate_size"])
+    shared = moe * config.get("n_shared_experts", 0) * 3 * hidden * config.get("shared_intermediate_size", 0)
+    return int(2 * config["vocab_size"] * hidden + layers * attention + dense + shared)
+
+
+def gpu_bytes() -> int | None:
+    """Bytes of the smallest GPU that servers may use; None where nvidia-smi shows none."""
+    query = ("nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits")
+    rows = [row for row in csv.reader(answer(query, os.environ).splitlines()) if len(row) == 2]
+    seen = {row[0].strip(): int(row[1]) for row in rows if row[1].strip().isdigit()}
+    asked = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    sizes = [size for gpu, size in seen.items() if gpu in asked] or list(seen.values())
+    return min(sizes) * 2**20 if sizes else None
+
+
+def check_room(place: Workplace) -> None:
+    """Refuse a pair of servers that can't fit on their GPUs, before one is started.
+
+    Args:
+        place: of both; its arguments say how much of a GPU the keys and values of each take.
+
+    Raises:
+        ConfigError: weights, keys and values of both are more than the GPU has; or the size of the latter can't be
+            read.
+    """
+    cache = cache_bytes(last_option(place.arguments, "--kv-cache-memory-bytes") or "0")
+    weights, has = weight_bytes(place), gpu_bytes()
+    need = 2 * (weights + cache + BESIDE)
+    if has is None or need <= has:
+        return
+    room = math.floor((has / 2 - weights - BESIDE) / GIB)
+    way = f"--cache {room}G fits" if room > 0 else "no --cache fits: part serve starts servers one after the other"
+    raise ConfigError(
+        f"two servers of {place.model} side by side take some {need / GIB:.1f} GiB of a GPU that has {has / GIB:.1f}:"
+        f" twice {weights / GIB:.1f} of weights, {cache / GIB:.1f} of keys and values and {BESIDE / GIB:.1f} beside"
+        f" them; {way}"
+    )
