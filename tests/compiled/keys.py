@@ -52,6 +52,9 @@ LAYERS |= {
     with_biases(name): replace(LAYERS[name], bias=Bias.ADDED)
     for name in ("sm_90-w8a16-deterministic", "sm_90-bf16-deterministic", "sm_90-w8a8-deterministic")
 }
+LAYERS["sm_90-w8a8-whole-pairs"] = replace(  # of steps of 128: sizes that sm90_fp8_rows takes
+    LAYERS["sm_90-w8a8-deterministic"], shape=replace(SHAPE, intermediate=256)
+)
 
 
 class Memory:

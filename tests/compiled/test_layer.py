@@ -51,6 +51,16 @@ SIZES = {
         "down_sm90_fp8_kernel": 5,
         "combine_kernel": 1,
     },
+    "sm_90-w8a8-whole-pairs": {
+        "route_kernel": 12,
+        "count_kernel": 1,
+        "place_kernel": 1,
+        "quantize_packed_kernel": 11,
+        "gate_up_sm90_fp8_kernel": 5,
+        "down_sm90_fp8_kernel": 5,
+        "gate_up_down_sm90_fp8_rows_kernel": 3,  # both GEMMs at once; each alone without a bound
+        "combine_kernel": 1,
+    },
     "sm_90-block_fp8-deterministic": {
         "route_kernel": 11,
         "count_kernel": 1,

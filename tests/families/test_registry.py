@@ -19,9 +19,11 @@ from epfuse import Combine, ExpertWeights, Path, SwiGLUOAI, Target, scratch_size
 from epfuse.aot.calls import SHAPES, Call
 from epfuse.aot.tasks import start
 from epfuse.config import MINIMAX_M3_EP8 as M3
-from epfuse.config import LayerShape, WeightFormat
+from epfuse.config import Bias, LayerShape, WeightFormat
 from epfuse.families.family import CallKind, Family, LayerCall
 from epfuse.families.registry import FAMILIES, READABLE, default_ranges, family_of, serving
+from epfuse.families.sm90_fp8 import SM90_FP8
+from epfuse.families.sm90_fp8_rows import SM90_FP8_ROWS
 from epfuse.stages.tiles import LayerTiles
 from epfuse.target import planning_for
 
@@ -45,6 +47,21 @@ def test_every_format_that_is_read_is_served_at_any_number_of_rows(
         assert family in families
         for tile in (entry.tiles.gate_up, entry.tiles.down):
             assert type(tile) is family.tile
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias", "last"),
+    [
+        (M3, Bias.NONE, SM90_FP8_ROWS),
+        (M3, Bias.ADDED, SM90_FP8),  # down would spill
+        (ODD, Bias.NONE, SM90_FP8),  # 2880 is an odd number of steps of 128
+    ],
+)
+def test_many_fp8_rows_run_on_the_family_that_has_code_for_them(shape: LayerShape, bias: Bias, last: Family) -> None:
+    kind = CallKind(Path.W8A8, Target.SM90, shape, frozenset({WeightFormat.ROW_FP8}), bias=bias)
+    ranges = default_ranges(kind)
+    assert [entry.max_rows for entry in ranges[-2:]] == [144, math.inf]
+    assert [family_of(Path.W8A8, WeightFormat.ROW_FP8, entry.tiles) for entry in ranges[-2:]] == [SM90_FP8, last]
 
 
 @pytest.mark.parametrize(("target", "path", "form"), READS)

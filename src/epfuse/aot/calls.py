@@ -20,6 +20,7 @@ from epfuse.config import (
     SoftcappedSwiGLU,
     SwiGLUOAI,
     WeightFormat,
+    silu_gate,
 )
 from epfuse.expert_map import ExpertMap
 from epfuse.policy import READABLE, CallKind, decide, readable_formats
@@ -42,8 +43,11 @@ KINDS: dict[str, tuple[Activation, Bias]] = {
     "gelu-tanh": (GELUTanh(), Bias.NONE),
     "softcapped-swiglu": (SoftcappedSwiGLU(4.0, 25.0), Bias.NONE),
     "relu2": (ReLU2(), Bias.NONE),
+    "silu": (silu_gate(), Bias.NONE),
 }
 """What stands between and beside the projections. The first is compiled for every tile, the others for one a family."""
+UNBOUNDED = "silu"
+"""Has the first one's kernels, but with one scale a row, where many rows have a launch for each GEMM."""
 KIND_SHAPE, KIND_TOKENS = "gpt-oss-120b", (4096, 64)
 """Of calls of the other kinds: many rows, for a family that takes no fewer, and few."""
 _EVERY_KIND = (Path.BF16, Path.W8A8)
@@ -113,6 +117,8 @@ def calls(target: Target, paths: list[Path], shapes: list[str], dtypes: list[str
                     ways = [way for way in Combine if form in readable_formats(replace(kind, combine=way))]
                     counts = token_counts(kind)
                     found += [Call(target, path, form, dtype, shape, way, tokens) for way in ways for tokens in counts]
+                    if form is WeightFormat.ROW_FP8:
+                        found += [Call(target, path, form, dtype, shape, way, MOST_TOKENS, UNBOUNDED) for way in ways]
     if KIND_SHAPE in shapes and "bf16" in dtypes:
         found += [call for path in paths for call in other_kinds(target, path)]
     return found
@@ -123,6 +129,8 @@ def other_kinds(target: Target, path: Path) -> list[Call]:
     """A call of each kind but the first on each of its families, on the weights that its kernels read best."""
     found = []
     for name, (activation, bias) in list(KINDS.items())[1:]:
+        if name == UNBOUNDED:
+            continue
         kind = CallKind(path, target, SHAPES[KIND_SHAPE], activation=type(activation), bias=bias)
         forms = readable_formats(kind)
         if forms and (bias is Bias.ADDED or path in _EVERY_KIND):

@@ -119,8 +119,11 @@ def default_ranges(kind: CallKind) -> tuple[TileRange, ...]:
     Args:
         kind: of the calls, on one path and one format.
     """
-    found = [entry for family in serving(kind) for entry in family.defaults(kind)]
-    return tuple(sorted(found, key=lambda entry: entry.max_rows))
+    found: dict[float, TileRange] = {}
+    for family in serving(kind):
+        for entry in family.defaults(kind):
+            found.setdefault(entry.max_rows, entry)  # of two that end alike the family's that comes first
+    return tuple(found[end] for end in sorted(found))
 
 
 def scratch_size(path: Path, tokens: int, top_k: int, hidden: int, intermediate: int) -> ScratchSize:

@@ -18,7 +18,7 @@ from epfuse.operands import overlaps
 from epfuse.scratch import ScratchSize
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import LoneTokens
-from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90RowsTile, TileRange
+from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90RowsTile, TileRange
 from epfuse.target import Target
 
 BLOCK_M = 128
@@ -46,8 +46,8 @@ class Sm90FP8Rows(Family):
         return None
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
-        """None before its tests have passed on a GPU: measured rows alone choose it (docs/performance.md)."""
-        return ()
+        """Measured on an H200; for more rows than `sm90_fp8` has a range for. With biases none: down would spill."""
+        return MANY_ROWS_TILES if kind.bias is Bias.NONE else ()
 
     def block_ms(self, rows: float) -> list[int]:
         """One size, and none for few rows."""
@@ -135,5 +135,8 @@ def both_gemms(call: LayerCall, tiles: LayerTiles, launch: Callable[..., object]
     )
     return Steps(table, launches)
 
+
+# Measured on an H200 (docs/performance.md).
+MANY_ROWS_TILES = (TileRange(ANY, LayerTiles.both(BLOCK_M, Sm90RowsTile(256, 128, 4, 4, 4))),)
 
 SM90_FP8_ROWS = Sm90FP8Rows()
