@@ -17,7 +17,7 @@ be compiled first: --humming 1 leaves its own choice alone, and of Marlin's its 
     python -m tools.beside_peers HARNESS record.json --shapes all --draw 6 --seed 7 --humming 1
     python -m tools.beside_peers HARNESS record.json --shapes minimax-m3-ep8 --draw 40 --seed 7 --humming 1
 
-Ranks of other models (tools/peer_shapes.py), each at counts of its own, in one process: tools/peer_layers.py.
+Ranks of other models (tools/peer_shapes.py), each at counts of its own, in few processes: tools/peer_layers.py.
 
 For tools/draw_peers.py and tests/docs/test_performance.py a record is what this writes.
 """

@@ -1,9 +1,9 @@
 """Run kernels of the peers' harness on one layer after another, in one process: imports are paid once.
 
-    python -m tools.peer_driver TASKS.json compile|time
+    python -m tools.peer_driver compile|time
 
-A child of tools/peer_layers.py. It prints what the harness prints, and ``TASK`` with an index before each task and
-``FAILED`` with a reason after one that raised.
+A child of tools/peer_process.py. It reads tasks from stdin, one a line as JSON. It prints what the harness prints,
+``FAILED`` with a reason if the task raised, and ``END``.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def main(tasks: str, phase: str) -> None:
-    """Run all tasks."""
+def main(phase: str) -> None:
+    """Run tasks as they come."""
     last, module = None, None
-    for task in json.loads(Path(tasks).read_text()):
-        print("TASK", task["index"], flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
         os.environ.update(task["environment"])
         if task["harness"] != last or module is None:
             module = None  # its weights go before those of the next layer come
@@ -69,7 +69,8 @@ def main(tasks: str, phase: str) -> None:
                 raise  # nothing more can run in this process
             print("FAILED", " ".join(f"{type(error).__name__}: {error}".split())[:300], flush=True)
         free()
+        print("END", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -1,7 +1,8 @@
 """Time kernels of the peers' harness on many layers, each at token counts of its own: for tools/beside_peers.py.
 
-One process times all of it, since importing a peer's libraries takes longer than timing its kernels. It is started
-again after a kernel that broke it, and ended when the time is used up. Before, several processes compile.
+One process times all that can share one, since importing a peer's libraries takes longer than timing its kernels. It is
+started again after a kernel that failed or broke it, and ended when the time is used up. Before, several processes
+compile.
 """
 
 from __future__ import annotations
@@ -11,20 +12,18 @@ import os
 import pathlib
 import queue
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import click
 from tools.peer_driver import load
+from tools.peer_process import PeerProcess
 
 from epfuse.bench.layers import Layer
-from epfuse.children import Children
 from epfuse.config import Path, WeightFormat
 from epfuse.errors import EpfuseError
 from epfuse.families.family import CallKind
@@ -32,6 +31,9 @@ from epfuse.target import Target
 
 PATIENCE = 75.0
 """Seconds without a line after which a process that times is taken to hang: imports are less. Compiling says little."""
+APART = ("humming_w8a16_grouped", "humming_w8a8_grouped")
+"""Kernels of a process of their own. They load vLLM 0.33's operators, the others vLLM 0.25's, under the same names with
+other arguments: where both are loaded the second library ends the process, or its import raises for good."""
 WRONG = 0.1
 """A relative error from which on a time does not count, as the harness has it."""
 FORMATS = {
@@ -110,76 +112,62 @@ def compile_ours(points: Sequence[PeerLayer], paths: Sequence[str], jobs: int) -
     return f"{len(wanted)} kernels of ours compiled; failed: {failed or 'none'}"
 
 
-@contextmanager
-def _lines(command: list[str], environment: dict[str, str], folder: pathlib.Path) -> Iterator[queue.Queue[str | None]]:
-    """A child's lines as they come, then None; it is killed at the end."""
-    found: queue.Queue[str | None] = queue.Queue()
-    with (
-        (folder / "errors.txt").open("a") as errors,
-        Children() as children,
-        subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, process_group=children.id
-        ) as process,
-    ):
-        assert process.stdout is not None
-        stream = process.stdout
-
-        def read() -> None:
-            for line in stream:
-                found.put(line.rstrip("\n"))
-            found.put(None)
-
-        thread = threading.Thread(target=read, daemon=True)
-        thread.start()
-        try:
-            yield found
-        finally:
-            children.end()
-            thread.join()
-
-
 def run_tasks(
-    tasks: Sequence[PeerTask], phase: str, seconds: float, environment: dict[str, str], folder: pathlib.Path,
+    tasks: Sequence[PeerTask],
+    phase: str,
+    seconds: float,
+    environment: dict[str, str],
     say: Callable[[PeerTask, str], None],
-) -> list[PeerTask]:  # fmt: skip
-    """Run tasks in one process after another, until all are done or the time is up; those that were not begun.
+) -> list[PeerTask]:
+    """Run tasks, each in the process of those before it that it can share one with, until the time is up.
+
+    A kernel that failed may have left half of a library behind, so those after it get another process.
 
     Args:
         tasks: in order.
         phase: of the harness, ``compile`` or ``time``.
         seconds: for all.
         environment: of the processes.
-        folder: for what they read, and what they write beside their lines.
         say: called with each line of a task.
+
+    Returns:
+        Those that were not begun.
     """
     left, end = list(tasks), time.monotonic() + seconds
-    while left and time.monotonic() < end:
-        asked = folder / f"tasks{left[0].index}.{phase}.json"
-        asked.write_text(json.dumps([asdict(task) for task in left]))
-        command = [sys.executable, "-m", "tools.peer_driver", str(asked), phase]
-        known, current = {task.index: task for task in left}, None
-        with _lines(command, environment, folder) as lines:
-            while True:
-                wait = end - time.monotonic()
-                try:
-                    line = lines.get(timeout=max(0.0, min(PATIENCE, wait) if phase == "time" else wait))
-                except queue.Empty:
-                    line, why = None, "time is up" if time.monotonic() >= end else f"nothing for {PATIENCE:.0f} s"
-                else:
-                    why = "its process ended"
-                if line is None:
-                    break
-                if line.startswith("TASK "):
-                    current = known[int(line.split()[1])]
-                    left = [task for task in left if task.index > current.index]
-                elif current is not None:
-                    say(current, line)
-        finished = not left and why == "its process ended"
-        if current is None:  # not even one begun
-            break
-        if not finished:
-            say(current, f"FAILED {why}")
+    processes: dict[bool, PeerProcess] = {}
+    with ExitStack() as stack:
+        while left and time.monotonic() < end:
+            task, apart = left[0], left[0].kernel in APART
+            left = left[1:]
+            if apart not in processes:
+                processes[apart] = PeerProcess(phase, environment)
+                stack.callback(processes[apart].end)
+            if not _run(task, processes[apart], PATIENCE if phase == "time" else seconds, end, say):
+                processes.pop(apart).end()
     return left
+
+
+def _run(
+    task: PeerTask, process: PeerProcess, patience: float, end: float, say: Callable[[PeerTask, str], None]
+) -> bool:
+    """Whether the task ran to its end without a failure."""
+    process.give(asdict(task))
+    good = True
+    while True:
+        try:
+            line = process.line(min(patience, end - time.monotonic()))
+        except queue.Empty:
+            why = "time is up" if time.monotonic() >= end else f"nothing for {patience:.0f} s"
+        else:
+            if line == "END":
+                return good
+            if line is not None:
+                say(task, line)
+                good = good and not line.startswith("FAILED")
+                continue
+            why = process.how_it_ended()
+        say(task, f"FAILED {why}")
+        return False
 
 
 def surroundings(harness: pathlib.Path) -> dict[str, str]:
@@ -220,15 +208,19 @@ class PeerTimes:
             if row["best"]:
                 self.rows[task.layer].append(row)
         elif kind in ("ERR", "FAILED"):
-            self.failed.append((task.layer, task.kernel, rest[:300]))
+            self.failed.append((task.layer, task.kernel, rest[:800]))
         elif kind == "NOTE" and task.kernel == "ceiling":
             self.roofs = f"ceiling    {rest}"
 
 
 def _compile(
-    points: Sequence[PeerLayer], tasks: Sequence[PeerTask], paths: Sequence[str], seconds: float, jobs: int,
-    environment: dict[str, str], folder: pathlib.Path,
-) -> None:  # fmt: skip
+    points: Sequence[PeerLayer],
+    tasks: Sequence[PeerTask],
+    paths: Sequence[str],
+    seconds: float,
+    jobs: int,
+    environment: dict[str, str],
+) -> None:
     """Compile all kernels, the peers' in at most so many seconds."""
     begun = time.monotonic()
     theirs = [task for task in tasks if not task.kernel.startswith("impl") and task.kernel != "ceiling"]
@@ -238,9 +230,14 @@ def _compile(
             click.echo(f"compiling {task.kernel} for {task.layer}: {line}", err=True)
 
     def compile_theirs(part: list[PeerTask]) -> None:
-        run_tasks(part, "compile", seconds, environment, folder, compiled)
+        run_tasks(part, "compile", seconds, environment, compiled)
 
-    threads = [threading.Thread(target=compile_theirs, args=(theirs[n::jobs],)) for n in range(min(jobs, len(theirs)))]
+    parts = []
+    for apart in (False, True):
+        some = [task for task in theirs if (task.kernel in APART) is apart]
+        share = max(1, round(jobs * len(some) / max(1, len(theirs))))
+        parts += [part for n in range(share) if (part := some[n::share])]
+    threads = [threading.Thread(target=compile_theirs, args=(part,)) for part in parts]
     for thread in threads:
         thread.start()
     click.echo(compile_ours(points, paths, jobs), err=True)
@@ -268,16 +265,16 @@ def time_layers(
     tasks = tasks_of(points, kernels, implementation, folder)
     environment = surroundings(pathlib.Path(tasks[0].harness))
     if jobs is not None:
-        _compile(points, tasks, paths, seconds / 2, jobs, environment, folder)
+        _compile(points, tasks, paths, seconds / 2, jobs, environment)
     found = PeerTimes("", {point.layer.name: [] for point in points}, [], [])
 
     def said(task: PeerTask, line: str) -> None:
-        click.echo(f"{task.layer} {task.kernel}: {line[:200]}", err=True)
+        click.echo(f"{task.layer} {task.kernel}: {line[: 800 if line.startswith('FAILED') else 200]}", err=True)
         found.take(task, line)
         if found.roofs:
             keep(found)
 
-    left = run_tasks(tasks, "time", seconds, environment, folder, said)
+    left = run_tasks(tasks, "time", seconds, environment, said)
     found.left_out = [(task.layer, task.kernel) for task in left]
     return found
 

@@ -41,6 +41,7 @@ class Kernel:
 @peer("fast", limit=1, compile_limit=1)
 class Fast(Kernel):
     def us(self, T):
+        assert "half_a_library" not in sys.modules
         return 2.0 * T
 
 
@@ -53,7 +54,30 @@ class Breaks(Kernel):
 @peer("raises", limit=1, compile_limit=1)
 class Raises(Kernel):
     def __init__(self):
+        sys.modules["half_a_library"] = None
         raise ValueError("these sizes are not taken")
+
+
+class Operators(Kernel):
+    # ends its process or raises where others of the same names are loaded
+
+    def __init__(self):
+        known = sys.modules.setdefault("operators", self.release)
+        if known != self.release and self.release == "0.33":
+            print("terminate called after throwing an instance of 'c10::Error'", file=sys.stderr, flush=True)
+            print("  what():  Tried to register an operator twice", file=sys.stderr, flush=True)
+            os.abort()
+        assert known == self.release, "Registered schema has 8 args"
+
+
+@peer("humming_w8a16_indexed", limit=1, compile_limit=1)
+class Indexed(Operators):
+    release = "0.25"
+
+
+@peer("humming_w8a16_grouped", limit=1, compile_limit=1)
+class Grouped(Operators):
+    release = "0.33"
 
 
 @peer("sleeps", limit=1, compile_limit=1)
@@ -152,11 +176,40 @@ def test_a_kernel_that_breaks_its_process_or_raises_costs_nobody_else_a_row(harn
     record = json.loads(path.read_text())
     for each in record["layers"]:
         assert [row["peer"] for row in each["rows"]] == ["impl", "impl", "wrong", "wrong", "fast", "fast"]
-    assert [(kernel, why.split(":")[0]) for _, kernel, why in record["failed"]] == [
-        ("breaks", "its process ended"), ("raises", "ValueError"),
-    ] * 2  # fmt: skip
+    assert [(kernel, why) for _, kernel, why in record["failed"]] == [
+        ("breaks", "its process ended, exit code 3: nothing on stderr"),
+        ("raises", "ValueError: these sizes are not taken"),
+    ] * 2
     assert "lost: qwen3-30b-ep4 at 3 tokens, 53.0 us for 6.0 of fast: 8.833" in output
     assert "wrong: wrong on glm-4.5-tp4 at 9 tokens, error 0.5" in output
+
+
+def test_kernels_whose_libraries_exclude_each_other_have_a_process_each(harness: Path) -> None:
+    peers = "humming_w8a16_indexed,humming_w8a16_grouped,fast"
+    code, output, path = run(harness, "--shapes", "qwen3-30b-ep4,glm-4.5-tp4", "--tokens", "3", "--peers", peers)
+    assert code == 0, output
+    record = json.loads(path.read_text())
+    assert record["failed"] == []
+    assert [[row["peer"] for row in each["rows"]] for each in record["layers"]] == [["impl", *peers.split(",")]] * 2
+    timed = {name: {pid for pid, phase, kernel, *_ in asked(harness) if (phase, kernel) == ("time", name)}
+             for name in peers.split(",")}  # fmt: skip
+    assert timed["fast"] == timed["humming_w8a16_indexed"] != timed["humming_w8a16_grouped"]
+    assert {len(pids) for pids in timed.values()} == {1}  # for both layers
+
+
+def test_how_a_process_ended_is_said(harness: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_layers, "APART", ())
+    peers = "humming_w8a16_indexed,humming_w8a16_grouped,fast"
+    code, output, path = run(harness, "--shapes", "qwen3-30b-ep4", "--tokens", "3", "--peers", peers, "--compiled")
+    assert code == 0, output
+    record = json.loads(path.read_text())
+    why = (
+        "its process ended, SIGABRT: terminate called after throwing an instance of 'c10::Error'"
+        " | what(): Tried to register an operator twice"
+    )
+    assert record["failed"] == [["qwen3-30b-ep4", "humming_w8a16_grouped", why]]
+    assert [row["peer"] for row in record["rows"]] == ["impl", "humming_w8a16_indexed", "fast"]
+    assert why in output
 
 
 def test_a_kernel_that_hangs_is_ended_and_the_rest_goes_on(harness: Path, monkeypatch: pytest.MonkeyPatch) -> None:
