@@ -192,3 +192,51 @@ def test_tuned_rows_of_64_experts_are_their_record_s() -> None:
         assert cell.strip() == " -> ".join(times)
     left = [point["untried"] for point in run["points"]]
     assert f"left {min(left)} to {max(left)} candidates" in "\n".join(lines)
+
+
+def check_beside(section: str, record: str, peer: str) -> list[float]:
+    """A table of the peer's times, and of each path its times and ratios, run after run; all ratios."""
+    (table,) = (part for part in section.split("\n\n") if part.startswith("| tokens |"))
+    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    lines = [line for line in lines if line[0] != "over the floor"]
+    expected: list[tuple[str, list[float]]] = []
+    ratios: list[float] = []
+    for run in json.loads((DOCS / f"records/{record}.json").read_text())["runs"]:
+        assert run["ok"]
+        assert run["complete"]
+        times: dict[str, list[float]] = {}
+        for row in run["rows"]:
+            times.setdefault(row["contender"], []).append(row["time"]["median_us"])
+        assert [row["tokens"] for row in run["rows"] if row["contender"] == peer] == list(map(int, head[1:]))
+        expected.append((peer, times[peer]))
+        for path in ("bf16", "block_fp8", "w8a8"):
+            if path in times:
+                over = [us / other for us, other in zip(times[path], times[peer], strict=True)]
+                expected += [(f"epfuse `{path}`", times[path]), (f"over {peer}", over)]
+                ratios += over if path != "w8a8" else []
+    for (label, *shown), (name, numbers) in zip(lines, expected, strict=True):
+        assert name in label
+        assert list(map(float, shown)) == pytest.approx(numbers, abs=0.0051 if "over" in name else 0.0501)
+    return ratios
+
+
+def test_block_fp8_and_w8a8_beside_deepgemm_have_their_record_s_times() -> None:
+    section = (DOCS / "performance.md").read_text().split("### Beside DeepGEMM\n")[1].split("\n## ")[0]
+    ratios = check_beside(section, "2026-11-30-h200-deepgemm", "DeepGEMM")
+    lost = [f"{100 * ratio - 100:.0f} %" for ratio in ratios if ratio > 1]
+    assert lost == ["3 %", "2 %"]
+    assert "3 % slower on MiniMax-M3 EP8, 2 %\non DeepSeek-V3 EP8" in section
+    assert f"the other {len(ratios) - 2} points" in section
+
+
+def test_bf16_beside_flashinfer_has_its_record_s_times() -> None:
+    section = (DOCS / "performance.md").read_text().split("**Beside FlashInfer.**")[1].split("\nNot in this run")[0]
+    assert max(check_beside(section, "2026-11-30-h200-flashinfer", "FlashInfer")) < 1
+    (run,) = json.loads((DOCS / "records/2026-11-30-h200-flashinfer.json").read_text())["runs"]
+    line = next(line for line in section.splitlines() if line.startswith("| over the floor |"))
+    floors = [row["over_floor"] for row in run["rows"] if row["contender"] == "bf16"]
+    assert [float(cell) for cell in line.split("|")[2:-1]] == pytest.approx(floors, abs=0.0051)
+    for contender, words in (("FlashInfer", "less: {} to {} against float64"), ("bf16", "ours {} to {}")):
+        errors = [row["relative_error"] for row in run["rows"] if row["contender"] == contender]
+        ends = (f"{error:.1e}".replace("e-0", "e-") for error in (min(errors), max(errors)))
+        assert words.format(*ends) in " ".join(section.split())
