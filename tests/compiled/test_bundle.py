@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 
 from epfuse.bundle import KERNELS, MANIFEST, Bundle
 from epfuse.errors import ConfigError
-from tests.compiled.test_kernel_cache import MOVERS, run
+from tests.compiled.image import LIBCUDA
+from tests.compiled.test_kernel_cache import MOVERS, ROOT, run
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -72,6 +73,43 @@ def test_an_image_without_a_compiler(made: tuple[Path, dict[str, Any]], tmp_path
     assert all(hit for _, hit in found["compiled"])
     assert not any("compiling" in line for line in found["said"])
     assert len(found["compiled"]) == found["before"]
+    assert found["late"] == 0
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_tritons_own_driver_and_launchers_load_without_a_compiler(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, has_file: bool
+) -> None:
+    """With the program ``file`` in the image or not, which Triton's keys follow; libcuda comes from the host."""
+    library, tools = tmp_path / "libcuda.so.1", tmp_path / "bin"
+    compiler = ["gcc", "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", str(library), "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(compiler, check=True, input=LIBCUDA.encode())
+    tools.mkdir()
+    (tmp_path / "no-home").touch()
+    if has_file:
+        (tools / "file").write_text("#!/bin/sh\necho ELF 64-bit LSB pie executable, dynamically linked\n")
+        (tools / "file").chmod(0o755)
+    environment = {
+        "PATH": str(tools),
+        "TRITON_HOME": str(tmp_path / "no-home"),
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "EPFUSE_KERNELS": str(made[0]),
+        "EPFUSE_NO_COMPILE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "image.py"), str(library)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["file"] == ("ELF" if has_file else "")
+    kernels = ["combine_kernel", "down_sm90_kernel", "gate_up_sm90_kernel", "route_kernel"]
+    assert sorted(found["compiled"]) == [[name, True] for name in kernels]
+    assert found["launched"] == 5 * len(kernels)
     assert found["late"] == 0
 
 

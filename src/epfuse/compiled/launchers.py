@@ -1,7 +1,12 @@
 """What Triton compiles besides a kernel, in C: the module that talks to the driver, and up to 3.6 a launcher a kernel.
 
 It needs a C compiler and, to link against, libcuda.so.1, which comes with the GPU's driver. On a machine without a
-driver an empty library of that name does: what is linked looks for the real one when it is loaded.
+driver a library of that name does whose functions are empty: what is linked names it, and loads the real one. A library
+without any would be left out by the linker, and nothing would be loaded.
+
+Triton keeps such a module by its source and by what Python's ``platform.architecture`` says, which runs the program
+``file``: another key where that is not installed. An image may lack what the machine has that the bundle was made on,
+so a module is compiled under both keys.
 """
 
 from __future__ import annotations
@@ -10,15 +15,22 @@ import contextlib
 import functools
 import importlib
 import os
+import platform
+import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from triton import knobs
 
 from epfuse.errors import MissingDependency
 from epfuse.target import Target
+
+LINKAGES = ("ELF", "")
+"""What ``platform.architecture`` says of Python's executable, with the program ``file`` and without."""
 
 
 def compile_driver_module(target: Target) -> None:
@@ -31,8 +43,12 @@ def compile_driver_module(target: Target) -> None:
     """
     if not target.is_amd:
         _link_without_a_driver()
-        with contextlib.suppress(ImportError):  # it is compiled and kept; to load it takes the driver
-            _nvidia().CudaUtils()
+        for linkage in LINKAGES:
+            with (
+                _where(linkage),
+                contextlib.suppress(ImportError),
+            ):  # it is compiled and kept; to load it takes the driver
+                _nvidia().CudaUtils()
 
 
 def compile_launcher(compiled: Any, target: Target) -> None:
@@ -43,23 +59,49 @@ def compile_launcher(compiled: Any, target: Target) -> None:
     """
     if not target.is_amd and hasattr(_nvidia(), "make_launcher"):
         _link_without_a_driver()
-        with contextlib.suppress(ImportError):
-            _nvidia().CudaLauncher(compiled.src, compiled.metadata)
+        for linkage in LINKAGES:
+            with _where(linkage), contextlib.suppress(ImportError):
+                _nvidia().CudaLauncher(compiled.src, compiled.metadata)
 
 
 def _nvidia() -> Any:
     return importlib.import_module("triton.backends.nvidia.driver")
 
 
+@contextlib.contextmanager
+def _where(linkage: str) -> Iterator[None]:
+    """Inside, Triton's keys of modules are those of a machine on which ``file`` says this, or is not installed."""
+    key, said = importlib.import_module("triton.runtime.build").platform_key, platform.architecture
+    bits, _ = said()
+    platform.architecture = lambda *_: (bits, linkage)
+    key.cache_clear()
+    try:
+        yield
+    finally:
+        platform.architecture = said
+        key.cache_clear()
+
+
 @functools.cache
-def _link_without_a_driver() -> None:
+def _link_without_a_driver() -> tempfile.TemporaryDirectory[str] | None:
+    """The folder of the library that stands for the driver's, removed when the process ends by itself.
+
+    None if the user has named one.
+
+    Raises:
+        MissingDependency: there is no C compiler.
+    """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise MissingDependency("launchers are compiled in C, and there is no C compiler here; install gcc, or set CC")
     if knobs.nvidia.libcuda_path is not None:
-        return
-    place = tempfile.mkdtemp(prefix="epfuse-libcuda-")
-    library = os.path.join(place, "libcuda.so.1")
-    command = [compiler, "-shared", "-x", "c", os.devnull, "-o", library, "-Wl,-soname,libcuda.so.1"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    knobs.nvidia.libcuda_path = place
+        return None
+    place = tempfile.TemporaryDirectory(prefix="epfuse-libcuda-")
+    library = os.path.join(place.name, "libcuda.so.1")
+    folder = Path(_nvidia().__file__).parent
+    called = {name for file in folder.glob("driver.*") for name in re.findall(r"\bcu[A-Z]\w+", file.read_text())}
+    source = "".join(f"void {name}(void) {{}}\n" for name in sorted(called))
+    command = [compiler, "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", library, "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, input=source.encode())
+    knobs.nvidia.libcuda_path = place.name
+    return place
