@@ -128,9 +128,9 @@ def _real(experts):
     return type(experts).rebuilt(tensors, hidden, intermediate)
 
 
-def compare(name: str, seed: int, count: int) -> tuple[list[str], list[str], dict[str, int]]:
+def compare(name: str, seed: int, count: int, top_k: int = SHAPE.top_k) -> tuple[list[str], list[str], dict[str, int]]:
     """Kernels of drawn calls that the layer's set does not have, `several`, and how many of each name it has."""
-    layer = LAYERS[name]
+    layer = replace(LAYERS[name], shape=replace(LAYERS[name].shape, top_k=top_k))
     named = kernels(layer, MOST)
     strangers = [launch for launch in calls(layer, seed, count) if launch not in set(named)]
     counts: dict[str, int] = {}

@@ -134,6 +134,16 @@ def test_calls_launch_what_the_layer_names(pool: ProcessPoolExecutor, name: str)
     assert counts == SIZES[name]
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 8, 16])
+@pytest.mark.parametrize("name", keys.LAYERS)
+def test_whatever_k_is_calls_launch_what_the_layer_names(pool: ProcessPoolExecutor, name: str, top_k: int) -> None:
+    """Of an integer that is 1 or divisible by 16 Triton would know more."""
+    strangers, several, counts = pool.submit(keys.compare, name, seed=top_k, count=12, top_k=top_k).result()
+    assert strangers == []
+    assert several == []
+    assert counts["route_kernel"] >= 10
+
+
 def test_large_tensors_have_keys_of_their_own_on_amd_alone(pool: ProcessPoolExecutor) -> None:
     """Of MiniMax-M3 with 131072 tokens, where rows take more than 2 GiB: known from T, whatever the storage."""
     hopper, amd = pool.submit(keys.of_large_calls).result()
