@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import platform
 import re
@@ -94,6 +95,8 @@ def _link_without_a_driver() -> tempfile.TemporaryDirectory[str] | None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise MissingDependency("launchers are compiled in C, and there is no C compiler here; install gcc, or set CC")
+    # Kernels share launchers. Of one that it has made, but can't load here, Triton warns before it makes it again.
+    logging.getLogger("triton.runtime.build").setLevel(logging.ERROR)
     if knobs.nvidia.libcuda_path is not None:
         return None
     place = tempfile.TemporaryDirectory(prefix="epfuse-libcuda-")
