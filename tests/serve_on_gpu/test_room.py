@@ -85,6 +85,37 @@ def test_a_pair_that_does_not_fit_is_refused_before_it_starts(
         assert "BegunError" in done.output or isinstance(done.exception, BegunError), done.output
 
 
+@pytest.mark.parametrize("part", ["serve", "offline", "endure"])
+@pytest.mark.parametrize(
+    ("model", "arguments", "card", "refused"),
+    [
+        ("minimax-m3-16", "", H200, "takes some 112.3 GiB of a GPU beside keys and values, and gets 98.3 of 140.4"),
+        ("minimax-m3-16", "--tensor-parallel-size 2", H200, ""),
+        ("minimax-m3-16", "--gpu-memory-utilization 0.9", H200, ""),
+        ("minimax-m3-16", "--gpu-memory-utilization most", H200, ""),  # vLLM's to judge
+        ("minimax-m3-16", "--kv-cache-memory-bytes 1G", H200, ""),  # then it asks for no share
+        ("minimax-m3-16", "--tensor-parallel-size two", H200, "112.3"),
+        ("qwen3-30b-bf16", "", H200, ""),
+        ("qwen3-30b-bf16", "", 80 * 2**30, "and gets 56.0 of 80.0 (--gpu-memory-utilization 0.7)"),
+        ("minimax-m3-16", "", None, ""),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused_before_it_starts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    model: str,
+    arguments: str,
+    card: int | None,
+    refused: str,
+) -> None:
+    monkeypatch.setattr(room, "gpu_bytes", lambda: card)
+    paths = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--seconds", "1"]
+    done = CliRunner().invoke(tool.main, [part, *paths, "--model", model, "--serve-arguments", arguments])
+    assert done.exit_code == (2 if refused else 75), done.output  # 75: there is no time to begin
+    assert refused in done.output
+
+
 @pytest.mark.parametrize(
     ("visible", "size"), [("", 80), ("0", 141), ("1", 80), ("0,1", 80), ("GPU-7f", 80), (None, 80)]
 )

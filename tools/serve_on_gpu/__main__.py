@@ -18,7 +18,7 @@ from tools.serve_on_gpu.arms import ServerArm, Workplace
 from tools.serve_on_gpu.models import MODELS
 from tools.serve_on_gpu.parts import Folder, TimeBudget
 from tools.serve_on_gpu.records import FORMAT, merge
-from tools.serve_on_gpu.room import check_room
+from tools.serve_on_gpu.room import check_alone, check_room
 from tools.serve_on_gpu.servers import bench_for, parse_loads, parse_servers
 from tools.serve_on_gpu.tables import agreement, rows_of, table
 
@@ -140,6 +140,7 @@ def serve(model: str, servers: str, new_points: str, warm_points: str, waves: in
     loads = [*parse_loads(new_points, True, waves), *parse_loads(warm_points, False, waves)]
     place = Place(model, options)
     part.check_lengths(loads, place.work.engine_arguments)
+    check_alone(place.work)
     with bench_for(place.work, place.logs) as bench:
         outcome = part.run(place.work, place.folder, wanted, loads, bench, place.budget, machine_facts())
     outcome.finish()
@@ -191,6 +192,7 @@ def offline(model: str, runs: str, sizes: tuple[int, int, int], **options: Any) 
 
     wanted = parse_servers(runs)
     place = Place(model, options)
+    check_alone(place.work)
     part.run(place.work, place.folder, wanted, sizes, place.budget, machine_facts()).finish()
 
 
@@ -257,6 +259,7 @@ def endure(model: str, requests: int, arm: str, **options: Any) -> None:
     from tools.serve_on_gpu import endure as part
 
     place = Place(model, options)
+    check_alone(place.work)
     part.run(place.work, requests, place.folder, place.budget, machine_facts(), ServerArm(arm)).finish()
 
 

@@ -1,4 +1,4 @@
-"""Whether two servers fit on their GPUs side by side, said before either starts: vLLM says so after two minutes."""
+"""Whether servers fit on their GPUs, alone or two side by side, said before one starts: vLLM takes two minutes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ GIB = 2**30
 BESIDE = int(2.5 * GIB)
 """What a server holds of a GPU beside weights and cache. Seen on an H200, vLLM 0.25.1, in GiB: its context 0.7, what a
 batch of 8192 tokens needs 1.1, graphs 0.7."""
+DEFAULT_SHARE = "0.9"
+"""Of a GPU's memory, which vLLM takes unless it is told another."""
 BF16_BYTES, MXFP8_BYTES = 2.0, 33 / 32
 """Of a weight; MXFP8's 32 codes share a scale of one byte."""
+SHARE = re.compile(r"[01]?\.?\d+")
 SIZE = re.compile(r"(?P<whole>\d+)(?P<binary>[KMGT]?)|(?P<number>\d+(?:\.\d+)?)(?P<decimal>[kmgt])")
 
 
@@ -40,8 +43,9 @@ def cache_bytes(text: str) -> int:
 
 def weight_bytes(place: Workplace) -> int:
     """Bytes of a model's weights on each of its GPUs, to within one percent; a checkpoint's are those of its files."""
-    tensor, data = (int(last_option(place.arguments, *names) or 1)
-                    for names in (("--tensor-parallel-size", "-tp"), ("--data-parallel-size", "-dp")))  # fmt: skip
+    tensor, data = (
+        _ranks(place, *names) for names in (("--tensor-parallel-size", "-tp"), ("--data-parallel-size", "-dp"))
+    )
     if place.model not in MODELS:
         files = sum(file.stat().st_size for file in place.folder.glob("*.safetensors"))
         return files // (tensor * data)
@@ -51,6 +55,12 @@ def weight_bytes(place: Workplace) -> int:
     matrices = len(experts.moe_layers) * experts.experts * 3 * experts.hidden * experts.intermediate
     of_experts = matrices * (MXFP8_BYTES if quantized else BF16_BYTES)
     return int(of_experts / (tensor * data) + _others(config, len(experts.moe_layers)) * BF16_BYTES / tensor)
+
+
+def _ranks(place: Workplace, *names: str) -> int:
+    """How many an option asks for; 1 where it has another value, which vLLM judges."""
+    said = last_option(place.arguments, *names) or ""
+    return max(1, int(said)) if said.isdecimal() else 1
 
 
 def _others(config: dict[str, Any], moe: int) -> int:
@@ -71,6 +81,27 @@ def gpu_bytes() -> int | None:
     asked = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     sizes = [size for gpu, size in seen.items() if gpu in asked] or list(seen.values())
     return min(sizes) * 2**20 if sizes else None
+
+
+def check_alone(place: Workplace) -> None:
+    """Refuse a server whose weights leave no room for keys and values in its share of a GPU, before it is started.
+
+    Args:
+        place: where it runs, alone on its GPUs.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    has, said = gpu_bytes(), last_option(place.engine_arguments, "--gpu-memory-utilization") or DEFAULT_SHARE
+    if has is None or not SHARE.fullmatch(said) or last_option(place.arguments, "--kv-cache-memory-bytes") is not None:
+        return  # vLLM judges the second, and follows the third alone
+    need, gets = weight_bytes(place) + BESIDE, float(said) * has
+    if need > gets:
+        raise ConfigError(
+            f"a server of {place.model} takes some {need / GIB:.1f} GiB of a GPU beside keys and values, and gets"
+            f" {gets / GIB:.1f} of {has / GIB:.1f} (--gpu-memory-utilization {said}): spread it over more GPUs"
+            " (--tensor-parallel), or give another share in --serve-arguments"
+        )
 
 
 def check_room(place: Workplace) -> None:
