@@ -82,7 +82,7 @@ def measure(dtype: torch.dtype, tokens: int, repeats: int, clock: Callable[[], f
     """
     calls = contenders(dtype, tokens)
     error = (calls[OURS]().double() - calls["eager"]().double()).norm() / calls["eager"]().double().norm()
-    if not error < 4 * torch.finfo(dtype).eps:
+    if not error < 8 * torch.finfo(dtype).eps:
         raise RuntimeError(f"epfuse is {error:.1e} off transformers' eager experts at {tokens} tokens")
     first = {name: timed(call, clock) for name, call in calls.items()}
     names = [name for name in calls if first[name] <= HOPELESS * min(first.values())]

@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from epfuse import Target
 from epfuse.config import WeightFormat, silu_gate
 from epfuse.errors import ConfigError
-from epfuse.integrations.transformers import Layout, forget, interface, register
+from epfuse.integrations.transformers import Layout, direct, forget, interface, register
 from epfuse.integrations.transformers.read import scales_of, second_layout, weights_of
 from tests.integrations.test_transformers_families import CLASSES, REFUSED, experts_of
 
@@ -106,13 +106,18 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each call that epfuse runs from now on."""
     calls: list[int] = []
-    right = interface.fused_experts
+    right, directly = interface.fused_experts, direct.run_experts
 
     def counted(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(hidden.shape[0])
         return right(hidden, *args, **kwargs)
 
+    def counted_directly(call: Any, least: int) -> None:
+        calls.append(call.hidden.shape[0])
+        directly(call, least)
+
     monkeypatch.setattr(interface, "fused_experts", counted)
+    monkeypatch.setattr(direct, "run_experts", counted_directly)
     return calls
 
 

@@ -6,9 +6,10 @@ while they are in the cache, and an expert's FP8 weights are dequantised when it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ NATIVE_RUN = 1024
 FEW_EXPERTS = 1024
 """E up to which a whole map becomes a list for a few look-ups."""
 FEW_ROUTES = 256
-"""Routes that Python sorts sooner than a dozen calls of torch's."""
+"""Routes that Python sorts sooner than a dozen calls of torch's, and whose rows, in FP32, stay in the caches."""
 FEW_ADDED = 8
 """Rows that are added one by one: to wake torch's other threads for so few takes longer."""
 DENSE_RUN = 0.5
@@ -44,6 +45,10 @@ ALIGNED = 16
 """Bytes that torch's grouped product wants rows and matrices to begin at a multiple of."""
 PIECE = 128
 """Rows of 16 bits that are widened to FP32 at once."""
+FEW_ROWS = 3
+"""Rows of an expert up to which the library takes less time for an FP32 matrix times them than for them times it."""
+LONG_ROW = 4096
+"""Numbers in a matrix's rows from which on that is no longer so."""
 ALL = 2**31
 """More rows than a call can have."""
 
@@ -126,82 +131,126 @@ def run_experts(call: LayerCall, least: int) -> None:
         with torch.autocast("cpu", enabled=False):
             return run_experts(call, least)
     # out may be made in inference mode, and then is written in it alone
-    with torch.inference_mode():
-        first = Products(call.w13, call.hidden.dtype, call.gate_up_bias)
-        second = Products(call.w2, call.hidden.dtype, call.down_bias)
-        if call.hidden.shape[0] == 1:
-            call.out.copy_(_sum_of_token(call, first, second))
-            return
-        total = call.out if call.out.dtype == torch.float32 else torch.empty_like(call.out, dtype=torch.float32)
-        total.zero_()
-        held, order, tokens = _few_routes(call) if call.routes <= FEW_ROUTES else _many_routes(call)
-        factors = call.topk_weights.view(-1, 1).index_select(0, order)
-        begin = 0
-        for run in runs_of(held, least):
-            mine = slice(begin, begin + sum(one.rows for one in run))
-            begin = mine.stop
-            hidden = call.hidden.index_select(0, tokens[mine])
-            if first.narrow(run) and second.narrow(run):
-                rows = _narrow_rows(hidden, first, second, run, call.activation)
-            else:
-                rows = second(activated_(first(hidden, run), call.activation), run)
-            for piece in zip(*map(_pieces, (tokens[mine], rows, factors[mine])), strict=True):
-                _add(total, *piece)
-        if total is not call.out:
-            call.out.copy_(total)
+    if torch.is_grad_enabled() or (call.out.is_inference() and not torch.is_inference_mode_enabled()):
+        with torch.inference_mode():
+            return run_experts(call, least)
+    first = Products(call.w13, call.hidden.dtype, call.gate_up_bias)
+    second = Products(call.w2, call.hidden.dtype, call.down_bias)
+    if call.hidden.shape[0] == 1:
+        _one_token(call, first, second)
+    elif call.routes <= FEW_ROUTES:
+        _few_routes(call, first, second, least)
+    else:
+        _many_routes(call, first, second, least)
 
 
-class LocalRoutes(NamedTuple):
-    """The routes of a call whose experts are local, grouped by expert, ascending within one.
+def _many_routes(call: LayerCall, first: Products, second: Products, least: int) -> None:
+    """Each run's rows are added before the next run is multiplied."""
+    total = call.out if call.out.dtype == torch.float32 else torch.empty_like(call.out, dtype=torch.float32)
+    total.zero_()
+    held, order = _sorted_routes(call)
+    tokens, factors = order // call.shape.top_k, call.topk_weights.view(-1, 1).index_select(0, order)
+    begin = 0
+    for run in runs_of(held, least):
+        mine = slice(begin, begin + sum(one.rows for one in run))
+        begin = mine.stop
+        rows = _layer(call.hidden.index_select(0, tokens[mine]), first, second, run, call.activation)
+        for piece in zip(*map(_pieces, (tokens[mine], rows, factors[mine])), strict=True):
+            _add(total, *piece)
+    if total is not call.out:
+        call.out.copy_(total)
 
-    Attributes:
-        held: the experts that have any.
-        order: ``[n]`` int64, the routes.
-        tokens: ``[n]`` int64, theirs.
-    """
 
-    held: list[ExpertRows]
-    order: torch.Tensor
-    tokens: torch.Tensor
-
-
-def _many_routes(call: LayerCall) -> LocalRoutes:
+def _sorted_routes(call: LayerCall) -> tuple[list[ExpertRows], torch.Tensor]:
+    """The local experts that have rows, and the routes, ``[n]`` int64: grouped by expert, ascending within one."""
     slots = local_experts(call.topk_ids, call.slots)
     order = table_order(slots)
     counts = enumerate(torch.bincount(slots[order]).tolist())
-    held = [ExpertRows(expert, count) for expert, count in counts if count]
-    return LocalRoutes(held, order, order // call.shape.top_k)
+    return [ExpertRows(expert, count) for expert, count in counts if count], order
 
 
-def _few_routes(call: LayerCall) -> LocalRoutes:
-    """The same, looked at in Python."""
-    routes_of: dict[int, list[int]] = {}
-    for route, slot in enumerate(_slots_of(call)):
-        if slot >= 0:
-            routes_of.setdefault(slot, []).append(route)
-    mine = sorted(routes_of.items())
-    order = torch.tensor(list(chain.from_iterable(routes for _, routes in mine)), dtype=torch.int64, device="cpu")
-    return LocalRoutes([ExpertRows(slot, len(routes)) for slot, routes in mine], order, order // call.shape.top_k)
+def _few_routes(call: LayerCall, first: Products, second: Products, least: int) -> None:
+    """The same with as few calls of torch's as it takes: between products whose weights fill the caches, each is cold.
+
+    The routes are sorted in Python, and one call weighs and adds all rows, each token's in the order of its routes.
+    """
+    tokens, top_k = call.topk_ids.shape
+    slots = _slots_of(call)
+    local = [route for route, slot in enumerate(slots) if slot >= 0]
+    if not local:
+        call.out.zero_()
+        return
+    order = sorted(local, key=slots.__getitem__)
+    counts = [0] * (slots[order[-1]] + 1)
+    for route in local:
+        counts[slots[route]] += 1
+    held = [ExpertRows(slot, rows) for slot, rows in enumerate(counts) if rows]
+    places = [0] * len(slots)
+    for place, route in enumerate(order):
+        places[route] = place
+    sources = [route // top_k for route in order]
+    whole = len(local) == len(slots)
+    rows_of = places if whole else [places[route] for route in local]
+    indices = _int32([*sources, *rows_of, *_firsts(local, tokens, top_k)])
+    into, back, bags = torch.split_with_sizes(indices, [len(order), len(order), tokens])
+    factors = call.topk_weights.view(-1) if whole else call.topk_weights.view(-1).index_select(0, _int32(local))
+    hidden = call.hidden.index_select(0, into)
+    if len(order) <= least:
+        rows = _layer(hidden, first, second, held, call.activation)
+    else:
+        runs = list(runs_of(held, least))
+        parts = torch.split_with_sizes(hidden, [sum(one.rows for one in run) for run in runs])
+        done = (_layer(part, first, second, run, call.activation) for part, run in zip(parts, runs, strict=True))
+        rows = torch.cat([part.float() for part in done])
+    call.out.copy_(torch.embedding_bag(rows.float(), back, bags, False, 0, False, factors)[0])
+
+
+def _firsts(local: list[int], tokens: int, top_k: int) -> Sequence[int]:
+    """Where in ``local``, ascending routes, each token's begin."""
+    if len(local) == tokens * top_k:
+        return range(0, len(local), top_k)
+    counts = [0] * tokens
+    for route in local:
+        counts[route // top_k] += 1
+    return list(accumulate(counts[:-1], initial=0))
+
+
+def _int32(numbers: Sequence[int]) -> torch.Tensor:
+    """``[n]`` int32 of at least one number, in a third of the time of torch.tensor."""
+    return torch.frombuffer(array("i", numbers), dtype=torch.int32)
+
+
+def _layer(
+    hidden: torch.Tensor, first: Products, second: Products, run: list[ExpertRows], activation: Activation
+) -> torch.Tensor:
+    """``[n, H]``, the rows of a run, through both of its products -> ``[n, H]``, FP32 or as the products are."""
+    if first.narrow(run) and second.narrow(run):
+        return _narrow_rows(hidden, first, second, run, activation)
+    return second(activated_(first(hidden, run), activation), run)
 
 
 def _slots_of(call: LayerCall) -> list[int]:
     """The local slot of each route, -1 where it has none."""
-    of = call.slots.tolist() if call.slots.numel() <= FEW_EXPERTS else call.slots
-    ids = call.topk_ids.view(-1).tolist()
+    ids, experts = call.topk_ids.view(-1).tolist(), call.slots.numel()
+    if experts <= FEW_EXPERTS:
+        slots = call.slots.tolist()
+        return [slots[expert] if 0 <= expert < experts else -1 for expert in ids]
+    of = call.slots
     return [int(of[expert]) if 0 <= expert < len(of) else -1 for expert in ids]
 
 
-def _sum_of_token(call: LayerCall, first: Products, second: Products) -> torch.Tensor:
-    """A call's only token: ``[1, H]`` float32. Its routes need no order."""
+def _one_token(call: LayerCall, first: Products, second: Products) -> None:
+    """A call's only token. Its routes need no order."""
     slots = _slots_of(call)
     local = [route for route, slot in enumerate(slots) if slot >= 0]
     if not local:
-        return torch.zeros_like(call.out, dtype=torch.float32)
+        call.out.zero_()
+        return
     run = [ExpertRows(slots[route], 1) for route in local]
-    gate_up = first.one_by_one(call.hidden.repeat(len(run), 1), run)
-    rows = second.one_by_one(activated_(gate_up, call.activation), run)
+    gate_up = first.one_by_one([call.hidden] * len(run), run)
+    rows = second.one_by_one(torch.split(activated_(gate_up, call.activation), 1), run)
     factors = call.topk_weights if len(local) == len(slots) else call.topk_weights[:, local]
-    return rows.mul_(factors.T).sum(0, keepdim=True)
+    call.out.copy_(torch.mm(factors, rows))
 
 
 def ends_of(run: list[ExpertRows]) -> torch.Tensor:
@@ -210,7 +259,7 @@ def ends_of(run: list[ExpertRows]) -> torch.Tensor:
     counts = [0] * (past - first)
     for expert, rows in run:
         counts[expert - first] = rows
-    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device="cpu")
+    return _int32(list(accumulate(counts)))
 
 
 def _narrow_rows(
@@ -218,16 +267,21 @@ def _narrow_rows(
 ) -> torch.Tensor:
     """Of a run whose products are made in the activations' dtype: what is FP32 between them is made in pieces.
 
-    A piece stays in the caches, and malloc does not give its memory back to the system after each call.
+    A piece stays in the caches, and what it becomes goes to where its first numbers were, which are in them, too.
     """
     ends = ends_of(run)
     gate_up = first.grouped_product(hidden, run, ends)
-    y = [activated_(rows.float(), activation).to(gate_up.dtype) for rows in _pieces(gate_up)]
-    return second.grouped_product(torch.cat(y) if len(y) > 1 else y[0], run, ends)
+    y = gate_up.narrow(1, 0, second.stack.shape[2])
+    if gate_up.shape[0] <= PIECE:
+        y.copy_(activated_(gate_up, activation))
+    else:
+        for before, after in zip(torch.split(gate_up, PIECE), torch.split(y, PIECE), strict=True):
+            after.copy_(activated_(before, activation))
+    return second.grouped_product(y, run, ends)
 
 
 def _pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (rows,) if len(rows) <= PIECE else torch.split(rows, PIECE)
+    return (rows,) if rows.shape[0] <= PIECE else torch.split(rows, PIECE)
 
 
 def _add(total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor) -> None:
@@ -255,11 +309,8 @@ class Products:
         self.bias: torch.Tensor | None = bias
         self.widens: int = 0
         self.wide: torch.Tensor | None = None
-        self.grouped: bool = False
         if isinstance(stack, torch.Tensor):
             self.widens = ALL if multiplies(dtype) else WIDENS
-            row = stack.shape[2] * stack.element_size()
-            self.grouped = row % ALIGNED == 0 and stack.data_ptr() % ALIGNED == 0
         elif isinstance(stack, MXFP8) and dtype == torch.bfloat16 and multiplies(dtype):
             self.widens = ALL  # E4M3 x 2^e is a BF16 number; block FP8's scales are any numbers, and FP16 is too narrow
 
@@ -267,20 +318,31 @@ class Products:
         """``[n, K]``, the rows of a run, times each expert's matrix, its bias added -> ``[n, N]`` float32."""
         if self.groups(run):
             return self._with_bias(self.grouped_product(x, run, ends_of(run)).float(), run)
-        return self.one_by_one(x, run)
+        return self.one_by_one(torch.split_with_sizes(x, [one.rows for one in run]), run)
 
     def groups(self, run: list[ExpertRows]) -> bool:
         """Whether one call of torch's multiplies all experts of a run; it takes its time for one without rows, too."""
-        few = sum(one.rows for one in run) < self.widens * len(run)
-        return self.grouped and few and DENSE_RUN * (run[-1].expert + 1 - run[0].expert) <= len(run)
+        if not isinstance(self.stack, torch.Tensor) or DENSE_RUN * (run[-1].expert + 1 - run[0].expert) > len(run):
+            return False
+        rows, row = sum(one.rows for one in run), self.stack.shape[2]
+        if rows >= self.widens * len(run):
+            return False
+        if self.dtype == torch.float32 and rows <= FEW_ROWS * len(run) and row < LONG_ROW:
+            return False
+        return row * self.stack.element_size() % ALIGNED == 0 and self.stack.data_ptr() % ALIGNED == 0
 
     def narrow(self, run: list[ExpertRows]) -> bool:
         """Whether that call's products are in a dtype of 16 bits, and nothing is added to them in FP32."""
         return self.dtype != torch.float32 and self.bias is None and self.groups(run)
 
-    def one_by_one(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
-        """The same in one call of torch's for each entry of ``run``, whose experts may come in any order, and again."""
-        return self._with_bias(self._one_by_one(x, run), run)
+    def one_by_one(self, parts: Sequence[torch.Tensor], run: list[ExpertRows]) -> torch.Tensor:
+        """The same in one call of torch's for each entry of ``run``, whose experts may come in any order, and again.
+
+        Args:
+            parts: ``[rows, K]`` of each entry.
+            run: as there.
+        """
+        return self._with_bias(self._one_by_one(parts, run), run)
 
     def _with_bias(self, out: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
         if self.bias is not None:
@@ -295,22 +357,21 @@ class Products:
         stack = self.stack[run[0].expert : run[-1].expert + 1].transpose(1, 2)
         return grouped_mm(x.to(self.dtype), stack, offs=ends)
 
-    def _one_by_one(self, x: torch.Tensor, run: list[ExpertRows]) -> torch.Tensor:
+    def _one_by_one(self, parts: Sequence[torch.Tensor], run: list[ExpertRows]) -> torch.Tensor:
         """Without the bias."""
         counts = [one.rows for one in run]
         if max(counts) < self.widens:
-            parts = torch.split_with_sizes(x.to(self.dtype), counts)  # Tensor.split takes four times as long
-            products = [
-                linear(rows, self._matrix(one.expert, self.dtype)) for one, rows in zip(run, parts, strict=True)
-            ]
-            return torch.cat(products).float()
-        out = x.new_empty(x.shape[0], self.stack.shape[1], dtype=torch.float32)
-        pairs = (torch.split_with_sizes(rows, counts) for rows in (x.float(), out))
-        for (expert, count), rows, into in zip(run, *pairs, strict=True):
-            if count < self.widens:
-                into.copy_(linear(rows.to(self.dtype), self._matrix(expert, self.dtype)))
+            pairs = zip(run, parts, strict=True)
+            return torch.cat(
+                [product(rows.to(self.dtype), self._matrix(one.expert, self.dtype)) for one, rows in pairs]
+            ).float()
+        out = torch.empty(sum(counts), self.stack.shape[1], dtype=torch.float32, device="cpu")
+        for (expert, count), rows, into in zip(run, parts, torch.split_with_sizes(out, counts), strict=True):
+            dtype = self.dtype if count < self.widens else torch.float32
+            if count <= FEW_ROWS or dtype != torch.float32:
+                into.copy_(product(rows.to(dtype), self._matrix(expert, dtype)))
             else:
-                torch.mm(rows, self._matrix(expert, torch.float32).T, out=into)
+                torch.mm(rows.float(), self._matrix(expert, torch.float32).T, out=into)
         return out
 
     def _matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
@@ -323,6 +384,19 @@ class Products:
         if self.wide is None:
             self.wide = torch.empty_like(matrix, dtype=dtype)
         return self.wide.copy_(matrix)
+
+
+def product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """``[n, K]`` x ``[N, K]`` -> ``[n, N]``, by the call of torch's that takes least for so few rows."""
+    count, (size, row) = rows.shape[0], matrix.shape
+    if matrix.dtype != torch.float32 or count > FEW_ROWS or row >= LONG_ROW:
+        return linear(rows, matrix)
+    if count > 1:
+        return torch.mm(matrix, rows.T).T
+    if size % 2:
+        return linear(rows, matrix)
+    # two halves are a batch, for which the library reads the matrix in order; one matrix it does not
+    return torch.bmm(matrix.view(2, size // 2, row), rows.T.expand(2, row, 1)).view(1, size)
 
 
 CPU = Cpu()

@@ -13,27 +13,31 @@ from epfuse.stages.activation_reference import activated
 
 
 def swiglu_oai_(gate_up: torch.Tensor, activation: SwiGLUOAI) -> torch.Tensor:
-    """``[n, 2I]`` float32 -> ``[n, I]``; passes that would change nothing are left out."""
+    """``[n, 2I]`` -> ``[n, I]`` float32; passes that would change nothing are left out."""
     gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.float()
+    if activation.beta or not math.isinf(activation.limit):
+        up = up.float()
     if not math.isinf(activation.limit):
         gate.clamp_(max=activation.limit)
         up.clamp_(-activation.limit, activation.limit)
     if activation.beta:
         up.add_(activation.beta)
     if activation.alpha == 1.0:
-        return torch.nn.functional.silu(gate).mul_(up)
+        return torch.nn.functional.silu(gate, inplace=True).mul_(up)
     return torch.sigmoid(gate * activation.alpha).mul_(gate).mul_(up)
 
 
 def gelu_tanh_(gate_up: torch.Tensor, activation: GELUTanh) -> torch.Tensor:
-    """``[n, 2I]`` float32 -> ``[n, I]``."""
+    """``[n, 2I]`` -> ``[n, I]`` float32."""
     gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.float()  # up is widened as it is read
     return torch.nn.functional.gelu(gate, approximate="tanh").mul_(up)
 
 
 def relu2_(projected: torch.Tensor, activation: ReLU2) -> torch.Tensor:
-    """``[n, I]`` float32 -> ``[n, I]``."""
-    return projected.relu_().square_()
+    """``[n, I]`` -> ``[n, I]`` float32."""
+    return projected.float().relu_().square_()
 
 
 _IN_PLACE: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
@@ -44,7 +48,7 @@ _IN_PLACE: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
 
 
 def activated_(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """``[n, inputs * I]`` float32 -> ``[n, I]`` float32; overwrites its argument where that helps.
+    """``[n, inputs * I]`` in any dtype -> ``[n, I]`` float32; overwrites its argument where that helps.
 
     An activation without code of its own here runs as in `epfuse.stages.activation_reference`.
 
@@ -52,4 +56,4 @@ def activated_(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         ConfigError: it has none there either.
     """
     own = _IN_PLACE.get(activation.kind)
-    return activated(gate_up, activation) if own is None else own(gate_up, activation)
+    return activated(gate_up.float(), activation) if own is None else own(gate_up, activation)

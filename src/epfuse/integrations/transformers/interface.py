@@ -31,6 +31,7 @@ from epfuse.config import Activation, Bias, Path
 from epfuse.errors import EpfuseError, LayoutError, UnsupportedTarget
 from epfuse.expert_map import ExpertMap
 from epfuse.integrations.transformers.activation import activation_of
+from epfuse.integrations.transformers.direct import DirectCall
 from epfuse.integrations.transformers.layout import check_in_place, layout_of, names_of
 from epfuse.integrations.transformers.read import checked_weights_of, scales_of, second_layout, weights_of
 from epfuse.target import target_of
@@ -122,6 +123,7 @@ class _State:
         second: the weights in the device's own order, where it has one.
         plain: whether `checked_weights_of` may read the module.
         expert_map: all of the module's experts.
+        direct: how to call a plain module on a CPU.
     """
 
     activation: Activation | None = None
@@ -131,6 +133,7 @@ class _State:
     second: ExpertWeights | None = None
     plain: bool = False
     expert_map: ExpertMap | None = None
+    direct: DirectCall | None = None
 
 
 _STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
@@ -151,6 +154,14 @@ def _forward_of(interface: Any, settings: _Settings) -> Forward:
         wanted = _wants_gradients(module, hidden_states, top_k_weights)
         if wanted is not None:
             return _default(interface, module, wanted)(module, *operands)
+        known = _STATES.get(module)
+        if known is not None and known.direct is not None:
+            try:
+                result = known.direct(module, *operands)
+            except UnsupportedTarget as reason:  # before anything is computed
+                return _default(interface, module, str(reason))(module, *operands)
+            if result is not None:
+                return result
         state = _state_of(module, settings)
         if state.activation is None or state.expert_map is None:
             return _default(interface, module, state.refused or "")(module, *operands)
@@ -251,6 +262,8 @@ def _found(
         whole = all(type(module._parameters.get(name)) is nn.Parameter for name in names.weights)
         state.plain = whole and is_ours and not state.scales and weights.bias is Bias.NONE
         state.expert_map = ExpertMap.all_local(weights.local_experts, weights.device)
+        if state.plain and state.second is None and weights.device.type == "cpu":
+            state.direct = DirectCall(names, weights, state.expert_map, state.activation, settings.path)
     except EpfuseError as reason:
         state.refused = str(reason)
     return state
