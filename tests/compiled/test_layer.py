@@ -27,7 +27,7 @@ SIZES = {
         "count_kernel": 1,
         "place_kernel": 2,
         "gate_up_sm90_kernel": 6,
-        "down_sm90_kernel": 6,
+        "down_sm90_kernel": 4,  # I is short
         "gather_kernel": 4,
         "gate_up_down_sm90_kernel": 4,
         "combine_kernel": 2,

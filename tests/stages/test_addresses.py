@@ -7,13 +7,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-from epfuse.stages import sm90_gemm, sm90_layouts
+from epfuse.stages import sm90_gemm, sm90_launch, sm90_layouts
 from epfuse.stages.gate_up import kernel_sm90
+from epfuse.stages.tiles import Sm90Tile
 from epfuse.weights.panels import RowOrder, source_rows
 from tests.stages.plain_gluon import numbers, plain
 
 PANEL = 64
 FIRST_WAVE = 2 * 132
+MOST_TILES = 50
 
 
 @pytest.mark.parametrize("split_k", [1, 2, 4, 8])
@@ -34,6 +36,26 @@ def test_programs_that_share_a_reduction_stay_in_the_weights(total: int, split_k
                 assert at.min() >= 0
                 assert at.max() < words
     assert taken == list(range(total))
+
+
+@pytest.mark.parametrize("tail_split", [2, 4])
+@pytest.mark.parametrize(("tiles", "places"), [(0, 7), (1, 7), (6, 7), (7, 7), (8, 7), (40, 7), (40, 1), (3, 924)])
+def test_tiles_after_the_last_full_wave_are_shared(tiles: int, places: int, tail_split: int) -> None:
+    """Every tile has all its shares once, and those of the tail lie in the memory for them."""
+    whole, taken = tiles // places * places, []
+    tile = Sm90Tile(64, 128, 0, 4, 3, tail_split=tail_split)
+    most = MOST_TILES + tiles  # a call may have fewer tiles than its grid has room for
+    with plain(sm90_gemm):
+        for program in range(sm90_launch.programs_of(tile, most, places)):
+            at, split, shares, slot = (
+                int(value) for value in sm90_gemm.tail_tile_of(program, tiles, places, tail_split)
+            )
+            if at < tiles:
+                taken.append((at, split))
+                assert shares == (1 if at < whole else tail_split)
+                assert at < whole or 0 <= slot < sm90_launch.in_tail(tile, most, places)
+    expected = [(at, split) for at in range(tiles) for split in range(1 if at < whole else tail_split)]
+    assert taken == expected
 
 
 @pytest.mark.parametrize("group_m", [0, 2, 4])

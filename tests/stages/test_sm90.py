@@ -7,6 +7,7 @@ import torch
 
 from epfuse import SwiGLUOAI
 from epfuse.numerics.mxfp8 import MXFP8
+from epfuse.stages import sm90_launch
 from epfuse.stages.down import reference as down_reference
 from epfuse.stages.down.launch_sm90 import launch_down_sm90
 from epfuse.stages.gate_up import reference as gate_up_reference
@@ -28,6 +29,8 @@ LOCAL, EXPERTS, TOP_K = 5, 24, 4
 TILES = {
     "8x64": (8, Sm90Tile(64, 128, 0, 4, 4)),
     "8x64_split": (8, Sm90Tile(64, 128, 0, 4, 3, split_k=4)),
+    "8x64_tail": (8, Sm90Tile(64, 128, 0, 4, 4, tail_split=4)),
+    "8x128_tail": (8, Sm90Tile(128, 128, 0, 4, 3, tail_split=2)),
     "16x128": (16, Sm90Tile(128, 128, 0, 4, 3)),
     "16x128_8warps": (16, Sm90Tile(128, 128, 0, 8, 4)),
     "32x256": (32, Sm90Tile(256, 128, 0, 8, 3)),
@@ -78,6 +81,15 @@ def table_of(ids, slots, block_m: int, tile, hidden: int, intermediate: int) -> 
 
 def poisoned(rows: int, columns: int, device) -> torch.Tensor:
     return torch.full((rows, columns), float("nan"), dtype=torch.bfloat16, device=device)
+
+
+@pytest.mark.parametrize("name", ["8x64_tail", "8x128_tail"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_tails_after_full_waves(device, monkeypatch, routing, name):
+    """Here a wave is 7 programs, so that small layers have full ones."""
+    monkeypatch.setattr(sm90_launch, "compute_units", lambda device: 7)
+    monkeypatch.setattr(sm90_launch, "resident", lambda tile, block_m: 1)
+    test_both_gemms(device, 37, 256, 384, routing, name)
 
 
 @pytest.mark.parametrize("name", TILES)

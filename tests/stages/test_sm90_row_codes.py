@@ -91,9 +91,9 @@ def test_nan_tiny_and_large_numbers(device):
 
 
 @pytest.mark.parametrize("stage", ["gate_up", "down"])
-@pytest.mark.parametrize(("split", "split_k"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize(("split", "shares", "tail"), [(0, 1, False), (1, 2, False), (0, 1, True), (1, 2, True)])
 @pytest.mark.parametrize("columns", [512, 288])
-def test_a_tile_against_float64(columns: int, split: int, split_k: int, stage: str) -> None:
+def test_a_tile_against_float64(columns: int, split: int, shares: int, tail: bool, stage: str) -> None:
     """The kernels' own code in numpy: padding rows of x, a panel past the expert's last, K cut short, every scale."""
     expert, block_m, block_n, n = LOCAL - 1, 8, 128, 1
     rows = 192 if stage == "down" else 2 * 96  # three panels: the second tile's last one is none
@@ -106,9 +106,9 @@ def test_a_tile_against_float64(columns: int, split: int, split_k: int, stage: s
     operands = [Pointers.to_tensor(x, BFLOAT16), Pointers.to_tensor(packed.codes.view(torch.uint8), UINT8)]
     operands += [Pointers.to_tensor(packed.scales, FLOAT32), None]
     routes_at, padded = Pointers.to_tensor(routes, INT32), packed.steps * 128
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "STAGES": 3, "SPLIT_K": split_k}
-    tile["EVEN_K"] = columns == padded
-    place = (None, numbers(0), split, numbers(expert), numbers(n), tokens * top_k)
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "STAGES": 3}
+    tile |= {"SPLIT_K": 1 if tail else shares, "TAIL_SPLIT": 2 if tail else 1, "EVEN_K": columns == padded}
+    place = (None, numbers(0), split, shares, numbers(expert), numbers(n), tokens * top_k)
     got = []
     others = {
         "async_copy": COPIES,
@@ -131,7 +131,7 @@ def test_a_tile_against_float64(columns: int, split: int, split_k: int, stage: s
                 *operands, None, routes_at, None, *place, columns, rows // 2, padded, packed.panels, None, top_k,
                 **tile, ACTIVATION=None,
             )  # fmt: skip
-    steps = -(-packed.steps // split_k)
+    steps = -(-packed.steps // shares)
     inside = slice(split * steps * 128, (split + 1) * steps * 128)
     w = packed.matrix(expert, torch.float64)[n * block_n :, inside]
     want = w @ x[read[:4].long(), inside].double().T

@@ -23,6 +23,9 @@ from epfuse.target import Target
 
 SPLIT_ROWS = 0.5
 """Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
+SHORT_K = 512
+"""I up to which a program of down has four steps at the most."""
+SHORT_DOWN = Sm90Tile(128, 128, 0, 4, 3)
 SHARED_BYTES = 232_448
 """Shared memory of a block on sm_90 (CUDA's programming guide, compute capability 9.0)."""
 UNALIGNED = PORTABLE_TILES[Target.SM90][-1].tiles
@@ -33,6 +36,14 @@ def dense_is_aligned(call: LayerCall) -> bool:
     """Whether the call's dense weights begin at multiples of 16 bytes; other formats are packed, and do."""
     dense = [weights for weights in (call.w13, call.w2) if isinstance(weights, torch.Tensor)]
     return not any(weights.data_ptr() % ALIGNMENT for weights in dense)
+
+
+def with_short_down(tiles: LayerTiles) -> LayerTiles:
+    """With a tile of down for I of a few steps: a program with one or two takes as long to begin as to go through them.
+
+    Measured with I 256 of DeepSeek-V3 on eight tensor-parallel ranks, on an H200 (docs/performance.md).
+    """
+    return LayerTiles(tiles.block_m, tiles.gate_up, SHORT_DOWN) if tiles.block_m == 8 else tiles
 
 
 class Sm90(TwoGemms):
@@ -67,28 +78,33 @@ class Sm90(TwoGemms):
         return None
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
-        """Measured on an H100; with one scale a row on an H200."""
-        return TILES[kind.form]
+        """Measured on an H100; on an H200 with one scale a row, and where few experts have two rows."""
+        ranges = TILES[kind.form]
+        if kind.form is WeightFormat.FRAGMENT and kind.shape.intermediate <= SHORT_K:
+            return tuple(TileRange(entry.max_rows, with_short_down(entry.tiles)) for entry in ranges)
+        return ranges
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit shared memory; shared reductions where there are few rows."""
         if block_m.bit_count() > 1:
             return
-        for block_k, (block_n, warps), group_m, stages, split_k in itertools.product(
+        alone, shared, tail = ((1, 1),), ((2, 1), (4, 1), (8, 1)), ((1, 4),)  # split_k and tail_split
+        splits = alone + (shared if rows <= SPLIT_ROWS else ()) + (tail if block_m == self.least_block_m else ())
+        for block_k, (block_n, warps), group_m, stages, (split_k, tail_split) in itertools.product(
             (64, 128) if kind.form is WeightFormat.DENSE and block_m >= 64 else (128,),
             ((64, 4), (128, 4), (128, 8), (256, 8)),
             blocks.groups(block_m),
             (2, 3, 4, 5),
-            (1, 2, 4, 8) if rows <= SPLIT_ROWS else (1,),
+            splits,
         ):
-            tile = Sm90Tile(block_n, block_k, group_m, warps, stages, split_k=split_k)
+            tile = Sm90Tile(block_n, block_k, group_m, warps, stages, split_k=split_k, tail_split=tail_split)
             if ring_fits(tile, kind.form, block_m):
                 yield tile
 
     def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
         """Where there are rows, there are tiles enough: no reduction is shared."""
         assert isinstance(tile, Sm90Tile)
-        shared = tile.split_k > 1 and block_m > 16
+        shared = tile.shares > 1 and block_m > 16
         return block_m.bit_count() == 1 and not shared and ring_fits(tile, form, block_m)
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
@@ -117,7 +133,7 @@ FRAGMENT_TILES = (
     TileRange(0.1, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 3, split_k=8), Sm90Tile(64, 128, 0, 4, 3, split_k=8))),
     TileRange(0.3, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4, split_k=2), Sm90Tile(64, 128, 0, 4, 4, split_k=2))),
     TileRange(0.75, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 8, 5))),
-    TileRange(2, LayerTiles(8, Sm90Tile(128, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 4, 4))),
+    TileRange(2, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, tail_split=4))),  # on an H200
     TileRange(6, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),

@@ -236,15 +236,31 @@ def copy_weights(stage, ptrs, k, K, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def share_of(total, split, SPLIT_K: gl.constexpr):
-    """First step and number of steps of one of SPLIT_K programs that share a tile's reduction.
+def share_of(total, split, shares):
+    """First step and number of steps of one of ``shares`` programs that share a tile's reduction.
 
     Where there are more programs than steps, those without one get the last step as their first: its scales are read
     ahead, whether it is multiplied or not.
     """
-    each = (total + SPLIT_K - 1) // SPLIT_K
+    each = (total + shares - 1) // shares
     first = split * each
     return gl.minimum(first, total - 1), gl.maximum(gl.minimum(each, total - first), 0)
+
+
+@gluon.jit
+def tail_tile_of(pid, tiles, PLACES, TAIL_SPLIT: gl.constexpr):
+    """A program's tile, which share of it, of how many, and the tile's number among those that are shared.
+
+    The tiles of full waves of PLACES programs have one program each, the others TAIL_SPLIT: few programs take as long
+    as many to go through all steps of a tile, while memory is idle.
+    """
+    whole = tiles // PLACES * PLACES
+    inside = pid - whole
+    shared = gl.minimum(gl.maximum(inside + 1, 0), 1)
+    tile = pid + shared * (inside // TAIL_SPLIT - inside)
+    split = shared * (inside % TAIL_SPLIT)
+    shares = 1 + shared * (TAIL_SPLIT - 1)
+    return tile, split, shares, tile - whole
 
 
 @gluon.jit

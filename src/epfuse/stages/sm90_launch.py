@@ -12,10 +12,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epfuse.errors import ConfigError
+from epfuse.hardware.tile_time import resident
 from epfuse.stages.grid import pieces
 from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import FEW_ROWS, Sm90BlockTile, Sm90PersistentTile, Sm90Tile
+from epfuse.target import compute_units
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8
 from epfuse.weights.fragment import FragmentMXFP8
 from epfuse.weights.panels import PANEL_ROWS, STEP_K
@@ -71,13 +73,28 @@ def shared_sums(
     tile: Sm90Tile, tiles: int, routes: RouteTable, arrivals: slice
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Memory of the shares of ``tiles`` reductions, and this GEMM's part of the arrival counters; None if not split."""
-    if tile.split_k == 1:
+    if tile.shares == 1:
         return None, None
     assert routes.arrivals is not None
-    shares = torch.empty(
-        tiles * tile.split_k * tile.block_n * routes.block_m, dtype=torch.float32, device=routes.num_padded.device
-    )
+    device = routes.num_padded.device
+    shared = tiles if tile.split_k > 1 else in_tail(tile, tiles, places_of(tile, routes.block_m, device))
+    shares = torch.empty(shared * tile.shares * tile.block_n * routes.block_m, dtype=torch.float32, device=device)
     return shares, routes.arrivals[arrivals]
+
+
+def places_of(tile: Sm90Tile, block_m: int, device: torch.device) -> int:
+    """Programs that run at once, as far as shared memory and registers say: the tail begins after their last wave."""
+    return compute_units(device) * resident(tile, block_m)
+
+
+def in_tail(tile: Sm90Tile, tiles: int, places: int) -> int:
+    """The most of ``tiles`` tiles that come after the last full wave of ``places`` programs; 0 if none are shared."""
+    return min(tiles, places - 1) if tile.tail_split > 1 else 0
+
+
+def programs_of(tile: Sm90Tile, tiles: int, places: int) -> int:
+    """The most programs that ``tiles`` tiles take."""
+    return tiles * tile.split_k + in_tail(tile, tiles, places) * (tile.tail_split - 1)
 
 
 def check_fp8_tile(tile: Sm90PersistentTile) -> None:

@@ -75,12 +75,24 @@ class Sm90Tile(GemmTile):
 
     Args:
         split_k: programs that share a tile's reduction, where there are too few tiles to fill the GPU.
+        tail_split: programs that share the reduction of each tile after the last full wave of programs; not beside
+            split_k. A block of 64 rows and more is then always multiplied whole.
         guess_bytes: of gate_up: how much of each weight row the first programs bring into L2 while the route table is
             being made, on the guess that every expert has rows; a multiple of 16, 0 for nothing.
     """
 
     split_k: Annotated[int, Field(ge=1, le=LARGEST)] = 1
     guess_bytes: Annotated[int, Field(ge=0, le=LARGEST, multiple_of=16)] = 0
+    tail_split: Annotated[int, Field(ge=1, le=LARGEST)] = 1
+
+    @property
+    def shares(self) -> int:
+        """Programs that share a tile's reduction, where any do."""
+        return max(self.split_k, self.tail_split)
+
+    def __post_init__(self) -> None:
+        if self.split_k > 1 and self.tail_split > 1:
+            raise ConfigError(f"tile {self.key}: split_k and tail_split don't go together")
 
 
 @dataclass(frozen=True)
@@ -295,7 +307,7 @@ class LayerTiles:
         return sum(
             -(-(-(-rows // 64) * 64) // tile.block_n)
             for tile, rows in outputs
-            if isinstance(tile, Sm90Tile) and tile.split_k > 1
+            if isinstance(tile, Sm90Tile) and tile.shares > 1
         )
 
 

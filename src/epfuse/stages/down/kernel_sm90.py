@@ -13,6 +13,7 @@ from epfuse.stages.sm90_gemm import (
     row_scale_pointers,
     share_of,
     sum_of_shares,
+    tail_tile_of,
     tile_of,
     wait_for_previous_kernel,
     weights_times_rows,
@@ -66,16 +67,16 @@ def store_weighted_panel(acc, block_routes, first_row, expert, panel, R, args, A
 
 @gluon.jit
 def down_tile(
-    y, w2, w2_scale, bias, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
+    y, w2, w2_scale, bias, topk_weights, out, block_routes, partials, arrivals, tile, split, shares, expert, n,
     R, H, I, I_PADDED, PANELS,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, TAIL_SPLIT: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_N weight rows of one expert, for the BLOCK_M routes at block_routes."""
     PAIRS: gl.constexpr = in_pairs(w2_scale)
     copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps(), PAIRS)
     routes = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout)))
-    first, steps = share_of(I_PADDED // BLOCK_K, split, SPLIT_K)
+    first, steps = share_of(I_PADDED // BLOCK_K, split, shares)
     if w2_scale is None:
         row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copy_layout))
         source = expert.to(gl.int64) * H + gl.minimum(n * BLOCK_N + row, H - 1)
@@ -98,18 +99,22 @@ def down_tile(
     last = True
     if SPLIT_K > 1:
         acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
+    if TAIL_SPLIT > 1:
+        last = split == 0
+        if shares > 1:
+            acc, last = sum_of_shares(acc, partials, arrivals, tile, split, TAIL_SPLIT)
     if last:
         store_weighted(acc, bias, topk_weights, out, block_routes, None, expert, n * BLOCK_N, R, H)
 
 
 # arrivals begins in the middle of the counters, at another place with every number of tokens
 @cached
-@gluon.jit(do_not_specialize=["R", "arrivals"])
+@gluon.jit(do_not_specialize=["R", "arrivals", "PLACES"])
 def down_sm90_kernel(
     y, w2, w2_scale, bias, topk_weights, out, sorted_routes, block_expert, num_padded, partials, arrivals,
-    R, H, I, I_PADDED, PANELS,
+    R, H, I, I_PADDED, PANELS, PLACES,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, TAIL_SPLIT: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     """out[r, h] = topk_weights[r] * (y[r] . w2[e, h] + bias[e, h]) for the routes r of one block, rounded once.
 
@@ -127,19 +132,23 @@ def down_sm90_kernel(
         sorted_routes: int32, routes by expert, R where padding; see RouteTable, as the next two.
         block_expert: int32, the local expert of each block of BLOCK_M routes.
         num_padded: int32 [1], slots of sorted_routes in use.
-        partials: FP32 [tiles, SPLIT_K, BLOCK_N, BLOCK_M], undefined before; None if SPLIT_K is 1.
-        arrivals: int32 [tiles], zeros before; None if SPLIT_K is 1.
+        partials: FP32 [shared tiles, programs that share one, BLOCK_N, BLOCK_M], undefined before; None if none do.
+        arrivals: int32 [shared tiles], zeros before; None if none are.
         R: routes, T * K.
         H: columns of out.
         I: columns of y and of dense weights.
         I_PADDED: columns of the weights in whole steps.
         PANELS: panels of 64 weight rows of one expert.
+        PLACES: programs of a wave, for TAIL_SPLIT: so many share each tile after the last full one.
     """
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M
     n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
     tile = gl.program_id(0) // SPLIT_K
     split = gl.program_id(0) % SPLIT_K
+    shares, slot = SPLIT_K, tile
+    if TAIL_SPLIT > 1:
+        tile, split, shares, slot = tail_tile_of(gl.program_id(0), m_blocks * n_blocks, PLACES, TAIL_SPLIT)
     if tile >= m_blocks * n_blocks:
         if tile == 0:  # nothing to do: still don't finish before the kernel before
             wait_for_previous_kernel()
@@ -149,16 +158,16 @@ def down_sm90_kernel(
     block_routes = sorted_routes + m * BLOCK_M
     # padding comes last in a block: if its second half begins with padding, half the columns are enough; not where
     # programs share a tile, because the shares of all tiles lie one after another and must have one size
-    if BLOCK_M >= 64 and SPLIT_K == 1:
+    if BLOCK_M >= 64 and SPLIT_K == 1 and TAIL_SPLIT == 1:
         if gl.load(block_routes + BLOCK_M // 2) >= R:
             down_tile(
-                y, w2, w2_scale, bias, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
-                R, H, I, I_PADDED, PANELS,
-                BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
+                y, w2, w2_scale, bias, topk_weights, out,
+                block_routes, partials, arrivals, slot, split, shares, expert, n, R, H, I, I_PADDED, PANELS,
+                BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, TAIL_SPLIT, EVEN_K,
             )  # fmt: skip
             return
     down_tile(
-        y, w2, w2_scale, bias, topk_weights, out, block_routes, partials, arrivals, tile, split, expert, n,
+        y, w2, w2_scale, bias, topk_weights, out, block_routes, partials, arrivals, slot, split, shares, expert, n,
         R, H, I, I_PADDED, PANELS,
-        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, TAIL_SPLIT, EVEN_K,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 
 from epfuse.stages.down.kernel_sm90 import down_sm90_kernel
 from epfuse.stages.route.table import RouteTable
-from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums
+from epfuse.stages.sm90_launch import constants, operand_of, places_of, programs_of, row_tiles, shared_sums
 from epfuse.stages.tiles import Sm90Tile
 from epfuse.weights.fragment import FragmentMXFP8
 from epfuse.weights.row_fp8 import RowFP8
@@ -43,10 +43,11 @@ def launch_down_sm90(
     tiles = row_tiles(w, routes, tile)
     options = constants(routes, tile)
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
-    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels)
-    options |= {"BLOCK_N": tile.block_n, "EVEN_K": intermediate == w.columns}
+    places = places_of(tile, routes.block_m, y.device)
+    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, places)
+    options |= {"BLOCK_N": tile.block_n, "EVEN_K": intermediate == w.columns, "TAIL_SPLIT": tile.tail_split}
     shares = shared_sums(tile, tiles, routes, slice(-tiles, None))
-    down_sm90_kernel[(tiles * tile.split_k,)](
+    down_sm90_kernel[(programs_of(tile, tiles, places),)](
         y, w.weights, w.scales, bias, topk_weights, out, *table, *shares, *sizes, SPLIT_K=tile.split_k, **options
     )
     return out

@@ -15,6 +15,7 @@ from epfuse.stages.sm90_gemm import (
     row_scale_pointers,
     share_of,
     sum_of_shares,
+    tail_tile_of,
     tile_of,
     wait_for_previous_kernel,
     weights_times_rows,
@@ -96,17 +97,17 @@ def store_activated_panel(acc, block_routes, first_row, expert, panel, R, args, 
 
 @gluon.jit
 def gate_up_tile(
-    x, w13, w13_scale, bias, out, block_routes, partials, arrivals, tile, split, expert, n,
+    x, w13, w13_scale, bias, out, block_routes, partials, arrivals, tile, split, shares, expert, n,
     R, H, I, H_PADDED, PANELS, activation,
     K: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr, ACTIVATION: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    SPLIT_K: gl.constexpr, TAIL_SPLIT: gl.constexpr, EVEN_K: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_N weight rows of one expert, for the BLOCK_M routes at block_routes."""
     PAIRS: gl.constexpr = in_pairs(w13_scale)
     copy_layout: gl.constexpr = row_copy_layout(BLOCK_K, gl.num_warps(), PAIRS)
     routes = gl.load(block_routes + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout)))
-    first, steps = share_of(H_PADDED // BLOCK_K, split, SPLIT_K)
+    first, steps = share_of(H_PADDED // BLOCK_K, split, shares)
     if w13_scale is None:
         row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copy_layout))
         source = source_rows(expert, n * (BLOCK_N // 2), row, I)
@@ -131,27 +132,31 @@ def gate_up_tile(
     last = True
     if SPLIT_K > 1:
         acc, last = sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K)
+    if TAIL_SPLIT > 1:
+        last = split == 0
+        if shares > 1:
+            acc, last = sum_of_shares(acc, partials, arrivals, tile, split, TAIL_SPLIT)
     if last:
         first_output = n * (BLOCK_N // 2)
         store_activated(acc, bias, out, block_routes, None, expert, first_output, R, I, activation, ACTIVATION)
 
 
 @cached
-@gluon.jit(do_not_specialize=["R", "FIRST_WAVE", "arrivals"])
+@gluon.jit(do_not_specialize=["R", "FIRST_WAVE", "arrivals", "PLACES"])
 def gate_up_sm90_kernel(
     x, w13, w13_scale, bias, out, sorted_routes, block_expert, num_padded, partials, arrivals,
-    R, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, activation,
+    R, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, activation, PLACES,
     K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, EVEN_K: gl.constexpr, GUESS: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, TAIL_SPLIT: gl.constexpr, EVEN_K: gl.constexpr,
+    GUESS: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """out[r, i] = activate(x[r // K] . gate row i, x[r // K] . up row i) for the routes r of one block.
 
     The biases, where there are any, are added to the products.
 
     Every 16 rows of a weight tile are 8 gate rows and their 8 up rows: the two that belong together are in one thread.
-    SPLIT_K programs share a tile where there are too few tiles to fill the GPU.
+    SPLIT_K programs share a tile where there are too few tiles to fill the GPU, or TAIL_SPLIT each of the last ones.
 
     Args:
         x: BF16 [T, H].
@@ -163,8 +168,8 @@ def gate_up_sm90_kernel(
         sorted_routes: int32, routes by expert, R where padding; see RouteTable, as the next two.
         block_expert: int32, the local expert of each block of BLOCK_M routes.
         num_padded: int32 [1], slots of sorted_routes in use.
-        partials: FP32 [tiles, SPLIT_K, BLOCK_N, BLOCK_M], undefined before; None if SPLIT_K is 1.
-        arrivals: int32 [tiles], zeros before; None if SPLIT_K is 1.
+        partials: FP32 [shared tiles, programs that share one, BLOCK_N, BLOCK_M], undefined before; None if none do.
+        arrivals: int32 [shared tiles], zeros before; None if none are.
         R: routes, T * K.
         H: columns of x and of dense weights.
         I: columns of out.
@@ -173,6 +178,7 @@ def gate_up_sm90_kernel(
         LOCAL: L, local experts.
         FIRST_WAVE: programs that guess_weights lets guess.
         activation: FP32 parameters of ACTIVATION, a tuple.
+        PLACES: programs of a wave, for TAIL_SPLIT: so many share each tile after the last full one.
     """
     if GUESS > 0:
         guess_weights(w13, w13_scale is None, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, BLOCK_N, GROUP_M, GUESS)
@@ -182,6 +188,9 @@ def gate_up_sm90_kernel(
     n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
     tile = gl.program_id(0) // SPLIT_K
     split = gl.program_id(0) % SPLIT_K
+    shares, slot = SPLIT_K, tile
+    if TAIL_SPLIT > 1:
+        tile, split, shares, slot = tail_tile_of(gl.program_id(0), m_blocks * n_blocks, PLACES, TAIL_SPLIT)
     if tile >= m_blocks * n_blocks:
         return
     m, n = tile_of(tile, m_blocks, n_blocks, GROUP_M)
@@ -189,16 +198,16 @@ def gate_up_sm90_kernel(
     block_routes = sorted_routes + m * BLOCK_M
     # padding comes last in a block: if its second half begins with padding, half the columns are enough; not where
     # programs share a tile, because the shares of all tiles lie one after another and must have one size
-    if BLOCK_M >= 64 and SPLIT_K == 1:
+    if BLOCK_M >= 64 and SPLIT_K == 1 and TAIL_SPLIT == 1:
         if gl.load(block_routes + BLOCK_M // 2) >= R:
             gate_up_tile(
-                x, w13, w13_scale, bias, out, block_routes, partials, arrivals, tile, split, expert, n,
+                x, w13, w13_scale, bias, out, block_routes, partials, arrivals, slot, split, shares, expert, n,
                 R, H, I, H_PADDED, PANELS, activation,
-                K, BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K, ACTIVATION,
+                K, BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, TAIL_SPLIT, EVEN_K, ACTIVATION,
             )  # fmt: skip
             return
     gate_up_tile(
-        x, w13, w13_scale, bias, out, block_routes, partials, arrivals, tile, split, expert, n,
+        x, w13, w13_scale, bias, out, block_routes, partials, arrivals, slot, split, shares, expert, n,
         R, H, I, H_PADDED, PANELS, activation,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, EVEN_K, ACTIVATION,
+        K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SPLIT_K, TAIL_SPLIT, EVEN_K, ACTIVATION,
     )  # fmt: skip

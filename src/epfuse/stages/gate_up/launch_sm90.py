@@ -7,7 +7,7 @@ import torch
 from epfuse.config import Activation
 from epfuse.stages.gate_up.kernel_sm90 import gate_up_sm90_kernel
 from epfuse.stages.route.table import RouteTable
-from epfuse.stages.sm90_launch import constants, operand_of, row_tiles, shared_sums
+from epfuse.stages.sm90_launch import constants, operand_of, places_of, programs_of, row_tiles, shared_sums
 from epfuse.stages.tiles import Sm90Tile
 from epfuse.target import compute_units
 from epfuse.weights.fragment import FragmentMXFP8
@@ -44,10 +44,11 @@ def launch_gate_up_sm90(
     """
     hidden, intermediate = x.shape[1], w13.shape[1] // 2
     w = operand_of(w13, 2 * intermediate, tile.block_k)
-    tiles, programs = row_tiles(w, routes, tile), compute_units(x.device)
+    tiles, units = row_tiles(w, routes, tile), compute_units(x.device)
+    places = places_of(tile, routes.block_m, x.device)
     options = constants(routes, tile)
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
-    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, w.weights.shape[0], 2 * programs)
+    sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, w.weights.shape[0], 2 * units)
     row = hidden if w.scales is None else w.columns
     options |= {
         "K": top_k,
@@ -57,7 +58,7 @@ def launch_gate_up_sm90(
         "GUESS": min(tile.guess_bytes, row * w.weights.element_size()) // 16 * 16,
     }
     shares = shared_sums(tile, tiles, routes, slice(None, tiles))
-    gate_up_sm90_kernel[(tiles * tile.split_k,)](
+    gate_up_sm90_kernel[(programs_of(tile, tiles, places),)](
         x,
         w.weights,
         w.scales,
@@ -67,7 +68,9 @@ def launch_gate_up_sm90(
         *shares,
         *sizes,
         activation.parameters,
+        places,
         SPLIT_K=tile.split_k,
+        TAIL_SPLIT=tile.tail_split,
         **options,
     )
     return out
