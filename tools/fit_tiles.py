@@ -4,9 +4,10 @@
 
 Writes ``src/epfuse/measured/tables/sm_90/times.json``. Least squares of the logarithms of calls' and stages' times, by
 Levenberg-Marquardt with numerical derivatives. Up to four rows an expert, where every tile of the space was tried, a
-tile that is predicted faster than the row's own counts as an error too. Numbers that a product's rows don't determine
-stay near those of the product before it: the H100's rows have hardly a tile that lost, so what a multiprocessor takes
-for a block is the H200's there.
+tile that is predicted faster than the row's own counts as an error too. Calls in many tiles, slow ones among them, that
+were timed at a few counts (`TRIED`) count by how far each is from the others. Numbers that a product's rows don't
+determine stay near those of the product before it: the H100's rows have hardly a tile that lost, so what a
+multiprocessor takes for a block is the H200's there.
 
 ``--judge`` leaves out a layer, a token count, or a layer's token count, fits to the rest, and asks the lookup and the
 model for the tiles there, in the code that calls run, with tables without these rows. It prints how far both are from
@@ -19,35 +20,43 @@ import argparse
 import json
 import math
 import pathlib
+import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families.family import CallKind, Stage
-from epfuse.hardware.tile_time import WEIGHT_BYTES, RowLoad, TileTimes, gemm_us, load_of
+from epfuse.hardware.tile_time import WEIGHT_BYTES, RowLoad, TileTimes, gemm_us, load_of, load_us
 from epfuse.measured import store
 from epfuse.measured.fits import FitEntry, FitFile, fit_path
-from epfuse.measured.schema import Measurement
+from epfuse.measured.schema import Measurement, TileEntry
 from epfuse.policy.tiles import nearest_ranges, tile_ranges
 from epfuse.report.write import write_atomic
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
 from epfuse.target import Target
 
 PATH, WEIGHTS, UNITS = Path.W8A16, WeightFormat.FRAGMENT, 132
+RECORDS = pathlib.Path(__file__).parents[1] / "docs" / "records"
 READ = {"NVIDIA H200": 4.66, "NVIDIA H100 80GB HBM3": 3.17}
 """TB/s that a card read in the runs beside peers: with a row's ``roofline`` it says how many experts were active."""
 FEW_ROWS, SPLIT_ROWS = 4.0, 0.5
 STAGE_WEIGHT, RANK_WEIGHT, LOOSE, TIGHT = 0.5, 0.7, 0.03, 0.3
+TRIED_WEIGHT, MOST_TRIED = 4.0, 10
+"""Of a count with many tiles, and how many of them are fitted: the fastest half, and others."""
+TRIED = {"NVIDIA H200": "2026-11-30-h200-few-rows.json"}
+"""Records of such counts, in docs/records."""
 
 START = {
-    "read": 4.5, "call": 15.0, "packed_call": 5.0, "wave": 1.0, "narrow": 0.6, "wide": 0.7,
+    "read": 4.5, "call": 12.0, "packed_call": 5.0, "wave": 1.0, "step": 0.2, "latency": 2.0, "share": 1.0,
     "weight0": 100.0, "weight1": 60.0, "weight2": 60.0, "column0": 2.0, "column1": 1.5, "column2": 1.2,
-    "store": 100.0, "end": 0.5, "rows": 0.2, "packed_rows": 0.3, "norm": 3.0, "step_norm": 1.0, "stage": 4.0,
+    "store": 100.0, "end": 0.5, "rows": 0.2, "packed_rows": 0.3, "norm": 3.0, "step_norm": 2.0, "stage": 4.0,
 }  # fmt: skip
 """First guesses; norms without their 1. ``stage`` is what a stage takes that is timed alone, besides its GEMM."""
 OF_MEMORY = ("read", "call", "stage", "rows", "packed_rows", "packed_call")
@@ -90,6 +99,8 @@ def rows_of(device: str) -> list[Row]:
         others = {(row.tokens, row.block_m): row for row in downs[measurement.key].rows}
         for row in measurement.rows:
             down = others[row.tokens, row.block_m]
+            if row.microseconds is None or row.roofline is None or down.microseconds is None:
+                continue  # of whole calls that were tried in many tiles
             assert row.layer_microseconds is not None
             tiles = LayerTiles(row.block_m, row.tile, down.tile)
             load = load_of(row.block_m, tiles.gate_up, shape, row.tokens)
@@ -98,6 +109,51 @@ def rows_of(device: str) -> list[Row]:
                 load = RowLoad(*(factor * value for value in asdict(load).values()))
             times = (row.microseconds, down.microseconds, row.layer_microseconds)
             found.append(Row(shape, row.tokens, tiles, load, *times))
+    return found
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Calls at one count in many tiles, with the microseconds, fastest first; ``active``: experts of each routing."""
+
+    shape: LayerShape
+    tokens: int
+    active: tuple[int, ...]
+    calls: tuple[tuple[LayerTiles, float], ...]
+
+    def us(self, times: TileTimes, tiles: LayerTiles) -> float:
+        """The mean over the routings, predicted."""
+        expected = load_of(tiles.block_m, tiles.gate_up, self.shape, self.tokens)
+        found = 0.0
+        for active, calls in Counter(self.active).items():
+            load = RowLoad(*(active / expected.active * value for value in astuple(expected)))
+            found += calls * load_us(times, tiles, self.shape, self.tokens, load)
+        return found / len(self.active)
+
+
+def tried_of(device: str) -> list[Tried]:
+    """The counts of the product's record; none if it has none."""
+    if device not in TRIED:
+        return []
+    record = json.loads((RECORDS / TRIED[device]).read_text())
+    tiles = [TypeAdapter(TileEntry).validate_python(tile) for tile in record["tiles"]]
+    found = []
+    for point in record["points"]:
+        calls = [(LayerTiles(block_m, tiles[up], tiles[down]), us) for block_m, up, down, us in point["calls"]]
+        calls.sort(key=lambda call: call[1])
+        found.append(Tried(LayerShape(**point["shape"]), point["tokens"], tuple(point["active"]), tuple(calls)))
+    return found
+
+
+def tried_residuals(times: TileTimes, tried: Sequence[Tried]) -> list[float]:
+    """How far each call of a count is from the others, and a little of what all are wrong by."""
+    found = []
+    for point in tried:
+        half, slow = point.calls[: MOST_TRIED // 2], point.calls[MOST_TRIED // 2 :]
+        chosen = half + slow[:: max(1, 2 * len(slow) // MOST_TRIED)]
+        logs = [math.log(point.us(times, tiles) / us) for tiles, us in chosen]
+        mean = statistics.mean(logs)
+        found += [mean, *(TRIED_WEIGHT * (each - mean) / math.sqrt(len(logs)) for each in logs)]
     return found
 
 
@@ -113,11 +169,7 @@ def numbers(values: Sequence[float], device: str) -> tuple[TileTimes, float]:
 def predicted(times: TileTimes, row: Row) -> tuple[float, float, float]:
     """gate_up, down, and the call, in microseconds."""
     gate_up, down = (_gemm(times, row, stage, tile) for stage, tile in _tiles(row))
-    moved = 4e-6 * (row.load.rows * (row.shape.hidden + row.shape.intermediate) + row.tokens * row.shape.hidden)
-    more = times.call + moved * times.rows
-    if row.tiles.packed:
-        more = times.call + times.packed_call + moved * times.packed_rows
-    return gate_up, down, more + gate_up + down
+    return gate_up, down, load_us(times, row.tiles, row.shape, row.tokens, row.load)
 
 
 def _tiles(row: Row) -> tuple[tuple[Stage, GemmTile], tuple[Stage, GemmTile]]:
@@ -130,7 +182,14 @@ def _gemm(times: TileTimes, row: Row, stage: Stage, tile: GemmTile) -> float:
     return gemm_us(times, tile, row.tiles.block_m, row.load, outputs, inputs)
 
 
-def residuals(values: Sequence[float], rows: Sequence[Row], device: str, prior: Sequence[float], tight: bool) -> Any:
+def residuals(
+    values: Sequence[float],
+    rows: Sequence[Row],
+    tried: Sequence[Tried],
+    device: str,
+    prior: Sequence[float],
+    tight: bool,
+) -> Any:
     """What least squares makes small."""
     times, stage = numbers(values, device)
     found = []
@@ -144,36 +203,38 @@ def residuals(values: Sequence[float], rows: Sequence[Row], device: str, prior: 
                 for other in others:
                     ratio = (own + stage) / (_gemm(times, row, which, other) + stage)
                     found.append(RANK_WEIGHT * max(0.0, math.log(ratio)))
+    found += tried_residuals(times, tried)
     held = [TIGHT if tight and name not in OF_MEMORY else LOOSE for name in START]
     found += [weight * (value - first) for value, first, weight in zip(values, prior, held, strict=True)]
     return torch.tensor(found, dtype=torch.float64)
 
 
-def fit(rows: Sequence[Row], device: str, prior: Sequence[float] | None = None) -> list[float]:
+def fit(rows: Sequence[Row], tried: Sequence[Tried], device: str, prior: Sequence[float] | None = None) -> list[float]:
     """Logarithms of the numbers, by Levenberg-Marquardt.
 
     Args:
         rows: of one product.
+        tried: counts of the product with many tiles.
         device: the product.
         prior: another product's; None for the first guesses.
     """
     tight, prior = prior is not None, list(prior or map(math.log, START.values()))
     values, damping = list(prior), 1e-2
     values[0] = math.log(READ[device])
-    now = residuals(values, rows, device, prior, tight)
+    now = residuals(values, rows, tried, device, prior, tight)
     for _ in range(60):
         columns = []
         for index in range(len(values)):
             moved = list(values)
             moved[index] += 1e-4
-            columns.append((residuals(moved, rows, device, prior, tight) - now) / 1e-4)
+            columns.append((residuals(moved, rows, tried, device, prior, tight) - now) / 1e-4)
         jacobian = torch.stack(columns, 1)
         square, slope = jacobian.T @ jacobian, jacobian.T @ now
         before = float(now @ now)
         while damping < 1e6:
             step = torch.linalg.solve(square + damping * torch.diag(square.diagonal() + 1e-6), -slope).clamp(-0.7, 0.7)
             moved = [value + float(change) for value, change in zip(values, step, strict=True)]
-            after = residuals(moved, rows, device, prior, tight)
+            after = residuals(moved, rows, tried, device, prior, tight)
             if float(after @ after) < before:
                 values, now, damping = moved, after, max(damping / 4, 1e-9)
                 break
@@ -230,7 +291,7 @@ def judge(
         if all(len(each) < 2 for each in known.values()):
             continue
         rest = [row for row in rows if group(row) != left_out]
-        values = fit(rest, device, prior)
+        values = fit(rest, (), device, prior)
         with _without(device, lambda row, out=left_out: group(row) == out, rows, entry(values, device, rest, errors)):
             for (shape, tokens), alternatives in known.items():
                 if len(alternatives) < 2:
@@ -300,11 +361,12 @@ def main() -> None:
     arguments = parser.parse_args()
     fits, prior = [], None
     for device in READ:
-        rows = rows_of(device)
-        values = fit(rows, device, prior)
+        rows, tried = rows_of(device), tried_of(device)
+        values = fit(rows, tried, device, prior)
         others: list[float] = []
         for shape in dict.fromkeys(row.shape for row in rows):
-            rest = fit([row for row in rows if row.shape != shape], device, prior)
+            others_tried = [point for point in tried if point.shape != shape]
+            rest = fit([row for row in rows if row.shape != shape], others_tried, device, prior)
             others += error(rest, [row for row in rows if row.shape == shape], device)
         fits.append(entry(values, device, rows, others))
         print(fits[-1].model_dump_json(exclude={"source"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,22 @@ def test_block_fp8_on_hopper_has_its_record_s_times() -> None:
     for line, rows in zip(lines, record["layers"].values(), strict=True):
         assert [int(count) for count in tokens[1:]] == [row["tokens"] for row in rows]
         assert line[1:] == [f"{row['portable_us']:.1f} -> {row['us']:.1f}" for row in rows]
+
+
+def test_few_rows_are_their_record_s() -> None:
+    points = json.loads((DOCS / "records/2026-11-30-h200-few-rows.json").read_text())["points"]
+    section = (DOCS / "performance.md").read_text().split("### Few rows an expert\n")[1].split("\n### ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if re.match(r"\| \w+-\w+ ", line)]
+    names = {"MiniMax-M3 EP8": "minimax-m3-ep8", "DeepSeek-V3 TP8": "deepseek-v3-tp8"}
+    found = {(point["layer"], point["tokens"]): point for point in points}
+    assert len(lines) == len(found) == 7
+    for name, tokens, active, before, now, ratio in lines:
+        point = found[names[name], int(tokens)]
+        assert float(active) == pytest.approx(sum(point["active"]) / len(point["active"]), abs=0.051)
+        times = point["again_us"]
+        assert before == f"{times[point['today']]:.1f}"
+        assert now in {f"{us:.1f}" for us in times.values()}
+        assert float(ratio) == round(float(now) / float(before), 2)
 
 
 def test_tuned_rows_of_64_experts_are_their_record_s() -> None:

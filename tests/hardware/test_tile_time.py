@@ -87,3 +87,23 @@ def test_the_stated_error_is_that_of_the_shipped_rows(device: str) -> None:
     assert len(rows) == fit.points
     assert math.sqrt(sum(error * error for error in errors) / len(errors)) == pytest.approx(fit.error, abs=5e-4)
     assert fit.error < fit.error_other_shape < 0.1
+
+
+def test_the_tiles_that_it_predicts_the_fastest_are_fast() -> None:
+    """Of 50 to 80 pairs at each count of the record, slow ones of three times the time among them."""
+    from tools.fit_tiles import tried_of
+
+    times, points = fitted().times(), tried_of("NVIDIA H200")
+    assert len(points) == 7
+    for point in points:
+        predicted_us = {tiles: point.us(times, tiles) for tiles, _ in point.calls}
+        chosen = min(predicted_us, key=lambda tiles: predicted_us[tiles])
+        assert dict(point.calls)[chosen] <= 1.04 * point.calls[0][1]
+
+
+def test_tiles_after_the_last_full_wave_are_quicker_shared() -> None:
+    """8 active experts: 768 tiles of gate_up, 108 after the last wave of 660 programs."""
+    times, shape = fitted().times(), LayerShape(6144, 3072, 8, 8, 1)
+    alone = LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(128, 128, 0, 4, 3))
+    shared = replace(alone, gate_up=replace(alone.gate_up, tail_split=4))
+    assert call_us(times, shared, shape, 40) < 0.95 * call_us(times, alone, shape, 40)

@@ -9,6 +9,7 @@ from pathlib import Path as FilePath
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from epfuse import LayerShape, Path, Target
 from epfuse.config import GPT_OSS_20B, Bias, WeightFormat
@@ -16,6 +17,7 @@ from epfuse.families.family import CallKind, Stage
 from epfuse.families.registry import FAMILIES, default_ranges
 from epfuse.measured import store
 from epfuse.measured.lookup import LayerMeasurements, find, sources
+from epfuse.measured.schema import TileRow
 from epfuse.policy import Decision, decide
 from epfuse.policy.call import running_table
 from epfuse.stages.tiles import rows_per_expert
@@ -103,6 +105,33 @@ def test_a_whole_calls_time_counts_more_than_its_stages(tables: FilePath) -> Non
     decision = decided(64)
     assert decision.tiles is not None
     assert (decision.tiles.block_m, decision.measured_us) == (32, 25.0)
+
+
+def test_a_row_of_whole_calls_alone_is_used_by_their_time(tables: FilePath) -> None:
+    alone = row(64, 16).model_copy(update={"microseconds": None, "roofline": None, "layer_microseconds": 24.0})
+    write(tables, measurement(alone, row(64, 32, 12.0, layer_microseconds=25.0)))
+    decision = decided(64)
+    assert decision.tiles is not None
+    assert (decision.tiles.block_m, decision.measured_us) == (16, 24.0)
+
+
+def test_halves_of_different_whole_calls_are_no_row(tables: FilePath) -> None:
+    rows = [
+        row(64, 16).model_copy(update={"microseconds": None, "roofline": None, "layer_microseconds": us})
+        for us in (24.0, 26.0)
+    ]
+    store.merge(tables, Target.SM90, {Stage.GATE_UP: measurement(rows[0]), Stage.DOWN: measurement(rows[1])})
+    assert decided(64).measured_us is None
+
+
+@pytest.mark.parametrize(
+    ("left_out", "said"),
+    [(("microseconds",), "go together"), (("microseconds", "roofline"), "neither the stage nor a whole call")],
+)
+def test_a_row_without_a_time_is_refused(left_out: tuple[str, ...], said: str) -> None:
+    values = row(64, 16).model_dump(mode="json") | dict.fromkeys(left_out)
+    with pytest.raises(ValidationError, match=said):
+        TileRow.model_validate(values)
 
 
 def test_another_product_of_the_target_is_foreign_and_said_so(

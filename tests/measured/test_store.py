@@ -149,6 +149,6 @@ def test_the_shipped_tables_are_right(target: Target, stage: Stage) -> None:
     table = store.read_table(store.TABLES, target, stage)
     for entry in table.measurements:
         assert entry.shape.hidden % 32 == 0
-        assert all(r.roofline <= 1.0 for r in entry.rows)
+        assert all(r.roofline is None or r.roofline <= 1.0 for r in entry.rows)
         other = store.read_table(store.TABLES, target, next(s for s in Stage if s is not stage))
         assert entry.key in {m.key for m in other.measurements}

@@ -3,9 +3,11 @@
 `epfuse.hardware.time_model` knows bytes, FLOPs and launches, and nothing of tiles but their rows. This one knows what a
 tile adds to that:
 
-* An expert's rows are binomial. A block of rows that lacks rows is multiplied as far as its kernel goes, and an expert
-  with more rows than a block has them in several, each of which dequantises the expert's weights again.
+* An expert's rows are binomial, and so is the number of experts with any. A block of rows that lacks rows is
+  multiplied as far as its kernel goes, and an expert with more rows than a block has them in several, each of which
+  dequantises the expert's weights again.
 * Programs that share a multiprocessor come in waves; one that is far from full takes as long as its programs' steps do.
+  A step takes the longer the fewer stages a program's ring has, because each waits for the memory's latency.
 * Persistent programs take tiles in turn; at the end some have none.
 
 A GEMM takes a norm of three times: its weights read once at the memory's rate; what each tile dequantises and
@@ -16,7 +18,7 @@ and its launches. `TileTimes` has the numbers, fitted to a product's measured ro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 from epfuse.config import LayerShape
@@ -29,6 +31,10 @@ SHARED_BYTES = 233_472
 REGISTERS = 65_536
 SCATTER = 5
 """Standard deviations of an expert's rows that are looked at."""
+LEAST_AHEAD = 1.6
+"""Stages that are on their way meanwhile in a ring of two: a step is quicker than half of those of a ring of three."""
+LEAST_SCATTER = 0.3
+"""Active experts, from one call to another, that are looked at."""
 NODES = 24
 """Counts of rows that stand for all in between, at least."""
 
@@ -43,8 +49,10 @@ class TileTimes:
         read: MB a microsecond (TB/s) that weights are read at.
         call, packed_call: of a call besides its GEMMs: launches, first and last programs; packed_call is added where
             rows are packed.
-        wave: of a wave of programs besides its steps.
-        narrow, wide: of a step of a program with 64 and with more weight rows that has the multiprocessor for itself.
+        wave: of a program that has the multiprocessor for itself, besides its steps.
+        step: of a step of such a program, besides its part of the latency.
+        share: of a program that shares a tile's reduction, besides.
+        latency: of memory, of which a step has one part for each stage that is on its way meanwhile.
         weight: of 10^6 weights that a multiprocessor dequantises, in tiles (shared, of three consumers, of two).
         column: the same for each row that they are multiplied with.
         store: of 10^6 results of a tile that a multiprocessor stores.
@@ -60,8 +68,9 @@ class TileTimes:
     call: float
     packed_call: float
     wave: float
-    narrow: float
-    wide: float
+    step: float
+    latency: float
+    share: float
     weight: tuple[float, float, float]
     column: tuple[float, float, float]
     store: float
@@ -175,18 +184,23 @@ def gemm_us(times: TileTimes, tile: GemmTile, block_m: int, load: RowLoad, outpu
     p, q = times.norm, times.step_norm
     if isinstance(tile, Sm90PersistentTile):
         return float(((weights / times.read) ** p + (busy * (programs / times.units + times.end)) ** p) ** (1 / p))
-    split = tile.split_k if isinstance(tile, Sm90Tile) else 1
-    programs *= split
-    steps = -(-inputs // tile.block_k) / split * (times.narrow if tile.block_n <= 64 else times.wide)
-    slots = times.units * resident(tile, block_m)
-    one_read, one_busy = weights / programs / times.read, busy / split / times.units
+    split, in_tail = (tile.split_k, tile.tail_split) if isinstance(tile, Sm90Tile) else (1, 1)
+    slots, steps = times.units * resident(tile, block_m), -(-inputs // tile.block_k)
+    step = times.step + times.latency / max(tile.num_stages - 1, LEAST_AHEAD)
+    one_read, one_busy = weights / programs / times.read, busy / times.units
 
-    def wave(filled: float) -> float:
-        flow = ((filled * one_read) ** p + (filled * one_busy) ** p) ** (1 / p)
-        return float((flow**q + steps**q) ** (1 / q)) + times.wave
+    def waves(tiles: float, shares: int) -> float:
+        alone = times.wave + -(-steps // shares) * step + (times.share if shares > 1 else 0.0)
 
-    full, left = divmod(programs, slots)
-    return full * wave(slots) + (wave(left) if left else 0.0)
+        def wave(filled: float) -> float:
+            flow = filled / shares * (one_read**p + one_busy**p) ** (1 / p)
+            return float((flow**q + alone**q) ** (1 / q))
+
+        full, left = divmod(tiles * shares, slots)
+        return full * wave(slots) + (wave(left) if left else 0.0)
+
+    left = programs % slots if in_tail > 1 else 0.0
+    return waves(programs - left, split) + waves(left, in_tail)
 
 
 def call_us(times: TileTimes, tiles: LayerTiles, shape: LayerShape, tokens: int) -> float:
@@ -199,6 +213,13 @@ def call_us(times: TileTimes, tiles: LayerTiles, shape: LayerShape, tokens: int)
         tokens: T.
     """
     load = load_of(tiles.block_m, tiles.gate_up, shape, tokens)
+    if tiles.packed:
+        return load_us(times, tiles, shape, tokens, load)
+    return sum(part * load_us(times, tiles, shape, tokens, each) for part, each in _scattered(load, shape))
+
+
+def load_us(times: TileTimes, tiles: LayerTiles, shape: LayerShape, tokens: int, load: RowLoad) -> float:
+    """`call_us` of a call with such a load."""
     moved = 4e-6 * (load.rows * (shape.hidden + shape.intermediate) + tokens * shape.hidden)
     gate_up = gemm_us(times, tiles.gate_up, tiles.block_m, load, 2 * shape.intermediate, shape.hidden)
     down = gemm_us(times, tiles.down, tiles.block_m, load, shape.hidden, shape.intermediate)
@@ -207,11 +228,25 @@ def call_us(times: TileTimes, tiles: LayerTiles, shape: LayerShape, tokens: int)
     return launches + gate_up + down + moved * (times.packed_rows if packed else times.rows)
 
 
+@lru_cache(maxsize=4096)
+def _scattered(load: RowLoad, shape: LayerShape) -> tuple[tuple[float, RowLoad], ...]:
+    """Loads of calls with fewer and with more active experts, and how many are so: a full wave is soon one too many."""
+    local = shape.local_experts
+    scatter = math.sqrt(3 * load.active * max(0.0, 1 - load.active / local))
+    if scatter < LEAST_SCATTER:
+        return ((1.0, load),)
+    counts = (max(1.0, load.active - scatter), load.active, min(float(local), load.active + scatter))
+    return tuple(
+        (part, RowLoad(*(count / load.active * value for value in astuple(load))))
+        for part, count in zip((1 / 6, 2 / 3, 1 / 6), counts, strict=True)
+    )
+
+
 @lru_cache(maxsize=1024)
 def resident(tile: GemmTile, block_m: int) -> int:
     """Programs of such a tile that share a multiprocessor: by shared memory, and by registers as compiled for sm_90."""
     ring = tile.num_stages * tile.block_k * (tile.block_n + 2 * block_m) + 1024
-    held = {(64, 4): 64, (128, 4): 108, (128, 8): 72}.get((tile.block_n, tile.num_warps), 128)
+    held = {(64, 4): 64, (128, 4): 108, (128, 8): 72, (256, 8): 116}.get((tile.block_n, tile.num_warps), 128)
     registers = min(255, held + tile.block_n * block_m // (32 * tile.num_warps))
     return max(1, min(SHARED_BYTES // ring, REGISTERS // (32 * tile.num_warps * -(-registers // 8) * 8)))
 

@@ -200,6 +200,7 @@ def _points(gate_up: Measurement, down: Measurement, shape: LayerShape) -> tuple
             for first in gate_up.rows
             for second in down.rows
             if first.tokens == second.tokens == tokens and first.block_m == second.block_m
+            if math.isfinite(_time((first, second)))
         ]
         if pairs:
             first, second = min(pairs, key=_time)
@@ -210,8 +211,10 @@ def _points(gate_up: Measurement, down: Measurement, shape: LayerShape) -> tuple
 
 
 def _time(pair: tuple[TileRow, TileRow]) -> float:
-    """Microseconds of a call: measured as one if it was, else the sum of its stages."""
+    """Microseconds of a call: measured as one if it was, else the sum of its stages; infinite without them."""
     first, second = pair
     if first.layer_microseconds is not None and first.layer_microseconds == second.layer_microseconds:
         return first.layer_microseconds
+    if first.microseconds is None or second.microseconds is None:
+        return math.inf
     return first.microseconds + second.microseconds

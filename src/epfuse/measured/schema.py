@@ -74,8 +74,8 @@ class TileRow(_TableEntry):
         tokens: T.
         block_m: rows of a block; both stages of a call share it.
         tile: the tile.
-        microseconds: of the stage alone, median.
-        roofline: the least time that the device's rates allow, over ``microseconds``.
+        microseconds: of the stage alone, median; None if only whole calls were timed.
+        roofline: the least time that the device's rates allow, over ``microseconds``; None with it.
         layer_microseconds: of a whole call in this tile and the other stage's best one with the same block_m; None if
             only the stages were timed.
     """
@@ -83,14 +83,18 @@ class TileRow(_TableEntry):
     tokens: Annotated[int, Field(ge=1, le=LARGEST)]
     block_m: Annotated[int, Field(ge=8, le=LARGEST)]
     tile: TileEntry
-    microseconds: Annotated[float, Field(gt=0)]
-    roofline: Annotated[float, Field(gt=0)]
+    microseconds: Annotated[float, Field(gt=0)] | None
+    roofline: Annotated[float, Field(gt=0)] | None
     layer_microseconds: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TileRow:
         # here, where the file is known, not in the first call that takes it
         LayerTiles(self.block_m, self.tile, self.tile)
+        if (self.microseconds is None) != (self.roofline is None):
+            raise ValueError("microseconds and roofline go together")
+        if self.microseconds is None and self.layer_microseconds is None:
+            raise ValueError("neither the stage nor a whole call was timed")
         return self
 
 

@@ -80,7 +80,7 @@ def show(request: TuningRequest, outcomes: Sequence[TuningOutcome], planned: int
             f"{outcome.before_us:.1f}",
             f"{outcome.after_us:.1f}",
             f"{outcome.before_us / outcome.after_us - 1:.1%}",
-            *(f"{row.roofline:.0%}" for row in best),
+            *("-" if row.roofline is None else f"{row.roofline:.0%}" for row in best),
         )
         tiles.add_row(outcome.point.path.value, str(outcome.point.tokens), in_parts(outcome.tiles.key))
     if outcomes:
