@@ -97,6 +97,30 @@ def test_tensors_that_change_are_read(change: Callable[[Any], None], way: str, w
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("which", "name", "value"),
+    [
+        ("qwen3_moe.Qwen3MoeExperts", "act_fn", nn.GELU(approximate="tanh")),
+        ("qwen3_moe.Qwen3MoeExperts", "act_fn", nn.Tanh()),  # transformers runs it
+        ("glm5_next.Glm5NextTextExperts", "swiglu_limit", 0.125),
+        ("gpt_oss.GptOssExperts", "alpha", 0.5),
+    ],
+)
+def test_an_activation_that_changes_is_read(which: str, name: str, value: Any, ways: list[str]) -> None:
+    experts, call = layer(which, torch.float32), batch(9, torch.float32)
+    first = experts(*call)
+    setattr(experts, name, value)
+    got, again = experts(*call), experts(*call)
+    experts.config._experts_implementation = "eager"
+    want = experts(*call)
+    assert (first - want).norm() > 0.01 * want.norm()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(again, want)
+    assert ways[0] == "long"
+    assert ways[1:2] != ["short"]
+
+
+@torch.no_grad()
 def test_a_module_in_another_dtype_by_now(ways: list[str]) -> None:
     experts, call = layer(), batch(9)
     want = experts(*call)

@@ -27,6 +27,7 @@ _GELU_TANH = ("transformers.activations.GELUTanh",)
 _RELU2 = ("transformers.activations.ReLUSquaredActivation",)
 _CAPPED = ("gate", "up")
 _LIMITING = re.compile(r"limit|clamp|clip|cap|alpha|beta|bound|thresh", re.IGNORECASE)
+_OF_A_MODULE = ("act_fn", *(f"{prefix}{what}" for prefix in ("", "swiglu_") for what in ("alpha", "beta", "limit")))
 _LARGEST = 2.0**126
 """Beyond all that float32 products of gate and up may reach: a module may compute in float32."""
 
@@ -64,6 +65,12 @@ def activation_of(name: str, module: Any) -> Activation:
             f" {known_activations()}"
         )
     return activation
+
+
+def said_of(module: nn.Module) -> tuple[object, ...]:
+    """What `activation_of` reads of a module itself, which its own code reads at each call; not its configuration's."""
+    own = module.__dict__
+    return (own["_modules"].get("act_fn"), *map(own.get, _OF_A_MODULE))
 
 
 def _said_kind(where: str, module: Any) -> Activation:

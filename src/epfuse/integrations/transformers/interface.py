@@ -30,7 +30,7 @@ from epfuse.arguments import checks_enums, member
 from epfuse.config import Activation, Bias, Path
 from epfuse.errors import EpfuseError, LayoutError, UnsupportedTarget
 from epfuse.expert_map import ExpertMap
-from epfuse.integrations.transformers.activation import activation_of
+from epfuse.integrations.transformers.activation import activation_of, said_of
 from epfuse.integrations.transformers.direct import DirectCall
 from epfuse.integrations.transformers.layout import check_in_place, layout_of, names_of
 from epfuse.integrations.transformers.read import checked_weights_of, scales_of, second_layout, weights_of
@@ -117,6 +117,7 @@ class _State:
 
     Attributes:
         activation: of its experts; None where ``refused`` says why it has none of ours.
+        said: what the module said of it then; nothing where it is None, for an act_fn may hold its module.
         refused: why transformers runs it.
         tensors: which tensors the rest was found out from, and how often those had been written by then.
         scales: of FP8 weights, as epfuse reads them.
@@ -127,6 +128,7 @@ class _State:
     """
 
     activation: Activation | None = None
+    said: tuple[object, ...] = ()
     refused: str | None = None
     tensors: tuple[object, ...] = ()
     scales: tuple[torch.Tensor, ...] = ()
@@ -134,6 +136,10 @@ class _State:
     plain: bool = False
     expert_map: ExpertMap | None = None
     direct: DirectCall | None = None
+
+    def still_says(self, module: nn.Module) -> bool:
+        """Whether a module with an activation of ours has the one that it had."""
+        return self.activation is None or said_of(module) == self.said
 
 
 _STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
@@ -155,7 +161,7 @@ def _forward_of(interface: Any, settings: _Settings) -> Forward:
         if wanted is not None:
             return _default(interface, module, wanted)(module, *operands)
         known = _STATES.get(module)
-        if known is not None and known.direct is not None:
+        if known is not None and known.direct is not None and known.still_says(module):
             try:
                 result = known.direct(module, *operands)
             except UnsupportedTarget as reason:  # before anything is computed
@@ -210,15 +216,15 @@ def _warn_once(text: str) -> None:
 
 
 def _state_of(module: nn.Module, settings: _Settings) -> _State:
-    """What is known of a module with its present tensors."""
+    """What is known of a module with its present tensors and activation."""
     tensors = tuple([_identity(tensor) for tensor in _tensors_of(module)])
     state = _STATES.get(module)
-    if state is not None and tensors == state.tensors:
+    if state is not None and tensors == state.tensors and state.still_says(module):
         return state
     with _FINDING:
         state = _STATES.get(module)
-        if state is None or tensors != state.tensors:
-            activation = None if state is None else state.activation
+        if state is None or tensors != state.tensors or not state.still_says(module):
+            activation = state.activation if state is not None and state.still_says(module) else None
             state = None
             _STATES.pop(module, None)  # before the next is made: two second layouts at once may not fit
             _STATES[module] = state = _found(module, tensors, activation, settings)
@@ -248,6 +254,7 @@ def _found(
         check_in_place("", module)
         if state.activation is None:
             state.activation = activation_of("experts", module)
+        state.said = said_of(module)
         state.scales = scales_of(module)
         is_ours = layout_of(module).is_ours
         if not is_ours and settings.layout is Layout.CHECKPOINT:
