@@ -188,9 +188,13 @@ def test_few_rows_are_their_record_s() -> None:
     points = json.loads((DOCS / "records/2026-11-30-h200-few-rows.json").read_text())["points"]
     section = (DOCS / "performance.md").read_text().split("### Few rows an expert\n")[1].split("\n### ")[0]
     lines = [line.strip("| ").split(" | ") for line in section.splitlines() if re.match(r"\| \w+-\w+ ", line)]
-    names = {"MiniMax-M3 EP8": "minimax-m3-ep8", "DeepSeek-V3 TP8": "deepseek-v3-tp8"}
+    names = {
+        "MiniMax-M3 EP8": "minimax-m3-ep8",
+        "DeepSeek-V3 EP16": "deepseek-v3-ep16",
+        "DeepSeek-V3 TP8": "deepseek-v3-tp8",
+    }
     found = {(point["layer"], point["tokens"]): point for point in points}
-    assert len(lines) == len(found) == 7
+    assert len(lines) == len(found) == 11
     for name, tokens, active, before, now, ratio in lines:
         point = found[names[name], int(tokens)]
         assert float(active) == pytest.approx(sum(point["active"]) / len(point["active"]), abs=0.051)

@@ -94,11 +94,11 @@ def test_the_tiles_that_it_predicts_the_fastest_are_fast() -> None:
     from tools.fit_tiles import tried_of
 
     times, points = fitted().times(), tried_of("NVIDIA H200")
-    assert len(points) == 7
+    assert len(points) == 11
     for point in points:
         predicted_us = {tiles: point.us(times, tiles) for tiles, _ in point.calls}
         chosen = min(predicted_us, key=lambda tiles: predicted_us[tiles])
-        assert dict(point.calls)[chosen] <= 1.04 * point.calls[0][1]
+        assert dict(point.calls)[chosen] <= 1.06 * point.calls[0][1]
 
 
 def test_tiles_after_the_last_full_wave_are_quicker_shared() -> None:

@@ -246,7 +246,7 @@ def _scattered(load: RowLoad, shape: LayerShape) -> tuple[tuple[float, RowLoad],
 def resident(tile: GemmTile, block_m: int) -> int:
     """Programs of such a tile that share a multiprocessor: by shared memory, and by registers as compiled for sm_90."""
     ring = tile.num_stages * tile.block_k * (tile.block_n + 2 * block_m) + 1024
-    held = {(64, 4): 64, (128, 4): 108, (128, 8): 72, (256, 8): 116}.get((tile.block_n, tile.num_warps), 128)
+    held = {(64, 4): 64, (128, 4): 108, (128, 8): 60, (256, 8): 116}.get((tile.block_n, tile.num_warps), 128)
     registers = min(255, held + tile.block_n * block_m // (32 * tile.num_warps))
     return max(1, min(SHARED_BYTES // ring, REGISTERS // (32 * tile.num_warps * -(-registers // 8) * 8)))
 
