@@ -33,9 +33,26 @@ def test_ranks_divide_experts_and_only_tensor_parallelism_divides_the_rest(tmp_p
     experts = 3 * 128 * 3 * 6144 * 3072 * 33 / 32
     data = room.weight_bytes(place("minimax-m3", "-dp", "2", "--enable-expert-parallel"))
     assert data == pytest.approx(whole - experts / 2, abs=1)
+    for stages in (("-pp", "2"), ("--pipeline_parallel_size=2",)):
+        assert room.weight_bytes(place("minimax-m3", *stages)) == pytest.approx(whole / 2, abs=1)
+
+
+def test_a_checkpoints_weights_are_its_files(tmp_path: Path) -> None:
     (tmp_path / "model-1.safetensors").write_bytes(bytes(600))
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(590))  # the same, as vLLM reads one of both
     (tmp_path / "other.bin").write_bytes(bytes(900))
     assert room.weight_bytes(place(str(tmp_path), "-tp", "2")) == 300
+    (tmp_path / "config.json").write_text("{}")
+    assert room.weight_bytes(place(str(tmp_path), "--quantization", "fp8")) == 300
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    assert room.weight_bytes(place(str(tmp_path), "-q", "fp8")) == 600
+
+
+def test_weights_in_the_hosts_memory_take_none_of_a_gpu() -> None:
+    whole = room.weight_bytes(place("minimax-m3"))
+    assert room.weight_bytes(place("minimax-m3", "--cpu-offload-gb", "2.5")) == whole - int(2.5 * room.GIB)
+    assert room.weight_bytes(place("minimax-m3", "--cpu-offload-gb", "900")) == 0
+    assert room.weight_bytes(place("minimax-m3", "--cpu-offload-gb", "some")) == whole
 
 
 @pytest.mark.parametrize(
@@ -91,6 +108,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_it_starts(
     [
         ("minimax-m3-16", "", H200, "takes some 112.3 GiB of a GPU beside keys and values, and gets 98.3 of 140.4"),
         ("minimax-m3-16", "--tensor-parallel-size 2", H200, ""),
+        ("minimax-m3-16", "--tensor_parallel_size 2", H200, ""),
         ("minimax-m3-16", "--gpu-memory-utilization 0.9", H200, ""),
         ("minimax-m3-16", "--gpu-memory-utilization most", H200, ""),  # vLLM's to judge
         ("minimax-m3-16", "--kv-cache-memory-bytes 1G", H200, ""),  # then it asks for no share
@@ -117,10 +135,11 @@ def test_a_server_that_does_not_fit_is_refused_before_it_starts(
 
 
 @pytest.mark.parametrize(
-    ("visible", "size"), [("", 80), ("0", 141), ("1", 80), ("0,1", 80), ("GPU-7f", 80), (None, 80)]
+    ("visible", "size"),
+    [("", 80), ("0", 141), ("1", 80), ("0,1", 80), ("GPU-7f", 141), ("GPU-", 80), ("GPU-9", 80), (None, 80)],
 )
 def test_the_smallest_gpu_that_servers_may_use_counts(monkeypatch, visible: str | None, size: int) -> None:
-    monkeypatch.setattr(room, "answer", lambda *_: f"0, {141 * 1024}\n1, {80 * 1024}")
+    monkeypatch.setattr(room, "answer", lambda *_: f"0, GPU-7fe1, {141 * 1024}\n1, GPU-6e, {80 * 1024}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -147,9 +147,12 @@ class Workplace:
 
 
 def last_option(arguments: Sequence[str], *names: str) -> str | None:
-    """The value that a command line gives an option, under any of its names; the last one counts, as in vLLM."""
+    """The value that a command line gives an option, under any of its names; the last one counts, as in vLLM.
+
+    vLLM reads an underscore in an option as a hyphen.
+    """
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    return next((word for option, word in reversed(list(pairwise(words))) if option in names), None)
+    return next((word for option, word in reversed(list(pairwise(words))) if option.replace("_", "-") in names), None)
 
 
 def compiled_since(compiles: Path, moment: float) -> dict[str, dict[str, int]]:

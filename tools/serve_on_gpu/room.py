@@ -12,6 +12,7 @@ from tools.serve_on_gpu.arms import Workplace, last_option
 from tools.serve_on_gpu.models import MODELS
 
 from epfuse.errors import ConfigError
+from epfuse.input_file import read_object
 from epfuse.serving.node import answer
 from epfuse.weights.model_config import model_of
 
@@ -19,10 +20,11 @@ GIB = 2**30
 BESIDE = int(2.5 * GIB)
 """What a server holds of a GPU beside weights and cache. Seen on an H200, vLLM 0.25.1, in GiB: its context 0.7, what a
 batch of 8192 tokens needs 1.1, graphs 0.7."""
-DEFAULT_SHARE = "0.9"
-"""Of a GPU's memory, which vLLM takes unless it is told another."""
+DEFAULT_SHARE = "0.92"
+"""Of a GPU's memory, which vLLM 0.25.1 takes unless it is told another."""
 BF16_BYTES, MXFP8_BYTES = 2.0, 33 / 32
 """Of a weight; MXFP8's 32 codes share a scale of one byte."""
+NUMBER = re.compile(r"\d*\.?\d+")
 SHARE = re.compile(r"[01]?\.?\d+")
 SIZE = re.compile(r"(?P<whole>\d+)(?P<binary>[KMGT]?)|(?P<number>\d+(?:\.\d+)?)(?P<decimal>[kmgt])")
 
@@ -42,19 +44,43 @@ def cache_bytes(text: str) -> int:
 
 
 def weight_bytes(place: Workplace) -> int:
-    """Bytes of a model's weights on each of its GPUs, to within one percent; a checkpoint's are those of its files."""
-    tensor, data = (
-        _ranks(place, *names) for names in (("--tensor-parallel-size", "-tp"), ("--data-parallel-size", "-dp"))
+    """Bytes of a model's weights on each of its GPUs, to within one percent if all have as many layers.
+
+    A checkpoint's are those of its files, or half of them where vLLM makes 8 bits of 16 while it loads. What vLLM
+    leaves in the host's memory does not count.
+    """
+    tensor, data, stages = (
+        _ranks(place, f"--{kind}-parallel-size", f"-{kind[0]}p") for kind in ("tensor", "data", "pipeline")
     )
+    quantizes = last_option(place.engine_arguments, "--quantization", "-q") is not None
     if place.model not in MODELS:
-        files = sum(file.stat().st_size for file in place.folder.glob("*.safetensors"))
-        return files // (tensor * data)
-    config = MODELS[place.model].config()
-    experts = model_of(config, place.model)
-    quantized = "quantization_config" in config or last_option(place.engine_arguments, "--quantization") is not None
-    matrices = len(experts.moe_layers) * experts.experts * 3 * experts.hidden * experts.intermediate
-    of_experts = matrices * (MXFP8_BYTES if quantized else BF16_BYTES)
-    return int(of_experts / (tensor * data) + _others(config, len(experts.moe_layers)) * BF16_BYTES / tensor)
+        every = _file_bytes(place) // (2 if quantizes and not _is_quantized(place) else 1) // (tensor * data)
+    else:
+        config = MODELS[place.model].config()
+        experts = model_of(config, place.model)
+        matrices = len(experts.moe_layers) * experts.experts * 3 * experts.hidden * experts.intermediate
+        of_experts = matrices * (MXFP8_BYTES if quantizes or "quantization_config" in config else BF16_BYTES)
+        every = int(of_experts / (tensor * data) + _others(config, len(experts.moe_layers)) * BF16_BYTES / tensor)
+    return max(0, every // stages - _offloaded(place))
+
+
+def _file_bytes(place: Workplace) -> int:
+    """Of a checkpoint's tensors; files in Mistral's own form beside others hold the same ones."""
+    sizes = {file.name: file.stat().st_size for file in place.folder.glob("*.safetensors")}
+    own = sum(size for name, size in sizes.items() if name.startswith("consolidated"))
+    return max(own, sum(sizes.values()) - own)
+
+
+def _is_quantized(place: Workplace) -> bool:
+    """Whether a checkpoint's own config.json says so."""
+    path = place.folder / "config.json"
+    return path.is_file() and "quantization_config" in read_object(path, "config.json")
+
+
+def _offloaded(place: Workplace) -> int:
+    """Bytes of a GPU's weights in the host's memory; none where the option has another value, which vLLM judges."""
+    said = last_option(place.arguments, "--cpu-offload-gb") or ""
+    return int(float(said) * GIB) if NUMBER.fullmatch(said) else 0
 
 
 def _ranks(place: Workplace, *names: str) -> int:
@@ -75,12 +101,18 @@ def _others(config: dict[str, Any], moe: int) -> int:
 
 def gpu_bytes() -> int | None:
     """Bytes of the smallest GPU that servers may use; None where nvidia-smi shows none."""
-    query = ("nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits")
-    rows = [row for row in csv.reader(answer(query, os.environ).splitlines()) if len(row) == 2]
-    seen = {row[0].strip(): int(row[1]) for row in rows if row[1].strip().isdigit()}
+    query = ("nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits")
+    rows = [[word.strip() for word in row] for row in csv.reader(answer(query, os.environ).splitlines())]
+    seen = [(index, uuid, int(size)) for index, uuid, size in (row for row in rows if len(row) == 3) if size.isdigit()]
     asked = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    sizes = [size for gpu, size in seen.items() if gpu in asked] or list(seen.values())
+    sizes = [size for index, uuid, size in seen if any(_is_named(word, index, uuid) for word in asked)]
+    sizes = sizes or [size for _, _, size in seen]
     return min(sizes) * 2**20 if sizes else None
+
+
+def _is_named(word: str, index: str, uuid: str) -> bool:
+    """Whether a word of CUDA_VISIBLE_DEVICES is a GPU's: its index, or what its UUID begins with."""
+    return word == index or (word.startswith("GPU-") and uuid.startswith(word))
 
 
 def check_alone(place: Workplace) -> None:
