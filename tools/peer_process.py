@@ -38,6 +38,7 @@ class PeerProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            errors="replace",  # of what a library prints, too
             process_group=self._children.id,
         )
         self._lines: queue.Queue[str | None] = queue.Queue()

@@ -51,6 +51,13 @@ class Breaks(Kernel):
         os._exit(3)
 
 
+@peer("prints", limit=1, compile_limit=1)
+class Prints(Kernel):
+    def us(self, T):
+        sys.stdout.buffer.write(b"\\xff is no UTF-8\\n")
+        return 3.0 * T
+
+
 @peer("raises", limit=1, compile_limit=1)
 class Raises(Kernel):
     def __init__(self):
@@ -210,6 +217,13 @@ def test_how_a_process_ended_is_said(harness: Path, monkeypatch: pytest.MonkeyPa
     assert record["failed"] == [["qwen3-30b-ep4", "humming_w8a16_grouped", why]]
     assert [row["peer"] for row in record["rows"]] == ["impl", "humming_w8a16_indexed", "fast"]
     assert why in output
+
+
+def test_a_kernel_may_print_any_bytes(harness: Path) -> None:
+    options = ("--shapes", "qwen3-30b-ep4", "--tokens", "3", "--peers", "prints,fast", "--compiled", "--seconds", "20")
+    code, output, path = run(harness, *options)
+    assert code == 0, output
+    assert {row["peer"] for row in json.loads(path.read_text())["rows"]} >= {"prints", "fast"}
 
 
 def test_a_kernel_that_hangs_is_ended_and_the_rest_goes_on(harness: Path, monkeypatch: pytest.MonkeyPatch) -> None:
