@@ -15,7 +15,8 @@ import pytest
 pytest.importorskip("triton")
 
 from epfuse.bundle import KERNELS, MANIFEST, Bundle
-from epfuse.errors import ConfigError
+from epfuse.errors import ConfigError, MissingDependency
+from epfuse.target import Target
 from tests.compiled.image import LIBCUDA
 from tests.compiled.test_kernel_cache import MOVERS, ROOT, run
 
@@ -37,9 +38,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     (folder / "config.json").write_text(json.dumps(MIXTRAL))
     line = ["warmup", "--model", str(folder), "--target", "sm_90", "--no-ep", "--tp", "1", "--max-tokens", "2"]
     kept = {name: value for name, value in os.environ.items() if name not in MOVERS}
+    (folder / "tmp").mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "epfuse", *line, "--out", str(folder / "bundle"), "--json"],
-        env={**kept, "HOME": str(folder)},
+        env={**kept, "HOME": str(folder), "TMPDIR": str(folder / "tmp")},
         capture_output=True,
         text=True,
         timeout=500,
@@ -56,11 +58,33 @@ def test_the_command_says_what_it_made(made: tuple[Path, dict[str, Any]]) -> Non
     assert len(list((bundle / KERNELS).glob("*/*.cubin"))) == 4
     assert list((bundle / KERNELS).glob("*/cuda_utils*.so"))  # what takes a C compiler
     assert not (bundle.parent / ".triton").exists()
+    assert not [*(bundle.parent / "tmp").iterdir()]
     seconds = [one["cpu_seconds"] for one in said["compiled"]]
     assert seconds == sorted(seconds, reverse=True)
     assert min(seconds) > 0
     assert {one["kernel"] for one in said["compiled"]} > {"route_kernel", "combine_kernel"}
     assert all(one["constants"] for one in said["compiled"])
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        ("/bin/false", "'/bin/false' makes no library: exit code 1"),
+        ("/bin/true", "'/bin/true' makes no library"),
+        ("gcc -O1", "CC is 'gcc -O1': No such file or directory"),
+        ("", "CC is ''"),
+    ],
+)
+def test_a_compiler_that_does_not_work_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, words: str
+) -> None:
+    from epfuse.compiled.launchers import _stand_in, compile_driver_module
+
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    _stand_in.cache_clear()
+    with pytest.raises(MissingDependency, match=f"launchers are compiled in C, and {words}"):
+        compile_driver_module(Target.SM90)
 
 
 def test_an_image_without_a_compiler(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from triton import knobs
 from epfuse.errors import MissingDependency
 from epfuse.target import Target
 
+LIBRARY = "libcuda.so.1"
 LINKAGES = ("ELF", "")
 """What ``platform.architecture`` says of Python's executable, with the program ``file`` and without."""
 
@@ -40,15 +41,12 @@ def compile_driver_module(target: Target) -> None:
     Nothing on AMD: Triton's module there names the path of the ROCm library that it finds.
 
     Raises:
-        MissingDependency: there is no C compiler.
+        MissingDependency: there is no C compiler that works.
     """
     if not target.is_amd:
-        _link_without_a_driver()
         for linkage in LINKAGES:
-            with (
-                _where(linkage),
-                contextlib.suppress(ImportError),
-            ):  # it is compiled and kept; to load it takes the driver
+            # it is compiled and kept; to load it takes the driver
+            with _linking(), _where(linkage), contextlib.suppress(ImportError):
                 _nvidia().CudaUtils()
 
 
@@ -56,12 +54,11 @@ def compile_launcher(compiled: Any, target: Target) -> None:
     """Compile the launcher of a kernel of Triton's, where there is one, as up to 3.6 on NVIDIA's GPUs.
 
     Raises:
-        MissingDependency: there is no C compiler.
+        MissingDependency: there is no C compiler that works.
     """
     if not target.is_amd and hasattr(_nvidia(), "make_launcher"):
-        _link_without_a_driver()
         for linkage in LINKAGES:
-            with _where(linkage), contextlib.suppress(ImportError):
+            with _linking(), _where(linkage), contextlib.suppress(ImportError):
                 _nvidia().CudaLauncher(compiled.src, compiled.metadata)
 
 
@@ -83,28 +80,59 @@ def _where(linkage: str) -> Iterator[None]:
         key.cache_clear()
 
 
-@functools.cache
-def _link_without_a_driver() -> tempfile.TemporaryDirectory[str] | None:
-    """The folder of the library that stands for the driver's, removed when the process ends by itself.
+@contextlib.contextmanager
+def _linking() -> Iterator[None]:
+    """Inside, what Triton compiles is linked against a library that stands for the driver's, or the one that is named.
 
-    None if the user has named one.
+    The library lies in a folder that is there no longer than that: processes that compile are ended, not left to end.
 
     Raises:
-        MissingDependency: there is no C compiler.
+        MissingDependency: there is no C compiler that works.
     """
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise MissingDependency("launchers are compiled in C, and there is no C compiler here; install gcc, or set CC")
+    library = _stand_in()
     # Kernels share launchers. Of one that it has made, but can't load here, Triton warns before it makes it again.
     logging.getLogger("triton.runtime.build").setLevel(logging.ERROR)
     if knobs.nvidia.libcuda_path is not None:
-        return None
-    place = tempfile.TemporaryDirectory(prefix="epfuse-libcuda-")
-    library = os.path.join(place.name, "libcuda.so.1")
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="epfuse-libcuda-") as place, knobs.nvidia.scope():
+        Path(place, LIBRARY).write_bytes(library)
+        knobs.nvidia.libcuda_path = place
+        _look_again()
+        try:
+            yield
+        finally:
+            _look_again()
+
+
+def _look_again() -> None:
+    """Have Triton forget where the driver's library was."""
+    driver = _nvidia()
+    for kept in (driver.libcuda_dirs, driver.library_dirs):
+        kept.cache_clear()
+
+
+@functools.cache
+def _stand_in() -> bytes:
+    """A library that has the names that Triton calls of the driver's.
+
+    Raises:
+        MissingDependency: there is no C compiler that works.
+    """
+    compiler = os.environ.get("CC", shutil.which("gcc") or shutil.which("clang"))  # as Triton takes it
+    if compiler is None:
+        raise MissingDependency("launchers are compiled in C, and there is no C compiler here; install gcc, or set CC")
     folder = Path(_nvidia().__file__).parent
     called = {name for file in folder.glob("driver.*") for name in re.findall(r"\bcu[A-Z]\w+", file.read_text())}
     source = "".join(f"void {name}(void) {{}}\n" for name in sorted(called))
-    command = [compiler, "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", library, "-Wl,-soname,libcuda.so.1"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, input=source.encode())
-    knobs.nvidia.libcuda_path = place.name
-    return place
+    with tempfile.TemporaryDirectory(prefix="epfuse-libcuda-") as place:
+        path = Path(place, LIBRARY)
+        command = [compiler, "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", str(path), f"-Wl,-soname,{LIBRARY}"]
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, input=source.encode())
+        except OSError as error:
+            raise MissingDependency(f"launchers are compiled in C, and CC is {compiler!r}: {error.strerror}") from error
+        if done.returncode or not path.is_file():
+            said = done.stderr.decode(errors="replace").strip()[-300:] or f"exit code {done.returncode}"
+            raise MissingDependency(f"launchers are compiled in C, and {compiler!r} makes no library: {said}")
+        return path.read_bytes()
