@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -150,8 +151,7 @@ _FINDING: threading.RLock = threading.RLock()
 def _forward_of(interface: Any, settings: _Settings) -> Forward:
     """The function that transformers calls in place of a module's forward."""
 
-    @torch.compiler.disable(reason=UNTRACED)  # type: ignore[no-untyped-call, untyped-decorator]
-    def epfuse_experts_forward(
+    def forward(
         module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         operands = (hidden_states, top_k_index, top_k_weights)
@@ -189,7 +189,16 @@ def _forward_of(interface: Any, settings: _Settings) -> Forward:
             return _default(interface, module, str(reason))(module, *operands)
         return result.to(hidden_states.dtype)
 
-    return cast(Forward, epfuse_experts_forward)
+    untraced = cast(Forward, torch.compiler.disable(forward, reason=UNTRACED))  # type: ignore[no-untyped-call]
+
+    def epfuse_experts_forward(
+        module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        # what breaks a graph takes its time, and where no frame is looked at there is none to break
+        plain = not torch.compiler.is_dynamo_compiling() and get_eval_frame_callback() is None
+        return (forward if plain else untraced)(module, hidden_states, top_k_index, top_k_weights)
+
+    return epfuse_experts_forward
 
 
 def _wants_gradients(module: nn.Module, *inputs: torch.Tensor) -> str | None:
