@@ -63,6 +63,18 @@ def test_servers_in_turn(tmp_path: Path, model: Path, monkeypatch: pytest.Monkey
     assert rows["kernels of epfuse compiled or loaded after ready"]["reached"] is True
 
 
+def test_a_server_that_counts_no_preemptions_is_not_said_to_have_none(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = metrics.read
+    answered = iter([True, True, True, False])  # before and after each server's point
+    monkeypatch.setattr(metrics, "read", lambda port: read(port) if next(answered) else "")
+    done = call(tmp_path, model, "alternate", "--points", "8/3@1", "--rounds", "1", "--waves", "1")
+    assert done.exit_code == 0, done.output
+    found = {record["arm"]: record for record in merge([tmp_path / "out"]) if record["part"] == "alternate"}
+    assert [found[arm]["points"][0].get("preempted") for arm in ("none", "epfuse")] == [0, None]
+
+
 def test_servers_side_by_side_take_turns(tmp_path: Path, model: Path) -> None:
     done = call(tmp_path, model, "alternate", "--points", "8/3@1,2", "--rounds", "2", "--waves", "1")
     assert done.exit_code == 0, done.output

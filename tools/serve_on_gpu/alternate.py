@@ -17,6 +17,8 @@ from tools.serve_on_gpu.bench import ServingBench
 from tools.serve_on_gpu.parts import Folder, Outcome, TimeBudget, say
 from tools.serve_on_gpu.servers import KEPT, Load, first_requests
 
+PREEMPTED = "num_preemptions_total"
+
 
 def run(
     place: Workplace,
@@ -76,10 +78,16 @@ def _measured(server: Running, bench: ServingBench, load: Load, number: int) -> 
     before = _preempted(server)
     seen = server.during(lambda: bench.measure(load.client, server.model, server.port, result))
     about = {"isl": load.isl, "osl": load.osl, "concurrency": load.concurrency, "new": False, "round": number}
-    about["preempted"] = _preempted(server) - before
+    after = _preempted(server)
+    if before is not None and after is not None:
+        about["preempted"] = after - before
     return about | {key: round(seen[key], 4) for key in KEPT if key in seen}
 
 
-def _preempted(server: Running) -> int:
-    """Requests so far that had to give up their keys and values: with a small ``--cache`` they spoil a figure."""
-    return round(metrics.total(metrics.read(server.port), "num_preemptions_total"))
+def _preempted(server: Running) -> int | None:
+    """Requests so far that had to give up their keys and values: with a small ``--cache`` they spoil a figure.
+
+    None where the server doesn't say: without statistics, or too busy to answer.
+    """
+    text = metrics.read(server.port)
+    return round(metrics.total(text, PREEMPTED)) if f"vllm:{PREEMPTED}" in text else None
