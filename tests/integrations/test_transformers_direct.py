@@ -45,7 +45,8 @@ def layer(which: str = "qwen3_moe.Qwen3MoeExperts", dtype: torch.dtype = torch.b
 def batch(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Operands:
     generator = torch.Generator().manual_seed(tokens)
     hidden = torch.randn(tokens, 8, generator=generator).to(dtype)
-    return hidden, torch.rand(tokens, 5, generator=generator).topk(2).indices, torch.rand(tokens, 2).to(dtype)
+    ids = torch.rand(tokens, 5, generator=generator).topk(2).indices
+    return hidden, ids, torch.rand(tokens, 2, generator=generator).to(dtype)
 
 
 @torch.no_grad()

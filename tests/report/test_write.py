@@ -239,6 +239,7 @@ OWN_WRITERS = {
     "tools/beside_peers.py": "a harness in a temporary folder of its own",
     "tools/peer_layers.py": "harnesses and their tasks in a temporary folder of its own",
     "tools/vllm_cpu.py": "makes an environment, before epfuse is in it",
+    "src/epfuse/compiled/launchers.py": "what a linker reads, in a temporary folder of its own",
     "src/epfuse/compiled/warm_up.py": "a lock that ranks of one host share",
     "src/epfuse/doctor/child.py": "the null device, in place of a check's stdout",
     "src/epfuse/doctor/compiling.py": "a compiler's input, in a temporary folder of its own",
