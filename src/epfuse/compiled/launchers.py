@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,7 @@ def compile_driver_module(target: Target) -> None:
         MissingDependency: there is no C compiler that works.
     """
     if not target.is_amd:
-        for linkage in LINKAGES:
-            # it is compiled and kept; to load it takes the driver
-            with _linking(), _where(linkage), contextlib.suppress(ImportError):
-                _nvidia().CudaUtils()
+        _compile_for_each_image(lambda: _nvidia().CudaUtils())
 
 
 def compile_launcher(compiled: Any, target: Target) -> None:
@@ -57,9 +54,15 @@ def compile_launcher(compiled: Any, target: Target) -> None:
         MissingDependency: there is no C compiler that works.
     """
     if not target.is_amd and hasattr(_nvidia(), "make_launcher"):
+        _compile_for_each_image(lambda: _nvidia().CudaLauncher(compiled.src, compiled.metadata))
+
+
+def _compile_for_each_image(make: Callable[[], object]) -> None:
+    """Have Triton compile a module under both keys, and keep it; to load it takes the driver."""
+    with _linking():
         for linkage in LINKAGES:
-            with _linking(), _where(linkage), contextlib.suppress(ImportError):
-                _nvidia().CudaLauncher(compiled.src, compiled.metadata)
+            with _where(linkage), contextlib.suppress(ImportError):
+                make()
 
 
 def _nvidia() -> Any:

@@ -70,15 +70,15 @@ def constants(routes: RouteTable, tile: Sm90Tile | Sm90PersistentTile) -> dict[s
 
 
 def shared_sums(
-    tile: Sm90Tile, tiles: int, routes: RouteTable, arrivals: slice
+    tile: Sm90Tile, tiles: int, places: int, routes: RouteTable, arrivals: slice
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Memory of the shares of ``tiles`` reductions, and this GEMM's part of the arrival counters; None if not split."""
     if tile.shares == 1:
         return None, None
     assert routes.arrivals is not None
-    device = routes.num_padded.device
-    shared = tiles if tile.split_k > 1 else in_tail(tile, tiles, places_of(tile, routes.block_m, device))
-    shares = torch.empty(shared * tile.shares * tile.block_n * routes.block_m, dtype=torch.float32, device=device)
+    shared = tiles if tile.split_k > 1 else in_tail(tile, tiles, places)
+    numbers = shared * tile.shares * tile.block_n * routes.block_m
+    shares = torch.empty(numbers, dtype=torch.float32, device=routes.num_padded.device)
     return shares, routes.arrivals[arrivals]
 
 

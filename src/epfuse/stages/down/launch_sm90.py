@@ -46,7 +46,7 @@ def launch_down_sm90(
     places = places_of(tile, routes.block_m, y.device)
     sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, places)
     options |= {"BLOCK_N": tile.block_n, "EVEN_K": intermediate == w.columns, "TAIL_SPLIT": tile.tail_split}
-    shares = shared_sums(tile, tiles, routes, slice(-tiles, None))
+    shares = shared_sums(tile, tiles, places, routes, slice(-tiles, None))
     down_sm90_kernel[(programs_of(tile, tiles, places),)](
         y, w.weights, w.scales, bias, topk_weights, out, *table, *shares, *sizes, SPLIT_K=tile.split_k, **options
     )

@@ -57,7 +57,7 @@ def launch_gate_up_sm90(
         "ACTIVATION": activation.kind,
         "GUESS": min(tile.guess_bytes, row * w.weights.element_size()) // 16 * 16,
     }
-    shares = shared_sums(tile, tiles, routes, slice(None, tiles))
+    shares = shared_sums(tile, tiles, places, routes, slice(None, tiles))
     gate_up_sm90_kernel[(programs_of(tile, tiles, places),)](
         x,
         w.weights,
