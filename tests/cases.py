@@ -104,6 +104,18 @@ def routed(
     return launch_route(ids, slots, local, table, tiles)
 
 
+def packed_routes(table: RouteTable) -> torch.Tensor:
+    """``[n]`` int64: the route of each packed row."""
+    return torch.cat([found for _, found in table.groups()] or [table.sorted_routes[:0].long()])
+
+
+def first_experts(experts: int, local: int, device: torch.device) -> torch.Tensor:
+    """``[E]`` int32: an expert map whose first experts are the local ones."""
+    slots = torch.full((experts,), -1, dtype=torch.int32, device=device)
+    slots[:local] = torch.arange(local, dtype=torch.int32, device=device)
+    return slots
+
+
 def run_in_tiles(
     path: Path,
     form: WeightFormat,

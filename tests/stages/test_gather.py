@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from epfuse.stages.gather.launch import LoneTokens, launch_gather
-from tests.cases import ROUTINGS, routed, topk_ids_for
+from tests.cases import ROUTINGS, first_experts, packed_routes, routed, topk_ids_for
 
 LOCAL, EXPERTS, TOP_K = 5, 24, 4
 
@@ -16,15 +16,14 @@ LOCAL, EXPERTS, TOP_K = 5, 24, 4
 @pytest.mark.parametrize("stored", [True, False])
 def test_gather(device, tokens, hidden, routing, stored):
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = first_experts(EXPERTS, LOCAL, device)
     routes = routed(ids, slots, LOCAL, 48)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     route_row, of_row = (torch.full((tokens * TOP_K,), -7, dtype=torch.int32, device=device) for _ in range(2))
     lone = LoneTokens(ids, slots, LOCAL, of_row, torch.empty_like(x), stored=stored)
     memory = torch.full((tokens * TOP_K, hidden), float("nan"), device=device).bfloat16()
     got = launch_gather(x, routes, TOP_K, memory, route_row, lone)
-    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
+    order = packed_routes(routes)
     torch.testing.assert_close(got[: order.numel()], x[order // TOP_K], rtol=0, atol=0)
     assert got[order.numel() :].isnan().all()
     want = torch.full_like(route_row, -7)

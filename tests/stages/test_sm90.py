@@ -18,7 +18,7 @@ from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import LayerTiles, Sm90PersistentTile, Sm90Tile
 from epfuse.weights.fragment import pack
 from epfuse.weights.panels import RowOrder
-from tests.cases import ROUTINGS, routed, topk_ids_for
+from tests.cases import ROUTINGS, first_experts, packed_routes, routed, topk_ids_for
 from tests.stages.test_gemms import SNR_FLOOR, check_rows
 
 pytestmark = pytest.mark.gpu
@@ -68,9 +68,7 @@ def clone(weights: MXFP8) -> MXFP8:
 
 def slots_on(device) -> torch.Tensor:
     """An expert map whose first experts are the local ones."""
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
-    return slots
+    return first_experts(EXPERTS, LOCAL, device)
 
 
 def table_of(ids, slots, block_m: int, tile, hidden: int, intermediate: int) -> RouteTable:
@@ -140,7 +138,7 @@ def launch(out, stage, rows, weights, routes, tile, topk_weights=None):
         else:
             launch_down_sm90(rows, weights, routes, topk_weights, tile, out)
         return
-    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=rows.device)])
+    order = packed_routes(routes)
     result = torch.full_like(out, float("nan"))
     if stage == "gate_up":
         x = launch_gather(rows, routes, TOP_K, torch.full_like(rows, float("nan")).repeat(TOP_K, 1))

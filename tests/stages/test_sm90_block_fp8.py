@@ -13,7 +13,7 @@ from epfuse.stages.quantize.rows import FP8Rows
 from epfuse.stages.tiles import Sm90BlockTile
 from epfuse.verify.suite import same_bits
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8
-from tests.cases import ROUTINGS, routed, topk_ids_for
+from tests.cases import ROUTINGS, packed_routes, routed, topk_ids_for
 from tests.families.test_sm90_fp8 import rows_by_expert
 from tests.stages.test_sm90 import EXPERTS, LOCAL, TOP_K, poisoned, slots_on
 from tests.stages.test_sm90_fp8 import check
@@ -118,7 +118,7 @@ def test_nan_and_tiny_rows_keep_to_themselves(device):
     for name in ("16", "128"):
         block_m, tile, _ = tiles_of(name)
         routes = routed(ids.int().to(device), slots_on(device), LOCAL, block_m, arrivals_per_block=2)
-        order = torch.cat([found for _, found in routes.groups()])
+        order = packed_routes(routes)
         got = []
         for poison in (False, True):
             given = x.clone()

@@ -18,7 +18,7 @@ from epfuse.tuning.calls import bind_layer, layer_call
 from epfuse.verify.suite import same_bits
 from epfuse.weights.panels import RowOrder
 from epfuse.weights.row_fp8 import pack_rows
-from tests.cases import ROUTINGS, routed, topk_ids_for
+from tests.cases import ROUTINGS, packed_routes, routed, topk_ids_for
 from tests.stages.test_sm90 import LOCAL, clone, poisoned, random_mxfp8, slots_on
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +53,7 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     block_m, tile = TILES[name]
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
     routes = routed(ids, slots_on(device), LOCAL, block_m, arrivals_per_block=2)
-    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
+    order = packed_routes(routes)
     local, rows = order.numel(), tokens * TOP_K
     g = torch.Generator().manual_seed(tokens)
     x = (torch.randn(tokens, hidden, generator=g) * torch.rand(tokens, 1, generator=g) * 8).to(device, torch.bfloat16)
@@ -94,7 +94,7 @@ def test_both_gemms_in_one_launch(device, tokens, hidden, intermediate, routing,
     block_m, tile = MANY[name]
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
     routes = routed(ids, slots_on(device), LOCAL, block_m, arrivals_per_block=2)
-    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
+    order = packed_routes(routes)
     local, rows = order.numel(), tokens * TOP_K
     g = torch.Generator().manual_seed(tokens)
     hidden_rows = torch.randn(tokens, hidden, generator=g) * torch.rand(tokens, 1, generator=g) * 8
@@ -142,7 +142,7 @@ def test_each_gemm_of_many_rows(device, tokens, hidden, intermediate, routing, n
     block_m, tile = MANY[name]
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
     routes = routed(ids, slots_on(device), LOCAL, block_m, arrivals_per_block=2)
-    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
+    order = packed_routes(routes)
     local, rows = order.numel(), tokens * TOP_K
     g = torch.Generator().manual_seed(tokens)
     x = (torch.randn(tokens, hidden, generator=g) * torch.rand(tokens, 1, generator=g) * 8).to(device, torch.bfloat16)
@@ -179,7 +179,7 @@ def test_nan_and_tiny_rows_keep_to_themselves(device):
     assert quantize(x[tiny : tiny + 1].cpu(), group=hidden).scales.item() == 0
     block_m, tile = TILES["16"]
     routes = routed(ids.int().to(device), slots_on(device), LOCAL, block_m, arrivals_per_block=2)
-    order = torch.cat([found for _, found in routes.groups()])
+    order = packed_routes(routes)
     quantised = quantize(x, group=hidden).dequantize(torch.float64)
     want = gate_up_reference.gate_up(quantised, reference.w13, routes, TOP_K, ACTIVATION, torch.float64)[order]
     packed = pack_rows(clone(reference.w13), RowOrder.GATE_UP)

@@ -11,7 +11,7 @@ from epfuse.stages.gather.launch import LoneTokens
 from epfuse.stages.quantize.launch_packed import Bounds, launch_quantize_packed
 from epfuse.stages.quantize.reference import quantize
 from epfuse.stages.quantize.rows import FP8Rows
-from tests.cases import ROUTINGS, routed, topk_ids_for
+from tests.cases import ROUTINGS, first_experts, packed_routes, routed, topk_ids_for
 
 LOCAL, EXPERTS, TOP_K = 5, 24, 4
 
@@ -34,10 +34,9 @@ def hard_rows(rows: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("packed_already", [False, True])
 def test_rows_are_those_of_the_reference(device, tokens, columns, block_m, routing, packed_already):
     ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = first_experts(EXPERTS, LOCAL, device)
     routes = routed(ids, slots, LOCAL, block_m)
-    order = torch.cat([found for _, found in routes.groups()] or [torch.empty(0, dtype=torch.long, device=device)])
+    order = packed_routes(routes)
     x = hard_rows(tokens * TOP_K if packed_already else tokens, columns).to(device)
     source = x[: order.numel()] if packed_already else x[order // TOP_K]
     out = FP8Rows.empty(tokens * TOP_K, columns, columns, torch.float8_e4m3fn, device)
@@ -57,10 +56,9 @@ def test_rows_in_groups_are_those_of_the_reference(device, columns):
     """As block FP8 weights have them: a scale for 128 columns, the last group cut short."""
     tokens, group = 37, 128
     ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = first_experts(EXPERTS, LOCAL, device)
     routes = routed(ids, slots, LOCAL, 16)
-    order = torch.cat([found for _, found in routes.groups()])
+    order = packed_routes(routes)
     x = hard_rows(tokens, columns).to(device)
     out = FP8Rows.empty(tokens * TOP_K, columns, group, torch.float8_e4m3fn, device)
     out.values.view(torch.uint8).fill_(0x55)
@@ -77,14 +75,13 @@ def test_rows_in_groups_are_those_of_the_reference(device, columns):
 def test_where_each_row_is_and_which_are_their_tokens_only_one(device):
     tokens, columns = 37, 96
     ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = first_experts(EXPERTS, LOCAL, device)
     routes = routed(ids, slots, LOCAL, 16)
     route_row, of_row = (torch.full((tokens * TOP_K,), -7, dtype=torch.int32, device=device) for _ in range(2))
     x = hard_rows(tokens, columns).to(device)
     lone = LoneTokens(ids, slots, LOCAL, of_row, torch.empty_like(x), stored=True)
     launch_quantize_packed(x, routes, TOP_K, None, route_row, lone)
-    order = torch.cat([found for _, found in routes.groups()])
+    order = packed_routes(routes)
     want = torch.full_like(route_row, -7)
     want[order] = torch.arange(order.numel(), dtype=torch.int32, device=device)
     torch.testing.assert_close(route_row, want, rtol=0, atol=0)
@@ -99,11 +96,10 @@ def test_scales_of_what_gate_up_will_make_hold_it_and_are_no_larger_than_the_len
     """Rows along the longest gate and up rows reach their bound; of zeros, NaN and infinity it is 0 and NaN."""
     tokens, columns = 37, 96
     ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = first_experts(EXPERTS, LOCAL, device)
     routes = routed(ids, slots, LOCAL, 16)
     owner = torch.cat([torch.full_like(found, expert) for expert, found in routes.groups()])
-    order = torch.cat([found for _, found in routes.groups()])
+    order = packed_routes(routes)
     g = torch.Generator().manual_seed(1)
     along = torch.nn.functional.normalize(torch.randn(columns, generator=g), dim=0)
     size = torch.logspace(-3, 1, LOCAL)
@@ -133,8 +129,7 @@ def test_scales_of_what_gate_up_will_make_hold_it_and_are_no_larger_than_the_len
 def test_rows_of_codes_may_be_apart(device):
     tokens, columns = 37, 96
     ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    slots[:LOCAL] = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    slots = first_experts(EXPERTS, LOCAL, device)
     routes = routed(ids, slots, LOCAL, 16)
     x = hard_rows(tokens, columns).to(device)
     want = launch_quantize_packed(x, routes, TOP_K)
