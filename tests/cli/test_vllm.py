@@ -141,7 +141,7 @@ def test_explain_knows_where_the_plugin_takes_gpt_oss(tmp_path):
     assert "H=2880 and I=2880 are no multiples of 128: no measurement" in group["with_epfuse"]["reason"]
     (group,) = groups("--model", model, "--target", "sm_90", "--device", "NVIDIA H200")
     assert group["with_epfuse"]["experts"] == "EpfuseExperts"
-    assert "0.83 to 0.99 of TritonExperts' time on an H200" in group["with_epfuse"]["reason"]
+    assert "0.69 to 0.99 of TritonExperts' time on an H200" in group["with_epfuse"]["reason"]
 
 
 def test_explain_spreads_experts_that_do_not_divide(tmp_path):

@@ -65,7 +65,7 @@ clearly loses at none. Missing so far: gfx950, where nothing is measured or pred
 
 CUT_SHORT: dict[tuple[str, str, int, int], str] = {
     ("NVIDIA H200", "TritonExperts", 2880, 2880): (
-        "With gpt-oss's biases bf16 is measured to take 0.83 to 0.99 of TritonExperts' time on an H200 (docs/vllm.md)."
+        "With gpt-oss's biases bf16 is measured to take 0.69 to 0.99 of TritonExperts' time on an H200 (docs/vllm.md)."
     ),
 }
 """(product, class of the experts that would run otherwise, H, I) -> evidence for dense rows that are no whole steps.
