@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from epfuse.errors import ConfigError, TraceError
 from epfuse.profiling.classify import Classifier
+from epfuse.profiling.names import short_name
 from epfuse.profiling.phases import Phase
 from epfuse.profiling.profile import profile_trace
 from epfuse.profiling.read_trace import read_trace
-from epfuse.profiling.record import Profile
+from epfuse.profiling.record import LongestPause, Profile
 from epfuse.profiling.sentences import describe_time
 from epfuse.profiling.shapes import SHAPES
 from tests.profiling.traces import ACT, ATTENTION_HALF, GEMM, MOE_LAYER, NORM, TOPK, TraceFile, server_step
@@ -148,6 +149,43 @@ def test_several_steps_are_summed(profile: Run) -> None:
     assert both.kernels_total == 2 * one.kernels_total
     assert both.time.span == 2 * one.time.span  # the pause between steps is in none
     assert len(both.layers) == 2 * len(one.layers)
+
+
+def test_the_gpus_pauses_between_steps_are_told(profile: Run) -> None:
+    """A second step begins 1000 us after the first one's end, and 300 us into that a kernel of no step runs for 7."""
+    trace = TraceFile()
+    end = server_step(trace, DECODE, 100)
+    begin = end + 1000
+    last = server_step(trace, DECODE, begin)
+    trace.kernel("warm_up", end + 300, 7, correlation=trace.launch(end + 290, 2))
+    one, both = profile(trace, window="0"), profile(trace, window="0..1")
+    assert one.time.between == 0
+    assert not any("between the steps" in line for line in describe_time(one))
+    assert both.time.between == 993_000
+    whole = round((last - 100) * 1000)
+    assert both.time.span + both.time.between == whole - 7_000  # steps, pauses between them, and what is in none
+    said = describe_time(both)
+    assert "between the steps, and in none of them: idle for 0.993 ms more" in said
+    first = both.window[1].kernels[0].name
+    assert f"longest pause 0.693 ms, after step 0, before {short_name(first)}" in said
+    time = both.to_json()["time"]
+    assert time["between_steps_us"] == 993.0
+    assert time["longest_pause"] == {"us": 693.0, "before": first, "after_step": 0, "in_step": None}
+    assert profile(trace, window="1").time.longest_pause.in_step == 1
+
+
+def test_the_longest_pause_may_lie_in_a_step(profile: Run) -> None:
+    """Two of a step's kernels 2000 us apart, with another step's between them: the GPU's pause counts, not the gap."""
+    trace = TraceFile()
+    trace.range(DECODE, 0, 10)
+    for name, start in ((NORM, 100), (GEMM, 2100)):
+        trace.kernel(name, start, 4, correlation=trace.launch(2, 1))
+    trace.range(DECODE, 20, 10)
+    trace.kernel(ACT, 1000, 4, correlation=trace.launch(22, 1), stream=9)
+    got = profile(trace, window="0..1").time
+    assert (got.between, got.longest_pause) == (0, LongestPause(1_096_000, GEMM, None, 0))
+    alone = profile(trace, window="1").time
+    assert (alone.between, alone.longest_pause) == (0, None)
 
 
 def test_a_trace_of_the_cpu_only(classifier: Classifier, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epfuse.profiling.events import TracedKernel, TracedLaunch
-from epfuse.profiling.timing import Gaps, busy, length, percentile, streams_of, union
+from epfuse.profiling.timing import Gaps, busy, length, pauses, percentile, streams_of, union
 
 ACTIVITIES = st.lists(
     st.builds(
@@ -36,6 +36,16 @@ def test_union_is_the_set_of_times(kernels: list[TracedKernel]) -> None:
     merged = union((k.start, k.end) for k in kernels)
     assert all(a[1] < b[0] for a, b in pairwise(merged))
     assert length(merged) == len(covered)
+
+
+@given(ACTIVITIES)
+def test_pauses_are_what_no_activity_covers(kernels: list[TracedKernel]) -> None:
+    covered = {t for k in kernels for t in range(k.start, k.end)}
+    whole = range(min(k.start for k in kernels), max(k.end for k in kernels))
+    found = pauses(reversed(kernels))
+    assert [t for pause in found for t in range(pause.start, pause.end)] == sorted(set(whole) - covered)
+    assert all(pause.before in kernels and pause.duration > 0 for pause in found)
+    assert all(a.end <= b.start for a, b in pairwise(found))
 
 
 @given(ACTIVITIES, LAUNCHES)

@@ -15,10 +15,18 @@ from epfuse.profiling.experts import ExpertStep, view_experts
 from epfuse.profiling.layers import Layers, find_layers
 from epfuse.profiling.phases import EXPERT_PHASES, Phase
 from epfuse.profiling.read_trace import MODULE_PREFIX
-from epfuse.profiling.record import KernelTotal, LayerTime, PhaseTotal, Profile, TimelineKernel, WindowTime
+from epfuse.profiling.record import (
+    KernelTotal,
+    LayerTime,
+    LongestPause,
+    PhaseTotal,
+    Profile,
+    TimelineKernel,
+    WindowTime,
+)
 from epfuse.profiling.shapes import ExpertShape
 from epfuse.profiling.steps import AUTO, DeviceSteps, TracedStep, choose_steps, find_steps
-from epfuse.profiling.timing import busy, length, merge_steps, streams_of, union
+from epfuse.profiling.timing import busy, length, merge_steps, pauses, streams_of, union
 
 LONGEST_TEXT = 4096
 """Characters of the names of the ranges around a launch, of which rules are tried on."""
@@ -107,7 +115,7 @@ def _profile_device(
         layers_found_by=", ".join(sorted({part.layers.found_by for part in classified})),
         timeline=_timeline(classified, shown),
         timeline_layer=shown,
-        time=_window_time(classified, trace),
+        time=_window_time(classified, trace, found.device),
         experts=experts,
         kernels_in_trace=sum(len(step.kernels) for step in found.steps) + len(found.outside),
         warnings=trace.warnings,
@@ -226,7 +234,7 @@ def _timeline(parts: Iterable[_Classified], shown: LayerTime | None) -> list[Tim
     return []
 
 
-def _window_time(parts: Sequence[_Classified], trace: Trace) -> WindowTime:
+def _window_time(parts: Sequence[_Classified], trace: Trace, device: int) -> WindowTime:
     kernels = [kernel for part in parts for kernel in part.step.kernels]
     copies = [copy for part in parts for copy in part.step.copies]
     spins = [
@@ -239,6 +247,7 @@ def _window_time(parts: Sequence[_Classified], trace: Trace) -> WindowTime:
     all_busy = busy([*kernels, *copies])
     useful = busy([kernel for kernel in kernels if kernel not in spinning] + copies)
     streams = [time for part in parts for time in streams_of(part.step.kernels, part.step.copies, trace.launches)]
+    between, longest = _pauses([part.step for part in parts], trace, device)
     return WindowTime(
         span=sum(part.step.span for part in parts),
         busy=all_busy,
@@ -249,7 +258,32 @@ def _window_time(parts: Sequence[_Classified], trace: Trace) -> WindowTime:
         copies=len(copies),
         copies_ns=sum(copy.duration for copy in copies),
         streams=merge_steps(streams),
+        between=between,
+        longest_pause=longest,
     )
+
+
+def _pauses(steps: Sequence[TracedStep], trace: Trace, device: int) -> tuple[int, LongestPause | None]:
+    """The device's idle time between steps that follow one another, and its longest pause, in ns.
+
+    A step begins and ends with an activity: a pause lies in one or in none. What belongs to no step ends pauses too.
+    """
+    bounds = sorted((step.start, step.end, step.index) for step in steps)
+    begin, end = bounds[0][0], max(until for _, until, _ in bounds)
+    ran = [a for a in (*trace.kernels, *trace.copies) if a.device == device and begin <= a.start < end]
+    between, begun = 0, 0
+    last = begin, bounds[0][2]  # end and index: of the steps that have begun, of the one that ends last
+    longest: LongestPause | None = None
+    for pause in pauses(ran):
+        while begun < len(bounds) and bounds[begun][0] <= pause.start:
+            last = max(last, bounds[begun][1:])
+            begun += 1
+        inside = pause.start < last[0]
+        between += 0 if inside else pause.duration
+        if longest is None or pause.duration > longest.ns:
+            after_step, in_step = (None, last[1]) if inside else (last[1], None)
+            longest = LongestPause(pause.duration, pause.before.name, after_step, in_step)
+    return between, longest
 
 
 def _expert_step(part: _Classified, tokens: int | None) -> ExpertStep:

@@ -61,6 +61,23 @@ class TimelineKernel:
 
 
 @dataclass(frozen=True)
+class LongestPause:
+    """The longest time in which the device runs nothing, from the window's begin to its end.
+
+    Attributes:
+        ns: how long.
+        before: name of the kernel, copy or memset that ends it.
+        after_step: it lies between this step of the window and the next one; None if it lies in a step.
+        in_step: the step that it lies in; None if it lies between two.
+    """
+
+    ns: int
+    before: str
+    after_step: int | None
+    in_step: int | None
+
+
+@dataclass(frozen=True)
 class WindowTime:
     """Where the window's wall time went; ns, summed over its steps.
 
@@ -74,6 +91,8 @@ class WindowTime:
         copies: number of memcpy and memset.
         copies_ns: sum over them.
         streams: one by one.
+        between: the device runs nothing and no step of the window is under way: no part of ``span``.
+        longest_pause: in a step or between two; None if something runs all the time.
     """
 
     span: int
@@ -85,6 +104,8 @@ class WindowTime:
     copies: int
     copies_ns: int
     streams: list[StreamTime]
+    between: int
+    longest_pause: LongestPause | None
 
 
 @dataclass(frozen=True)
@@ -217,11 +238,17 @@ def _gaps_json(gaps: Gaps) -> dict[str, float]:
     }
 
 
+def _pause_json(pause: LongestPause) -> dict[str, Any]:
+    return {"us": us(pause.ns), "before": pause.before, "after_step": pause.after_step, "in_step": pause.in_step}
+
+
 def _time_json(time: WindowTime) -> dict[str, Any]:
     return {
         "span_us": us(time.span),
         "busy_us": us(time.busy),
         "idle_us": us(time.span - time.busy),
+        "between_steps_us": us(time.between),
+        "longest_pause": _pause_json(time.longest_pause) if time.longest_pause else None,
         "kernel_sum_us": us(time.kernel_sum),
         "overlap_us": us(time.overlap),
         "collectives_us": us(time.collectives),

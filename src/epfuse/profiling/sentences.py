@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from epfuse.profiling.experts import ExpertView, PathPrediction
+from epfuse.profiling.names import short_name
 from epfuse.profiling.record import Profile
 
 PATH_TEXT = {
@@ -60,6 +61,11 @@ def describe_time(profile: Profile) -> list[str]:
         f"span {ms(time.span)} ms: busy {ms(time.busy)} ms (union over {len(time.streams)} stream(s)),"
         f" idle {ms(idle)} ms; {ms(time.overlap)} ms ran beside another stream"
     ]
+    if len(profile.window) > 1:
+        lines.append(f"between the steps, and in none of them: idle for {ms(time.between)} ms more")
+    if pause := time.longest_pause:
+        where = f"in step {pause.in_step}" if pause.after_step is None else f"after step {pause.after_step}"
+        lines.append(f"longest pause {ms(pause.ns)} ms, {where}, before {short_name(pause.before)}")
     for stream in time.streams:
         gaps = stream.gaps
         lines.append(

@@ -35,10 +35,19 @@ class TracedStep:
     copies: list[TracedKernel]
 
     @property
+    def start(self) -> int:
+        """Of the first activity, ns."""
+        return min(a.start for a in (*self.kernels, *self.copies))
+
+    @property
+    def end(self) -> int:
+        """Of the last activity, ns."""
+        return max(a.end for a in (*self.kernels, *self.copies))
+
+    @property
     def span(self) -> int:
         """From the first activity's start to the last one's end, ns."""
-        activities = [*self.kernels, *self.copies]
-        return max(a.end for a in activities) - min(a.start for a in activities)
+        return self.end - self.start
 
 
 @dataclass(frozen=True)

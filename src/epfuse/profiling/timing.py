@@ -65,6 +65,41 @@ class Gaps:
 
 
 @dataclass(frozen=True)
+class Pause:
+    """A time in which a device runs nothing.
+
+    Attributes:
+        start: in ns.
+        before: the activity that ends it.
+    """
+
+    start: int
+    before: TracedKernel
+
+    @property
+    def end(self) -> int:
+        """In ns."""
+        return self.before.start
+
+    @property
+    def duration(self) -> int:
+        """In ns."""
+        return self.end - self.start
+
+
+def pauses(activities: Iterable[TracedKernel]) -> list[Pause]:
+    """Every time between the first and the last activity in which none of them runs, in order."""
+    ordered = sorted(activities, key=lambda a: (a.start, a.stream, a.name))  # whatever the order of the file
+    found = []
+    until = ordered[0].end if ordered else 0
+    for activity in ordered:
+        if activity.start > until:
+            found.append(Pause(until, activity))
+        until = max(until, activity.end)
+    return found
+
+
+@dataclass(frozen=True)
 class StreamTime:
     """One stream in a window.
 
