@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import subprocess
 import tempfile
 import threading
 from collections import defaultdict
@@ -28,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from epfuse.bundle import bundle
 from epfuse.environment import environment
-from epfuse.errors import NotCompiled
+from epfuse.errors import ConfigError, EpfuseError, MissingDependency, NotCompiled
 from epfuse.kernel_keys import settle_key
 from epfuse.launch_record import noted
 
@@ -50,15 +51,21 @@ def cached(kernel: Any) -> Any:
             return found
 
         kernel.device_caches = defaultdict(create_binder)
-        kernel.run = noted(kernel)
+        kernel.run = noted(kernel, _need_driver)
     return kernel
 
 
 def _through_cache(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
     def compile_and_load(*arguments: Any, **named: Any) -> Any:
-        with kernels_in():
-            found = compile_kernel(*arguments, **named)
-            found._init_handles()  # it would at the launch, which follows; up to triton 3.6 it compiles a launcher too
+        try:
+            with kernels_in():
+                found = compile_kernel(*arguments, **named)
+                # it would at the launch, which follows; up to triton 3.6 it compiles a launcher too
+                found._init_handles()
+        except (RuntimeError, FileNotFoundError, subprocess.CalledProcessError) as error:
+            if _is_a_tool_s(error):
+                raise _lacking(error) from error
+            raise
         return found
 
     return compile_and_load
@@ -98,9 +105,17 @@ class KernelCache(FileCacheManager):
             super().__init__(key, override, dump)
             return
         self.key = key
-        self.cache_dir: str = str((self.place or folder()) / key)
-        self.lock_path: str = os.path.join(self.cache_dir, "lock")
         self._bundle = bundle() if self.place is None else None
+
+    @functools.cached_property
+    def cache_dir(self) -> str:
+        """Where files that are not the bundle's are; a process that finds all in the bundle needs no such folder."""
+        return str((self.place or folder()) / self.key)
+
+    @functools.cached_property
+    def lock_path(self) -> str:
+        """In there; Triton wants the name."""
+        return os.path.join(self.cache_dir, "lock")
 
     def get_file(self, filename: str) -> str | None:
         """Where a file is; None if it is nowhere."""
@@ -158,6 +173,9 @@ def folder() -> Path:
     """Where kernels are kept: `wanted_folder`, or a temporary one if that can't be written.
 
     That is said in a warning: everything is compiled again in the next process.
+
+    Raises:
+        ConfigError: there is no temporary folder either.
     """
     found = wanted_folder()
     try:
@@ -165,7 +183,14 @@ def folder() -> Path:
         with tempfile.TemporaryFile(dir=found):
             pass
     except OSError as error:
-        spare = Path(tempfile.mkdtemp(prefix="epfuse-kernels-"))
+        try:
+            spare = Path(tempfile.mkdtemp(prefix="epfuse-kernels-"))
+        except OSError as none:
+            raise ConfigError(
+                f"compiled kernels can't be kept in {found} ({error.strerror}), nor in a temporary folder"
+                f" ({none.strerror}); have TRITON_CACHE_DIR name a folder that can be written, or EPFUSE_KERNELS"
+                " kernels that are compiled already ('epfuse warmup')"
+            ) from none
         log.warning(
             "compiled kernels can't be kept in %s (%s) but in %s, for this process alone; TRITON_CACHE_DIR names"
             " another folder, and EPFUSE_KERNELS kernels that are compiled already ('epfuse warmup')",
@@ -248,8 +273,43 @@ def _take_driver() -> None:
     Where there is a bundle it comes from that. Where Triton's own folder can't be written, Triton alone would fail.
     """
     if driver._active is None and (bundle() is not None or not _can_be_written(wanted_folder())):
-        with kernels_in(), contextlib.suppress(RuntimeError):  # there is no GPU
+        with contextlib.suppress(RuntimeError, EpfuseError):  # there is no GPU; what else lacks, a launch says
+            _need_driver()
+
+
+def _need_driver() -> None:
+    """Have Triton's driver made, if nobody has yet, before a launch.
+
+    Raises:
+        MissingDependency: its module in C is not compiled, and can't be here.
+    """
+    if driver._active is not None:
+        return
+    try:
+        with kernels_in():
             driver.active.get_current_target()
+    except (RuntimeError, OSError, ImportError, AssertionError, subprocess.CalledProcessError) as error:
+        if isinstance(error, RuntimeError) and not _is_a_tool_s(error):
+            raise  # there is no GPU
+        raise _lacking(error) from error
+
+
+def _is_a_tool_s(error: Exception) -> bool:
+    """Whether Triton found no C compiler or ptxas, or the compiler failed."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in ("find C compiler", "Cannot find ptxas"))
+    return isinstance(error, subprocess.CalledProcessError) or getattr(error, "filename", None) == os.environ.get("CC")
+
+
+def _lacking(error: Exception) -> MissingDependency:
+    """What to say where a machine lacks what Triton compiles with."""
+    said = str(error).partition("\n")[0].rstrip(".!") or type(error).__name__
+    if isinstance(error, subprocess.CalledProcessError):
+        said = f"{error.cmd[0]!r} failed with exit code {error.returncode}"
+    return MissingDependency(
+        f"Triton can't make here what launches a kernel: {said}; install gcc and Python's headers, or set CC, or have"
+        " EPFUSE_KERNELS name a folder that 'epfuse warmup' has made elsewhere ('epfuse doctor' says what lacks)"
+    )
 
 
 def _can_be_written(place: Path) -> bool:

@@ -67,12 +67,18 @@ def only_loading() -> Iterator[set[Any]]:
         _loaded.reset(token)
 
 
-def noted(kernel: Any) -> Callable[..., Any]:
-    """The ``run`` of one of Triton's jit functions, which obeys `recording` and `only_loading`."""
+def noted(kernel: Any, before: Callable[[], None]) -> Callable[..., Any]:
+    """The ``run`` of one of Triton's jit functions, which obeys `recording` and `only_loading`.
+
+    Args:
+        kernel: the function.
+        before: called first, by each launch.
+    """
     run, names = kernel.run, kernel.arg_names
     defaults = {name: parameter.default for name, parameter in kernel.signature.parameters.items()}
 
     def run_and_note(*arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        before()
         loaded = _loaded.get()
         if loaded is not None:
             compiled = run(*arguments, grid=grid, warmup=True, **named)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,41 +101,84 @@ def test_an_image_without_a_compiler(made: tuple[Path, dict[str, Any]], tmp_path
     assert found["late"] == 0
 
 
-@pytest.mark.parametrize("has_file", [True, False])
-def test_tritons_own_driver_and_launchers_load_without_a_compiler(
-    made: tuple[Path, dict[str, Any]], tmp_path: Path, has_file: bool
-) -> None:
-    """With the program ``file`` in the image or not, which Triton's keys follow; libcuda comes from the host."""
-    library, tools = tmp_path / "libcuda.so.1", tmp_path / "bin"
+KERNEL_NAMES = ["combine_kernel", "down_sm90_kernel", "gate_up_sm90_kernel", "route_kernel"]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `image.py` where the home can't be written and no program is found, with these variables besides."""
+    library = tmp_path / "libcuda.so.1"
     compiler = ["gcc", "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", str(library), "-Wl,-soname,libcuda.so.1"]
     subprocess.run(compiler, check=True, input=LIBCUDA.encode())
-    tools.mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "tmp").mkdir()
     (tmp_path / "no-home").touch()
-    if has_file:
-        (tools / "file").write_text("#!/bin/sh\necho ELF 64-bit LSB pie executable, dynamically linked\n")
-        (tools / "file").chmod(0o755)
-    environment = {
-        "PATH": str(tools),
+    variables = {
+        "PATH": str(tmp_path / "bin"),
         "TRITON_HOME": str(tmp_path / "no-home"),
+        "TMPDIR": str(tmp_path / "tmp"),
         "LD_LIBRARY_PATH": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-        "EPFUSE_KERNELS": str(made[0]),
         "EPFUSE_NO_COMPILE": "1",
     }
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "image.py"), str(library)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+
+    def run_image(**more: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, str(Path(__file__).parent / "image.py"), str(library)]
+        return subprocess.run(line, env=variables | more, capture_output=True, text=True, check=False, timeout=300)
+
+    return run_image
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_tritons_own_driver_and_launchers_load_without_a_compiler(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, image: Callable[..., Any], has_file: bool
+) -> None:
+    """With the program ``file`` in the image or not, which Triton's keys follow; libcuda comes from the host."""
+    if has_file:
+        (tmp_path / "bin" / "file").write_text("#!/bin/sh\necho ELF 64-bit LSB pie executable, dynamically linked\n")
+        (tmp_path / "bin" / "file").chmod(0o755)
+    done = image(EPFUSE_KERNELS=str(made[0]))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["file"] == ("ELF" if has_file else "")
-    kernels = ["combine_kernel", "down_sm90_kernel", "gate_up_sm90_kernel", "route_kernel"]
-    assert sorted(found["compiled"]) == [[name, True] for name in kernels]
-    assert found["launched"] == 5 * len(kernels)
+    assert sorted(found["compiled"]) == [[name, True] for name in KERNEL_NAMES]
+    assert found["launched"] == 5 * len(KERNEL_NAMES)
     assert found["late"] == 0
+    assert "can't be kept" not in done.stderr  # a process that finds all there needs no other folder
+    assert not [*(tmp_path / "tmp").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "Failed to find C compiler."),
+        ({"TRITON_HOME": ""}, "Failed to find C compiler."),
+        ({"CC": "no-such-compiler"}, "No such file or directory: 'no-such-compiler'; install gcc"),
+        ({"CC": shutil.which("false") or ""}, "false' failed with exit code 1; install gcc"),
+        ({"CC": shutil.which("true") or ""}, "No such file or directory: "),
+    ],
+    ids=["home can't be written", "home can", "CC is not there", "CC fails", "CC makes nothing"],
+)
+def test_an_image_without_a_compiler_and_a_bundle_says_what_lacks(
+    tmp_path: Path, image: Callable[..., Any], variables: dict[str, str], words: str
+) -> None:
+    done = image(**{name: value or str(tmp_path) for name, value in variables.items()})
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("epfuse.errors.MissingDependency: Triton can't make here what launches a kernel: ")
+    assert words in last
+    assert "EPFUSE_KERNELS" in last
+
+
+def test_a_home_that_can_not_be_written_has_what_processes_beside_this_one_compiled(
+    tmp_path: Path, image: Callable[..., Any]
+) -> None:
+    """In the temporary folder of this process, not in one of their own each, for nobody."""
+    done = image(PATH=os.environ["PATH"])
+    assert done.returncode == 0, done.stderr
+    assert sorted(json.loads(done.stdout)["compiled"]) == [[name, True] for name in KERNEL_NAMES]
+    assert done.stderr.count("can't be kept") == 1
+    assert len([*(tmp_path / "tmp").glob("epfuse-kernels-*")]) == 1
 
 
 def _damaged(bundle: Path, to: Path, **changes: object) -> Path:

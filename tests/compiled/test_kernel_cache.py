@@ -22,7 +22,7 @@ from triton.runtime.cache import get_cache_manager
 from epfuse import kernel_cache
 from epfuse.compiled import warm_up
 from epfuse.environment import environment
-from epfuse.errors import NotCompiled
+from epfuse.errors import ConfigError, MissingDependency, NotCompiled
 from epfuse.kernel_cache import KernelCache
 
 PROGRAM = Path(__file__).parent / "cache.py"
@@ -76,6 +76,43 @@ def test_a_folder_that_can_not_be_written_is_said(
     found.rmdir()
     assert f"compiled kernels can't be kept in {tmp_path}/file/kernels (Not a directory) but in {found}" in caplog.text
     assert "EPFUSE_KERNELS" in caplog.text
+
+
+def test_where_nothing_can_be_written_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(kernel_cache, "_AT_START", str(tmp_path / "file" / "kernels"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    kernel_cache.folder.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"kernels \(Not a directory\), nor in a temporary folder \(No such"):
+            kernel_cache.folder()
+    finally:
+        kernel_cache.folder.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        (RuntimeError("Cannot find ptxas"), MissingDependency),
+        (RuntimeError("Failed to find C compiler. Please .."), MissingDependency),  # a launcher's, up to triton 3.6
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), MissingDependency),
+        (FileNotFoundError(2, "No such file or directory", "a-compiler"), MissingDependency),
+        (FileNotFoundError(2, "No such file or directory", "k.cubin"), FileNotFoundError),  # of a folder that went
+        (RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError),
+    ],
+)
+def test_a_tool_that_a_compile_lacks_is_said(
+    monkeypatch: pytest.MonkeyPatch, said: Exception, kind: type[Exception]
+) -> None:
+    monkeypatch.setenv("CC", "a-compiler")
+
+    def compile_kernel() -> None:
+        raise said
+
+    with pytest.raises(kind) as found:
+        kernel_cache._through_cache(compile_kernel)()
+    assert type(found.value) is kind
+    assert ("EPFUSE_KERNELS" in str(found.value)) == (kind is MissingDependency)
 
 
 class _Active:

@@ -111,7 +111,7 @@ def compile_all(
         launches: what to compile; the slowest kernels, persistent ones, first.
         jobs: processes.
         done: called with how many are done, after each.
-        place: a folder to keep them in, with Triton's launchers; None for epfuse's own, without.
+        place: a folder to keep them in, with Triton's launchers; None for this process's own, without.
 
     Returns:
         Of each launch, the slowest first.
@@ -120,7 +120,8 @@ def compile_all(
     with Workers(min(jobs, len(launches)) or 1, start) as workers:
         if place is not None and launches:
             workers.map(_compile_module, [(launches[0].target, place)], lambda count: None)
-        found = workers.map(_compile, [(launch, place) for launch in slowest_first], done)
+        kept = place or folder()  # which may be a temporary one, of this process alone
+        found = workers.map(_compile, [(launch, kept, place is not None) for launch in slowest_first], done)
     made = []
     for launch, result in zip(slowest_first, found, strict=True):
         reason = result.reason if isinstance(result, Died) else result
@@ -131,13 +132,13 @@ def compile_all(
     return sorted(made, key=lambda one: -(one.cpu_seconds or 0.0))
 
 
-def _compile(launch: Launch, place: Path | None) -> float | str:
+def _compile(launch: Launch, place: Path, with_launcher: bool) -> float | str:
     """In a process of its own: seconds of CPU that it took, or what went wrong."""
     begun = sum(os.times()[:4])
     with kernels_in(place):
         try:
             compiled = launch.compile()
-            if place is not None:
+            if with_launcher:
                 compile_launcher(compiled, launch.target)
         except Exception as error:  # whatever the compiler raises is the finding
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
