@@ -45,6 +45,20 @@ def require_plain(name: str, value: object) -> None:
         raise LayoutError(f"{name} is negated or conjugated when it is read; make it plain with .clone()")
 
 
+def is_integer(ids: torch.Tensor) -> bool:
+    """Whether they can number experts."""
+    return not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
+
+
+def wide_ids(ids: torch.Tensor) -> torch.Tensor:
+    """Integers in a dtype that `fused_experts` takes, which a router's may be too narrow for; others as they are.
+
+    Args:
+        ids: ``[T, K]``.
+    """
+    return ids if ids.dtype in (torch.int32, torch.int64) or not is_integer(ids) else ids.to(torch.int64)
+
+
 def span(tensor: torch.Tensor) -> Span:
     """Where a contiguous tensor lies."""
     begin = tensor.data_ptr()

@@ -288,6 +288,51 @@ def test_gradients_are_transformers_and_said_once(caplog: pytest.LogCaptureFixtu
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16], ids=str)
+@pytest.mark.parametrize("which", ["mixtral.MixtralExperts", "gpt_oss.GptOssExperts"])
+def test_expert_ids_may_be_integers_of_any_width(
+    which: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls, experts = served(monkeypatch), experts_of(which, intermediate_size=8)
+    hidden, ids, factors = torch.randn(9, 8), torch.rand(9, 5).topk(2).indices, torch.rand(9, 2)
+    want = experts(hidden, ids, factors)
+    experts.config._experts_implementation = "epfuse"
+    for _ in range(2):
+        torch.testing.assert_close(experts(hidden, ids.to(dtype), factors), want, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 2
+    assert not said(caplog)
+
+
+@torch.no_grad()
+def test_expert_ids_that_are_no_integers_fall_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls, experts = served(monkeypatch), experts_of("mixtral.MixtralExperts", intermediate_size=8)
+    hidden, ids, factors = torch.randn(9, 8), torch.rand(9, 5).topk(2).indices, torch.rand(9, 2)
+    experts.config._experts_implementation = "grouped_mm"
+    want = experts(hidden, ids.float(), factors)
+    experts.config._experts_implementation = "epfuse"
+    assert torch.equal(experts(hidden, ids.float(), factors), want)
+    assert not calls
+    assert "expert ids are torch.float32, no integers" in said(caplog)[0]
+
+
+def test_experts_in_float64_run_as_eager_does(caplog: pytest.LogCaptureFixture) -> None:
+    """transformers' own default, grouped_mm, refuses them."""
+    experts = experts_of("mixtral.MixtralExperts").double()
+    call = torch.randn(9, 8).double(), torch.rand(9, 5).topk(2).indices, torch.rand(9, 2).double()
+    want = experts(*call)
+    experts.config._experts_implementation = "epfuse"
+    with torch.no_grad():
+        assert torch.equal(experts(*call), want)
+    (warning,) = said(caplog)
+    assert "gate_up_proj has dtype torch.float64" in warning
+    experts(*call).sum().backward()  # as torch.autograd.gradcheck asks for
+    assert experts.down_proj.grad is not None
+    assert "gradients are on" in said(caplog)[1]
+
+
+@torch.no_grad()
 def test_a_transposed_module_is_left_alone_where_nothing_may_be_copied(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

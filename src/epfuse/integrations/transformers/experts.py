@@ -15,6 +15,7 @@ from epfuse.environment import environment
 from epfuse.errors import ConfigError
 from epfuse.expert_map import ExpertMap
 from epfuse.numerics.reinterpret import reinterpret
+from epfuse.operands import wide_ids
 from epfuse.parallel.group import EPGroup
 from epfuse.weights.experts import ExpertWeights
 from epfuse.weights.projections import stack_tensors
@@ -93,7 +94,7 @@ class EPExperts(nn.Module):
 
         Args:
             hidden_states: ``[T, H]``, the same on every rank; bfloat16, or the weights' dtype if they are dense.
-            top_k_index: ``[T, K]`` int32 or int64 global expert ids.
+            top_k_index: ``[T, K]`` integer global expert ids.
             top_k_weights: ``[T, K]`` router weights, any floating dtype.
 
         Returns:
@@ -114,7 +115,7 @@ class EPExperts(nn.Module):
             hidden_states.contiguous(),
             self.weights(),
             top_k_weights.float().contiguous(),
-            top_k_index.contiguous(),
+            wide_ids(top_k_index).contiguous(),
             self.expert_map,
             activation=self.activation,
             path=self.path,

@@ -35,6 +35,7 @@ from epfuse.integrations.transformers.activation import activation_of, said_of
 from epfuse.integrations.transformers.direct import DirectCall
 from epfuse.integrations.transformers.layout import check_in_place, layout_of, names_of
 from epfuse.integrations.transformers.read import checked_weights_of, scales_of, second_layout, weights_of
+from epfuse.operands import is_integer, wide_ids
 from epfuse.target import target_of
 from epfuse.weights.experts import ExpertWeights
 
@@ -171,6 +172,8 @@ def _forward_of(interface: Any, settings: _Settings) -> Forward:
         state = _state_of(module, settings)
         if state.activation is None or state.expert_map is None:
             return _default(interface, module, state.refused or "")(module, *operands)
+        if not is_integer(top_k_index):
+            return _default(interface, module, f"expert ids are {top_k_index.dtype}, no integers")(module, *operands)
         weights = state.second or (checked_weights_of if state.plain else weights_of)(module, state.scales)
         # as grouped_mm does where autocast left another dtype
         own = weights.activation_dtypes
@@ -180,7 +183,7 @@ def _forward_of(interface: Any, settings: _Settings) -> Forward:
                 x.contiguous(),
                 weights,
                 top_k_weights.float().contiguous(),
-                top_k_index.contiguous(),
+                wide_ids(top_k_index).contiguous(),
                 state.expert_map,
                 activation=state.activation,
                 path=settings.path,
@@ -214,7 +217,9 @@ def _wants_gradients(module: nn.Module, *inputs: torch.Tensor) -> str | None:
 def _default(interface: Any, module: nn.Module, why: str) -> Forward:
     """What transformers runs where nobody asks for anything else."""
     _warn_once(f"{type(module).__name__} runs as transformers would run it by default, not on epfuse: {why}")
-    if getattr(module, "activation_scheme", "dynamic") == "static":  # its grouped_mm refuses them
+    scheme, weights = getattr(module, "activation_scheme", "dynamic"), names_of(module).weights
+    doubles = any(getattr(getattr(module, name, None), "dtype", None) is torch.float64 for name in weights)
+    if scheme == "static" or doubles:  # its grouped_mm refuses them
         return cast(Forward, inspect.unwrap(type(module).forward))
     return cast(Forward, interface["grouped_mm"])
 
