@@ -12,7 +12,7 @@ from epfuse.measured.lookup import sources
 from epfuse.policy import decide
 from epfuse.policy.decision import TileChoice
 from epfuse.policy.tiles import nearest_ranges, tile_ranges
-from epfuse.policy.timed import overruled
+from epfuse.policy.timed import candidates, overruled
 from epfuse.target import Target
 
 H200 = "NVIDIA H200"
@@ -81,6 +81,18 @@ def test_few_tiles_are_added_and_none_of_another_kind(shape: LayerShape) -> None
     assert firsts[0] == 1
     for tokens in {*firsts, *(first for first, _ in near)}:
         assert at(ranges, tokens).tiles.packed == at(near, tokens).tiles.packed
+
+
+def test_a_tile_of_the_smallest_blocks_reaches_as_far_as_any_of_them() -> None:
+    """A few small experts want split sums at 0.4 rows an expert, where no layer with rows did."""
+    fit = fit_of(*ASKED)
+    assert fit is not None
+    reach = candidates(fit, Target.SM90, MINIMAX_M3_EP8)
+    smallest = {bounds for tiles, bounds in reach.items() if tiles.block_m == 8}
+    assert len(smallest) == 1
+    ((low, high),) = smallest
+    assert low < 0.05 < 2 < high
+    assert len({bounds for tiles, bounds in reach.items() if tiles.block_m > 8}) > 3
 
 
 def test_what_nothing_was_fitted_to_stays_with_its_rows() -> None:

@@ -50,11 +50,11 @@ FEW_ROWS, SPLIT_ROWS = 4.0, 0.5
 STAGE_WEIGHT, RANK_WEIGHT, LOOSE, TIGHT = 0.5, 0.7, 0.03, 0.3
 TRIED_WEIGHT, MOST_TRIED = 4.0, 10
 """Of a count with many tiles, and how many of them are fitted: the fastest half, and others."""
-TRIED = {"NVIDIA H200": "2026-11-30-h200-few-rows.json"}
+TRIED = {"NVIDIA H200": ("2026-11-30-h200-few-rows.json", "2026-11-30-h200-few-rows-second.json")}
 """Records of such counts, in docs/records."""
 
 START = {
-    "read": 4.5, "call": 12.0, "packed_call": 5.0, "wave": 1.0, "step": 0.2, "latency": 2.0, "share": 1.0,
+    "read": 4.5, "call": 12.0, "packed_call": 5.0, "wave": 1.0, "step": 0.2, "latency": 2.0, "share": 1.0, "sums": 0.5,
     "weight0": 100.0, "weight1": 60.0, "weight2": 60.0, "column0": 2.0, "column1": 1.5, "column2": 1.2,
     "store": 100.0, "end": 0.5, "rows": 0.2, "packed_rows": 0.3, "norm": 3.0, "step_norm": 2.0, "stage": 4.0,
 }  # fmt: skip
@@ -132,16 +132,15 @@ class Tried:
 
 
 def tried_of(device: str) -> list[Tried]:
-    """The counts of the product's record; none if it has none."""
-    if device not in TRIED:
-        return []
-    record = json.loads((RECORDS / TRIED[device]).read_text())
-    tiles = [TypeAdapter(TileEntry).validate_python(tile) for tile in record["tiles"]]
+    """The counts of the product's records; none if it has none."""
     found = []
-    for point in record["points"]:
-        calls = [(LayerTiles(block_m, tiles[up], tiles[down]), us) for block_m, up, down, us in point["calls"]]
-        calls.sort(key=lambda call: call[1])
-        found.append(Tried(LayerShape(**point["shape"]), point["tokens"], tuple(point["active"]), tuple(calls)))
+    for name in TRIED.get(device, ()):
+        record = json.loads((RECORDS / name).read_text())
+        tiles = [TypeAdapter(TileEntry).validate_python(tile) for tile in record["tiles"]]
+        for point in record["points"]:
+            calls = [(LayerTiles(block_m, tiles[up], tiles[down]), us) for block_m, up, down, us in point["calls"]]
+            calls.sort(key=lambda call: call[1])
+            found.append(Tried(LayerShape(**point["shape"]), point["tokens"], tuple(point["active"]), tuple(calls)))
     return found
 
 

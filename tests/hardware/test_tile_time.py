@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
+from statistics import geometric_mean
 
 import pytest
 
@@ -90,15 +91,18 @@ def test_the_stated_error_is_that_of_the_shipped_rows(device: str) -> None:
 
 
 def test_the_tiles_that_it_predicts_the_fastest_are_fast() -> None:
-    """Of 50 to 80 pairs at each count of the record, slow ones of three times the time among them."""
+    """Of 32 to 80 pairs at each count of the records, slow ones of three times the time among them."""
     from tools.fit_tiles import tried_of
 
     times, points = fitted().times(), tried_of("NVIDIA H200")
-    assert len(points) == 11
+    assert len(points) == 29
+    over = []
     for point in points:
         predicted_us = {tiles: point.us(times, tiles) for tiles, _ in point.calls}
         chosen = min(predicted_us, key=lambda tiles: predicted_us[tiles])
-        assert dict(point.calls)[chosen] <= 1.06 * point.calls[0][1]
+        over.append(dict(point.calls)[chosen] / point.calls[0][1])
+    assert max(over) <= 1.115
+    assert geometric_mean(over) <= 1.018
 
 
 def test_tiles_after_the_last_full_wave_are_quicker_shared() -> None:

@@ -52,6 +52,7 @@ class TileTimes:
         wave: of a program that has the multiprocessor for itself, besides its steps.
         step: of a step of such a program, besides its part of the latency.
         share: of a program that shares a tile's reduction, besides.
+        sums: of a MB of partial sums that such programs add up in memory.
         latency: of memory, of which a step has one part for each stage that is on its way meanwhile.
         weight: of 10^6 weights that a multiprocessor dequantises, in tiles (shared, of three consumers, of two).
         column: the same for each row that they are multiplied with.
@@ -71,6 +72,7 @@ class TileTimes:
     step: float
     latency: float
     share: float
+    sums: float
     weight: tuple[float, float, float]
     column: tuple[float, float, float]
     store: float
@@ -190,10 +192,11 @@ def gemm_us(times: TileTimes, tile: GemmTile, block_m: int, load: RowLoad, outpu
     one_read, one_busy = weights / programs / times.read, busy / times.units
 
     def waves(tiles: float, shares: int) -> float:
+        own_sums = 4e-6 * tile.block_n * block_m if shares > 1 else 0.0
         alone = times.wave + -(-steps // shares) * step + (times.share if shares > 1 else 0.0)
 
         def wave(filled: float) -> float:
-            flow = filled / shares * (one_read**p + one_busy**p) ** (1 / p)
+            flow = filled * ((one_read**p + one_busy**p) ** (1 / p) / shares + times.sums * own_sums)
             return float((flow**q + alone**q) ** (1 / q))
 
         full, left = divmod(tiles * shares, slots)

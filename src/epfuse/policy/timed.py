@@ -1,10 +1,11 @@
 """Where the time model of tiles overrules the nearest measured row.
 
 The model sees every tile that was best somewhere on the product, for any layer, at rows per expert within a factor of
-CLOSE of those where it was: it doesn't extrapolate. It compares tiles of one kind of kernel: what it gets wrong of a
-layer, it gets wrong of all of them alike. It overrules only where it predicts to save more than the fit's error,
-and never at a token count that was measured for the layer. A layer takes at most MOST_ADDED tiles besides those
-of its nearest rows, because each is compiled before a server starts.
+CLOSE of those where it was: it doesn't extrapolate. The smallest blocks are multiplied whole whatever rows they have,
+so a tile of them reaches as far as any of them was best. It compares tiles of one kind of kernel: what it gets wrong of
+a layer, it gets wrong of all of them alike. It overrules only where it predicts to save more than the fit's error, and
+never at a token count that was measured for the layer. A layer takes at most MOST_ADDED tiles besides those of its
+nearest rows, because each is compiled before a server starts.
 """
 
 from __future__ import annotations
@@ -161,7 +162,10 @@ def candidates(fit: FitEntry, target: Target, shape: LayerShape) -> dict[LayerTi
         if _fits(row.tiles, fit, shape):
             low, high = reach.get(row.tiles, (row.rows, row.rows))
             reach[row.tiles] = min(low, row.rows), max(high, row.rows)
-    return reach
+    least = min((tiles.block_m for tiles in reach), default=0)
+    smallest = {tiles: bounds for tiles, bounds in reach.items() if tiles.block_m == least}
+    lows, highs = zip(*smallest.values(), strict=True) if smallest else ((), ())
+    return reach | {tiles: (min(lows), max(highs)) for tiles in smallest}
 
 
 def _points(ranges: Sequence[tuple[int, TileChoice]], own: Sequence[MeasuredTiles]) -> list[_Point]:
