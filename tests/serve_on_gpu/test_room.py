@@ -76,6 +76,7 @@ def test_sizes_that_vllm_would_refuse(text: str) -> None:
         ("qwen3-30b-bf16", "11G", H200, ""),
         ("qwen3-30b-mxfp8", "20G", H200, ""),  # both lived on it
         ("gpt-oss-20b-bf16", "20G", H200, ""),
+        ("gpt-oss-20b-mxfp8", "40G", H200, ""),
         ("qwen3-30b-bf16", "1G", 80 * 2**30, "no --cache fits"),
         ("qwen3-30b-bf16", "20G", None, ""),
     ],

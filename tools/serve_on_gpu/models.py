@@ -166,6 +166,8 @@ MODELS = {
     # rest, in BF16, is 6 GB. So a rank has 59 GB of weights, and of 70 % of an H200's 150 GB 46 GB are left.
     "minimax-m3-16": Model(functools.partial(minimax_m3, dense=1, moe=15), (*_ON_HOPPER, *_M3_ARGUMENTS), _M3_PLUGINS),
     "gpt-oss-20b-bf16": Model(gpt_oss_20b, (*_ON_HOPPER, *_LONG)),
+    # With epfuse alone: vLLM's Marlin, its choice without humming, takes no H that is no multiple of 128.
+    "gpt-oss-20b-mxfp8": Model(gpt_oss_20b, (*_ON_HOPPER, *_LONG, *_MXFP8_EXPERTS)),
     "qwen3-30b-bf16": Model(qwen3_30b, (*_ON_HOPPER, *_LONG)),
     "qwen3-30b-mxfp8": Model(qwen3_30b, (*_ON_HOPPER, *_LONG, *_MXFP8_EXPERTS)),
 }
