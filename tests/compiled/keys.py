@@ -182,6 +182,16 @@ def of_large_calls() -> list[dict[str, int]]:
     return found
 
 
+def chunks_of(target: Target, max_tokens: int) -> dict[str, set[int]]:
+    """How routes of MiniMax-M3 are cut by each of the two launches that calls of many have."""
+    found: dict[str, set[int]] = {"count_kernel": set(), "place_kernel": set()}
+    layer = CallKind(Path.BF16, target, MINIMAX_M3_EP8, frozenset({WeightFormat.DENSE}))
+    for launch in kernels(layer, max_tokens):
+        if launch.kernel in found:
+            found[launch.kernel].add(dict(launch.constants)["CHUNK"])
+    return found
+
+
 def by_order() -> list[dict[str, str]]:
     """Triton's hash of every kernel of `LAYERS`, after those before it in one order, in the other, and after none."""
     named = {launch.kernel: launch.function() for layer in LAYERS.values() for launch in kernels(layer, MOST)}

@@ -15,6 +15,7 @@ from epfuse.aot.tasks import start
 from epfuse.config import Combine, Path, WeightFormat
 from epfuse.expert_map import ExpertMap
 from epfuse.families.family import LayerCall, Steps
+from epfuse.target import Target
 from epfuse.weights.experts import ExpertWeights
 from tests.compiled import keys
 
@@ -149,6 +150,23 @@ def test_large_tensors_have_keys_of_their_own_on_amd_alone(pool: ProcessPoolExec
     hopper, amd = pool.submit(keys.of_large_calls).result()
     assert hopper == {"gate_up_kernel": 1, "down_kernel": 1, "combine_kernel": 1}
     assert amd == {"gate_up_kernel": 2, "down_kernel": 3, "combine_kernel": 2}  # of down out is larger, then y too
+
+
+@pytest.mark.parametrize(
+    ("target", "max_tokens", "chunks"),
+    [
+        (Target.SM90, 12287, {128}),
+        (Target.SM90, 12288, {128, 256}),
+        (Target.SM90, 40000, {128, 256, 512}),
+        (Target.GFX942, 40000, {128}),
+    ],
+)
+def test_each_length_of_a_chunk_of_routes_is_named(
+    pool: ProcessPoolExecutor, target: Target, max_tokens: int, chunks: set[int]
+) -> None:
+    """4 experts a token: a chunk is longer from 12288 and from 32768 tokens on."""
+    named = pool.submit(keys.chunks_of, target, max_tokens).result()
+    assert named == {"count_kernel": chunks, "place_kernel": chunks}
 
 
 def test_a_kernels_key_is_the_same_whatever_was_looked_for_before(pool: ProcessPoolExecutor) -> None:

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from epfuse.stages.route import reference
+from epfuse.stages.route.launch import route_tiles
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import RouteTiles
+from epfuse.target import Target
 from tests.cases import ROUTINGS, routed, topk_ids_for
 
 ONE_LAUNCH = RouteTiles(count=64)
 TWO_LAUNCHES = RouteTiles(one_launch_routes=0, chunk=16)
+LONG_CHUNKS = RouteTiles(one_launch_routes=0, chunk=512)
 
 
 def local_map(experts: int, local: int, device: torch.device) -> torch.Tensor:
@@ -33,7 +36,9 @@ def assert_same(got: RouteTable, want: RouteTable) -> None:
     assert want.block_row[:blocks].tolist() == (rows.cumsum(0) - rows).tolist()
 
 
-@pytest.mark.parametrize("tiles", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one_launch", "two_launches"])
+@pytest.mark.parametrize(
+    "tiles", [ONE_LAUNCH, TWO_LAUNCHES, LONG_CHUNKS], ids=["one_launch", "two_launches", "long_chunks"]
+)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("tokens", [1, 3, 37, 300])
 def test_matches_reference(device, routing, tokens, tiles):
@@ -65,9 +70,19 @@ def test_ids_just_outside_the_experts_read_nothing_of_the_map(device, tiles):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [256, 1024, 2048, 8192, 20000])
+@pytest.mark.parametrize("tokens", [256, 1024, 2048, 8192, 12287, 12288, 20000, 32768, 50000])
 def test_many_tokens(device, tokens):
+    """In chunks of 128, of 256 and of 512 routes."""
     ids = topk_ids_for("uniform", tokens, 128, 16, top_k=4).to(device)
     slots = local_map(128, 16, device)
     for block_m in (16, 64, 128, 144):
         assert_same(routed(ids, slots, 16, block_m), reference.route(ids, slots, 16, block_m))
+
+
+@pytest.mark.parametrize(
+    ("routes", "chunk"),
+    [(1, 128), (32768, 128), (49151, 128), (49152, 256), (131071, 256), (131072, 512), (1 << 22, 512)],
+)
+def test_many_routes_are_cut_into_longer_chunks_on_hopper_alone(routes: int, chunk: int) -> None:
+    assert route_tiles(routes, Target.SM90).chunk == chunk
+    assert route_tiles(routes, Target.GFX942) == RouteTiles()

@@ -29,6 +29,8 @@ LOCAL, EXPERTS, TOP_K = 5, 24, 4
 TILES = {
     "8x64": (8, Sm90Tile(64, 128, 0, 4, 4)),
     "8x64_split": (8, Sm90Tile(64, 128, 0, 4, 3, split_k=4)),
+    "8x64_long_split": (8, Sm90Tile(64, 128, 0, 4, 6, split_k=4)),
+    "8x128": (8, Sm90Tile(128, 128, 0, 4, 4)),
     "8x64_tail": (8, Sm90Tile(64, 128, 0, 4, 4, tail_split=4)),
     "8x128_tail": (8, Sm90Tile(128, 128, 0, 4, 3, tail_split=2)),
     "16x128": (16, Sm90Tile(128, 128, 0, 4, 3)),

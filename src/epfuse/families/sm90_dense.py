@@ -83,13 +83,18 @@ class Sm90Dense(OneLaunch):
 
 # Measured on an H200 at 64, 128, 256 and 512 rows (docs/performance.md). Tiles of 288 rows multiply all of an expert's
 # at once, 256 to a product; where they would lack many, or an expert would need a second block for some, others stand.
+# From 720 rows on an expert takes several blocks of any size: measured at 1024 rows on two layers, where 192 rows were
+# best, and at 2048 (256) and 4096 (192) on one; 288 took 3 to 7 % longer. At 512 and 2048 rows 192 were worse than 288.
 DENSE_TILES = (
     TileRange(80, LayerTiles.both(96, Sm90DenseTile(128, 64, 1, 4, 7))),
     TileRange(132, LayerTiles.both(144, Sm90DenseTile(128, 64, 1, 4, 6))),
     TileRange(176, LayerTiles.both(192, Sm90DenseTile(256, 64, 1, 4, 3))),
     TileRange(320, LayerTiles.both(288, Sm90DenseTile(128, 64, 1, 4, 4))),
     TileRange(440, LayerTiles.both(192, Sm90DenseTile(256, 64, 8, 4, 3))),
-    TileRange(ANY, LayerTiles.both(288, Sm90DenseTile(128, 64, 2, 4, 4))),
+    TileRange(720, LayerTiles.both(288, Sm90DenseTile(128, 64, 2, 4, 4))),
+    TileRange(1450, LayerTiles.both(192, Sm90DenseTile(256, 64, 8, 4, 3))),
+    TileRange(2900, LayerTiles.both(256, Sm90DenseTile(128, 64, 8, 4, 4))),
+    TileRange(ANY, LayerTiles.both(192, Sm90DenseTile(256, 64, 8, 4, 3))),
 )
 
 SM90_DENSE = Sm90Dense()

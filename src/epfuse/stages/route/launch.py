@@ -9,7 +9,17 @@ from epfuse.stages.grid import pieces, power_of_two
 from epfuse.stages.route.kernel import count_kernel, place_kernel, route_kernel
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.tiles import RouteTiles
-from epfuse.target import overlap_previous, target_of
+from epfuse.target import Target, overlap_previous, target_of
+
+SM90_CHUNKS = ((131072, 512), (49152, 256))
+"""From so many routes on, and the chunk: a program reads all chunks' counts, and compares the routes of its own."""
+
+
+def route_tiles(routes: int, target: Target) -> RouteTiles:
+    """How so many routes are cut on a target; where the chunk changes was measured on an H200 alone."""
+    if target is not Target.SM90:
+        return RouteTiles()
+    return RouteTiles(chunk=next((chunk for least, chunk in SM90_CHUNKS if routes >= least), RouteTiles.chunk))
 
 
 def launch_route(
@@ -26,22 +36,21 @@ def launch_route(
         expert_map: ``[E]`` int32 on the same device, local slot or -1.
         local: L.
         table: `RouteTable.empty` of R routes over L experts; filled, its arrivals with zeros.
-        tiles: RouteTiles; None takes the default.
+        tiles: RouteTiles; None takes those of `route_tiles`.
 
     Returns:
         ``table``. Within an expert the routes ascend, so the result is the same in every run.
 
     Host syncs: none; graph-capturable. One launch up to ``tiles.one_launch_routes`` routes, two above.
     """
-    tiles = tiles or RouteTiles()
-    routes, block_m = table.num_routes, table.block_m
+    routes, block_m, target = table.num_routes, table.block_m, target_of(topk_ids.device)
+    tiles = tiles or route_tiles(routes, target)
     counters = 0 if table.arrivals is None else table.arrivals.numel()
     shape = {"L": local, "BINS": power_of_two(local + 1)}
     blocks = {"BLOCK_M": block_m, "PADDING": power_of_two(block_m), "BLOCKS": 16}
     memory = (table.sorted_routes, table.block_expert, table.block_row, table.num_padded, table.arrivals)
     sizes = (routes, expert_map.numel(), counters)
-    target, slots = target_of(topk_ids.device), expert_map
-    overlap, (ids,) = overlap_previous(target), extents(target, topk_ids)
+    slots, overlap, (ids,) = expert_map, overlap_previous(target), extents(target, topk_ids)
     if routes <= tiles.one_launch_routes:
         count = min(tiles.count, max(32, power_of_two(routes)))
         warps = {"num_warps": 4 if count <= 1024 else 8}
