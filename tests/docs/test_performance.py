@@ -275,3 +275,26 @@ def check_floors_and_errors(section: str, record: str, theirs: str) -> None:
         errors = [row["relative_error"] for run in runs for row in run["rows"] if row["contender"] == contender]
         ends = (f"{error:.1e}".replace("e-0", "e-") for error in (min(errors), max(errors)))
         assert words.format(*ends) in " ".join(section.split())
+
+
+def test_the_tiles_of_many_rows_are_the_record_s() -> None:
+    """Before and FlashInfer at each point; the best is one of the record's times, and the ratio is theirs."""
+    names = {
+        "Mixtral 8x7B EP2": "mixtral-8x7b-ep2",
+        "Qwen3-235B EP8": "qwen3-235b-ep8",
+        "Qwen3-235B EP4": "qwen3-235b-ep4",
+        "MiniMax-M3 EP8": "minimax-m3-ep8",
+    }
+    points = json.loads((DOCS / "records/2026-11-30-h200-bf16-many-rows.json").read_text())["points"]
+    times = {(point["layer"], point["tokens"]): point["us"] for point in points}
+    section = (DOCS / "performance.md").read_text().split("**Tiles for many rows, searched beside FlashInfer**")[1]
+    table = section.split("**Still slower")[0].splitlines()
+    lines = [line.split(" | ") for line in table if line.startswith(tuple(f"| {name}" for name in names))]
+    assert len(lines) == len(points)
+    for layer, tokens, _, before, best, _, peer, ratio in lines:
+        us = times.pop((names[layer.strip("| ")], int(tokens)))
+        assert [float(before), float(peer)] == [round(us["today"], 1), round(us["FlashInfer"], 1)]
+        ours = [time for word, time in us.items() if word != "FlashInfer" and abs(time - float(best)) < 0.051]
+        assert ours, (layer, tokens)
+        assert float(ratio.strip("| ")) == round(ours[0] / us["FlashInfer"], 2)
+    assert not times
