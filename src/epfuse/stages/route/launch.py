@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from epfuse.arguments import checks_enums
 from epfuse.stages.extent import extents
 from epfuse.stages.grid import pieces, power_of_two
 from epfuse.stages.route.kernel import count_kernel, place_kernel, route_kernel
@@ -15,6 +18,8 @@ SM90_CHUNKS = ((131072, 512), (49152, 256))
 """From so many routes on, and the chunk: a program reads all chunks' counts, and compares the routes of its own."""
 
 
+@functools.lru_cache(maxsize=1024)
+@checks_enums
 def route_tiles(routes: int, target: Target) -> RouteTiles:
     """How so many routes are cut on a target; where the chunk changes was measured on an H200 alone."""
     if target is not Target.SM90:
