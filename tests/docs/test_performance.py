@@ -199,6 +199,19 @@ def test_few_rows_are_their_record_s() -> None:
         assert float(ratio) == round(float(now) / float(before), 2)
 
 
+def test_one_wide_expert_has_its_record_s_times() -> None:
+    points = json.loads((DOCS / "records/2026-11-30-h200-one-expert.json").read_text())["points"]
+    section = (DOCS / "performance.md").read_text().split("### One expert or two\n")[1].split("\n### ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| Mixtral")]
+    found = {(point["layer"], point["tokens"]): point for point in points}
+    assert len(lines) == len(found) == 18
+    for name, tokens, before, now, ratio in lines:
+        point = found[name.lower().replace(" ", "-"), int(tokens)]
+        times = point["again_us"]
+        assert (before, now) == (f"{times[point['today']]:.1f}", f"{min(times.values()):.1f}")
+        assert float(ratio) == round(float(now) / float(before), 2)
+
+
 def test_tuned_rows_of_64_experts_are_their_record_s() -> None:
     (run,) = json.loads((DOCS / "records/2026-11-30-h200-tune64.json").read_text())["runs"]
     lines = (DOCS / "performance.md").read_text().splitlines()

@@ -108,7 +108,11 @@ def test_known_tiles_run_at_every_block_that_takes_them() -> None:
     assert known_candidates(HOPPER, [replace(LARGE, num_stages=4)], FRAGMENT, Stage.DOWN, 160) == []
     shared = replace(alone, split_k=4)
     assert known_candidates(HOPPER, [shared], FRAGMENT, Stage.DOWN, 8) == [shared]
-    assert known_candidates(HOPPER, [shared], FRAGMENT, Stage.DOWN, 64) == []
+    assert known_candidates(HOPPER, [shared], FRAGMENT, Stage.DOWN, 64) == [shared]
+    assert known_candidates(HOPPER, [shared], FRAGMENT, Stage.DOWN, 128) == []
+    tailed = replace(alone, tail_split=4)
+    assert known_candidates(HOPPER, [tailed], FRAGMENT, Stage.DOWN, 16) == [tailed]
+    assert known_candidates(HOPPER, [tailed], FRAGMENT, Stage.DOWN, 64) == []
     for block_m in (8, 64, 144):
         for tile in at(block_m):
             LayerTiles(block_m, tile, tile)

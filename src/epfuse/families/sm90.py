@@ -18,11 +18,15 @@ from epfuse.families.portable import DENSE_TILES as PORTABLE_TILES
 from epfuse.families.portable import PORTABLE
 from epfuse.families.two_gemms import TwoGemms
 from epfuse.stages.extent import ALIGNMENT
-from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile, TileRange
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile, TileRange, has_few_tiles
 from epfuse.target import Target
 
 SPLIT_ROWS = 0.5
 """Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
+FEW_TILES_END = 200.0
+"""Rows an expert from which on such layers take the packed kernels."""
+MOST_SHARED_ROWS = 64
+"""Rows of a block up to which programs may share a reduction."""
 SHORT_K = 512
 """I up to which a program of down has four steps at the most."""
 SHORT_DOWN = Sm90Tile(128, 128, 0, 4, 3)
@@ -80,6 +84,8 @@ class Sm90(TwoGemms):
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H100; on an H200 with one scale a row, and where few experts have two rows."""
         ranges = TILES[kind.form]
+        if kind.form is WeightFormat.FRAGMENT and has_few_tiles(kind.shape):
+            return FEW_TILES
         if kind.form is WeightFormat.FRAGMENT and kind.shape.intermediate <= SHORT_K:
             return tuple(TileRange(entry.max_rows, with_short_down(entry.tiles)) for entry in ranges)
         return ranges
@@ -89,7 +95,8 @@ class Sm90(TwoGemms):
         if block_m.bit_count() > 1:
             return
         alone, shared, tail = ((1, 1),), ((2, 1), (4, 1), (8, 1)), ((1, 4),)  # split_k and tail_split
-        splits = alone + (shared if rows <= SPLIT_ROWS else ()) + (tail if block_m == self.least_block_m else ())
+        is_shared = rows <= SPLIT_ROWS or (has_few_tiles(kind.shape) and block_m <= MOST_SHARED_ROWS)
+        splits = alone + (shared if is_shared else ()) + (tail if block_m == self.least_block_m else ())
         for block_k, (block_n, warps), group_m, stages, (split_k, tail_split) in itertools.product(
             (64, 128) if kind.form is WeightFormat.DENSE and block_m >= 64 else (128,),
             ((64, 4), (128, 4), (128, 8), (256, 8)),
@@ -102,9 +109,9 @@ class Sm90(TwoGemms):
                 yield tile
 
     def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
-        """Where there are rows, there are tiles enough: no reduction is shared."""
+        """Long blocks are many, or the layer has another family's tiles: no reduction is shared."""
         assert isinstance(tile, Sm90Tile)
-        shared = tile.shares > 1 and block_m > 16
+        shared = block_m > (MOST_SHARED_ROWS if tile.split_k > 1 else 16) and tile.shares > 1
         return block_m.bit_count() == 1 and not shared and ring_fits(tile, form, block_m)
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
@@ -137,6 +144,14 @@ FRAGMENT_TILES = (
     TileRange(6, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(20, LayerTiles(32, Sm90Tile(128, 128, 0, 4, 3, guess_bytes=512), Sm90Tile(128, 128, 0, 4, 3))),
     TileRange(44, LayerTiles(64, Sm90Tile(128, 128, 4, 8, 3, guess_bytes=512), Sm90Tile(128, 128, 4, 8, 3))),
+)
+# Measured on an H200 (docs/performance.md, "One expert or two"), of layers with few tiles.
+FEW_TILES = (
+    TileRange(4, LayerTiles(8, Sm90Tile(128, 128, 0, 4, 3, split_k=4), Sm90Tile(64, 128, 0, 4, 3, split_k=8))),
+    TileRange(12.5, LayerTiles(16, Sm90Tile(128, 128, 0, 8, 3, split_k=4), Sm90Tile(64, 128, 0, 4, 3, split_k=8))),
+    TileRange(24, LayerTiles(32, Sm90Tile(64, 128, 0, 4, 4, split_k=2), Sm90Tile(64, 128, 0, 4, 4, split_k=4))),
+    TileRange(64, LayerTiles(64, Sm90Tile(64, 128, 0, 4, 3), Sm90Tile(64, 128, 0, 4, 3, split_k=4))),
+    TileRange(FEW_TILES_END, LayerTiles(64, Sm90Tile(128, 128, 0, 8, 3), Sm90Tile(64, 128, 0, 4, 3, split_k=2))),
 )
 # Measured on an H200 (docs/performance.md). With more rows FP8 products are faster, though rows are quantised for them.
 ROW_FP8_TILES = (TileRange(0.1, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, split_k=4))),)

@@ -13,8 +13,8 @@ from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import CallKind, Reads
 from epfuse.families.one_launch import OneLaunch
-from epfuse.families.sm90 import SHARED_BYTES
-from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90PersistentTile, TileRange
+from epfuse.families.sm90 import FEW_TILES_END, SHARED_BYTES
+from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90PersistentTile, TileRange, has_few_tiles
 from epfuse.target import Target
 
 TWO_PARTS = (96, 144, 160, 272, 288, 320)
@@ -36,8 +36,9 @@ class Sm90Packed(OneLaunch):
     reads: ClassVar[Reads] = {Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,)}}
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
-        """Measured on an H100."""
-        return FRAGMENT_TILES
+        """Measured on an H100; a layer with few tiles has more of them in `Sm90`'s blocks, up to some rows."""
+        begin = FEW_TILES_END if has_few_tiles(kind.shape) else 0.0
+        return tuple(entry for entry in FRAGMENT_TILES if entry.max_rows > begin)
 
     def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""

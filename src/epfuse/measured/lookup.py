@@ -6,7 +6,8 @@ it is *near*: used if it is this product's own. A farther one is not used. A row
 another product of the same target, or for a layer with another L, E or K; its tile is used and its time is not. One of
 a layer with biases for one without, or the other way round, serves in the same way, and comes after the same product's
 rows for the same sizes that have the call's: biases are added after the products and move no more memory to speak of,
-so that a product or sizes count for more. A layer with another H or I has nothing to say.
+so that a product or sizes count for more. A layer with another H or I has nothing to say,
+nor has one whose few wide experts are too few tiles for the GPU for one that has enough, or the other way round.
 
 If n rows an expert are expected, most experts get at most n + sqrt(n). If a row's block had room for so many when it
 was measured, and has none for the call's, many experts would need a second block for a few rows: the row does not serve
@@ -25,7 +26,7 @@ from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families.family import Stage
 from epfuse.measured.schema import Measurement, TileRow
 from epfuse.measured.store import shipped
-from epfuse.stages.tiles import LayerTiles
+from epfuse.stages.tiles import LayerTiles, has_few_tiles
 from epfuse.target import Target
 
 CLOSE = 1.5
@@ -139,7 +140,9 @@ def sources(
         measured = gate_up.shape
         if (measured.hidden, measured.intermediate) != (shape.hidden, shape.intermediate):
             continue
-        if measured.local_experts > MORE_EXPERTS * shape.local_experts:
+        if measured.local_experts > MORE_EXPERTS * shape.local_experts or has_few_tiles(measured) != has_few_tiles(
+            shape
+        ):
             continue
         if points := _points(gate_up, down, measured):
             same = gate_up.device == device_name, measured == shape, gate_up.bias is bias

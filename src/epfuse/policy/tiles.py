@@ -16,7 +16,7 @@ from epfuse.measured.fits import fit_of
 from epfuse.measured.lookup import FoundTiles, LayerMeasurements, change_points, find, sources
 from epfuse.policy.decision import TileChoice
 from epfuse.policy.timed import overruled
-from epfuse.stages.tiles import LayerTiles, TileRange, rows_per_expert
+from epfuse.stages.tiles import LayerTiles, TileRange, has_few_tiles, rows_per_expert
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def tile_ranges(kind: CallKind) -> list[tuple[int, TileChoice]]:
     """
     ranges, measured = nearest_ranges(kind), _measured(kind)
     fit = fit_of(kind.target, kind.device, kind.path, kind.form) if _as_measured(kind) else None
-    if fit is not None:
+    if fit is not None and not has_few_tiles(kind.shape):  # of those it is up to a third off
         ranges = overruled(ranges, measured, fit, kind.target, kind.shape)
     return ranges
 

@@ -16,6 +16,10 @@ from epfuse.errors import ConfigError
 
 LARGEST = 1 << 24
 """No size in a table is as large."""
+FEW_OUTPUTS = 8192
+"""Outputs of down over all local experts up to which whole tiles leave multiprocessors without one: 128 of 64 rows."""
+LONG_K = 3072
+"""H and I from which on each of eight programs that share a reduction has three steps."""
 FEW_ROWS = 16
 """Rows that a persistent tile copies of a block's rest if it has no more."""
 
@@ -317,6 +321,15 @@ class TileRange:
 
     max_rows: float
     tiles: LayerTiles
+
+
+def has_few_tiles(shape: LayerShape) -> bool:
+    """Whether one block of rows for each local expert is too few tiles of down for the GPU, and reductions are long.
+
+    Mixtral's layers are that on eight ranks and on four, with one wide expert or two.
+    """
+    is_long = min(shape.hidden, shape.intermediate) >= LONG_K
+    return is_long and shape.local_experts * shape.hidden <= FEW_OUTPUTS
 
 
 def rows_per_expert(tokens: int, shape: LayerShape) -> float:
