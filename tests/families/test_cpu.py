@@ -10,7 +10,7 @@ import torch
 from epfuse import ExpertMap, ExpertWeights, Path, SwiGLUOAI, Target, fused_experts
 from epfuse.config import LayerShape, WeightFormat, silu_gate
 from epfuse.families import cpu
-from epfuse.families.family import CallKind
+from epfuse.families.family import CallKind, LayerCall
 from epfuse.policy import READABLE, decide
 from epfuse.reference import run_reference
 from epfuse.verify import experts
@@ -75,6 +75,32 @@ def test_few_routes_are_sorted_as_many_are(routing: str, dtype: torch.dtype, mon
         monkeypatch.setattr(cpu, "FEW_ROUTES", few)
         found.append(fused_experts(*operands, activation=SwiGLUOAI()))
     torch.testing.assert_close(*found)  # a token's rows are added in another order
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("local", [4, 16])
+def test_rows_that_are_added_at_once_are_those_of_runs(
+    local: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(CPU, tokens=200, local=local, dtype=dtype)
+    if local < 16:  # else all routes are local
+        case.topk_ids[7], case.topk_ids[199] = -1, 16
+        case.topk_weights[7] = torch.nan
+    asked: list[int] = []
+    added = cpu._weigh_and_add
+
+    def watched(call: LayerCall, rows: torch.Tensor, order: torch.Tensor) -> None:
+        asked.append(len(rows))
+        added(call, rows, order)
+
+    monkeypatch.setattr(cpu, "_weigh_and_add", watched)
+    at_once = check(case, case.weights, SwiGLUOAI())
+    local_routes = int(((case.topk_ids >= 0) & (case.topk_ids < local)).sum())
+    assert asked == ([local_routes] if cpu.multiplies(dtype) and dtype != torch.float32 else [])
+    monkeypatch.setattr(cpu, "AT_ONCE", 200 * 4 * 64 // 16)
+    asked.clear()
+    torch.testing.assert_close(at_once, check(case, case.weights, SwiGLUOAI()))  # in another order
+    assert not asked
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

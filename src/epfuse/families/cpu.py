@@ -43,8 +43,11 @@ WIDENS = 6
 """Rows from which it pays to widen an expert's BF16 or FP16 weights to FP32, where the CPU multiplies those alone."""
 ALIGNED = 16
 """Bytes that torch's grouped product wants rows and matrices to begin at a multiple of."""
-PIECE = 128
-"""Rows of 16 bits that are widened to FP32 at once."""
+PIECE = 256
+"""Rows of 16 bits that are widened to FP32 at once: to wake another thread for fewer takes as long as it helps."""
+AT_ONCE = 2**22
+"""Numbers in all rows of a call, up to which one call of torch's adds them: 16 MiB when they are FP32. From that block
+on the C library keeps that much and twice as much for the next call, and new memory costs up to a fifth of a call."""
 FEW_ROWS = 3
 """Rows of an expert up to which the library takes less time for an FP32 matrix times them than for them times it."""
 LONG_ROW = 4096
@@ -145,11 +148,19 @@ def run_experts(call: LayerCall, least: int) -> None:
 
 
 def _many_routes(call: LayerCall, first: Products, second: Products, least: int) -> None:
-    """Each run's rows are added before the next run is multiplied."""
+    """All rows in one run, if they are few enough and the library multiplies them so, in 16 bits.
+
+    Else each run's rows are added before the next run is multiplied.
+    """
+    held, order = _sorted_routes(call)
+    tokens = order // call.shape.top_k
+    if held and order.numel() * call.hidden.shape[1] <= AT_ONCE and first.narrow(held) and second.narrow(held):
+        rows = _layer(call.hidden.index_select(0, tokens), first, second, held, call.activation)
+        _weigh_and_add(call, rows, order)
+        return
     total = call.out if call.out.dtype == torch.float32 else torch.empty_like(call.out, dtype=torch.float32)
     total.zero_()
-    held, order = _sorted_routes(call)
-    tokens, factors = order // call.shape.top_k, call.topk_weights.view(-1, 1).index_select(0, order)
+    factors = call.topk_weights.view(-1, 1).index_select(0, order)
     begin = 0
     for run in runs_of(held, least):
         mine = slice(begin, begin + sum(one.rows for one in run))
@@ -159,6 +170,21 @@ def _many_routes(call: LayerCall, first: Products, second: Products, least: int)
             _add(total, *piece)
     if total is not call.out:
         call.out.copy_(total)
+
+
+def _weigh_and_add(call: LayerCall, rows: torch.Tensor, order: torch.Tensor) -> None:
+    """``rows [n, H]`` of the routes ``order [n]`` into ``call.out``; each token's in the order of its routes."""
+    tokens, top_k = call.topk_ids.shape
+    places = torch.empty(tokens * top_k, dtype=torch.int64)
+    places[order] = torch.arange(order.numel())
+    factors = call.topk_weights.view(-1)
+    if order.numel() == places.numel():
+        bags = torch.arange(0, places.numel(), top_k)
+    else:
+        local = torch.zeros(places.shape, dtype=torch.bool).index_fill_(0, order, True)
+        places, factors, counts = places[local], factors[local], local.view(tokens, top_k).sum(1)
+        bags = counts.cumsum(0).sub_(counts)
+    call.out.copy_(torch.embedding_bag(rows.float(), places, bags, False, 0, False, factors)[0])
 
 
 def _sorted_routes(call: LayerCall) -> tuple[list[ExpertRows], torch.Tensor]:

@@ -14,10 +14,7 @@ from epfuse.stages.activation_reference import activated
 
 def swiglu_oai_(gate_up: torch.Tensor, activation: SwiGLUOAI) -> torch.Tensor:
     """``[n, 2I]`` -> ``[n, I]`` float32; passes that would change nothing are left out."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.float()
-    if activation.beta or not math.isinf(activation.limit):
-        up = up.float()
+    gate, up = gate_up.float().chunk(2, dim=-1)  # one pass, where a product of two dtypes would widen a copy of up
     if not math.isinf(activation.limit):
         gate.clamp_(max=activation.limit)
         up.clamp_(-activation.limit, activation.limit)
@@ -30,8 +27,7 @@ def swiglu_oai_(gate_up: torch.Tensor, activation: SwiGLUOAI) -> torch.Tensor:
 
 def gelu_tanh_(gate_up: torch.Tensor, activation: GELUTanh) -> torch.Tensor:
     """``[n, 2I]`` -> ``[n, I]`` float32."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.float()  # up is widened as it is read
+    gate, up = gate_up.float().chunk(2, dim=-1)
     return torch.nn.functional.gelu(gate, approximate="tanh").mul_(up)
 
 
