@@ -8,11 +8,12 @@ import torch
 import epfuse.stages.down.launch_sm90_block_fp8 as down_module
 import epfuse.stages.gate_up.launch_sm90_block_fp8 as gate_up_module
 from epfuse import ExpertWeights, LayerShape, Path, Scratch, SwiGLUOAI, Target, scratch_size
-from epfuse.config import Combine, WeightFormat
+from epfuse.config import MINIMAX_M3_EP8, Combine, WeightFormat
 from epfuse.errors import ConfigError
-from epfuse.families.family import CallKind, Stage
+from epfuse.families.family import CallKind, Family, Stage
 from epfuse.families.portable_fp8 import PORTABLE_FP8
 from epfuse.families.registry import serving, why_portable
+from epfuse.families.sm90 import SM90
 from epfuse.families.sm90_block_fp8 import BLOCK_FP8_TILES, SM90_BLOCK_FP8
 from epfuse.policy import decide
 from epfuse.reference import run_reference
@@ -138,6 +139,20 @@ def test_sums_by_atomics_run_on_the_portable_kernels(tokens: int) -> None:
     shape = LayerShape(256, 128, 16, 4, 3)
     assert decide(calls(shape), tokens).family is SM90_BLOCK_FP8
     assert decide(calls(shape, Combine.ATOMIC), tokens).family is PORTABLE_FP8
+
+
+@pytest.mark.parametrize(("tokens", "family"), [(1, SM90), (3, SM90), (4, SM90_BLOCK_FP8)])
+def test_few_rows_stay_in_bf16(tokens: int, family: Family) -> None:
+    """Up to 0.1 rows an expert; a call's memory has room for either."""
+    kind = calls(MINIMAX_M3_EP8)
+    decision = decide(kind, tokens)
+    assert decision.family is family
+    assert decision.tiles is not None
+    assert family.fits(decision.tiles.gate_up, WeightFormat.BLOCK_FP8, decision.tiles.block_m)
+    room = scratch_size(Path.BLOCK_FP8, tokens, 4, 6144, 3072)
+    needed = family.scratch(tokens, 4, 6144, 3072)
+    assert room.y >= needed.y
+    assert room.routed >= needed.routed
 
 
 def test_default_tiles_fit() -> None:

@@ -13,8 +13,14 @@ import torch
 
 from tests.stages.plain_gluon import Numbers, PlainLanguage
 
-BFLOAT16, FLOAT32, INT32, UINT8 = "bfloat16", "float32", "int32", "uint8"
-TORCH = {BFLOAT16: torch.bfloat16, FLOAT32: torch.float32, INT32: torch.int32, UINT8: torch.uint8}
+BFLOAT16, FLOAT8, FLOAT32, INT32, UINT8 = "bfloat16", "float8e4nv", "float32", "int32", "uint8"
+TORCH = {
+    BFLOAT16: torch.bfloat16,
+    FLOAT8: torch.float8_e4m3fn,
+    FLOAT32: torch.float32,
+    INT32: torch.int32,
+    UINT8: torch.uint8,
+}
 
 
 def values(raw: np.ndarray, dtype: str) -> np.ndarray:
@@ -115,7 +121,7 @@ class Shared:
 class PlainMachine(PlainLanguage):
     """What a tile's main loop uses of `gluon.language` besides."""
 
-    bfloat16, float32, int32, uint8 = BFLOAT16, FLOAT32, INT32, UINT8
+    bfloat16, float8e4nv, float32, int32, uint8 = BFLOAT16, FLOAT8, FLOAT32, INT32, UINT8
     static_range = range
 
     @staticmethod
@@ -155,6 +161,6 @@ def copy(stage: Shared, pointers: Pointers, mask: np.ndarray | None = None) -> N
 COPIES = SimpleNamespace(async_copy_global_to_shared=copy, commit_group=lambda: None, wait_group=lambda pending: None)
 
 
-def multiply(a: Shared | np.ndarray, b: Shared, acc: np.ndarray, is_async: bool) -> Numbers:
+def multiply(a: Shared | np.ndarray, b: Shared, acc: np.ndarray, is_async: bool, use_acc: bool = True) -> Numbers:
     a = a.numbers if isinstance(a, Shared) else a
-    return (acc + np.asarray(a, np.float64) @ b.numbers.astype(np.float64)).view(Numbers)
+    return (acc * use_acc + np.asarray(a, np.float64) @ b.numbers.astype(np.float64)).view(Numbers)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from epfuse import SwiGLUOAI
-from epfuse.stages import sm90_gemm, sm90_layouts
+from epfuse.stages import sm90_codes, sm90_gemm, sm90_layouts
 from epfuse.stages.down import kernel_sm90 as down_kernel
 from epfuse.stages.down import reference as down_reference
 from epfuse.stages.gate_up import kernel_sm90 as gate_up_kernel
@@ -162,15 +162,17 @@ def test_codes_and_numbers_of_x_meet() -> None:
     assert np.array_equal(last[:, 0], last[:, 1])
 
 
-def run_ptx(text: str, word: int) -> list[int]:
-    """What a block of PTX leaves in $0 and $1, from ``word`` in $2; of its instructions those that are used here."""
-    value = {"$2": word, "0": 0}
+def run_ptx(text: str, codes: list[int]) -> torch.Tensor:
+    """The four BF16 that a block of PTX makes of four codes; of its instructions those that are used here."""
+    value = {"$2": sum(code << 8 * place for place, code in enumerate(codes)), "0": 0}
     mask = (1 << 32) - 1
 
     def of(name: str) -> int:
         return value[name] if name in value else int(name, 0)
 
-    for operation, names in re.findall(r"(?m)^\s*([a-z]\w+\.[\w.]+)\s+([^;]+);", text):
+    for guard, operation, names in re.findall(r"(?m)^\s*(?:@(\w+) )?([a-z]\w+\.[\w.]+)\s+([^;]+);", text):
+        if guard and not value[guard]:
+            continue
         out, *inputs = (name.strip() for name in names.split(","))
         match operation:
             case "prmt.b32":
@@ -182,6 +184,10 @@ def run_ptx(text: str, word: int) -> list[int]:
                 value[out] = of(inputs[0]) << of(inputs[1]) & mask
             case "and.b32":
                 value[out] = of(inputs[0]) & of(inputs[1])
+            case "add.u32":
+                value[out] = of(inputs[0]) + of(inputs[1]) & mask
+            case "setp.ne.u32":
+                value[out] = of(inputs[0]) != of(inputs[1])
             case "mov.b32":
                 value[out] = of(inputs[0])
             case "mul.rn.bf16x2":
@@ -190,11 +196,12 @@ def run_ptx(text: str, word: int) -> list[int]:
                 value[out] = product[0] | product[1] << 16
             case _:
                 raise AssertionError(operation)
-    return [value["$0"], value["$1"]]
+    halves = [value[name] >> shift & 65535 for name in ("$0", "$1") for shift in (0, 16)]
+    return torch.tensor(halves).to(torch.uint16).view(torch.bfloat16)
 
 
-def test_every_code_is_its_number() -> None:
-    """All 254 of them, at each of four places of a word."""
+def assembly_of(function: object) -> str:
+    """The PTX of one of `sm90_codes`' device functions."""
     found: list[str] = []
 
     class Language:
@@ -204,14 +211,17 @@ def test_every_code_is_its_number() -> None:
         def inline_asm_elementwise(text: str, *_: object, **__: object) -> None:
             found.append(text)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sm90_codes, "gl", Language)
+        function.fn(None)  # type: ignore[attr-defined]
+    return found[0]
+
+
+def test_every_code_is_its_number() -> None:
+    """All 254 of them, at each of four places of a word."""
+    text = assembly_of(sm90_codes.codes_to_bf16)
     codes = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8)
     want = codes.view(torch.float8_e4m3fn).double() / 256
-    with plain(sm90_gemm, sm90_layouts), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sm90_gemm, "gl", Language)
-        sm90_gemm.codes_to_bf16(None)
     for first in range(len(codes)):
         four = [(first + place * 85) % len(codes) for place in range(4)]
-        word = sum(int(codes[index]) << 8 * place for place, index in enumerate(four))
-        low, high = run_ptx(found[0], word)
-        halves = torch.tensor([low & 65535, low >> 16, high & 65535, high >> 16]).to(torch.uint16)
-        assert torch.equal(halves.view(torch.bfloat16).double(), want[four])
+        assert torch.equal(run_ptx(text, [int(codes[index]) for index in four]).double(), want[four])

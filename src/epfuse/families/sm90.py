@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from epfuse.config import Bias, Path, WeightFormat
+from epfuse.config import Bias, LayerShape, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import CallKind, LayerCall, Reads, Steps
 from epfuse.families.portable import DENSE_TILES as PORTABLE_TILES
@@ -20,6 +20,7 @@ from epfuse.families.two_gemms import TwoGemms
 from epfuse.stages.extent import ALIGNMENT
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile, TileRange, has_few_tiles
 from epfuse.target import Target
+from epfuse.weights.block_fp8 import BLOCK
 
 SPLIT_ROWS = 0.5
 """Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
@@ -42,6 +43,19 @@ def dense_is_aligned(call: LayerCall) -> bool:
     return not any(weights.data_ptr() % ALIGNMENT for weights in dense)
 
 
+def why_no_blocks(shape: LayerShape) -> str | None:
+    """Why Hopper's kernels don't read a layer's block FP8 weights, in a sentence; None if they do.
+
+    Not where gate and up rows share a scale, rows of weights can't be copied, or are less than a step.
+    """
+    if shape.intermediate % BLOCK == 0 and shape.hidden % 16 == 0 and shape.hidden >= BLOCK:
+        return None
+    return (
+        f"It takes block FP8 weights with I in multiples of {BLOCK} and H in multiples of 16, from {BLOCK} on,"
+        f" not {shape.intermediate} and {shape.hidden}."
+    )
+
+
 def with_short_down(tiles: LayerTiles) -> LayerTiles:
     """With a tile of down for I of a few steps: a program with one or two takes as long to begin as to go through them.
 
@@ -51,9 +65,10 @@ def with_short_down(tiles: LayerTiles) -> LayerTiles:
 
 
 class Sm90(TwoGemms):
-    """route -> gate_up -> down -> combine, on dense weights, MXFP8 in fragment order or FP8 with one scale a row.
+    """route -> gate_up -> down -> combine, on dense weights, MXFP8 in fragment order, FP8 by rows or by blocks.
 
-    Activations are in BF16 here, for W8A8 too: very few rows don't gain by FP8 products what quantising them costs.
+    Activations are in BF16 here, for W8A8 and BLOCK_FP8 too: very few rows don't gain by FP8 products what quantising
+    them costs.
     """
 
     name: ClassVar[str] = "sm90"
@@ -65,11 +80,12 @@ class Sm90(TwoGemms):
             Path.W8A16: (WeightFormat.FRAGMENT,),
             Path.W8A8: (WeightFormat.ROW_FP8,),
             Path.BF16: (WeightFormat.DENSE,),
+            Path.BLOCK_FP8: (WeightFormat.BLOCK_FP8,),
         },
     }
 
     def accepts(self, kind: CallKind) -> str | None:
-        """Dense rows that begin at multiples of 32 bytes, and BF16."""
+        """Dense rows that begin at multiples of 32 bytes, block FP8 of whole blocks, and BF16."""
         if (refusal := super().accepts(kind)) is not None:
             return refusal
         shape, dtype = kind.shape, kind.dtype
@@ -79,10 +95,10 @@ class Sm90(TwoGemms):
             )
         if dtype != torch.bfloat16:
             return f"It takes BF16 activations, not {str(dtype).removeprefix('torch.')}."
-        return None
+        return why_no_blocks(shape) if kind.form is WeightFormat.BLOCK_FP8 else None
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
-        """Measured on an H100; on an H200 with one scale a row, and where few experts have two rows."""
+        """Measured on an H100; on an H200 with one scale a row or a block, and where few experts have two rows."""
         ranges = TILES[kind.form]
         if kind.form is WeightFormat.FRAGMENT and has_few_tiles(kind.shape):
             return FEW_TILES
@@ -155,6 +171,7 @@ FEW_TILES = (
 )
 # Measured on an H200 (docs/performance.md). With more rows FP8 products are faster, though rows are quantised for them.
 ROW_FP8_TILES = (TileRange(0.1, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, split_k=4))),)
+BLOCK_FP8_TILES = (TileRange(0.1, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, split_k=4))),)
 DENSE_TILES = (
     TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
     TileRange(4, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
@@ -165,6 +182,7 @@ DENSE_TILES = (
 TILES = {
     WeightFormat.FRAGMENT: FRAGMENT_TILES,
     WeightFormat.ROW_FP8: ROW_FP8_TILES,
+    WeightFormat.BLOCK_FP8: BLOCK_FP8_TILES,
     WeightFormat.DENSE: DENSE_TILES,
 }
 

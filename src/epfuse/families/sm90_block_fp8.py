@@ -12,7 +12,7 @@ import torch
 from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
-from epfuse.families.sm90 import SHARED_BYTES
+from epfuse.families.sm90 import SHARED_BYTES, why_no_blocks
 from epfuse.operands import overlaps
 from epfuse.scratch import ScratchSize
 from epfuse.stages.quantize.rows import FP8Rows
@@ -31,16 +31,8 @@ class Sm90BlockFP8(Family):
     reads: ClassVar[Reads] = {Target.SM90: {Path.BLOCK_FP8: (WeightFormat.BLOCK_FP8,)}}
 
     def accepts(self, kind: CallKind) -> str | None:
-        """Not where gate and up rows share a scale, rows of weights can't be copied, or are less than a step."""
-        if (refusal := super().accepts(kind)) is not None:
-            return refusal
-        shape = kind.shape
-        if shape.intermediate % BLOCK or shape.hidden % 16 or shape.hidden < BLOCK:
-            return (
-                f"It takes block FP8 weights with I in multiples of {BLOCK} and H in multiples of 16, from {BLOCK} on,"
-                f" not {shape.intermediate} and {shape.hidden}."
-            )
-        return None
+        """As `why_no_blocks` says."""
+        return super().accepts(kind) or why_no_blocks(kind.shape)
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
         """Measured on an H200."""

@@ -10,7 +10,9 @@ before is multiplied.
 
 FP8 weights with one scale a row (weights/row_fp8.py) lie in their own order, which the FP8 tensor cores read. Here a
 thread multiplies with 16 adjacent codes of a row all the same: what wgmma takes for the k of its fragments is another
-order of the same 64 k (`k_of_pair`), and the rows of x are copied in that order, two numbers at a time.
+order of the same 64 k (`k_of_pair`), and the rows of x are copied in that order, two numbers at a time. So it is with
+block FP8 weights (weights/block_fp8.py), which lie as checkpoints have them; a stage is one block of k, whose sum is
+multiplied by the block's scale and then added to that of the stages before.
 """
 
 from triton.experimental import gluon
@@ -22,7 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from epfuse.stages.sm90_codes import codes_or_nan_to_bf16, codes_to_bf16, register_operand
 from epfuse.stages.sm90_layouts import (
+    block_copy_layout,
     code_layout,
     code_shared,
     fragment_copy_layout,
@@ -32,6 +36,7 @@ from epfuse.stages.sm90_layouts import (
     sum_layout,
 )
 
+BLOCK = gl.constexpr(128)  # rows and columns of block FP8 weights that share a scale
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name since Triton 3.7, and before
 
 
@@ -43,8 +48,14 @@ def k_of_pair(pair):
 
 @gluon.constexpr_function
 def in_pairs(scales):
-    """Whether weights with such scales are multiplied in the order of `k_of_pair`: those with one scale a row."""
+    """Whether weights with such scales are multiplied in the order of `k_of_pair`: with one scale a row or a block."""
     return scales is not None and scales.dtype.element_ty == gl.float32
+
+
+@gluon.constexpr_function
+def in_blocks(weights):
+    """Whether pointers are to block FP8 weights; of the other codes kernels take the bytes."""
+    return weights.dtype.element_ty == gl.float8e4nv
 
 
 @gluon.jit
@@ -83,61 +94,6 @@ def tile_of(pid, m_blocks, n_blocks, GROUP_M: gl.constexpr):
     inside = pid % (rows * n_blocks)
     rows_here = gl.minimum(m_blocks - group * rows, rows)
     return group * rows + inside % rows_here, inside // rows_here
-
-
-@gluon.jit
-def dequantize(codes, scales):
-    """E4M3 codes times scales -> BF16, four at a time.
-
-    A word holds two woven pairs of codes (weights/fragment.py). A code's exponent and mantissa go into a BF16's low
-    exponent bits, which is 2^-120 of the value, subnormals included; the scale makes up for it.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, upper;
-        and.b32 a, $2, 0x87f087f0;
-        shr.b32 upper, $2, 4;
-        and.b32 upper, upper, 0x07000700;
-        shl.b32 b, $2, 4;
-        lop3.b32 b, b, 0x80f080f0, upper, 0xEA;
-        mul.rn.bf16x2 $0, a, $3;
-        mul.rn.bf16x2 $1, b, $4;
-        }""",
-        "=&r,=&r,r,r,r",
-        [codes, scales],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def codes_to_bf16(codes):
-    """E4M3 codes, none of them NaN, -> BF16 of their values times 2^-8, four adjacent ones at a time.
-
-    2^-8, so that no sum of their products overflows that those of the weights would not. As in `dequantize` a code is
-    put into a BF16's low exponent bits, subnormals included: its sign comes to fill the upper byte, a shift brings the
-    rest to its place, and a mask clears what is between them.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, scale;
-        prmt.b32 a, $2, 0, 0x9180;
-        prmt.b32 b, $2, 0, 0xb3a2;
-        shl.b32 a, a, 4;
-        shl.b32 b, b, 4;
-        and.b32 a, a, 0x87f087f0;
-        and.b32 b, b, 0x87f087f0;
-        mov.b32 scale, 0x77807780;
-        mul.rn.bf16x2 $0, a, scale;
-        mul.rn.bf16x2 $1, b, scale;
-        }""",
-        "=&r,=&r,r",
-        [codes],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
 
 
 @gluon.jit
@@ -194,6 +150,22 @@ def row_scale_pointers(w_scale, panel, last_panel, ROWS: gl.constexpr, BLOCK_M: 
 
 
 @gluon.jit
+def block_pointers(w, offsets):
+    """Pointers to block FP8 codes at k = 0, ``[2, rows, 64]``, from each row's offset as `rows_of_blocks` lie."""
+    layout: gl.constexpr = block_copy_layout(offsets.shape[0], gl.num_warps())
+    part = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout))) * 64
+    inside = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    return w + (offsets[None, :] + part[:, None])[:, :, None] + inside[None, None, :]
+
+
+@gluon.jit
+def rows_of_blocks(BLOCK_N: gl.constexpr):
+    """0, 1, .. below BLOCK_N, as `block_pointers` wants a tile's rows."""
+    layout: gl.constexpr = block_copy_layout(BLOCK_N, gl.num_warps())
+    return gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+
+
+@gluon.jit
 def row_pointers(base, offsets, BLOCK_K: gl.constexpr, PAIRS: gl.constexpr = False):
     """Pointers ``[rows, BLOCK_K]`` at k = 0, from each row's element offset in ``SliceLayout(1, row_copy_layout)``.
 
@@ -227,8 +199,14 @@ def copy_rows(stage, ptrs, live, k, K, EVEN_K: gl.constexpr):
 
 @gluon.jit
 def copy_weights(stage, ptrs, k, K, MASKED: gl.constexpr):
-    """Start the copy of one stage of weights; MASKED: dense ones, with zeros past K, where another row begins."""
-    if MASKED:
+    """Start the copy of one stage of weights; MASKED: unpacked ones, with zeros past K, where another row begins."""
+    if MASKED and in_blocks(ptrs):
+        layout: gl.constexpr = ptrs.type.layout
+        part = gl.arange(0, ptrs.shape[0], layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+        columns = gl.arange(0, ptrs.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+        inside = (part * ptrs.shape[2])[:, None, None] + columns[None, None, :] < K - k
+        async_copy.async_copy_global_to_shared(stage, ptrs + k, mask=inside)
+    elif MASKED:
         columns = gl.arange(0, ptrs.shape[1], layout=gl.SliceLayout(0, ptrs.type.layout))
         async_copy.async_copy_global_to_shared(stage, ptrs + k, mask=(columns < K - k)[None, :])
     else:
@@ -292,19 +270,6 @@ def sum_of_shares(acc, partials, arrivals, tile, split, SPLIT_K: gl.constexpr):
 
 
 @gluon.jit
-def register_operand(codes, words, PART: gl.constexpr, a_layout: gl.constexpr, groups_layout: gl.constexpr):
-    """BF16 register operand [rows, PART_K] of one part of a stage, from its codes and the rows' scale words."""
-    BLOCK_N: gl.constexpr = codes.shape[0]
-    COLUMNS: gl.constexpr = codes.shape[1]
-    group = gl.arange(0, COLUMNS // 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, groups_layout)))
-    bytes_ = (words[:, None] >> (group * 8 + PART * (COLUMNS // 4))[None, :]) & 0xFF
-    scales = gl.expand_dims((bytes_ << 7).to(gl.uint16).to(gl.bfloat16, bitcast=True), 2)
-    scales = gl.broadcast(scales, gl.full([BLOCK_N, COLUMNS // 32, 32], 0, gl.bfloat16, layout=groups_layout))[0]
-    scales = gl.convert_layout(scales.reshape([BLOCK_N, COLUMNS]), a_layout, assert_trivial=True)
-    return dequantize(codes, scales)
-
-
-@gluon.jit
 def weights_times_rows(
     w_ptrs, s_ptrs, x_ptrs, live, K, steps,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
@@ -313,8 +278,9 @@ def weights_times_rows(
     """FP32 [BLOCK_N, BLOCK_M] = W . X^T over K.
 
     Args:
-        w_ptrs: from `row_pointers` (dense) or `fragment_pointers`.
-        s_ptrs: from `fragment_scale_pointers`, or `row_scale_pointers`; None for dense weights.
+        w_ptrs: from `row_pointers` (dense), `fragment_pointers` or `block_pointers`.
+        s_ptrs: from `fragment_scale_pointers` or `row_scale_pointers`; to the scales of each row's first block, as the
+            sums' rows lie; None for dense weights.
         x_ptrs: from `row_pointers`.
         live: bool ``[BLOCK_M]`` in the rows' layout; the others are padding.
         K: columns of x, and of dense weights, that are left from the pointers on.
@@ -323,8 +289,9 @@ def weights_times_rows(
     """
     WARPS: gl.constexpr = gl.num_warps()
     DENSE: gl.constexpr = s_ptrs is None
-    W_STEP: gl.constexpr = BLOCK_K if DENSE else 64 * BLOCK_K
-    MASKED: gl.constexpr = DENSE and not EVEN_K
+    BLOCKS: gl.constexpr = in_blocks(w_ptrs)
+    W_STEP: gl.constexpr = BLOCK_K if DENSE or BLOCKS else 64 * BLOCK_K
+    MASKED: gl.constexpr = (DENSE or BLOCKS) and not EVEN_K
     PAIRS: gl.constexpr = in_pairs(s_ptrs)
     acc_layout: gl.constexpr = sum_layout(BLOCK_M, WARPS)
     row_shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -332,11 +299,13 @@ def weights_times_rows(
     if DENSE:
         w_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, BLOCK_K], row_shared)
     else:
-        w_ring = gl.allocate_shared_memory(
-            gl.uint8, [STAGES, 2, BLOCK_N // 64, 32 * BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-        )
+        in_order: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+        if BLOCKS:
+            w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 2, BLOCK_N, BLOCK_K // 2], in_order)
+        else:
+            w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, 2, BLOCK_N // 64, 32 * BLOCK_K], in_order)
         a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-        next_words = gl.load(s_ptrs)  # if PAIRS the rows' scales
+        next_words = gl.load(s_ptrs)  # if PAIRS the scales themselves
         if PAIRS:
             gl.static_assert(BLOCK_K == 128)
             codes_layout: gl.constexpr = code_layout(BLOCK_N, WARPS)
@@ -359,6 +328,8 @@ def weights_times_rows(
             copy_rows(x_ring.index(early), x_ptrs, live, early * BLOCK_K, K, EVEN_K)
         async_copy.commit_group()
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=acc_layout)
+    if BLOCKS:
+        part = acc
     for step in range(0, steps):
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
@@ -366,26 +337,41 @@ def weights_times_rows(
         if DENSE:
             acc = warpgroup_mma(w_ring.index(stage), x_ring.index(stage).permute((1, 0)), acc, is_async=True)
         else:
-            if not PAIRS:
-                # after the fence, which would wait for a load that is under way
+            # after the fence, which would wait for a load that is under way
+            if BLOCKS:
+                scale = next_words
+                next_words = gl.load(s_ptrs + gl.minimum(step + 1, steps - 1))
+            elif not PAIRS:
                 words = next_words
                 next_words = gl.load(s_ptrs + gl.minimum(step + 1, steps - 1) * 64)
             for half in gl.static_range(2):
-                if PAIRS:
+                if BLOCKS:
+                    codes = fragments.index(stage * 2 + half).load(codes_layout)
+                    a = gl.convert_layout(codes_or_nan_to_bf16(codes), a_layout, assert_trivial=True)
+                elif PAIRS:
                     codes = fragments.index(stage * 2 + half).load(codes_layout)
                     a = gl.convert_layout(codes_to_bf16(codes), a_layout, assert_trivial=True)
                 else:
                     codes = fragments.index(stage * 2 + half).load(a_layout)
                     a = register_operand(codes, words, half, a_layout, groups_layout)
                 rows = x_ring.index(stage).slice(half * (BLOCK_K // 2), BLOCK_K // 2, dim=1)
-                acc = warpgroup_mma(a, rows.permute((1, 0)), acc, is_async=True)
+                if BLOCKS:
+                    part = warpgroup_mma(a, rows.permute((1, 0)), part, use_acc=half == 1, is_async=True)
+                else:
+                    acc = warpgroup_mma(a, rows.permute((1, 0)), acc, is_async=True)
         # the stage to refill was multiplied in the step before, which every warp has left behind at the barrier above
         ahead = step + STAGES - 1
         if ahead < steps:
             copy_weights(w_ring.index(ahead % STAGES), w_ptrs, ahead * W_STEP, K, MASKED)
             copy_rows(x_ring.index(ahead % STAGES), x_ptrs, live, ahead * BLOCK_K, K, EVEN_K)
         async_copy.commit_group()
-        acc = warpgroup_mma_wait(0, deps=[acc])
-    if PAIRS:
+        if BLOCKS:
+            part = warpgroup_mma_wait(0, deps=[part])
+            acc += part * scale[:, None]
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+    if BLOCKS:
+        acc *= 256  # codes_or_nan_to_bf16's 2^-8
+    elif PAIRS:
         acc *= (next_words * 256)[:, None]  # codes_to_bf16's 2^-8
     return acc

@@ -31,9 +31,9 @@ class WeightOperand(NamedTuple):
     """Weights as the kernels take them.
 
     Attributes:
-        weights: codes in fragment order or their own, uint8, or dense.
-        scales: int32 scale words of fragments, a float32 for each row otherwise; None if dense.
-        columns: K of the weights in whole steps; of codes they are there, of dense weights the last is cut short.
+        weights: codes in fragment order or packed by rows, uint8, or block FP8 or dense weights as they are.
+        scales: int32 scale words of fragments, a float32 for each row or block otherwise; None if dense.
+        columns: K of the weights in whole steps; packed codes have them all, of other weights the last is cut short.
         panels: panels of 64 rows of one expert.
     """
 
@@ -43,13 +43,14 @@ class WeightOperand(NamedTuple):
     panels: int
 
 
-def operand_of(stack: torch.Tensor | FragmentMXFP8 | RowFP8, rows: int, block_k: int) -> WeightOperand:
+def operand_of(stack: torch.Tensor | FragmentMXFP8 | RowFP8 | BlockFP8, rows: int, block_k: int) -> WeightOperand:
     """``stack`` as the kernels take it; ``rows`` of an expert's matrix, in steps of ``block_k`` columns."""
     if isinstance(stack, FragmentMXFP8):
         return WeightOperand(stack.codes, stack.scales, stack.padded_columns, stack.panels)
     if isinstance(stack, RowFP8):
         return WeightOperand(stack.codes.view(torch.uint8), stack.scales, stack.steps * STEP_K, stack.panels)
-    return WeightOperand(stack, None, pieces(stack.shape[2], block_k) * block_k, pieces(rows, PANEL_ROWS))
+    values, scales = (stack.values, stack.scales) if isinstance(stack, BlockFP8) else (stack, None)
+    return WeightOperand(values, scales, pieces(values.shape[2], block_k) * block_k, pieces(rows, PANEL_ROWS))
 
 
 def row_tiles(operand: WeightOperand, routes: RouteTable, tile: Sm90Tile) -> int:

@@ -87,6 +87,16 @@ def fragment_copy_layout(shape, warps, pairs):
 
 
 @gluon.constexpr_function
+def block_copy_layout(block_n, warps):
+    """Copies of [2, BLOCK_N, 64] codes, 16 bytes a thread: 8 threads a row of 128 bytes, half in each part."""
+    rows = [[0, row, 0] for row in powers(1, block_n)]
+    inside = [[0, 0, offset] for offset in powers(1, 64)]
+    warp = len(powers(1, warps))
+    lanes = [*inside[4:], [1, 0, 0], *rows[:2]]
+    return gl.DistributedLinearLayout(inside[:4] + rows[2 + warp :], lanes, rows[2 : 2 + warp], [], [2, block_n, 64])
+
+
+@gluon.constexpr_function
 def row_store_layout(block_n, warps):
     """Stores of [BLOCK_N, BLOCK_M] results, transposed: 16 bytes of a row of the output a thread."""
     across = min(32, block_n // 8)

@@ -5,12 +5,16 @@ from triton.experimental.gluon import language as gl
 
 from epfuse.kernel_cache import cached
 from epfuse.stages.sm90_gemm import (
+    BLOCK,
+    block_pointers,
     fragment_pointers,
     fragment_scale_pointers,
+    in_blocks,
     in_pairs,
     let_next_kernel_start,
     row_pointers,
     row_scale_pointers,
+    rows_of_blocks,
     share_of,
     sum_of_shares,
     tail_tile_of,
@@ -18,7 +22,7 @@ from epfuse.stages.sm90_gemm import (
     wait_for_previous_kernel,
     weights_times_rows,
 )
-from epfuse.stages.sm90_layouts import row_copy_layout, row_store_layout
+from epfuse.stages.sm90_layouts import row_copy_layout, row_store_layout, sum_layout
 
 
 @gluon.jit
@@ -82,6 +86,12 @@ def down_tile(
         source = expert.to(gl.int64) * H + gl.minimum(n * BLOCK_N + row, H - 1)
         w_ptrs = row_pointers(w2 + first * BLOCK_K, source * I, BLOCK_K)
         s_ptrs = w2_scale
+    elif in_blocks(w2):
+        row = gl.minimum(n * BLOCK_N + rows_of_blocks(BLOCK_N), H - 1)
+        w_ptrs = block_pointers(w2 + first * BLOCK_K, (expert.to(gl.int64) * H + row) * I)
+        scaled = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, sum_layout(BLOCK_M, gl.num_warps())))
+        block = expert * ((H + BLOCK - 1) // BLOCK) + gl.minimum(n * BLOCK_N + scaled, H - 1) // BLOCK
+        s_ptrs = w2_scale + block.to(gl.int64) * (I_PADDED // BLOCK_K) + first
     else:
         panel, last_panel = expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1
         w_ptrs = fragment_pointers(w2 + first * (64 * BLOCK_K), panel, last_panel, I_PADDED, BLOCK_N, BLOCK_K, 2, PAIRS)
@@ -124,8 +134,9 @@ def down_sm90_kernel(
     Args:
         y: BF16 [R, I]; only rows of local routes are read.
         w2: dense BF16 [L, H, I], or codes, uint8: in fragment order [L, PANELS, I_PADDED / 32, 2048], or with one
-            scale a row [L, PANELS, I_PADDED / 128, 64, 128].
-        w2_scale: int32 [L, PANELS, I_PADDED / 128, 64] of fragments, FP32 [L, PANELS * 64] of rows; None if dense.
+            scale a row [L, PANELS, I_PADDED / 128, 64, 128]; or block FP8, E4M3 [L, H, I].
+        w2_scale: int32 [L, PANELS, I_PADDED / 128, 64] of fragments, FP32 [L, PANELS * 64] of rows, FP32
+            [L, ceil(H / 128), I_PADDED / 128] of blocks; None if dense.
         bias: FP32 [L, H]; None for none.
         topk_weights: FP32 [T, K], by route.
         out: BF16 [R, H]; row r is written if route r is local.
@@ -136,7 +147,7 @@ def down_sm90_kernel(
         arrivals: int32 [shared tiles], zeros before; None if none are.
         R: routes, T * K.
         H: columns of out.
-        I: columns of y and of dense weights.
+        I: columns of y and of weights in their own order, dense or in blocks.
         I_PADDED: columns of the weights in whole steps.
         PANELS: panels of 64 weight rows of one expert.
         PLACES: programs of a wave, for TAIL_SPLIT: so many share each tile after the last full one.

@@ -8,13 +8,14 @@ from epfuse.stages.down.kernel_sm90 import down_sm90_kernel
 from epfuse.stages.route.table import RouteTable
 from epfuse.stages.sm90_launch import constants, operand_of, places_of, programs_of, row_tiles, shared_sums
 from epfuse.stages.tiles import Sm90Tile
+from epfuse.weights.block_fp8 import BlockFP8
 from epfuse.weights.fragment import FragmentMXFP8
 from epfuse.weights.row_fp8 import RowFP8
 
 
 def launch_down_sm90(
     y: torch.Tensor,
-    w2: torch.Tensor | FragmentMXFP8 | RowFP8,
+    w2: torch.Tensor | FragmentMXFP8 | RowFP8 | BlockFP8,
     routes: RouteTable,
     topk_weights: torch.Tensor,
     tile: Sm90Tile,
@@ -25,7 +26,8 @@ def launch_down_sm90(
 
     Args:
         y: ``[R, I]`` BF16 contiguous, from `launch_gate_up_sm90`; only rows of local routes count.
-        w2: ``[L, H, I]``: dense BF16, MXFP8 in fragment order, or FP8 with one scale a row, in order PLAIN.
+        w2: ``[L, H, I]``: dense BF16, block FP8, or, in order PLAIN, MXFP8 in fragment order or FP8 with one scale a
+            row.
         routes: RouteTable of this call; with arrivals if the tile shares reductions. Like w2 not written by the launch
             right before this one, which may still be running when they are read.
         topk_weights: ``[T, K]`` float32 contiguous.

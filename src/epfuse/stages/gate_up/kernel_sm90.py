@@ -6,13 +6,17 @@ from triton.experimental.gluon import language as gl
 from epfuse.kernel_cache import cached
 from epfuse.stages.activation import activate
 from epfuse.stages.sm90_gemm import (
+    BLOCK,
+    block_pointers,
     fetch_into_l2,
     fragment_pointers,
     fragment_scale_pointers,
+    in_blocks,
     in_pairs,
     let_next_kernel_start,
     row_pointers,
     row_scale_pointers,
+    rows_of_blocks,
     share_of,
     sum_of_shares,
     tail_tile_of,
@@ -20,7 +24,7 @@ from epfuse.stages.sm90_gemm import (
     wait_for_previous_kernel,
     weights_times_rows,
 )
-from epfuse.stages.sm90_layouts import row_copy_layout, row_store_layout
+from epfuse.stages.sm90_layouts import row_copy_layout, row_store_layout, sum_layout
 
 
 @gluon.jit
@@ -35,20 +39,20 @@ def source_rows(expert, first_output, row, I):
 
 @gluon.jit
 def guess_weights(
-    w13, DENSE: gl.constexpr, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE,
+    w13, OWN_ORDER: gl.constexpr, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE,
     BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, GUESS: gl.constexpr,
 ):  # fmt: skip
     """While the route table is being made, bring into L2 what will be needed if every expert has one row block.
 
-    GUESS bytes at the beginning of each weight row (dense), or as much of each panel, for the first wave of programs,
-    of which a small layer has tiles for some only.
+    GUESS bytes at the beginning of each weight row (in OWN_ORDER), or as much of each panel, for the first wave of
+    programs, of which a small layer has tiles for some only.
     """
     n_blocks = (PANELS * 64 + BLOCK_N - 1) // BLOCK_N
     if gl.program_id(0) < gl.minimum(FIRST_WAVE, LOCAL * n_blocks):
         expert, n = tile_of(gl.program_id(0), LOCAL, n_blocks, GROUP_M)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         row = gl.arange(0, BLOCK_N, layout=layout)
-        if DENSE:
+        if OWN_ORDER:
             fetch_into_l2(w13 + source_rows(expert, n * (BLOCK_N // 2), row, I) * H, GUESS)
         else:
             panel = expert * PANELS + gl.minimum(n * (BLOCK_N // 64) + row // 64, PANELS - 1)
@@ -113,6 +117,12 @@ def gate_up_tile(
         source = source_rows(expert, n * (BLOCK_N // 2), row, I)
         w_ptrs = row_pointers(w13 + first * BLOCK_K, source * H, BLOCK_K)
         s_ptrs = w13_scale
+    elif in_blocks(w13):
+        source = source_rows(expert, n * (BLOCK_N // 2), rows_of_blocks(BLOCK_N), I)
+        w_ptrs = block_pointers(w13 + first * BLOCK_K, source * H)
+        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, sum_layout(BLOCK_M, gl.num_warps())))
+        block = source_rows(expert, n * (BLOCK_N // 2), row, I) // BLOCK
+        s_ptrs = w13_scale + block * (H_PADDED // BLOCK_K) + first
     else:
         panel, last_panel = expert * PANELS + n * (BLOCK_N // 64), expert * PANELS + PANELS - 1
         w_ptrs = fragment_pointers(
@@ -161,8 +171,9 @@ def gate_up_sm90_kernel(
     Args:
         x: BF16 [T, H].
         w13: dense BF16 [L, 2I, H], or codes, uint8: in fragment order [L, PANELS, H_PADDED / 32, 2048], or with one
-            scale a row [L, PANELS, H_PADDED / 128, 64, 128].
-        w13_scale: int32 [L, PANELS, H_PADDED / 128, 64] of fragments, FP32 [L, PANELS * 64] of rows; None if dense.
+            scale a row [L, PANELS, H_PADDED / 128, 64, 128]; or block FP8, E4M3 [L, 2I, H].
+        w13_scale: int32 [L, PANELS, H_PADDED / 128, 64] of fragments, FP32 [L, PANELS * 64] of rows, FP32
+            [L, 2I / 128, H_PADDED / 128] of blocks; None if dense.
         bias: FP32 [L, 2I], gate before up; None for none.
         out: BF16 [R, I]; row r is written if route r is local.
         sorted_routes: int32, routes by expert, R where padding; see RouteTable, as the next two.
@@ -171,7 +182,7 @@ def gate_up_sm90_kernel(
         partials: FP32 [shared tiles, programs that share one, BLOCK_N, BLOCK_M], undefined before; None if none do.
         arrivals: int32 [shared tiles], zeros before; None if none are.
         R: routes, T * K.
-        H: columns of x and of dense weights.
+        H: columns of x and of weights in their own order, dense or in blocks.
         I: columns of out.
         H_PADDED: columns of the weights in whole steps.
         PANELS: panels of 64 weight rows of one expert.
@@ -181,7 +192,8 @@ def gate_up_sm90_kernel(
         PLACES: programs of a wave, for TAIL_SPLIT: so many share each tile after the last full one.
     """
     if GUESS > 0:
-        guess_weights(w13, w13_scale is None, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, BLOCK_N, GROUP_M, GUESS)
+        own_order: gl.constexpr = w13_scale is None or in_blocks(w13)
+        guess_weights(w13, own_order, H, I, H_PADDED, PANELS, LOCAL, FIRST_WAVE, BLOCK_N, GROUP_M, GUESS)
     wait_for_previous_kernel()
     let_next_kernel_start()
     m_blocks = gl.load(num_padded) // BLOCK_M

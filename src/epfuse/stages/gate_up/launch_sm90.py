@@ -10,13 +10,14 @@ from epfuse.stages.route.table import RouteTable
 from epfuse.stages.sm90_launch import constants, operand_of, places_of, programs_of, row_tiles, shared_sums
 from epfuse.stages.tiles import Sm90Tile
 from epfuse.target import compute_units
+from epfuse.weights.block_fp8 import BlockFP8
 from epfuse.weights.fragment import FragmentMXFP8
 from epfuse.weights.row_fp8 import RowFP8
 
 
 def launch_gate_up_sm90(
     x: torch.Tensor,
-    w13: torch.Tensor | FragmentMXFP8 | RowFP8,
+    w13: torch.Tensor | FragmentMXFP8 | RowFP8 | BlockFP8,
     routes: RouteTable,
     top_k: int,
     activation: Activation,
@@ -28,8 +29,8 @@ def launch_gate_up_sm90(
 
     Args:
         x: ``[T, H]`` BF16, contiguous.
-        w13: ``[L, 2I, H]``: dense BF16, MXFP8 in fragment order, or FP8 with one scale a row; with rows in order
-            GATE_UP unless dense.
+        w13: ``[L, 2I, H]``: dense BF16, block FP8 with I a multiple of 128, or, with rows in order GATE_UP, MXFP8 in
+            fragment order or FP8 with one scale a row.
         routes: RouteTable of this call; row r reads token ``r // K``; with arrivals if the tile shares reductions.
         top_k: K.
         activation: between the two GEMMs.
@@ -49,7 +50,7 @@ def launch_gate_up_sm90(
     options = constants(routes, tile)
     table = (routes.sorted_routes, routes.block_expert, routes.num_padded)
     sizes = (routes.num_routes, hidden, intermediate, w.columns, w.panels, w.weights.shape[0], 2 * units)
-    row = hidden if w.scales is None else w.columns
+    row = w.columns if isinstance(w13, (FragmentMXFP8, RowFP8)) else hidden
     options |= {
         "K": top_k,
         "BLOCK_N": tile.block_n,

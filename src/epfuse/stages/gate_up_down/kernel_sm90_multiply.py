@@ -15,7 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from epfuse.stages.down.kernel_sm90 import store_weighted_panel
 from epfuse.stages.gate_up.kernel_sm90 import store_activated_panel
-from epfuse.stages.sm90_gemm import fragment_scale_pointers, register_operand
+from epfuse.stages.sm90_codes import register_operand
+from epfuse.stages.sm90_gemm import fragment_scale_pointers
 from epfuse.stages.sm90_layouts import group_layout, powers
 from epfuse.stages.sm90_persistent import PANEL, head_columns, number_of_steps, rest_columns, step_of
 
