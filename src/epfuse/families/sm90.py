@@ -171,7 +171,7 @@ FEW_TILES = (
 )
 # Measured on an H200 (docs/performance.md). With more rows FP8 products are faster, though rows are quantised for them.
 ROW_FP8_TILES = (TileRange(0.1, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, split_k=4))),)
-BLOCK_FP8_TILES = (TileRange(0.1, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, split_k=4))),)
+BLOCK_FP8_TILES = (TileRange(0.125, LayerTiles.both(8, Sm90Tile(128, 128, 0, 4, 3, split_k=4))),)
 DENSE_TILES = (
     TileRange(1.5, LayerTiles(8, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),
     TileRange(4, LayerTiles(16, Sm90Tile(64, 128, 0, 4, 4), Sm90Tile(64, 128, 0, 4, 4))),

@@ -27,7 +27,7 @@ from epfuse.weights.experts import ExpertWeights
 ORACLE_TOLERANCE = Tolerance(snr_db=200.0, max_error=1e-9, relative_error=1e-10)
 """Between the two float64 oracles, whose sums run in different orders."""
 
-TRUE_SIZE_LIMITS = {Path.W8A16: 4e-3, Path.W8A8: 5e-2}
+TRUE_SIZE_LIMITS = {Path.W8A16: 4e-3, Path.W8A8: 5.5e-2}
 """Relative error that a call at MiniMax-M3's true size must stay below, whatever the derived budget allows: of a rank's
 share, before shares are added (`epfuse.verify.budget.after_sums`)."""
 
