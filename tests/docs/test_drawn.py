@@ -12,7 +12,10 @@ from tools.peer_layers import comparisons, layers_of
 DOCS = Path(__file__).parents[2] / "docs"
 SECTION = (DOCS / "performance.md").read_text().split("## At token counts and on layers that nobody tuned\n")[1]
 SECTION = SECTION.split("\n## ")[0]
-RECORDS = [DOCS / f"records/2026-11-30-h200-{name}.json" for name in ("drawn", "drawn-first", "shapes", "shapes-first")]
+RECORDS = [
+    DOCS / f"records/2026-11-30-h200-{name}.json"
+    for name in ("drawn-second", "drawn-first", "shapes", "shapes-second", "shapes-first")
+]
 Points = dict[tuple[str, int], tuple[float, str | None, float]]
 """Layer and T -> our microseconds, the fastest peer and its."""
 
