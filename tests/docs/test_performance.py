@@ -324,3 +324,39 @@ def test_the_tiles_of_many_rows_are_the_record_s() -> None:
         assert ours, (layer, tokens)
         assert float(ratio.strip("| ")) == round(ours[0] / us["FlashInfer"], 2)
     assert not times
+
+
+def test_tiles_beside_the_whole_space_are_their_record_s() -> None:
+    points = json.loads((DOCS / "records/2026-11-30-h200-choice.json").read_text())["points"]
+    table = (DOCS / "policy.md").read_text().split("Beside the whole space, with the fit of")[1].split("| tokens |")[1]
+    lines = [line.strip("| ").split(" | ") for line in table.split("\n\n")[0].splitlines()[2:]]
+    shown = {int(tokens): (us, best, over) for tokens, us, best, over in lines}
+    wanted = {p["tokens"]: (f"{p['us']:.1f}", f"{p['best_us']:.1f}", f"{p['over_best']:.2f}") for p in points}
+    assert shown == wanted
+
+
+def test_the_second_run_beside_peers_has_its_record_s_times() -> None:
+    rows = json.loads((DOCS / "records/2026-11-30-h200-peers-again.json").read_text())["rows"]
+    table = (
+        (DOCS / "performance.md").read_text().split("**Again at d9829e7**")[1].split("| tokens |")[1].split("\n\n")[0]
+    )
+    shown = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table.splitlines()[2:]}
+    names = {
+        "epfuse `w8a16`": "impl",
+        "epfuse `w8a8`": "impl_w8a8",
+        "epfuse `bf16`": "impl_bf16",
+        "epfuse `block_fp8`": "impl_block_fp8",
+        "humming 0.1.20 `w8a16`, indexed": "humming_w8a16_indexed",
+        "vLLM Marlin, MXFP8, best tiles": "vllm_marlin_tuned",
+    }
+    for label, name in names.items():
+        times = {row["T"]: row["us"] for row in rows if row["peer"] == name and row["best"]}
+        assert [float(cell) for cell in shown[label]] == [round(times[tokens], 1) for tokens in sorted(times)]
+
+
+def test_bursts_are_their_record_s() -> None:
+    rows = json.loads((DOCS / "records/2026-11-30-h200-power.json").read_text())["rows"]
+    section = (DOCS / "performance.md").read_text().split("**In bursts and at the power limit.**")[1]
+    for row in rows:
+        ratio = row["steady_us"] / row["burst_us"]
+        assert f"| {row['tokens']} | {row['burst_us']:.1f} | {row['steady_us']:.1f} | {ratio:.2f} |" in section
