@@ -12,10 +12,8 @@ from epfuse import ExpertWeights, Path, SwiGLUOAI
 from epfuse.config import WeightFormat
 from epfuse.reference import run_reference
 from epfuse.stages import sm90_codes, sm90_gemm, sm90_layouts
-from epfuse.stages.down import kernel_sm90 as down_kernel
 from epfuse.stages.down import reference as down_reference
 from epfuse.stages.down.launch_sm90 import launch_down_sm90
-from epfuse.stages.gate_up import kernel_sm90 as gate_up_kernel
 from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.gate_up.launch_sm90 import launch_gate_up_sm90
 from epfuse.stages.tiles import LayerTiles, Sm90Tile
@@ -23,11 +21,13 @@ from epfuse.verify.suite import poisoned_memory, same_bits
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockFP8Experts
 from tests.cases import ROUTINGS, make_case, run_in_tiles, snr_db, topk_ids_for
 from tests.stages.plain_gluon import numbers, plain
-from tests.stages.plain_memory import BFLOAT16, COPIES, FLOAT8, FLOAT32, INT32, PlainMachine, Pointers, multiply
+from tests.stages.plain_memory import FLOAT8, Pointers
+from tests.stages.plain_ptx import assembly_of, run_ptx
+from tests.stages.plain_tiles import TOKENS, PlainTile
+from tests.stages.plain_tiles import TOP_K as FEW_K
 from tests.stages.test_gemms import SNR_FLOOR, check_rows
 from tests.stages.test_sm90 import EXPERTS, LOCAL, TOP_K, launch, poisoned, slots_on, table_of
 from tests.stages.test_sm90_block_fp8 import random_block_fp8
-from tests.stages.test_sm90_row_codes import assembly_of, run_ptx
 
 ACTIVATION = SwiGLUOAI()
 FLOOR = SNR_FLOOR[torch.bfloat16]
@@ -139,51 +139,20 @@ def test_a_layer(device, tokens: int, routing: str, top_k: int) -> None:
 @pytest.mark.parametrize("columns", [512, 288])
 def test_a_tile_against_float64(columns: int, split: int, shares: int, tail: bool, stage: str) -> None:
     """The kernels' own code in numpy: padding rows of x, rows past the expert's last, K cut short, every scale."""
-    expert, block_m, block_n, n = LOCAL - 1, 8, 128, 1
     rows = 208 if stage == "down" else 256  # of down the second tile ends in the middle of a panel
     weights = random_block_fp8("cpu", rows, columns, 1)
-    tokens, top_k = 6, 2
-    routes = torch.tensor([11, 2, 7, 4, *[tokens * top_k] * 4], dtype=torch.int32)
-    read = routes if stage == "down" else routes // top_k
-    x = torch.randn(tokens * top_k, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-    operands = [Pointers.to_tensor(x, BFLOAT16), Pointers.to_tensor(weights.values, FLOAT8)]
-    operands += [Pointers.to_tensor(weights.scales, FLOAT32), None]
-    blocks = -(-columns // BLOCK)
-    routes_at, padded, panels = Pointers.to_tensor(routes, INT32), blocks * BLOCK, -(-rows // 64)
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "STAGES": 3}
-    tile |= {"SPLIT_K": 1 if tail else shares, "TAIL_SPLIT": 2 if tail else 1, "EVEN_K": columns == padded}
-    place = (None, numbers(0), split, shares, numbers(expert), numbers(n), tokens * top_k)
-    got = []
-    others = {
-        "async_copy": COPIES,
-        "warpgroup_mma": multiply,
-        "warpgroup_mma_wait": lambda pending, deps: deps[0],
-        "fence_async_shared": lambda: None,
-        "wait_for_previous_kernel": lambda: None,
-        "codes_or_nan_to_bf16": lambda codes: torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy() / 256,
-        "sum_of_shares": lambda acc, *_: (acc, True),
-        "store_activated": lambda acc, *_: got.append(np.asarray(acc)),
-        "store_weighted": lambda acc, *_: got.append(np.asarray(acc)),
-    }
-    with plain(gate_up_kernel, down_kernel, sm90_gemm, sm90_layouts, machine=PlainMachine, **others):
-        if stage == "down":
-            down_kernel.down_tile(
-                *operands, None, None, routes_at, None, *place, rows, columns, padded, panels, **tile
-            )  # fmt: skip
-            made = torch.arange(block_n, rows)
-        else:
-            gate_up_kernel.gate_up_tile(
-                *operands, None, routes_at, None, *place, columns, rows // 2, padded, panels, None, top_k,
-                **tile, ACTIVATION=None,
-            )  # fmt: skip
-            row = torch.arange(block_n)  # 8 gate rows and their 8 up rows in turn, from output 64 on
-            made = 64 + row // 16 * 8 + row % 8 + row // 8 % 2 * (rows // 2)
-    steps = -(-blocks // shares)
-    inside = slice(split * steps * BLOCK, (split + 1) * steps * BLOCK)
-    w = weights.matrix(expert, torch.float64)[made, inside]
-    want = w @ x[read[:4].long(), inside].double().T
-    torch.testing.assert_close(torch.from_numpy(got[0])[: len(made), :4], want, rtol=1e-12, atol=1e-12)
-    assert not got[0][:, 4:].any()
+    x = torch.randn(TOKENS * FEW_K, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tile, blocks = PlainTile(stage, LOCAL - 1, split, shares, tail), -(-columns // BLOCK)
+    sizes = (rows, columns, blocks * BLOCK, -(-rows // 64))
+    got = tile.run(x, Pointers.to_tensor(weights.values, FLOAT8), weights.scales, sizes, "codes_or_nan_to_bf16")
+    made = torch.arange(128, rows)
+    if stage == "gate_up":  # 8 gate rows and their 8 up rows in turn, from output 64 on
+        row = torch.arange(128)
+        made = 64 + row // 16 * 8 + row % 8 + row // 8 % 2 * (rows // 2)
+    inside = tile.inside(blocks)
+    want = weights.matrix(tile.expert, torch.float64)[made, inside] @ x[tile.reads, inside].double().T
+    torch.testing.assert_close(torch.from_numpy(got)[: len(made), :4], want, rtol=1e-12, atol=1e-12)
+    assert not got[:, 4:].any()
 
 
 def test_a_row_of_codes_lies_in_two_parts() -> None:

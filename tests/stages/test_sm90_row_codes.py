@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -12,16 +10,17 @@ pytest.importorskip("triton")
 
 from epfuse import SwiGLUOAI
 from epfuse.stages import sm90_codes, sm90_gemm, sm90_layouts
-from epfuse.stages.down import kernel_sm90 as down_kernel
 from epfuse.stages.down import reference as down_reference
-from epfuse.stages.gate_up import kernel_sm90 as gate_up_kernel
 from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.tiles import Sm90Tile
 from epfuse.weights.panels import RowOrder
 from epfuse.weights.row_fp8 import pack_rows
 from tests.cases import ROUTINGS, topk_ids_for
 from tests.stages.plain_gluon import numbers, plain
-from tests.stages.plain_memory import BFLOAT16, COPIES, FLOAT32, INT32, UINT8, PlainMachine, Pointers, multiply
+from tests.stages.plain_memory import UINT8, Pointers
+from tests.stages.plain_ptx import assembly_of, run_ptx
+from tests.stages.plain_tiles import TOKENS, PlainTile
+from tests.stages.plain_tiles import TOP_K as FEW_K
 from tests.stages.test_gemms import SNR_FLOOR, check_rows
 from tests.stages.test_sm90 import clone, launch, poisoned, random_mxfp8, slots_on, table_of
 
@@ -95,48 +94,16 @@ def test_nan_tiny_and_large_numbers(device):
 @pytest.mark.parametrize("columns", [512, 288])
 def test_a_tile_against_float64(columns: int, split: int, shares: int, tail: bool, stage: str) -> None:
     """The kernels' own code in numpy: padding rows of x, a panel past the expert's last, K cut short, every scale."""
-    expert, block_m, block_n, n = LOCAL - 1, 8, 128, 1
     rows = 192 if stage == "down" else 2 * 96  # three panels: the second tile's last one is none
-    weights = random_mxfp8("cpu", rows, columns, 1)
-    packed = pack_rows(clone(weights), RowOrder.PLAIN)
-    tokens, top_k = 6, 2
-    routes = torch.tensor([11, 2, 7, 4, *[tokens * top_k] * 4], dtype=torch.int32)
-    read = routes if stage == "down" else routes // top_k
-    x = torch.randn(tokens * top_k, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-    operands = [Pointers.to_tensor(x, BFLOAT16), Pointers.to_tensor(packed.codes.view(torch.uint8), UINT8)]
-    operands += [Pointers.to_tensor(packed.scales, FLOAT32), None]
-    routes_at, padded = Pointers.to_tensor(routes, INT32), packed.steps * 128
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "STAGES": 3}
-    tile |= {"SPLIT_K": 1 if tail else shares, "TAIL_SPLIT": 2 if tail else 1, "EVEN_K": columns == padded}
-    place = (None, numbers(0), split, shares, numbers(expert), numbers(n), tokens * top_k)
-    got = []
-    others = {
-        "async_copy": COPIES,
-        "warpgroup_mma": multiply,
-        "warpgroup_mma_wait": lambda pending, deps: deps[0],
-        "fence_async_shared": lambda: None,
-        "wait_for_previous_kernel": lambda: None,
-        "codes_to_bf16": lambda codes: torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy() / 256,
-        "sum_of_shares": lambda acc, *_: (acc, True),
-        "store_activated": lambda acc, *_: got.append(np.asarray(acc)),
-        "store_weighted": lambda acc, *_: got.append(np.asarray(acc)),
-    }
-    with plain(gate_up_kernel, down_kernel, sm90_gemm, sm90_layouts, machine=PlainMachine, **others):
-        if stage == "down":
-            down_kernel.down_tile(
-                *operands, None, None, routes_at, None, *place, rows, columns, padded, packed.panels, **tile
-            )  # fmt: skip
-        else:
-            gate_up_kernel.gate_up_tile(
-                *operands, None, routes_at, None, *place, columns, rows // 2, padded, packed.panels, None, top_k,
-                **tile, ACTIVATION=None,
-            )  # fmt: skip
-    steps = -(-packed.steps // shares)
-    inside = slice(split * steps * 128, (split + 1) * steps * 128)
-    w = packed.matrix(expert, torch.float64)[n * block_n :, inside]
-    want = w @ x[read[:4].long(), inside].double().T
-    torch.testing.assert_close(torch.from_numpy(got[0])[:64, :4], want, rtol=1e-12, atol=1e-12)
-    assert not got[0][:, 4:].any()
+    packed = pack_rows(clone(random_mxfp8("cpu", rows, columns, 1)), RowOrder.PLAIN)
+    x = torch.randn(TOKENS * FEW_K, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tile = PlainTile(stage, LOCAL - 1, split, shares, tail)
+    sizes = (rows, columns, packed.steps * 128, packed.panels)
+    got = tile.run(x, Pointers.to_tensor(packed.codes.view(torch.uint8), UINT8), packed.scales, sizes, "codes_to_bf16")
+    inside = tile.inside(packed.steps)
+    want = packed.matrix(tile.expert, torch.float64)[128:, inside] @ x[tile.reads, inside].double().T
+    torch.testing.assert_close(torch.from_numpy(got)[:64, :4], want, rtol=1e-12, atol=1e-12)
+    assert not got[:, 4:].any()
 
 
 def test_codes_and_numbers_of_x_meet() -> None:
@@ -160,61 +127,6 @@ def test_codes_and_numbers_of_x_meet() -> None:
     with plain(sm90_gemm, sm90_layouts):  # past the last panel of the expert that one is read again
         last = sm90_gemm.fragment_pointers(numbers(0), 7, 7, k_padded, block_n, 128, 2, True)
     assert np.array_equal(last[:, 0], last[:, 1])
-
-
-def run_ptx(text: str, codes: list[int]) -> torch.Tensor:
-    """The four BF16 that a block of PTX makes of four codes; of its instructions those that are used here."""
-    value = {"$2": sum(code << 8 * place for place, code in enumerate(codes)), "0": 0}
-    mask = (1 << 32) - 1
-
-    def of(name: str) -> int:
-        return value[name] if name in value else int(name, 0)
-
-    for guard, operation, names in re.findall(r"(?m)^\s*(?:@(\w+) )?([a-z]\w+\.[\w.]+)\s+([^;]+);", text):
-        if guard and not value[guard]:
-            continue
-        out, *inputs = (name.strip() for name in names.split(","))
-        match operation:
-            case "prmt.b32":
-                both = [of(name) >> 8 * i & 255 for name in inputs[:2] for i in range(4)]
-                picked = [of(inputs[2]) >> 4 * i & 15 for i in range(4)]
-                each = [both[pick & 7] if pick < 8 else 255 * (both[pick & 7] >> 7) for pick in picked]
-                value[out] = sum(byte << 8 * i for i, byte in enumerate(each))
-            case "shl.b32":
-                value[out] = of(inputs[0]) << of(inputs[1]) & mask
-            case "and.b32":
-                value[out] = of(inputs[0]) & of(inputs[1])
-            case "add.u32":
-                value[out] = of(inputs[0]) + of(inputs[1]) & mask
-            case "setp.ne.u32":
-                value[out] = of(inputs[0]) != of(inputs[1])
-            case "mov.b32":
-                value[out] = of(inputs[0])
-            case "mul.rn.bf16x2":
-                a, b = (torch.tensor([of(name) & 65535, of(name) >> 16]).to(torch.uint16) for name in inputs)
-                product = (a.view(torch.bfloat16) * b.view(torch.bfloat16)).view(torch.uint16).tolist()
-                value[out] = product[0] | product[1] << 16
-            case _:
-                raise AssertionError(operation)
-    halves = [value[name] >> shift & 65535 for name in ("$0", "$1") for shift in (0, 16)]
-    return torch.tensor(halves).to(torch.uint16).view(torch.bfloat16)
-
-
-def assembly_of(function: object) -> str:
-    """The PTX of one of `sm90_codes`' device functions."""
-    found: list[str] = []
-
-    class Language:
-        bfloat16 = None
-
-        @staticmethod
-        def inline_asm_elementwise(text: str, *_: object, **__: object) -> None:
-            found.append(text)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sm90_codes, "gl", Language)
-        function.fn(None)  # type: ignore[attr-defined]
-    return found[0]
 
 
 def test_every_code_is_its_number() -> None:
