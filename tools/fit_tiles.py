@@ -11,7 +11,8 @@ multiprocessor takes for a block is the H200's there.
 
 ``--judge`` leaves out a layer, a token count, or a layer's token count, fits to the rest, and asks the lookup and the
 model for the tiles there, in the code that calls run, with tables without these rows. It prints how far both are from
-the best row that was measured there, where both chose a block that was measured.
+the best row that was measured there, where both chose a block that was measured. Then it leaves out all of a layer's
+width and depth, and looks at the counts with many tiles.
 """
 
 from __future__ import annotations
@@ -295,25 +296,63 @@ def judge(
             for (shape, tokens), alternatives in known.items():
                 if len(alternatives) < 2:
                     continue
-                kind = CallKind(PATH, Target.SM90, shape, frozenset({WEIGHTS}), device_name=device)
                 best = min(row.layer for row in alternatives)
                 chosen = []
-                for ranges in (nearest_ranges, tile_ranges):
-                    tiles = next(choice.tiles for first, choice in reversed(ranges(kind)) if first <= tokens)
+                for tiles in _chosen(device, shape, tokens):
                     same = [row.layer for row in alternatives if _alike(row.tiles, tiles)]
                     chosen.append(same[0] / best if same else None)
                 found.append((shape, tokens, *chosen))
     both = [(near, model) for _, _, near, model in found if near is not None and model is not None]
     print(f"{device}, {name} left out: {len(found)} points, {len(both)} where both chose a block that was measured")
-    for index, who in enumerate(("nearest row", "with the model")):
-        ratios = [pair[index] for pair in both]
-        if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            print(f"  {who}: {mean:.4f} of the best in the geometric mean, worst {max(ratios):.3f}")
+    _tell(*zip(*both, strict=True))
     for shape, tokens, near, model in found:
         if near != model:
             sizes = f"H={shape.hidden} I={shape.intermediate} L={shape.local_experts}"
             print(f"  {sizes} T={tokens}: {near and round(near, 3)} -> {model and round(model, 3)}")
+
+
+def judge_tried(
+    device: str, rows: Sequence[Row], tried: Sequence[Tried], prior: Sequence[float] | None, errors: Sequence[float]
+) -> None:
+    """Print how far both choices are from the best pair of tiles that was tried, as for a layer that nobody tuned.
+
+    All rows and counts of a layer's H and I are left out, in turn. A choice that was not tried says nothing.
+    """
+
+    def sizes(shape: LayerShape) -> tuple[int, int]:
+        return shape.hidden, shape.intermediate
+
+    found: tuple[list[float], list[float]] = [], []
+    for left_out in dict.fromkeys(sizes(point.shape) for point in tried):
+        rest = [row for row in rows if sizes(row.shape) != left_out]
+        values = fit(rest, [point for point in tried if sizes(point.shape) != left_out], device, prior)
+        new = entry(values, device, rest, errors)
+        with _without(device, lambda row, out=left_out: sizes(row.shape) == out, rows, new):
+            for point in tried:
+                if sizes(point.shape) != left_out:
+                    continue
+                times, best = dict(point.calls), point.calls[0][1]
+                for tiles, ratios in zip(_chosen(device, point.shape, point.tokens), found, strict=True):
+                    ratios += [times[tiles] / best] if tiles in times else []
+    print(f"{device}, a layer's width and depth left out: {len(tried)} counts with many tiles")
+    _tell(*found)
+
+
+def _chosen(device: str, shape: LayerShape, tokens: int) -> tuple[LayerTiles, LayerTiles]:
+    """The tiles of the nearest row or default, and those with the model."""
+    kind = CallKind(PATH, Target.SM90, shape, frozenset({WEIGHTS}), device_name=device)
+    nearest, model = (
+        next(choice.tiles for first, choice in reversed(ranges(kind)) if first <= tokens)
+        for ranges in (nearest_ranges, tile_ranges)
+    )
+    return nearest, model
+
+
+def _tell(*found: Sequence[float]) -> None:
+    for who, ratios in zip(("nearest row", "with the model"), found, strict=False):
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            print(f"  {who}: {mean:.4f} of the best in the geometric mean of {len(ratios)}, worst {max(ratios):.3f}")
 
 
 def _alike(first: LayerTiles, second: LayerTiles) -> bool:
@@ -373,6 +412,7 @@ def main() -> None:
             judge(device, rows, prior, others, "a layer", lambda row: row.shape)
             judge(device, rows, prior, others, "a token count", lambda row: row.tokens)
             judge(device, rows, prior, others, "a layer's token count", lambda row: (row.shape, row.tokens))
+            judge_tried(device, rows, tried, prior, others)
         prior = values
     path = fit_path(store.TABLES, Target.SM90)
     write_atomic(

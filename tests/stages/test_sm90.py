@@ -81,6 +81,27 @@ def table_of(ids, slots, block_m: int, tile, hidden: int, intermediate: int) -> 
     return routed(ids, slots, LOCAL, block_m, arrivals_per_block=per_block)
 
 
+def local_routes(ids: torch.Tensor) -> torch.Tensor:
+    """Indices of the routes of `slots_on`'s local experts."""
+    return ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
+
+
+def table_and_rows(
+    device, routing: str, tokens: int, block_m: int, tile, hidden: int, intermediate: int
+) -> tuple[RouteTable, torch.Tensor]:
+    """The table of a routing, and which rows are of local routes."""
+    ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
+    return table_of(ids, slots_on(device), block_m, tile, hidden, intermediate), local_routes(ids)
+
+
+def tiny_and_large(device, rows: int, columns: int) -> torch.Tensor:
+    """BF16 rows: of each three one near the largest numbers, one near the smallest."""
+    y = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    y[0::3] *= 1e35
+    y[1::3] *= 1e-35
+    return y
+
+
 def poisoned(rows: int, columns: int, device) -> torch.Tensor:
     return torch.full((rows, columns), float("nan"), dtype=torch.bfloat16, device=device)
 
@@ -105,7 +126,7 @@ def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     routes_in_memory, tile_in_memory = routes, tile
     if isinstance(tile, Sm90PersistentTile):
         routes_in_memory, tile_in_memory = routed(ids, slots, LOCAL, IN_MEMORY[0]), IN_MEMORY[1]
-    rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
+    rows = local_routes(ids)
     g = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, hidden, generator=g).to(device, torch.bfloat16)
     topk_weights = torch.rand(tokens, TOP_K, generator=g).to(device)
@@ -229,10 +250,7 @@ def test_every_number_of_columns(device, counts, name):
 def test_sizes_that_are_no_whole_tiles(device, hidden, intermediate, name):
     """Rows that are no multiple of 64 and columns that are no multiple of 128: padded when packed."""
     tokens, (block_m, tile) = 20, TILES[name]
-    ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    slots = slots_on(device)
-    routes = table_of(ids, slots, block_m, tile, hidden, intermediate)
-    rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
+    routes, rows = table_and_rows(device, "uniform", tokens, block_m, tile, hidden, intermediate)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     w13, w2 = random_mxfp8(device, 2 * intermediate, hidden, 1), random_mxfp8(device, hidden, intermediate, 2)
     y, out = poisoned(tokens * TOP_K, intermediate, device), poisoned(tokens * TOP_K, hidden, device)

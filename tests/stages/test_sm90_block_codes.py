@@ -19,14 +19,14 @@ from epfuse.stages.gate_up.launch_sm90 import launch_gate_up_sm90
 from epfuse.stages.tiles import LayerTiles, Sm90Tile
 from epfuse.verify.suite import poisoned_memory, same_bits
 from epfuse.weights.block_fp8 import BLOCK, BlockFP8, BlockFP8Experts
-from tests.cases import ROUTINGS, make_case, run_in_tiles, snr_db, topk_ids_for
+from tests.cases import ROUTINGS, make_case, run_in_tiles, snr_db
 from tests.stages.plain_gluon import numbers, plain
 from tests.stages.plain_memory import FLOAT8, Pointers
 from tests.stages.plain_ptx import assembly_of, run_ptx
 from tests.stages.plain_tiles import TOKENS, PlainTile
 from tests.stages.plain_tiles import TOP_K as FEW_K
 from tests.stages.test_gemms import SNR_FLOOR, check_rows
-from tests.stages.test_sm90 import EXPERTS, LOCAL, TOP_K, launch, poisoned, slots_on, table_of
+from tests.stages.test_sm90 import LOCAL, TOP_K, launch, poisoned, table_and_rows, tiny_and_large
 from tests.stages.test_sm90_block_fp8 import random_block_fp8
 
 ACTIVATION = SwiGLUOAI()
@@ -55,9 +55,7 @@ CALLS = [
 @pytest.mark.parametrize(("tokens", "hidden", "intermediate", "bias"), CALLS)
 def test_both_gemms(device, tokens, hidden, intermediate, bias, routing, name):
     block_m, tile = TILES[name]
-    ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    routes = table_of(ids, slots_on(device), block_m, tile, hidden, intermediate)
-    rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
+    routes, rows = table_and_rows(device, routing, tokens, block_m, tile, hidden, intermediate)
     g = torch.Generator().manual_seed(tokens)
     x = (torch.randn(tokens, hidden, generator=g) * torch.rand(tokens, 1, generator=g) * 8).to(device, torch.bfloat16)
     topk_weights = torch.rand(tokens, TOP_K, generator=g).to(device)
@@ -84,12 +82,8 @@ def test_nan_tiny_and_large_numbers(device):
     """A NaN among the codes makes its row's results NaN and no others, a NaN scale its block's rows'."""
     tokens, hidden, intermediate = 37, 256, 256
     block_m, tile = TILES["8x64"]
-    ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    routes = table_of(ids, slots_on(device), block_m, tile, hidden, intermediate)
-    rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
-    y = torch.randn(tokens * TOP_K, intermediate, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    y[0::3] *= 1e35
-    y[1::3] *= 1e-35
+    routes, rows = table_and_rows(device, "uniform", tokens, block_m, tile, hidden, intermediate)
+    y = tiny_and_large(device, tokens * TOP_K, intermediate)
     topk_weights = torch.ones(tokens, TOP_K, device=device)
     clean = random_block_fp8(device, hidden, intermediate, 2)
     want = down_reference.down(y.double(), clean, routes, topk_weights, torch.float64)

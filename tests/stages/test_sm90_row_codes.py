@@ -15,17 +15,16 @@ from epfuse.stages.gate_up import reference as gate_up_reference
 from epfuse.stages.tiles import Sm90Tile
 from epfuse.weights.panels import RowOrder
 from epfuse.weights.row_fp8 import pack_rows
-from tests.cases import ROUTINGS, topk_ids_for
+from tests.cases import ROUTINGS
 from tests.stages.plain_gluon import numbers, plain
 from tests.stages.plain_memory import UINT8, Pointers
 from tests.stages.plain_ptx import assembly_of, run_ptx
 from tests.stages.plain_tiles import TOKENS, PlainTile
 from tests.stages.plain_tiles import TOP_K as FEW_K
 from tests.stages.test_gemms import SNR_FLOOR, check_rows
-from tests.stages.test_sm90 import clone, launch, poisoned, random_mxfp8, slots_on, table_of
+from tests.stages.test_sm90 import LOCAL, TOP_K, clone, launch, poisoned, random_mxfp8, table_and_rows, tiny_and_large
 
 ACTIVATION = SwiGLUOAI()
-LOCAL, EXPERTS, TOP_K = 5, 24, 4
 TILES = {
     "8x64": (8, Sm90Tile(64, 128, 0, 4, 4)),
     "8x64_split": (8, Sm90Tile(64, 128, 0, 4, 3, split_k=8)),
@@ -45,9 +44,7 @@ TILES = {
 def test_both_gemms(device, tokens, hidden, intermediate, routing, name):
     """On the numbers that the packed weights stand for."""
     block_m, tile = TILES[name]
-    ids = topk_ids_for(routing, tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    routes = table_of(ids, slots_on(device), block_m, tile, hidden, intermediate)
-    rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
+    routes, rows = table_and_rows(device, routing, tokens, block_m, tile, hidden, intermediate)
     g = torch.Generator().manual_seed(tokens)
     x = (torch.randn(tokens, hidden, generator=g) * torch.rand(tokens, 1, generator=g) * 8).to(device, torch.bfloat16)
     topk_weights = torch.rand(tokens, TOP_K, generator=g).to(device)
@@ -70,12 +67,8 @@ def test_nan_tiny_and_large_numbers(device):
     """A NaN in a row of weights makes that row's results NaN and no others; sums neither overflow nor vanish early."""
     tokens, hidden, intermediate = 37, 256, 128
     block_m, tile = TILES["8x64"]
-    ids = topk_ids_for("uniform", tokens, EXPERTS, LOCAL, TOP_K).to(device)
-    routes = table_of(ids, slots_on(device), block_m, tile, hidden, intermediate)
-    rows = ((ids >= 0) & (ids < LOCAL)).reshape(-1).nonzero().squeeze(1)
-    y = torch.randn(tokens * TOP_K, intermediate, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    y[0::3] *= 1e35
-    y[1::3] *= 1e-35
+    routes, rows = table_and_rows(device, "uniform", tokens, block_m, tile, hidden, intermediate)
+    y = tiny_and_large(device, tokens * TOP_K, intermediate)
     topk_weights = torch.ones(tokens, TOP_K, device=device)
     weights = random_mxfp8(device, hidden, intermediate, 2)
     clean = pack_rows(clone(weights), RowOrder.PLAIN)

@@ -25,9 +25,9 @@ from epfuse.weights.block_fp8 import BLOCK
 SPLIT_ROWS = 0.5
 """Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
 FEW_TILES_END = 200.0
-"""Rows an expert from which on such layers take the packed kernels."""
-MOST_SHARED_ROWS = 64
-"""Rows of a block up to which programs may share a reduction."""
+"""Rows an expert from which on layers with few tiles take the packed kernels."""
+MOST_SHARED_ROWS, MOST_TAIL_ROWS = 64, 16
+"""Rows of a block up to which programs may share a reduction: of every tile, and of those after the last full wave."""
 SHORT_K = 512
 """I up to which a program of down has four steps at the most."""
 SHORT_DOWN = Sm90Tile(128, 128, 0, 4, 3)
@@ -125,9 +125,10 @@ class Sm90(TwoGemms):
                 yield tile
 
     def fits(self, tile: GemmTile, form: WeightFormat, block_m: int) -> bool:
-        """Long blocks are many, or the layer has another family's tiles: no reduction is shared."""
+        """Where blocks have more rows, tiles are enough: no reduction is shared."""
         assert isinstance(tile, Sm90Tile)
-        shared = block_m > (MOST_SHARED_ROWS if tile.split_k > 1 else 16) and tile.shares > 1
+        most = MOST_SHARED_ROWS if tile.split_k > 1 else MOST_TAIL_ROWS
+        shared = tile.shares > 1 and block_m > most
         return block_m.bit_count() == 1 and not shared and ring_fits(tile, form, block_m)
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:

@@ -135,14 +135,12 @@ def sources(
         shape: the layer's sizes.
         bias: of both projections or none.
     """
-    found = []
+    found, has_few = [], has_few_tiles(shape)
     for gate_up, down in _pairs(target, path, weights):
         measured = gate_up.shape
         if (measured.hidden, measured.intermediate) != (shape.hidden, shape.intermediate):
             continue
-        if measured.local_experts > MORE_EXPERTS * shape.local_experts or has_few_tiles(measured) != has_few_tiles(
-            shape
-        ):
+        if measured.local_experts > MORE_EXPERTS * shape.local_experts or has_few_tiles(measured) is not has_few:
             continue
         if points := _points(gate_up, down, measured):
             same = gate_up.device == device_name, measured == shape, gate_up.bias is bias

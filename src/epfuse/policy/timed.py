@@ -157,15 +157,16 @@ def candidates(fit: FitEntry, target: Target, shape: LayerShape) -> dict[LayerTi
         target: the product's.
         shape: the layer's sizes.
     """
-    reach: dict[LayerTiles, tuple[float, float]] = {}
-    for row in all_points(target, fit.device, fit.path, fit.weights):
-        if _fits(row.tiles, fit, shape):
-            low, high = reach.get(row.tiles, (row.rows, row.rows))
-            reach[row.tiles] = min(low, row.rows), max(high, row.rows)
-    least = min((tiles.block_m for tiles in reach), default=0)
-    smallest = {tiles: bounds for tiles, bounds in reach.items() if tiles.block_m == least}
-    lows, highs = zip(*smallest.values(), strict=True) if smallest else ((), ())
-    return reach | {tiles: (min(lows), max(highs)) for tiles in smallest}
+    best = [row for row in all_points(target, fit.device, fit.path, fit.weights) if _fits(row.tiles, fit, shape)]
+    least = min((row.tiles.block_m for row in best), default=0)
+
+    def alike(tiles: LayerTiles) -> LayerTiles | None:
+        return tiles if tiles.block_m > least else None
+
+    rows: dict[LayerTiles | None, list[float]] = {}
+    for row in best:
+        rows.setdefault(alike(row.tiles), []).append(row.rows)
+    return {row.tiles: (min(rows[alike(row.tiles)]), max(rows[alike(row.tiles)])) for row in best}
 
 
 def _points(ranges: Sequence[tuple[int, TileChoice]], own: Sequence[MeasuredTiles]) -> list[_Point]:
