@@ -172,6 +172,19 @@ def test_no_token_and_gradients_and_modes_leave_it_alone() -> None:
     assert not got.requires_grad
 
 
+@pytest.mark.parametrize("form", FORMS, ids=[form.value for form in FORMS])
+@pytest.mark.parametrize("local", [4, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+def test_tensors_that_are_made_elsewhere_by_default_leave_it_alone(tokens: int, local: int, form: WeightFormat) -> None:
+    """README's own example sets a default device: a GPU's, where there is one."""
+    case = make_case(CPU, tokens=tokens, local=local, intermediate=64)
+    call = (case.hidden, in_format(case.weights, form), case.topk_weights, case.topk_ids, case.expert_map)
+    want = fused_experts(*call)
+    with torch.device("meta"):
+        got = fused_experts(*call)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("form", list(WeightFormat))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_auto_takes_it_wherever_the_weights_are_as_a_checkpoint_has_them(

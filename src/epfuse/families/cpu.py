@@ -175,13 +175,14 @@ def _many_routes(call: LayerCall, first: Products, second: Products, least: int)
 def _weigh_and_add(call: LayerCall, rows: torch.Tensor, order: torch.Tensor) -> None:
     """``rows [n, H]`` of the routes ``order [n]`` into ``call.out``; each token's in the order of its routes."""
     tokens, top_k = call.topk_ids.shape
-    places = torch.empty(tokens * top_k, dtype=torch.int64)
-    places[order] = torch.arange(order.numel())
+    cpu = torch.device("cpu")  # by default tensors may be made elsewhere
+    places = torch.empty(tokens * top_k, dtype=torch.int64, device=cpu)
+    places[order] = torch.arange(order.numel(), device=cpu)
     factors = call.topk_weights.view(-1)
     if order.numel() == places.numel():
-        bags = torch.arange(0, places.numel(), top_k)
+        bags = torch.arange(0, places.numel(), top_k, device=cpu)
     else:
-        local = torch.zeros(places.shape, dtype=torch.bool).index_fill_(0, order, True)
+        local = torch.zeros_like(places, dtype=torch.bool).index_fill_(0, order, True)
         places, factors, counts = places[local], factors[local], local.view(tokens, top_k).sum(1)
         bags = counts.cumsum(0).sub_(counts)
     call.out.copy_(torch.embedding_bag(rows.float(), places, bags, False, 0, False, factors)[0])
