@@ -104,6 +104,13 @@ def routed(
     return launch_route(ids, slots, local, table, tiles)
 
 
+def moved(tensor: torch.Tensor, begin: int) -> torch.Tensor:
+    """A copy whose memory begins so many bytes past a multiple of 16."""
+    memory = torch.empty(tensor.nbytes + 32, dtype=torch.uint8, device=tensor.device)
+    first = -memory.data_ptr() % 16 + begin
+    return memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
 def packed_routes(table: RouteTable) -> torch.Tensor:
     """``[n]`` int64: the route of each packed row."""
     return torch.cat([found for _, found in table.groups()] or [table.sorted_routes[:0].long()])

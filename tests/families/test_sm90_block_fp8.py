@@ -9,7 +9,7 @@ import epfuse.stages.down.launch_sm90_block_fp8 as down_module
 import epfuse.stages.gate_up.launch_sm90_block_fp8 as gate_up_module
 from epfuse import ExpertWeights, LayerShape, Path, Scratch, SwiGLUOAI, Target, scratch_size
 from epfuse.config import MINIMAX_M3_EP8, Combine, WeightFormat
-from epfuse.errors import ConfigError
+from epfuse.errors import ConfigError, LayoutError
 from epfuse.families.family import CallKind, Family, Stage
 from epfuse.families.portable_fp8 import PORTABLE_FP8
 from epfuse.families.registry import serving, why_portable
@@ -23,7 +23,7 @@ from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90BlockTile
 from epfuse.tuning.calls import bind_stage, layer_call
 from epfuse.verify.suite import poisoned_memory, same_bits
 from epfuse.weights.block_fp8 import BlockFP8, BlockFP8Experts
-from tests.cases import Case, make_case, run_in_tiles, snr_db
+from tests.cases import Case, make_case, moved, run_in_tiles, snr_db
 from tests.families.test_sm90_fp8 import down, rows_by_expert, unchanged
 
 TILES = LayerTiles(16, Sm90BlockTile(256, 128, 0, 4, 4), Sm90BlockTile(128, 128, 0, 4, 4))
@@ -153,6 +153,22 @@ def test_few_rows_stay_in_bf16(tokens: int, family: Family) -> None:
     needed = family.scratch(tokens, 4, 6144, 3072)
     assert room.y >= needed.y
     assert room.routed >= needed.routed
+
+
+@pytest.mark.parametrize("which", ["w13", "w2"])
+@pytest.mark.parametrize("family", [SM90, SM90_BLOCK_FP8], ids=lambda family: family.name)
+def test_weights_that_begin_between_the_kernels_copies_are_named(family: Family, which: str) -> None:
+    """They are read where a loader left them; compiling for them would fail, or a check of Triton's."""
+    case = make_case(torch.device("cpu"), 1, 256, 128)
+    experts = in_blocks(case).kept[WeightFormat.BLOCK_FP8]
+    stacks = {"w13": experts.w13, "w2": experts.w2}
+    stacks[which] = BlockFP8(moved(stacks[which].values, 8), moved(stacks[which].scales, 4))
+    weights = ExpertWeights((BlockFP8Experts(**stacks),))
+    operands = (case.hidden, case.topk_weights, case.topk_ids, case.expert_map, SwiGLUOAI())
+    tiles = family.defaults(calls(LayerShape(256, 128, 16, 4, 4)))[0].tiles
+    assert family.steps(layer_call(WeightFormat.BLOCK_FP8, in_blocks(case), *operands), tiles).launches
+    with pytest.raises(LayoutError, match=rf"{which}.*begin at .*8; .*multiples of 16"):
+        family.steps(layer_call(WeightFormat.BLOCK_FP8, weights, *operands), tiles)
 
 
 def test_default_tiles_fit() -> None:

@@ -15,6 +15,7 @@ from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.weights import fragment
 from epfuse.weights.fragment import LARGEST_SCALE, SCALE_SHIFT, pack, unpack
 from epfuse.weights.panels import RowOrder
+from tests.cases import moved
 
 SIZES = [(128, 256), (192, 128), (96, 160), (80, 32), (64, 384)]
 
@@ -92,6 +93,19 @@ def test_packing_takes_no_new_memory_for_whole_tiles() -> None:
     assert packed.codes.data_ptr() == codes
     assert packed.scales.data_ptr() == scales
     assert packed.nbytes == nbytes
+
+
+@pytest.mark.parametrize(("codes_from", "scales_from"), [(8, 0), (0, 1), (0, 8), (1, 1)])
+def test_memory_that_begins_between_the_kernels_copies_is_left_alone(codes_from: int, scales_from: int) -> None:
+    """A tensor of a file that was read as one begins anywhere."""
+    weights = random_mxfp8(2, 128, 256)
+    codes, scales = moved(weights.values, codes_from), moved(weights.scales, scales_from)
+    packed = pack(MXFP8(codes, scales), RowOrder.PLAIN)
+    assert not any(tensor.data_ptr() % 16 for tensor in packed.tensors())
+    assert torch.equal(codes.view(torch.uint8), weights.values.view(torch.uint8))
+    assert torch.equal(scales, weights.scales)
+    for expert in range(2):
+        assert torch.equal(unpack(packed, expert).scales, scales[expert])
 
 
 def test_what_has_no_code_is_refused_before_anything_is_written() -> None:

@@ -11,6 +11,7 @@ from epfuse.errors import ConfigError
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.weights.panels import RowOrder, source_rows
 from epfuse.weights.row_fp8 import one_scale_a_row, pack_rows
+from tests.cases import moved
 
 SIZES = [(128, 256), (192, 128), (96, 160), (80, 32), (64, 384)]
 
@@ -151,3 +152,13 @@ def test_prepare_for_w8a8_takes_no_second_copy() -> None:
     w13, w2 = random_mxfp8(2, 256, 256), random_mxfp8(2, 256, 128)
     other = ExpertWeights.mxfp8(w13.values, w13.scales, w2.values, w2.scales)
     assert list(other.prepare(Target.GFX950, Path.W8A8).kept) == [WeightFormat.MXFP8]
+
+
+def test_codes_that_begin_between_the_kernels_copies_are_left_alone() -> None:
+    weights = random_mxfp8(2, 128, 256)
+    codes = moved(weights.values, 8)
+    packed = pack_rows(MXFP8(codes, weights.scales), RowOrder.PLAIN)
+    assert packed.codes.data_ptr() % 16 == 0
+    assert torch.equal(codes.view(torch.uint8), weights.values.view(torch.uint8))
+    want = pack_rows(clone(weights), RowOrder.PLAIN)
+    assert torch.equal(packed.codes.view(torch.uint8), want.codes.view(torch.uint8))

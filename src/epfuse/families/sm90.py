@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from epfuse.config import Bias, LayerShape, Path, WeightFormat
+from epfuse.errors import LayoutError
 from epfuse.families import blocks
 from epfuse.families.family import CallKind, LayerCall, Reads, Steps
 from epfuse.families.portable import DENSE_TILES as PORTABLE_TILES
@@ -20,7 +21,7 @@ from epfuse.families.two_gemms import TwoGemms
 from epfuse.stages.extent import ALIGNMENT
 from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile, TileRange, has_few_tiles
 from epfuse.target import Target
-from epfuse.weights.block_fp8 import BLOCK
+from epfuse.weights.block_fp8 import BLOCK, BlockFP8
 
 SPLIT_ROWS = 0.5
 """Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
@@ -38,9 +39,23 @@ UNALIGNED = PORTABLE_TILES[Target.SM90][-1].tiles
 
 
 def dense_is_aligned(call: LayerCall) -> bool:
-    """Whether the call's dense weights begin at multiples of 16 bytes; other formats are packed, and do."""
+    """Whether the call's dense weights begin at multiples of 16 bytes; packed ones do (`epfuse.weights.panels`)."""
     dense = [weights for weights in (call.w13, call.w2) if isinstance(weights, torch.Tensor)]
     return not any(weights.data_ptr() % ALIGNMENT for weights in dense)
+
+
+def require_aligned_blocks(call: LayerCall) -> None:
+    """Refuse block FP8 weights, which are read where they were loaded, that begin where nothing can be copied from.
+
+    Raises:
+        LayoutError: values begin at no multiple of 16 bytes.
+    """
+    for name, stack in (("w13", call.w13), ("w2", call.w2)):
+        if isinstance(stack, BlockFP8) and (begin := stack.values.data_ptr()) % ALIGNMENT:
+            raise LayoutError(
+                f"block FP8 values of {name} begin at {begin:#x}; Hopper's kernels copy them from multiples of"
+                f" {ALIGNMENT} bytes (call .clone() at load)"
+            )
 
 
 def why_no_blocks(shape: LayerShape) -> str | None:
@@ -133,6 +148,7 @@ class Sm90(TwoGemms):
 
     def steps(self, call: LayerCall, tiles: LayerTiles) -> Steps:
         """As of two GEMMs; dense weights that begin anywhere go to the kernels for every GPU."""
+        require_aligned_blocks(call)
         return super().steps(call, tiles) if dense_is_aligned(call) else PORTABLE.steps(call, UNALIGNED)
 
     def gemms(self) -> tuple[Callable[..., object], Callable[..., object]]:

@@ -12,7 +12,7 @@ import torch
 from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
-from epfuse.families.sm90 import SHARED_BYTES, why_no_blocks
+from epfuse.families.sm90 import SHARED_BYTES, require_aligned_blocks, why_no_blocks
 from epfuse.operands import overlaps
 from epfuse.scratch import ScratchSize
 from epfuse.stages.quantize.rows import FP8Rows
@@ -62,6 +62,7 @@ class Sm90BlockFP8(Family):
         from epfuse.stages.quantize.launch_packed import launch_quantize_packed
         from epfuse.stages.route.launch import launch_route
 
+        require_aligned_blocks(call)
         shape, slots, scratch = call.shape, call.slots, call.scratch
         assert isinstance(tiles.gate_up, Sm90BlockTile)
         assert isinstance(tiles.down, Sm90BlockTile)

@@ -292,11 +292,11 @@ class ExpertWeights:
         """Bring FP8 weights into the form that ``target`` reads fastest, **in their own memory**, expert by expert.
 
         Use what is returned: weights whose form changes are consumed, and every later use of them raises. The tensors
-        given to `mxfp8` hold other bytes afterwards: on Hopper rearranged (new memory is taken only for a
-        matrix whose rows are no multiple of 64 or columns no multiple of 128), on gfx942 as E4M3FNUZ. Dense weights,
-        and targets that read checkpoints' order, are left as they are. Weights that Hopper's order can't hold (a NaN, a
-        block scale over 2^7) stay in checkpoints' order and run on the slower kernels; a warning is logged. W8A8's
-        order holds all. Experts without a gate stay as they are there, too.
+        given to `mxfp8` hold other bytes afterwards: on Hopper rearranged (new memory is taken only for
+        matrices whose rows are no multiple of 64 or columns no multiple of 128, or that begin at no multiple of 16
+        bytes), on gfx942 as E4M3FNUZ. Dense weights, and targets that read checkpoints' order, are left as they are.
+        Weights that Hopper's order can't hold (a NaN, a block scale over 2^7) stay in checkpoints' order and run on the
+        slower kernels; a warning is logged. W8A8's order holds all. Experts without a gate stay as they are there, too.
 
         Args:
             target: None means the target of the device that the weights are on.

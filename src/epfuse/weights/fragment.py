@@ -31,6 +31,7 @@ from epfuse.weights.panels import (
     PanelProjections,
     PanelStack,
     RowOrder,
+    is_aligned,
     require_fn,
     source_rows,
     take_rows,
@@ -87,8 +88,8 @@ def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
     """Repack, a few matrices at a time, into the memory of ``weights`` where the sizes allow it.
 
     Args:
-        weights: ``[L, N, K]`` E4M3FN. **Overwritten** when N is a multiple of 64 and K of
-            128 (and consumed: `Consumable`); otherwise left alone and new memory is taken.
+        weights: ``[L, N, K]`` E4M3FN. **Overwritten** when N is a multiple of 64 and K of 128, and both tensors begin
+            at multiples of 16 bytes (and consumed: `Consumable`); otherwise left alone and new memory is taken.
         order: GATE_UP for w13 ``[L, 2I, H]``, PLAIN for w2.
 
     Raises:
@@ -101,7 +102,7 @@ def pack(weights: MXFP8, order: RowOrder) -> FragmentMXFP8:
     panels = source.numel() // PANEL_ROWS
     check_packable(weights)
     codes, scales = weights.values.view(torch.uint8), weights.scales
-    if panels * PANEL_ROWS == rows and padded == columns:
+    if panels * PANEL_ROWS == rows and padded == columns and is_aligned(codes) and is_aligned(scales):
         weights.consume("fragment order", "values", "scales")
         out_codes = codes.view(local, panels, padded // 32, 2048)
         out_scales = scales.view(local, panels, padded // STEP_K, 256)

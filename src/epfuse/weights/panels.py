@@ -13,6 +13,7 @@ from epfuse.arguments import checks_enums
 from epfuse.errors import DtypeError, LayoutError
 from epfuse.numerics.mxfp8 import MXFP8
 from epfuse.numerics.stack import ExpertStack
+from epfuse.stages.extent import ALIGNMENT
 from epfuse.weights.projections import Projections
 
 PANEL_ROWS = 64
@@ -83,6 +84,12 @@ class PanelProjections(Projections[P]):
         (up, up_scales, *up_rest), (down, down_scales, *down_rest) = tensors[:half], tensors[half:]
         w13 = cls.stack(up, up_scales, 2 * intermediate, hidden, RowOrder.GATE_UP, *up_rest)
         return cls(w13, cls.stack(down, down_scales, hidden, intermediate, RowOrder.PLAIN, *down_rest))
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether a tensor begins where the kernels' copies can, and where its bytes can be viewed as wider numbers."""
+    begins = tensor.data_ptr(), tensor.storage_offset() * tensor.element_size()
+    return not any(begin % ALIGNMENT for begin in begins)
 
 
 def require_fn(weights: MXFP8) -> None:

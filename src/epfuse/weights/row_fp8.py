@@ -33,6 +33,7 @@ from epfuse.weights.panels import (
     PanelProjections,
     PanelStack,
     RowOrder,
+    is_aligned,
     require_fn,
     source_rows,
     take_rows,
@@ -100,8 +101,8 @@ def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
     """Repack, one matrix at a time, into the codes' memory where the sizes allow it.
 
     Args:
-        weights: ``[L, N, K]`` E4M3FN. **Codes are overwritten** when N is a multiple of 64
-            and K of 128 (and consumed: `Consumable`); otherwise left alone and new memory is taken.
+        weights: ``[L, N, K]`` E4M3FN. **Codes are overwritten** when N is a multiple of 64 and K of 128, and they begin
+            at a multiple of 16 bytes (and consumed: `Consumable`); otherwise left alone and new memory is taken.
         order: GATE_UP for w13 ``[L, 2I, H]``, PLAIN for w2.
 
     Raises:
@@ -113,7 +114,7 @@ def pack_rows(weights: MXFP8, order: RowOrder) -> RowFP8:
     steps = -(-columns // STEP_K)
     source = source_rows(rows, order).to(values.device)
     size = (local, source.numel() // PANEL_ROWS, steps, PANEL_ROWS, STEP_K)
-    fits = source.numel() == rows and steps * STEP_K == columns
+    fits = source.numel() == rows and steps * STEP_K == columns and is_aligned(values)
     codes = values.view(size) if fits else values.new_empty(size)
     scales = torch.empty(local, source.numel(), dtype=torch.float32, device=values.device)
     longest = torch.empty(local, 2, dtype=torch.float32, device=values.device)
