@@ -62,7 +62,7 @@ def _through_cache(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
                 found = compile_kernel(*arguments, **named)
                 # it would at the launch, which follows; up to triton 3.6 it compiles a launcher too
                 found._init_handles()
-        except (RuntimeError, FileNotFoundError, subprocess.CalledProcessError) as error:
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             if _is_a_tool_s(error):
                 raise _lacking(error) from error
             raise
@@ -295,10 +295,12 @@ def _need_driver() -> None:
 
 
 def _is_a_tool_s(error: Exception) -> bool:
-    """Whether Triton found no C compiler or ptxas, or the compiler failed."""
+    """Whether Triton found no C compiler or ptxas, or the compiler failed or can't be run."""
     if isinstance(error, RuntimeError):
         return any(words in str(error) for words in ("find C compiler", "Cannot find ptxas"))
-    return isinstance(error, subprocess.CalledProcessError) or getattr(error, "filename", None) == os.environ.get("CC")
+    compiler = os.environ.get("CC")
+    not_run = compiler is not None and getattr(error, "filename", None) == compiler
+    return isinstance(error, subprocess.CalledProcessError) or not_run
 
 
 def _lacking(error: Exception) -> MissingDependency:
@@ -314,7 +316,8 @@ def _lacking(error: Exception) -> MissingDependency:
 
 def _can_be_written(place: Path) -> bool:
     """Whether a folder can be made there, or written. Nothing is made."""
-    there = next(at for at in (place, *place.parents) if at.exists())
+    # pathlib's `exists` raises where a folder may not be entered
+    there = next(at for at in (place, *place.parents) if os.path.exists(at))
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 

@@ -97,6 +97,7 @@ def test_where_nothing_can_be_written_that_is_said(tmp_path: Path, monkeypatch: 
         (RuntimeError("Failed to find C compiler. Please .."), MissingDependency),  # a launcher's, up to triton 3.6
         (subprocess.CalledProcessError(1, ["gcc", "main.c"]), MissingDependency),
         (FileNotFoundError(2, "No such file or directory", "a-compiler"), MissingDependency),
+        (PermissionError(13, "Permission denied", "a-compiler"), MissingDependency),  # a folder, or may not be run
         (FileNotFoundError(2, "No such file or directory", "k.cubin"), FileNotFoundError),  # of a folder that went
         (RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError),
     ],
@@ -113,6 +114,31 @@ def test_a_tool_that_a_compile_lacks_is_said(
         kernel_cache._through_cache(compile_kernel)()
     assert type(found.value) is kind
     assert ("EPFUSE_KERNELS" in str(found.value)) == (kind is MissingDependency)
+
+
+def test_an_error_that_names_no_file_is_no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+
+    def compile_kernel() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as found:
+        kernel_cache._through_cache(compile_kernel)()
+    assert type(found.value) is OSError
+
+
+def test_a_home_that_may_not_be_entered_is_one_that_can_not_be_written(tmp_path: Path) -> None:
+    """An image's home is often root's, whoever the process runs as; asking what is in there is an error."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    is_root = os.geteuid() == 0
+    if is_root:  # may enter any
+        os.setresuid(65534, 65534, 0)
+    try:
+        assert not kernel_cache._can_be_written(closed / ".triton" / "cache")
+    finally:
+        if is_root:
+            os.setresuid(0, 0, 0)
 
 
 class _Active:
