@@ -188,6 +188,27 @@ def test_the_longest_pause_may_lie_in_a_step(profile: Run) -> None:
     assert (alone.between, alone.longest_pause) == (0, None)
 
 
+def test_what_has_begun_before_the_window_runs_in_it(profile: Run) -> None:
+    """A kernel of the step before, on another stream, until half of the second step's only gap has gone."""
+    trace = TraceFile()
+    trace.range(DECODE, 0, 10)
+    trace.kernel(ACT, 50, 1050, correlation=trace.launch(2, 1), stream=9)
+    trace.range(DECODE, 20, 10)
+    for name, start in ((NORM, 100), (GEMM, 2100)):
+        trace.kernel(name, start, 4, correlation=trace.launch(22, 1))
+    assert profile(trace, window="1").time.longest_pause == LongestPause(1_000_000, GEMM, None, 1)
+
+
+def test_activities_of_no_duration_bound_a_pause(profile: Run) -> None:
+    trace = TraceFile()
+    trace.range(DECODE, 0, 10)
+    for name, start in ((NORM, 100), (ACT, 150), (GEMM, 1150)):
+        trace.kernel(name, start, 4 if name == ACT else 0, correlation=trace.launch(2, 1))
+    time = profile(trace).time
+    assert time.longest_pause == LongestPause(996_000, GEMM, None, 0)
+    assert (time.span, time.busy) == (1_050_000, 4_000)
+
+
 def test_a_trace_of_the_cpu_only(classifier: Classifier, tmp_path: Path) -> None:
     trace = TraceFile()
     trace.range("aten::mm", 0, 5, cat="cpu_op")

@@ -270,7 +270,7 @@ def _pauses(steps: Sequence[TracedStep], trace: Trace, device: int) -> tuple[int
     """
     bounds = sorted((step.start, step.end, step.index) for step in steps)
     begin, end = bounds[0][0], max(until for _, until, _ in bounds)
-    ran = [a for a in (*trace.kernels, *trace.copies) if a.device == device and begin <= a.start < end]
+    ran = [a for a in (*trace.kernels, *trace.copies) if a.device == device and a.end >= begin and a.start <= end]
     between, begun = 0, 0
     last = begin, bounds[0][2]  # end and index: of the steps that have begun, of the one that ends last
     longest: LongestPause | None = None
