@@ -37,9 +37,9 @@ def at(ranges: list[tuple[int, TileChoice]], tokens: int) -> TileChoice:
 
 
 def test_a_prefill_between_the_rows_is_not_padded_to_the_next() -> None:
-    """186 rows an expert would be multiplied as 256 in the block of the nearest row."""
+    """186 rows an expert would be multiplied as 256 or more in the block of the nearest row."""
     near, ranges = both(LayerShape(4096, 1536, 128, 16, 8))
-    assert at(near, 2972).tiles.block_m == 320
+    assert at(near, 2972).tiles.block_m > 256
     assert at(ranges, 2972).tiles.block_m < 200
     assert at(ranges, 2972).source.startswith("Predicted to take 0.")
     assert "by the time model of NVIDIA H200 (error" in at(ranges, 2972).source

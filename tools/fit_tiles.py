@@ -40,7 +40,7 @@ from epfuse.measured.fits import FitEntry, FitFile, fit_path
 from epfuse.measured.schema import Measurement, TileEntry
 from epfuse.policy.tiles import nearest_ranges, tile_ranges
 from epfuse.report.write import write_atomic
-from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile
+from epfuse.stages.tiles import GemmTile, LayerTiles, Sm90Tile, has_few_tiles
 from epfuse.target import Target
 
 PATH, WEIGHTS, UNITS = Path.W8A16, WeightFormat.FRAGMENT, 132
@@ -93,7 +93,7 @@ def rows_of(device: str) -> list[Row]:
     found = []
     for measurement in tables[Stage.GATE_UP]:
         kind = measurement.device, measurement.path, measurement.weights, measurement.bias
-        if kind != (device, PATH, WEIGHTS, Bias.NONE):
+        if kind != (device, PATH, WEIGHTS, Bias.NONE) or has_few_tiles(measurement.shape):  # of those nobody asks it
             continue
         shape = measurement.shape
         weights = 2 * shape.intermediate * shape.hidden * WEIGHT_BYTES

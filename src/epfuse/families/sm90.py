@@ -25,9 +25,9 @@ from epfuse.weights.block_fp8 import BLOCK, BlockFP8
 
 SPLIT_ROWS = 0.5
 """Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
-FEW_TILES_END = 200.0
+FEW_TILES_END = 112.0
 """Rows an expert from which on layers with few tiles take the packed kernels."""
-MOST_SHARED_ROWS, MOST_TAIL_ROWS = 64, 16
+MOST_SHARED_ROWS, MOST_TAIL_ROWS = 128, 16
 """Rows of a block up to which programs may share a reduction: of every tile, and of those after the last full wave."""
 SHORT_K = 512
 """I up to which a program of down has four steps at the most."""
@@ -184,7 +184,7 @@ FEW_TILES = (
     TileRange(12.5, LayerTiles(16, Sm90Tile(128, 128, 0, 8, 3, split_k=4), Sm90Tile(64, 128, 0, 4, 3, split_k=8))),
     TileRange(24, LayerTiles(32, Sm90Tile(64, 128, 0, 4, 4, split_k=2), Sm90Tile(64, 128, 0, 4, 4, split_k=4))),
     TileRange(64, LayerTiles(64, Sm90Tile(64, 128, 0, 4, 3), Sm90Tile(64, 128, 0, 4, 3, split_k=4))),
-    TileRange(FEW_TILES_END, LayerTiles(64, Sm90Tile(128, 128, 0, 8, 3), Sm90Tile(64, 128, 0, 4, 3, split_k=2))),
+    TileRange(FEW_TILES_END, LayerTiles(128, Sm90Tile(128, 128, 0, 8, 3), Sm90Tile(128, 128, 0, 8, 3, split_k=4))),
 )
 # Measured on an H200 (docs/performance.md). With more rows FP8 products are faster, though rows are quantised for them.
 ROW_FP8_TILES = (TileRange(0.1, LayerTiles.both(8, Sm90Tile(64, 128, 0, 4, 3, split_k=4))),)

@@ -30,8 +30,6 @@ No table has blocks of more than 192 yet.
 """
 MANY_ROWS = 144
 """Expected rows of an expert up to which this family runs: of 128, where it is faster, and 160 the middle."""
-LARGEST_TWO_PARTS = 144
-"""From here on the rows of an expert take several blocks, of this size or larger."""
 
 
 class Sm90FP8(Family):
@@ -48,7 +46,7 @@ class Sm90FP8(Family):
 
     def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""
-        sizes = two_parts(rows, LARGEST_TWO_PARTS, max(MOST_ROWS.values()))
+        sizes = two_parts(rows, max(MOST_ROWS.values()))
         return sorted({*blocks.powers_of_two(rows, self.least_block_m), *sizes})
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:

@@ -13,16 +13,16 @@ from epfuse.config import Bias, Path, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import CallKind, Reads
 from epfuse.families.one_launch import OneLaunch
-from epfuse.families.sm90 import FEW_TILES_END, SHARED_BYTES
+from epfuse.families.sm90 import SHARED_BYTES
 from epfuse.stages.tiles import ANY, GemmTile, LayerTiles, Sm90PersistentTile, TileRange, has_few_tiles
 from epfuse.target import Target
 
-TWO_PARTS = (96, 144, 160, 272, 288, 320)
-"""Row blocks of two powers of two. Not 48 and 80: for 32 and 64 rows an expert, 96 and 128 are a hundredth slower than
-those if the router is even, and up to 40 % faster if it is not (docs/performance.md)."""
+TWO_PARTS = (96, 144, 160, 192, 256, 272, 288, 320)
+"""Row blocks of two powers of two, and of two equal ones. Not 48 and 80: for 32 and 64 rows an expert, 96 and 128 are
+a hundredth slower than those if the router is even, and up to 40 % faster if it is not (docs/performance.md)."""
 HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
 """Heads of these row blocks: with a small one they cost little where experts have few rows."""
-LARGEST_TWO_PARTS = 272
+LARGEST_TWO_PARTS = 144
 """From here on the rows of an expert take several blocks, of this size or larger."""
 
 
@@ -36,22 +36,25 @@ class Sm90Packed(OneLaunch):
     reads: ClassVar[Reads] = {Target.SM90: {Path.W8A16: (WeightFormat.FRAGMENT,)}}
 
     def defaults(self, kind: CallKind) -> tuple[TileRange, ...]:
-        """Measured on an H100; a layer with few tiles has more of them in `Sm90`'s blocks, up to some rows."""
-        begin = FEW_TILES_END if has_few_tiles(kind.shape) else 0.0
-        return tuple(entry for entry in FRAGMENT_TILES if entry.max_rows > begin)
+        """Measured on an H100, and on an H200 from 140 rows an expert on."""
+        return FEW_FRAGMENT_TILES if has_few_tiles(kind.shape) else FRAGMENT_TILES
 
     def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""
         powers = [size for size in blocks.powers_of_two(rows, 8) if size >= self.least_block_m]
-        return sorted({*powers, *two_parts(rows, LARGEST_TWO_PARTS, max(TWO_PARTS))})
+        return sorted({*powers, *two_parts(rows, max(TWO_PARTS))})
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
-        """Three consumers and whole steps, or two and half steps, which leave room for many rows."""
+        """Three consumers and whole steps, or two and half steps, which leave room for many rows.
+
+        Two and whole steps where a layer has few tiles: so it has more of them.
+        """
         if block_m < self.least_block_m:
             return
-        block_n, block_k = (128, 64) if block_m >= 256 else (192, 128)
-        for group_m, stages, parts, head in itertools.product(
-            (0, 1, 2, 4, 8), (3, 4, 5), (1, 2), HEADS.get(block_m, (0,))
+        narrow = ((128, 128),) if has_few_tiles(kind.shape) else ()
+        widths = ((128, 64),) if block_m >= 256 else ((192, 128), *narrow)
+        for (block_n, block_k), group_m, stages, parts, head in itertools.product(
+            widths, (0, 1, 2, 4, 8), (3, 4, 5), (1, 2), HEADS.get(block_m, (0,))
         ):
             if block_k == 128 or parts > 1:
                 tile = Sm90PersistentTile(block_n, block_k, group_m, 4, stages, parts=parts, head=head)
@@ -70,21 +73,20 @@ class Sm90Packed(OneLaunch):
         return launch_gate_up_down
 
 
-def two_parts(rows: float, largest: int, most: int) -> list[int]:
-    """What of TWO_PARTS holds ``rows`` expected rows in one block and is less than half padding, or the largest.
+def two_parts(rows: float, most: int) -> list[int]:
+    """What of TWO_PARTS holds ``rows`` expected rows in one block and is less than half padding, or several.
 
-    With a small head padding costs little, so up to two thirds. Rows over the largest take several blocks; below the
-    smallest, persistent tiles are not worth trying.
+    With a small head padding costs little, so up to two thirds. More rows than LARGEST_TWO_PARTS take several blocks,
+    of any size from there on; below the smallest, persistent tiles are not worth trying.
 
     Args:
         rows: expected rows per expert.
-        largest: rows of a block from which on experts take several.
         most: no block has more rows.
     """
     return [
         size
         for size in TWO_PARTS
-        if min(rows, largest) <= size <= most and (size < 2 * rows or (size in HEADS and size <= 3 * rows))
+        if min(rows, LARGEST_TWO_PARTS) <= size <= most and (size < 2 * rows or (size in HEADS and size <= 3 * rows))
     ]
 
 
@@ -94,12 +96,26 @@ def _ring_fits(tile: Sm90PersistentTile, block_m: int) -> bool:
     return ring <= SHARED_BYTES and not (tile.consumers > 2 and block_m >= 256)
 
 
-# Measured on an H100. A block holds twice the rows that an expert can expect, and costs little where it has no more.
+# Measured on an H100 up to 140 rows: a block holds twice the rows that an expert can expect, and costs little where it
+# has no more. From there on on an H200, at 29 counts of seven layers (docs/performance.md, "Many rows an expert").
 FRAGMENT_TILES = (
     TileRange(72, LayerTiles.both(128, Sm90PersistentTile(192, 128, 2, 4, 3, 1, head=64))),
-    TileRange(160, LayerTiles.both(144, Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
-    TileRange(288, LayerTiles.both(320, Sm90PersistentTile(128, 64, 1, 4, 4))),
-    TileRange(ANY, LayerTiles.both(288, Sm90PersistentTile(128, 64, 1, 4, 5))),
+    TileRange(140, LayerTiles.both(144, Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
+    TileRange(180, LayerTiles.both(192, Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
+    TileRange(205, LayerTiles.both(128, Sm90PersistentTile(192, 128, 1, 4, 3))),
+    TileRange(304, LayerTiles.both(320, Sm90PersistentTile(128, 64, 1, 4, 4))),
+    TileRange(390, LayerTiles.both(192, Sm90PersistentTile(192, 128, 1, 4, 3, 1))),
+    TileRange(420, LayerTiles.both(144, Sm90PersistentTile(192, 128, 1, 4, 3, 1))),
+    TileRange(465, LayerTiles.both(160, Sm90PersistentTile(192, 128, 1, 4, 3, 1))),
+    TileRange(ANY, LayerTiles.both(192, Sm90PersistentTile(192, 128, 1, 4, 3))),
+)
+# The same of layers with few tiles, above those of few rows in `FEW_TILES`.
+FEW_FRAGMENT_TILES = (
+    TileRange(190, LayerTiles.both(96, Sm90PersistentTile(128, 128, 1, 4, 3, 1))),
+    TileRange(270, LayerTiles.both(128, Sm90PersistentTile(128, 128, 1, 4, 3, 1))),
+    TileRange(390, LayerTiles.both(192, Sm90PersistentTile(128, 128, 1, 4, 3, 1))),
+    TileRange(700, LayerTiles.both(256, Sm90PersistentTile(128, 64, 2, 4, 5))),
+    TileRange(ANY, FRAGMENT_TILES[-1].tiles),
 )
 
 SM90_PACKED = Sm90Packed()

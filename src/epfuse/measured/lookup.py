@@ -153,9 +153,9 @@ def sources(
 
 @checks_enums
 def all_points(target: Target, device_name: str, path: Path, weights: WeightFormat) -> Iterator[MeasuredTiles]:
-    """The best tiles of every count that one product has for a path, whatever the layer."""
+    """The best tiles of every count that one product has for a path, of any layer that the time model is asked of."""
     for gate_up, down in _pairs(target, path, weights):
-        if gate_up.device == device_name:
+        if gate_up.device == device_name and not has_few_tiles(gate_up.shape):
             yield from _points(gate_up, down, gate_up.shape)
 
 
