@@ -13,6 +13,8 @@ from epfuse.policy import decide
 from epfuse.policy.decision import TileChoice
 from epfuse.policy.tiles import nearest_ranges, tile_ranges
 from epfuse.policy.timed import candidates, overruled
+from epfuse.stages.route.table import max_padded
+from epfuse.stages.tiles import Sm90Tile
 from epfuse.target import Target
 
 H200 = "NVIDIA H200"
@@ -93,6 +95,24 @@ def test_a_tile_of_the_smallest_blocks_reaches_as_far_as_any_of_them() -> None:
     ((low, high),) = smallest
     assert low < 0.05 < 2 < high
     assert len({bounds for tiles, bounds in reach.items() if tiles.block_m > 8}) > 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [
+        (LayerShape(7168, 2048, 256, 1, 8), 128),
+        (LayerShape(7168, 2048, 256, 4, 8), 405),
+        (LayerShape(4096, 1536, 128, 2, 8), 128),
+        (LayerShape(6144, 3072, 128, 1, 4), 256),
+    ],
+)
+def test_no_launch_has_many_times_the_programs_that_were_timed(shape: LayerShape, tokens: int) -> None:
+    """On a rank with few of many experts nearly all have no tile: the model saw no time in 65536 and 114688 of them."""
+    tiles = at(both(shape)[1], tokens).tiles
+    blocks = max_padded(tokens * shape.top_k, shape.local_experts, tiles.block_m) // tiles.block_m
+    for tile, outputs in ((tiles.gate_up, 2 * shape.intermediate), (tiles.down, shape.hidden)):
+        assert isinstance(tile, Sm90Tile)
+        assert blocks * -(-outputs // tile.block_n) * tile.split_k < 25_000
 
 
 def test_what_nothing_was_fitted_to_stays_with_its_rows() -> None:

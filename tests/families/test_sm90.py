@@ -58,9 +58,10 @@ def test_one_wide_expert_has_programs_for_the_whole_gpu() -> None:
         LayerShape(4096, 14336, 8, 4, 2),
         LayerShape(2048, 768, 128, 4, 8),
         LayerShape(4096, 1792, 8, 1, 2),
+        LayerShape(6144, 3072, 128, 1, 4),
     ],
 )
-def test_other_layers_have_tiles_enough_or_short_reductions(shape: LayerShape) -> None:
+def test_other_layers_have_tiles_enough_or_short_reductions_or_other_ranks_routes(shape: LayerShape) -> None:
     assert not has_few_tiles(shape)
 
 

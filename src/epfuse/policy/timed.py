@@ -6,6 +6,9 @@ so a tile of them reaches as far as any of them was best. It compares tiles of o
 a layer, it gets wrong of all of them alike. It overrules only where it predicts to save more than the fit's error, and
 never at a token count that was measured for the layer. A layer takes at most MOST_ADDED tiles besides those of its
 nearest rows, because each is compiled before a server starts.
+
+What a launch takes whose programs mostly have no tile it does not know: no layer with rows has more than 16 times as
+many experts as a rank holds. There every tile has a program of its own, but with very few rows.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from dataclasses import dataclass
 from epfuse.arguments import checks_enums
 from epfuse.config import LayerShape
 from epfuse.families.registry import family_of
+from epfuse.families.sm90 import SPLIT_ROWS
 from epfuse.hardware.tile_time import TileTimes, call_us
 from epfuse.measured.fits import FitEntry
 from epfuse.measured.lookup import CLOSE, LayerMeasurements, MeasuredTiles, all_points
 from epfuse.policy.decision import TileChoice
-from epfuse.stages.tiles import LayerTiles, rows_per_expert
+from epfuse.stages.tiles import LayerTiles, Sm90Tile, is_mostly_remote, rows_per_expert
 from epfuse.target import Target
 
 MOST_ADDED = 3
@@ -71,6 +75,7 @@ def overruled(
             if not point.is_measured
             and point.nearest.tiles.packed == tiles.packed
             and low / CLOSE <= rows_per_expert(point.tokens, shape) <= high * CLOSE
+            and not _has_idle_shares(tiles, shape, point.tokens)
             and (cost := beside.other(tiles, point)) < near[point] * (1 - margin)
         }
         for tiles, (low, high) in candidates(fit, target, shape).items()
@@ -182,6 +187,15 @@ def _points(ranges: Sequence[tuple[int, TileChoice]], own: Sequence[MeasuredTile
             nearest = left.pop()[1]
         found.append(_Point(tokens, nearest, tokens in measured))
     return found
+
+
+def _has_idle_shares(tiles: LayerTiles, shape: LayerShape, tokens: int) -> bool:
+    """Whether programs would share each tile's reduction where nearly all of them have none, which the model knows not.
+
+    With very few rows there are few programs in all.
+    """
+    shares = any(isinstance(tile, Sm90Tile) and tile.split_k > 1 for tile in (tiles.gate_up, tiles.down))
+    return shares and is_mostly_remote(shape) and rows_per_expert(tokens, shape) > CLOSE * SPLIT_ROWS
 
 
 def _fits(tiles: LayerTiles, fit: FitEntry, shape: LayerShape) -> bool:

@@ -18,6 +18,9 @@ LARGEST = 1 << 24
 """No size in a table is as large."""
 FEW_OUTPUTS = 8192
 """Outputs of down over all local experts up to which whole tiles leave multiprocessors without one: 128 of 64 rows."""
+MOST_REMOTE = 16
+"""E over L up to which layers were timed. A launch has programs, and memory for sums that they share, for all routes
+that could be local; those of other ranks' routes return at once, but are launched all the same."""
 LONG_K = 3072
 """H and I from which on each of eight programs that share a reduction has three steps."""
 FEW_ROWS = 16
@@ -329,7 +332,13 @@ def has_few_tiles(shape: LayerShape) -> bool:
     Mixtral's layers are that on eight ranks and on four, with one wide expert or two.
     """
     is_long = min(shape.hidden, shape.intermediate) >= LONG_K
-    return is_long and shape.local_experts * shape.hidden <= FEW_OUTPUTS
+    has_few = shape.local_experts * shape.hidden <= FEW_OUTPUTS
+    return is_long and has_few and not is_mostly_remote(shape)
+
+
+def is_mostly_remote(shape: LayerShape) -> bool:
+    """Whether nearly all of a call's routes are other ranks': nearly all programs of a launch have no tile."""
+    return shape.experts > MOST_REMOTE * shape.local_experts
 
 
 def rows_per_expert(tokens: int, shape: LayerShape) -> float:
