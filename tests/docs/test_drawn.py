@@ -13,9 +13,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 SECTION = (DOCS / "performance.md").read_text().split("## At token counts and on layers that nobody tuned\n")[1]
 SECTION = SECTION.split("\n## ")[0]
 RECORDS = [
-    DOCS / f"records/2026-11-30-h200-{name}.json"
-    for name in ("drawn-second", "drawn-first", "shapes", "shapes-second", "shapes-first")
-]
+    DOCS / f"records/{name}.json"
+    for name in (
+        "2026-12-01-h200-drawn", "2026-12-01-h200-shapes",
+        "2026-11-30-h200-shapes", "2026-11-30-h200-shapes-second", "2026-11-30-h200-shapes-first",
+    )
+]  # fmt: skip
 Points = dict[tuple[str, int], tuple[float, str | None, float]]
 """Layer and T -> our microseconds, the fastest peer and its."""
 

@@ -97,7 +97,7 @@ def _ring_fits(tile: Sm90PersistentTile, block_m: int) -> bool:
 
 
 # Measured on an H100 up to 140 rows: a block holds twice the rows that an expert can expect, and costs little where it
-# has no more. From there on on an H200, at 29 counts of seven layers (docs/performance.md, "Many rows an expert").
+# has no more. From there on on an H200, at 25 counts of five layers (docs/performance.md, "Many rows an expert").
 FRAGMENT_TILES = (
     TileRange(72, LayerTiles.both(128, Sm90PersistentTile(192, 128, 2, 4, 3, 1, head=64))),
     TileRange(140, LayerTiles.both(144, Sm90PersistentTile(192, 128, 2, 4, 3, 1))),
