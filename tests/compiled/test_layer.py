@@ -24,13 +24,13 @@ SIZES = {
     # share one; route has one for each power of two of routes and row block; combine one below 512 tokens and one above
     # where H exceeds 1024; the rest one for each row block
     "sm_90-w8a16-deterministic": {
-        "route_kernel": 14,
+        "route_kernel": 16,
         "count_kernel": 1,
-        "place_kernel": 2,
+        "place_kernel": 4,
         "gate_up_sm90_kernel": 6,
         "down_sm90_kernel": 4,  # I is short
-        "gather_kernel": 4,
-        "gate_up_down_sm90_kernel": 4,
+        "gather_kernel": 5,
+        "gate_up_down_sm90_kernel": 9,
         "combine_kernel": 2,
     },
     "sm_90-bf16-deterministic": {
