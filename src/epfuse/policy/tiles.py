@@ -31,7 +31,7 @@ def tile_ranges(kind: CallKind) -> list[tuple[int, TileChoice]]:
     """
     ranges, measured = nearest_ranges(kind), _measured(kind)
     fit = fit_of(kind.target, kind.device, kind.path, kind.form) if _as_measured(kind) else None
-    if fit is not None and not has_few_tiles(kind.shape):  # of those it is up to a third off
+    if fit is not None and not has_few_tiles(kind.shape):  # of those it predicts half or less
         ranges = overruled(ranges, measured, fit, kind.target, kind.shape)
     return ranges
 
