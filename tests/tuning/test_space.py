@@ -8,7 +8,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from epfuse import Path, Target
-from epfuse.config import WeightFormat
+from epfuse.config import LayerShape, WeightFormat
 from epfuse.families import blocks
 from epfuse.families.family import CallKind, Stage
 from epfuse.families.portable import PORTABLE
@@ -59,21 +59,26 @@ def test_row_blocks_are_around_the_rows_of_an_expert(rows: float, least: int, ex
     assert max(blocks.powers_of_two(1e9, least)) == blocks.LARGEST
 
 
-SEVERAL = [144, 160, 192, 272, 288, 320]
+SEVERAL = [144, 160, 192, 256, 272, 288, 320]
 """Where an expert takes several blocks, rows decide which size leaves the least padding."""
+
+
+def of_two_parts(sizes: list[int]) -> list[int]:
+    """Without the powers of two that every family tries."""
+    return [size for size in sizes if size > blocks.LARGEST or size.bit_count() > 1]
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
-    [(8.0, []), (32.0, [96]), (64.0, [96]), (128.0, [144, 160, 192]), (1e9, SEVERAL)],
+    [(8.0, []), (32.0, [96]), (64.0, [96]), (128.0, [144, 160, 192]), (140.0, SEVERAL[:-2]), (1e9, SEVERAL)],
 )
 def test_blocks_of_two_parts_are_a_little_larger_than_the_rows(rows: float, expected: list[int]) -> None:
-    assert [size for size in SM90_PACKED.block_ms(rows) if size.bit_count() > 1] == expected
+    assert of_two_parts(SM90_PACKED.block_ms(rows)) == expected
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(8.0, []), (64.0, [96]), (128.0, [144, 160, 192]), (1e9, SEVERAL[:-1])])
 def test_blocks_of_fp8_rows_leave_registers_for_two_sums(rows: float, expected: list[int]) -> None:
-    assert [size for size in SM90_FP8.block_ms(rows) if size.bit_count() > 1] == expected
+    assert of_two_parts(SM90_FP8.block_ms(rows)) == expected
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(32.0, {(64, 32), (96, 32)}), (64.0, {(96, 32), (128, 64)})])
@@ -86,6 +91,14 @@ def test_blocks_with_room_for_skew_are_tried(rows: float, blocks: set[tuple[int,
     }
     assert blocks <= found
     assert not {48, 80} & {block_m for block_m, _ in found}
+
+
+@pytest.mark.parametrize(("shape", "widths"), [(M3, {192}), (LayerShape(6144, 16384, 8, 1, 2), {128, 192})], ids=str)
+def test_only_layers_with_few_tiles_get_narrow_ones_of_whole_steps(shape: LayerShape, widths: set[int]) -> None:
+    kind = CallKind(Path.W8A16, Target.SM90, shape, frozenset({WeightFormat.FRAGMENT}))
+    tiles = [tile for block_m in (96, 144, 192) for tile in SM90_PACKED.candidates(kind, block_m, 160.0)]
+    assert {tile.block_n for tile in tiles} == widths
+    assert {tile.block_k for tile in tiles} == {128}
 
 
 def test_narrow_layers_get_narrow_tiles() -> None:
