@@ -25,7 +25,7 @@ from epfuse.weights.block_fp8 import BLOCK, BlockFP8
 
 SPLIT_ROWS = 0.5
 """Rows per expert up to which too few experts are active to fill the GPU, and programs may share a reduction."""
-FEW_TILES_END = 112.0
+FEW_TILES_END = 116.0
 """Rows an expert from which on layers with few tiles take the packed kernels."""
 MOST_SHARED_ROWS, MOST_TAIL_ROWS = 128, 16
 """Rows of a block up to which programs may share a reduction: of every tile, and of those after the last full wave."""
