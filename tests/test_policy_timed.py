@@ -97,6 +97,14 @@ def test_a_tile_of_the_smallest_blocks_reaches_as_far_as_any_of_them() -> None:
     assert len({bounds for tiles, bounds in reach.items() if tiles.block_m > 8}) > 3
 
 
+def test_tiles_of_layers_that_it_is_not_asked_of_are_no_candidates() -> None:
+    """Narrow packed tiles of whole steps were best for one wide expert or two alone."""
+    fit = fit_of(*ASKED)
+    assert fit is not None
+    packed = [tiles.gate_up for tiles in candidates(fit, Target.SM90, MINIMAX_M3_EP8) if tiles.packed]
+    assert {(tile.block_n, tile.block_k) for tile in packed} == {(192, 128), (128, 64)}
+
+
 @pytest.mark.parametrize(
     ("shape", "tokens"),
     [
