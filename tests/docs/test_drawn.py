@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 from tools.peer_layers import comparisons, layers_of
@@ -69,3 +70,18 @@ def test_every_point_that_lost_is_named() -> None:
             SECTION.split()
         )
         assert lost is (peer is not None and us > best)
+
+
+def test_the_means_and_the_worst_are_the_records() -> None:
+    found = points()
+    assert all(peer for _, peer, _ in found.values())
+    drawn = [us / best for (layer, _), (us, _, best) in found.items() if layer == "minimax-m3-ep8"]
+    others = [us / best for (layer, _), (us, _, best) in found.items() if layer != "minimax-m3-ep8"]
+    words = " ".join(SECTION.split())
+    assert f"with {geometric_mean(drawn):.3f} in the mean and {max(drawn):.3f} at most" in words
+    assert f"with {geometric_mean(others):.3f} in the mean of {len(others)} and {max(others):.3f} at most" in words
+    won = sum(ratio < 1 for ratio in drawn + others)
+    readme = (DOCS.parent / "README.md").read_text()
+    assert f"faster than every peer that was timed at {won} of {len(found)} drawn points" in readme
+    assert {len(found), len({layer for layer, _ in found})} == {112, 13}
+    assert "on thirteen ranks of ten models:" in readme

@@ -79,6 +79,12 @@ def test_the_table_has_the_record_s_times(run: str) -> None:
         assert cells(run, label) == [round(us, 1) for us in best(run, peer)], label
 
 
+def test_readme_has_the_range_of_the_h200_s_ratios() -> None:
+    ratios = over_peers("h200")
+    words = " ".join((DOCS.parent / "README.md").read_text().split())
+    assert f"`w8a16` took {min(ratios):.2f} to {max(ratios):.2f} of the time of the fastest of them" in words
+
+
 @runs
 def test_the_table_has_the_record_s_ratios(run: str) -> None:
     ours = best(run, "impl")
@@ -369,6 +375,20 @@ def test_many_rows_are_their_record_s() -> None:
     few = wanted["minimax-m3-ep8", 22]
     best_us = min(few["again_us"].values())
     assert f"got a row: {few['again_us'][few['today']]:.1f} -> {best_us:.1f}" in text
+
+
+def test_the_time_model_s_errors_are_its_fit_s() -> None:
+    """What `tools.fit_tiles` wrote beside the tables, in docs/policy.md."""
+    fits = json.loads((DOCS.parent / "src/epfuse/measured/tables/sm_90/times.json").read_text())["fits"]
+    text = (DOCS / "policy.md").read_text()
+    assert len(fits) == 2
+    for fit in fits:
+        product = fit["device"].removesuffix(" 80GB HBM3")
+        line = next(line for line in text.splitlines() if line.startswith(f"| {product} | {fit['points']} |"))
+        errors = [f"{fit[name]:.1%}".replace("%", " %") for name in ("error", "error_other_shape")]
+        assert line.strip("| ").split(" | ")[2:] == errors
+        if product == "NVIDIA H200":
+            assert f"which takes {fit['numbers']['sums']:.2f} us a MB" in " ".join(text.split())
 
 
 def test_bursts_are_their_record_s() -> None:
