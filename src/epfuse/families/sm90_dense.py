@@ -20,10 +20,6 @@ from epfuse.target import Target
 
 TWO_PARTS = (96, 144, 160, 192, 272, 288, 320)
 """Row blocks of two powers of two."""
-HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
-"""Heads of these row blocks: with a small one they cost little where experts have few rows."""
-LARGEST_TWO_PARTS = 144
-"""From here on the rows of an expert take several blocks, of this size or larger."""
 MOST_SUMS = {2: 204, 3: 96}
 """Sums that a thread has registers for, by the number of consumers: with more the assembler makes products wait."""
 BESIDE_RING = 8192
@@ -50,15 +46,15 @@ class Sm90Dense(OneLaunch):
     def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""
         powers = [size for size in blocks.powers_of_two(rows, 8) if size >= self.least_block_m]
-        few = min(rows, LARGEST_TWO_PARTS)
-        two = [size for size in TWO_PARTS if few <= size and (size < 2 * rows or (size in HEADS and size <= 3 * rows))]
-        return sorted({*powers, *two})
+        return sorted({*powers, *blocks.two_parts(rows, TWO_PARTS)})
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """The longest rings that fit."""
         if block_m < self.least_block_m:
             return
-        for block_n, group_m, head in itertools.product((128, 192, 256), (0, 1, 2, 4, 8), HEADS.get(block_m, (0,))):
+        for block_n, group_m, head in itertools.product(
+            (128, 192, 256), (0, 1, 2, 4, 8), blocks.HEADS.get(block_m, (0,))
+        ):
             rings = [Sm90DenseTile(block_n, 64, group_m, 4, stages, head=head) for stages in (3, 4, 5, 6, 8)]
             yield from [tile for tile in rings if self.fits(tile, kind.form, block_m)][-1:]
 

@@ -14,7 +14,7 @@ from epfuse.families import blocks
 from epfuse.families.family import CallKind, Family, LayerCall, Reads, Step, Steps
 from epfuse.families.memory import fp8_rows_in, fp8_scratch, rows_in
 from epfuse.families.sm90 import SHARED_BYTES
-from epfuse.families.sm90_packed import HEADS, two_parts
+from epfuse.families.sm90_packed import TWO_PARTS
 from epfuse.operands import overlaps
 from epfuse.scratch import ScratchSize
 from epfuse.stages.quantize.rows import FP8Rows
@@ -46,13 +46,13 @@ class Sm90FP8(Family):
 
     def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""
-        sizes = two_parts(rows, max(MOST_ROWS.values()))
+        sizes = [size for size in blocks.two_parts(rows, TWO_PARTS) if size <= max(MOST_ROWS.values())]
         return sorted({*blocks.powers_of_two(rows, self.least_block_m), *sizes})
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Rings that fit, with two or three consumers."""
         for block_n, group_m, stages, head in itertools.product(
-            (128, 192), (0, 1, 2, 4), (4, 5, 6, 8), HEADS.get(block_m, (0,))
+            (128, 192), (0, 1, 2, 4), (4, 5, 6, 8), blocks.HEADS.get(block_m, (0,))
         ):
             tile = Sm90PersistentTile(block_n, 128, group_m, 4, stages, parts=1, head=head)
             if self.fits(tile, kind.form, block_m):

@@ -20,10 +20,6 @@ from epfuse.target import Target
 TWO_PARTS = (96, 144, 160, 192, 256, 272, 288, 320)
 """Row blocks of two powers of two, and of two equal ones. Not 48 and 80: for 32 and 64 rows an expert, 96 and 128 are
 a hundredth slower than those if the router is even, and up to 40 % faster if it is not (docs/performance.md)."""
-HEADS = {64: (0, 32), 96: (0, 32), 128: (0, 64)}
-"""Heads of these row blocks: with a small one they cost little where experts have few rows."""
-LARGEST_TWO_PARTS = 144
-"""From here on the rows of an expert take several blocks, of this size or larger."""
 
 
 class Sm90Packed(OneLaunch):
@@ -42,7 +38,7 @@ class Sm90Packed(OneLaunch):
     def block_ms(self, rows: float) -> list[int]:
         """Two powers of two, or one."""
         powers = [size for size in blocks.powers_of_two(rows, 8) if size >= self.least_block_m]
-        return sorted({*powers, *two_parts(rows, max(TWO_PARTS))})
+        return sorted({*powers, *blocks.two_parts(rows, TWO_PARTS)})
 
     def candidates(self, kind: CallKind, block_m: int, rows: float) -> Iterator[GemmTile]:
         """Three consumers and whole steps, or two and half steps, which leave room for many rows.
@@ -54,7 +50,7 @@ class Sm90Packed(OneLaunch):
         narrow = ((128, 128),) if has_few_tiles(kind.shape) else ()
         widths = ((128, 64),) if block_m >= 256 else ((192, 128), *narrow)
         for (block_n, block_k), group_m, stages, parts, head in itertools.product(
-            widths, (0, 1, 2, 4, 8), (3, 4, 5), (1, 2), HEADS.get(block_m, (0,))
+            widths, (0, 1, 2, 4, 8), (3, 4, 5), (1, 2), blocks.HEADS.get(block_m, (0,))
         ):
             if block_k == 128 or parts > 1:
                 tile = Sm90PersistentTile(block_n, block_k, group_m, 4, stages, parts=parts, head=head)
@@ -71,23 +67,6 @@ class Sm90Packed(OneLaunch):
         from epfuse.stages.gate_up_down.launch import launch_gate_up_down
 
         return launch_gate_up_down
-
-
-def two_parts(rows: float, most: int) -> list[int]:
-    """What of TWO_PARTS holds ``rows`` expected rows in one block and is less than half padding, or several.
-
-    With a small head padding costs little, so up to two thirds. More rows than LARGEST_TWO_PARTS take several blocks,
-    of any size from there on; below the smallest, persistent tiles are not worth trying.
-
-    Args:
-        rows: expected rows per expert.
-        most: no block has more rows.
-    """
-    return [
-        size
-        for size in TWO_PARTS
-        if min(rows, LARGEST_TWO_PARTS) <= size <= most and (size < 2 * rows or (size in HEADS and size <= 3 * rows))
-    ]
 
 
 def _ring_fits(tile: Sm90PersistentTile, block_m: int) -> bool:
