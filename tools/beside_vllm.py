@@ -1,7 +1,7 @@
 """`python -m tools.beside_vllm` writes what `epfuse plan` knows of measured times beside vLLM's experts.
 
 The rows are copied from docs/records: runs that timed epfuse and a class of vLLM's experts on one card, one after the
-other, on the same inputs. A record of several runs says of each row which it is of.
+other, on the same inputs.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ def runs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def pairs(name: str, run: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of one run, one a token count and peer; of several runs, with our time in the peer's."""
-    alone = {str(row["T"]): row["us"] for row in run["rows"] if row["peer"] == OURS}
+    """The rows of one run, one a token count and peer."""
+    ours = {row["T"]: row["us"] for row in run["rows"] if row["peer"] == OURS}
     for row in run["rows"]:
-        ours = run["runs"][row["run"]]["impl_us"] if "run" in row else alone
-        if row["peer"] in EXPERTS and row.get("best", True) and str(row["T"]) in ours:
+        if row["peer"] in EXPERTS and row.get("best", True) and row["T"] in ours:
             yield {
                 "record": name,
                 "device": run["device"],
@@ -54,7 +53,7 @@ def pairs(name: str, run: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 "experts": EXPERTS[row["peer"]],
                 "path": "w8a16",
                 "tokens": row["T"],
-                "ours_us": round(ours[str(row["T"])], 2),
+                "ours_us": round(ours[row["T"]], 2),
                 "theirs_us": round(row["us"], 2),
                 "active": row["act"],
             }
